@@ -1,0 +1,152 @@
+"""A released checkpoint: its files, the model in them, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsd_refine.checkpoint.layout import (
+    SINGLE,
+    TRAINABLE,
+    Layout,
+    WeightFile,
+    build_header,
+    listed,
+    read_layout,
+    sha256_file,
+)
+from dsd_refine.checkpoint.placement import Placement, place
+from dsd_refine.checkpoint.source import Source, find_source
+from dsd_refine.checkpoint.timm import TimmLibrary
+from dsd_refine.checkpoint.transformers import TransformersLibrary
+from dsd_refine.checkpoint.verify import verify
+from dsd_refine.checkpoint.write import copy_file, write_weights, written_dtypes
+from dsd_refine.errors import CheckpointError
+
+__all__ = ["Checkpoint", "Layout", "Source", "find_source", "open_checkpoint", "open_library", "verify"]
+
+Library = TimmLibrary | TransformersLibrary
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened source: `model` holds its values in float32, `placement` says where each tensor of the file lives in it."""
+
+    source: Source
+    library: Library
+    layout: Layout
+    model: torch.nn.Module
+    placement: Placement
+    warnings: tuple[str, ...]
+
+    def hashes(self) -> dict[str, str]:
+        """File name -> SHA-256 of every source file that counts, weights first."""
+        names = [*self.weight_files, *self.source.side_files(set(self.weight_files))[0]]
+        return {name: sha256_file(self.source.folder / name) for name in names}
+
+    @property
+    def weight_files(self) -> list[str]:
+        """The source's weight files and index, by name."""
+        index = [self.layout.index.name] if self.layout.index else []
+        return [*(file.path.name for file in self.layout.files), *index]
+
+    @contextmanager
+    def rounded(self, model: torch.nn.Module) -> Iterator[None]:
+        """Within, the model computes with the weights as they would be written: rounded to the file's dtypes."""
+        state, kept = model.state_dict(), {}
+        for key, elements, dtype in written_dtypes(self.layout, self.placement):
+            kept.setdefault(key, state[key].clone())
+            if elements is None:
+                state[key].copy_(state[key].to(dtype))
+            else:
+                flat = state[key].reshape(-1).index_put((elements.to(state[key].device),), _part(state[key], elements, dtype))
+                state[key].copy_(flat.reshape(state[key].shape))
+        try:
+            yield
+        finally:
+            for key, value in kept.items():
+                state[key].copy_(value)
+
+    def write(self, model: torch.nn.Module, folder: Path) -> dict[str, str]:
+        """Write weights and side files into an empty folder; returns file name -> SHA-256 of the weights as written.
+
+        Raises:
+            RunError: a value that the file's dtype cannot hold.
+        """
+        hashes = write_weights(self.layout, self.placement, model.state_dict(), folder)
+        for name in self.source.side_files(set(self.weight_files))[0]:
+            copy_file(self.source.folder / name, folder / name)
+            hashes[name] = sha256_file(folder / name)
+        if self.layout.index is not None:
+            hashes[self.layout.index.name] = sha256_file(folder / self.layout.index.name)
+        return hashes
+
+
+def _part(tensor: torch.Tensor, elements: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.reshape(-1)[elements.to(tensor.device)].to(dtype).to(tensor.dtype)
+
+
+def open_library(source: Source, task: str | None = None, trust_remote_code: bool = False) -> Library:
+    """The adapter of the library that the source is for.
+
+    Raises:
+        CheckpointError: its config cannot be used, or is for another task than asked.
+    """
+    if source.library == "transformers":
+        return TransformersLibrary.open(source.folder, task, trust_remote_code)
+    if task not in (None, "image-classification"):
+        raise CheckpointError(f"{source.model}: a timm model does image-classification, not {task}")
+    return TimmLibrary.open(source.folder)
+
+
+def open_checkpoint(source: Source, library: Library, *, allow_pickle: bool = False) -> Checkpoint:
+    """Load a source strictly, in float32, and find where each tensor of its files lives in the model.
+
+    Raises:
+        CheckpointError: anything missing, misshapen, re-initialised, quantised, not finite, or not writable back.
+    """
+    layout = read_layout(source.folder, allow_pickle)
+    tensors = {name: layout.tensor(name) for name in layout.names()}
+    masters = {name: t.to(torch.float32) if t.dtype in TRAINABLE else t for name, t in tensors.items()}
+    model = library.load(masters, torch.float32)
+    state = model.state_dict()
+    placement = place(layout, model, library.load, lambda name: _same(tensors[name], state[name]))
+    _refuse_values(layout, placement, tensors)
+    warnings = [*library.warnings(model)]
+    if layout.from_pickle:
+        warnings.append(f"the source's weights are a pickle; the output's are {SINGLE}")
+    _, left = source.side_files({file.path.name for file in layout.files} | ({layout.index.name} if layout.index else set()))
+    if left:
+        warnings.append(f"not copied (other copies of the weights, or ours to write): {listed(left, 20)}")
+    return Checkpoint(source, library, layout, model.eval(), placement, tuple(warnings))
+
+
+def open_shapes(source: Source, library: Library, *, allow_pickle: bool = False) -> Checkpoint:
+    """The same on the meta device, for `plan`: headers are read where the weights are here, no values either way."""
+    model = library.build_meta()
+    try:
+        layout = read_layout(source.folder, allow_pickle)
+    except CheckpointError:
+        if source.revision is None:
+            raise
+        head, entries = build_header(dict(model.state_dict()), {"format": "pt"})
+        file = WeightFile(SINGLE, source.folder / SINGLE, head, None, entries)
+        layout = Layout(source.folder, (file,), None, {e.name: (file, e) for e in entries})
+    return Checkpoint(source, library, layout, model, place(layout, model, library.load, lambda name: True), ())
+
+
+def _same(filed: torch.Tensor, held: torch.Tensor) -> bool:
+    return torch.equal(filed.to(held.dtype), held) or bool(filed.isnan().any())
+
+
+def _refuse_values(layout: Layout, placement: Placement, tensors: dict[str, torch.Tensor]) -> None:
+    for name in placement:
+        tensor = tensors[name]
+        if tensor.is_floating_point() and tensor.dtype not in TRAINABLE:
+            raise CheckpointError(f"{name}: is {tensor.dtype}; only float32, float16 and bfloat16 weights can be refined")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{layout.folder}: {name} holds values that are not finite; the checkpoint is broken")

@@ -1,0 +1,361 @@
+"""What the source's weight files are: names, shapes, dtypes, order, shards, metadata. The file is the truth.
+
+Read before any library touches the files, checked against the safetensors format's own rules, and the only thing that
+writing goes by. Nothing here knows a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsd_refine.errors import CheckpointError
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TRAINABLE = {torch.float16, torch.bfloat16, torch.float32}
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+HEADER_LIMIT = 100_000_000  # the format's own limit
+BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file. `begin` and `end` are byte offsets in the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One safetensors file: `head` is the length and header, byte for byte; `entries` lie in file order."""
+
+    name: str
+    path: Path
+    head: bytes
+    metadata: dict[str, str] | None
+    entries: tuple[Entry, ...]
+
+    def raw(self, entry: Entry) -> bytearray:
+        """The bytes of one tensor as they stand in the file."""
+        buffer = bytearray(entry.end - entry.begin)
+        with self.path.open("rb") as file:
+            file.seek(entry.begin)
+            if file.readinto(buffer) != len(buffer):
+                raise CheckpointError(f"{self.path}: ends before {entry.name!r} does; was it changed meanwhile?")
+        return buffer
+
+    def tensor(self, entry: Entry) -> torch.Tensor:
+        """One tensor in the file's dtype, in memory of its own."""
+        return from_bytes(self.raw(entry), entry.dtype, entry.shape)
+
+
+@dataclass(frozen=True)
+class PickleFile(WeightFile):
+    """Tensors of a pickle source, already read weights-only; they come out as one safetensors file."""
+
+    held: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def raw(self, entry: Entry) -> bytearray:
+        return to_bytes(self.held[entry.name])
+
+    def tensor(self, entry: Entry) -> torch.Tensor:
+        return self.held[entry.name].clone()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The weight files of a source, its index if it has one, and every tensor by name."""
+
+    folder: Path
+    files: tuple[WeightFile, ...]
+    index: Path | None
+    where: dict[str, tuple[WeightFile, Entry]]
+
+    def entry(self, name: str) -> Entry:
+        return self.where[name][1]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor in the file's dtype."""
+        file, entry = self.where[name]
+        return file.tensor(entry)
+
+    @property
+    def from_pickle(self) -> bool:
+        return any(isinstance(file, PickleFile) for file in self.files)
+
+    def names(self) -> Iterator[str]:
+        """Every tensor's name, file by file, in file order."""
+        return (entry.name for file in self.files for entry in file.entries)
+
+
+def from_bytes(raw: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """Little-endian bytes as a tensor that shares their memory."""
+    if not raw:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(raw, dtype=dtype).reshape(shape)
+
+
+def to_bytes(tensor: torch.Tensor) -> bytearray:
+    """A tensor's elements in logical order as little-endian bytes."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return bytearray(flat.view(torch.uint8).numpy().data) if flat.numel() else bytearray()
+
+
+def read_layout(folder: Path, allow_pickle: bool = False) -> Layout:
+    """The layout of a checkpoint folder.
+
+    Raises:
+        CheckpointError: no weights, a missing or truncated shard, an LFS pointer, a header that breaks the format, an
+            index that contradicts the files, or pickle files without `allow_pickle`.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        return _sharded(folder, index)
+    if (folder / SINGLE).is_file():
+        return _collect(folder, [read_header(folder / SINGLE)], None)
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return _collect(folder, [read_header(others[0])], None)
+    if others:
+        names = ", ".join(path.name for path in others)
+        raise CheckpointError(f"{folder}: several weight files ({names}) and no {INDEX} to say which counts")
+    return _pickled(folder, allow_pickle)
+
+
+def _sharded(folder: Path, index: Path) -> Layout:
+    weight_map = read_index(index)
+    if (folder / SINGLE).is_file() and SINGLE not in weight_map.values():
+        raise CheckpointError(
+            f"{folder}: both {SINGLE} and {INDEX}, and the index does not name that file; "
+            "loaders disagree on which counts, so remove one of them"
+        )
+    files = []
+    for name in dict.fromkeys(weight_map.values()):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{index}: names the shard {name}, which is not there; was the download completed?")
+        files.append(read_header(folder / name))
+    layout = _collect(folder, files, index)
+    held = {name: file.name for name, (file, _) in layout.where.items()}
+    wrong = sorted(name for name in {*held, *weight_map} if held.get(name) != weight_map.get(name))
+    if wrong:
+        raise CheckpointError(f"{index}: index and shards disagree on where these tensors are: {listed(wrong)}")
+    return layout
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name of an index file.
+
+    Raises:
+        CheckpointError: not such an index, or a file name that leads out of the folder.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: has no usable `weight_map`")
+    for name in weight_map.values():
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise CheckpointError(f"{index}: names the file {name!r} outside its own folder; refused")
+    return weight_map
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: cannot be read, an LFS pointer, not a JSON object.
+    """
+    try:
+        raw = path.read_bytes()
+        refuse_pointer(raw, path)
+        value = json.loads(raw)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return value
+
+
+def refuse_pointer(start: bytes, path: Path) -> None:
+    """Raise CheckpointError where the bytes are those of a git-lfs pointer instead of the file."""
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull` or download it anew")
+
+
+def read_header(path: Path) -> WeightFile:
+    """The header of one safetensors file, held against the format: no gaps, no overlaps, known dtypes, nothing twice.
+
+    Raises:
+        CheckpointError: names what is wrong and what to do.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            refuse_pointer(start + file.read(64), path)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+                raise CheckpointError(f"{path}: not a safetensors file, or cut short (header of {length} bytes)")
+            file.seek(0)
+            head = file.read(8 + length)
+        header = json.loads(head[8:].decode("utf-8"), object_pairs_hook=_no_doubles)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the safetensors header is broken: {error}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the safetensors header is not an object")
+    metadata = header.pop("__metadata__", None)
+    entries = sorted((_entry(path, n, v, len(head)) for n, v in header.items()), key=lambda e: (e.begin, e.end))
+    _check_cover(path, entries, len(head), size)
+    return WeightFile(path.name, path, head, metadata, tuple(entries))
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _entry(path: Path, name: str, value: Any, start: int) -> Entry:
+    try:
+        shape, offsets = value["shape"], value["data_offsets"]
+        numbers = [*shape, *offsets]
+        if len(offsets) != 2 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError
+        dtype_name = str(value["dtype"])
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{path}: the header's entry for {name!r} is broken") from None
+    dtype = DTYPES.get(dtype_name)
+    if dtype is None:
+        raise CheckpointError(f"{path}: {name!r} has the dtype {dtype_name}, which is quantised or unknown; refused")
+    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
+        raise CheckpointError(f"{path}: {name!r} of shape {shape} does not fit its {offsets[1] - offsets[0]} bytes")
+    return Entry(name, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _check_cover(path: Path, entries: list[Entry], start: int, size: int) -> None:
+    at = start
+    for entry in entries:
+        if entry.begin != at:
+            raise CheckpointError(f"{path}: {entry.name!r} overlaps another tensor or leaves a gap")
+        at = entry.end
+    if at != size:
+        short = "truncated: " if size < at else ""
+        raise CheckpointError(f"{path}: {short}the header speaks of {at:,} bytes, the file has {size:,}; download it anew")
+
+
+def _collect(folder: Path, files: list[WeightFile], index: Path | None) -> Layout:
+    where: dict[str, tuple[WeightFile, Entry]] = {}
+    for file in files:
+        for entry in file.entries:
+            if entry.name in where:
+                raise CheckpointError(f"{folder}: {entry.name!r} is in both {where[entry.name][0].name} and {file.name}")
+            where[entry.name] = (file, entry)
+    if not where:
+        raise CheckpointError(f"{folder}: the weight files hold no tensors")
+    return Layout(folder, tuple(files), index, where)
+
+
+def _pickled(folder: Path, allow_pickle: bool) -> Layout:
+    index = folder / PICKLE_INDEX
+    if index.is_file():
+        paths = [folder / name for name in dict.fromkeys(read_index(index).values())]
+    else:
+        paths = sorted([*folder.glob("pytorch_model.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])[:1]
+    if not paths:
+        raise CheckpointError(f"{folder}: no weights here (looked for {SINGLE}, {INDEX}, pytorch_model.bin, *.pth)")
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{folder}: only pickle weights ({paths[0].name}); pickles can carry code, so they are read only with "
+            "--allow-pickle, and weights-only even then"
+        )
+    held: dict[str, torch.Tensor] = {}
+    for path in paths:
+        held.update(_read_pickle(path))
+    head, entries = build_header(held, {"format": "pt"})
+    file = PickleFile(SINGLE, paths[0], head, {"format": "pt"}, entries, held)
+    return _collect(folder, [file], None)
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is not there; was the download completed?")
+    with path.open("rb") as file:
+        refuse_pointer(file.read(64), path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the pickle makes it raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read weights-only, refused ({first[:200]})") from None
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        raise CheckpointError(f"{path}: does not hold a plain mapping of names to tensors")
+    return {str(name): tensor.detach() for name, tensor in found.items()}
+
+
+def build_header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> tuple[bytes, tuple[Entry, ...]]:
+    """A safetensors head and its entries for tensors in the given order (aliased tensors are stored each by itself)."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    at, spans = 0, []
+    for name, tensor in tensors.items():
+        end = at + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        spans.append((name, tensor, at, end))
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    return head, tuple(Entry(n, t.dtype, tuple(t.shape), len(head) + a, len(head) + b) for n, t, a, b in spans)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    """A few names for an error message, with the count of the rest."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

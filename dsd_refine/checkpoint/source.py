@@ -1,0 +1,177 @@
+"""What MODEL names, and the folder its files are in: a local directory, or a snapshot of a Hub repository."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from dsd_refine.checkpoint.layout import INDEX, SINGLE, read_json
+from dsd_refine.errors import CheckpointError, UsageError
+
+T = TypeVar("T")
+
+# Files of other frameworks that hold the same weights once more. They are neither fetched nor copied: they would be stale.
+OTHER_WEIGHTS = (
+    "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.gguf", "*.ggml", "*.npz",
+    "*.tflite", "*.mlmodel", "*.mlpackage", "*.pb", "*.pkl", "*.pickle", "*.safetensors", "*.bin.index.json",
+    "*.safetensors.index.json",
+)  # fmt: skip
+OURS = ("dsd", "rejected", ".git", ".cache", ".eval_results")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk. `resolved` is the repository or directory meant, `revision` its commit (None: a directory)."""
+
+    model: str
+    resolved: str
+    revision: str | None
+    folder: Path
+    library: str
+
+    def side_files(self, weight_files: set[str]) -> tuple[list[str], list[str]]:
+        """Relative names of the files that an output copies, and of those that it does not (for the warnings)."""
+        copied, left = [], []
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            if not path.is_file() or name in weight_files or name == "README.md":
+                continue
+            dropped = name.split("/")[0] in OURS or is_weights(name)
+            (left if dropped else copied).append(name)
+        return copied, left
+
+
+def is_weights(name: str) -> bool:
+    """Does the name look like a copy of the weights in some format?"""
+    return any(fnmatch.fnmatch(name.rsplit("/", 1)[-1].lower(), pattern) for pattern in OTHER_WEIGHTS)
+
+
+def find_source(model: str, *, weights: bool = True, allow_pickle: bool = False) -> Source:
+    """Resolve MODEL and bring its files here. `weights=False` fetches everything but the weights.
+
+    Raises:
+        CheckpointError: not there, gated, offline without a cached copy, or neither timm's nor transformers' layout.
+        UsageError: a name that could mean two things, or a kind of source that this version lacks.
+    """
+    scheme, _, rest = model.partition(":")
+    if scheme == "torchvision" and rest:
+        raise UsageError(f"{model}: torchvision sources are not in this version; give a timm or transformers checkpoint")
+    if scheme == "timm" and rest:
+        return _from_timm_name(model, rest, weights, allow_pickle)
+    if scheme in ("hf-hub", "hf_hub") and rest:
+        return _from_hub(model, rest, weights, allow_pickle)
+    if Path(model).is_dir():
+        if os.sep not in model and model != "." and _is_timm_name(model):
+            raise UsageError(f"{model!r} is both a directory here and a timm model: say ./{model} or timm:{model}")
+        return _from_folder(model, Path(model).resolve(), str(Path(model).resolve()), None)
+    if Path(model).exists():
+        raise CheckpointError(f"{model}: is a file; give the directory that holds config.json and the weights")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"{model}: no such directory")
+    if "/" in model:
+        return _from_hub(model, model, weights, allow_pickle)
+    return _from_timm_name(model, model, weights, allow_pickle)
+
+
+def _from_folder(model: str, folder: Path, resolved: str, revision: str | None) -> Source:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{resolved}: has no config.json, so neither timm's nor transformers' layout")
+    config = read_json(config_file)
+    if "architecture" in config or "pretrained_cfg" in config:
+        return Source(model, resolved, revision, folder, "timm")
+    if "model_type" in config or "architectures" in config:
+        return Source(model, resolved, revision, folder, "transformers")
+    raise CheckpointError(
+        f"{config_file}: names neither a timm `architecture` nor a transformers `model_type`; which library is it for?"
+    )
+
+
+def _is_timm_name(name: str) -> bool:
+    import timm
+
+    return bool(timm.is_model(name.split(".")[0]))
+
+
+def _from_timm_name(model: str, name: str, weights: bool, allow_pickle: bool) -> Source:
+    import timm
+
+    if not _is_timm_name(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise CheckpointError(f"{model}: not a directory, not a Hub repository (org/name), not a timm model{hint}")
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    if cfg is None or not cfg.hf_hub_id:
+        raise CheckpointError(f"{model}: timm knows the architecture but no released weights of it on the Hub")
+    return _from_hub(model, str(cfg.hf_hub_id), weights, allow_pickle)
+
+
+def _from_hub(model: str, repo_at: str, weights: bool, allow_pickle: bool) -> Source:
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = repo_at.partition("@")
+    ignore = list(OTHER_WEIGHTS) if not weights else _not_wanted(repo, revision or None, allow_pickle)
+    folder = Path(ask_hub(repo, lambda: snapshot_download(repo, revision=revision or None, ignore_patterns=ignore)))
+    return _from_folder(model, folder, repo, folder.name)
+
+
+def _not_wanted(repo: str, revision: str | None, allow_pickle: bool) -> list[str]:
+    """What not to fetch of a repository: everything that holds weights and is not the copy that will be read."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = set(ask_hub(repo, lambda: HfApi().list_repo_files(repo, revision=revision)))
+    except CheckpointError as error:
+        if error.__cause__ is None:  # an answer, not a missing connection: the cache may still serve
+            raise
+        files = {SINGLE}
+    safe = [name for name in files if name.endswith(".safetensors") and "/" not in name]
+    if safe or not allow_pickle:
+        wanted = {SINGLE, INDEX, *(name for name in safe)}
+        return [p for p in OTHER_WEIGHTS if "safetensors" not in p] + [n for n in files if is_weights(n) and n not in wanted]
+    return [p for p in OTHER_WEIGHTS if p not in ("*.bin", "*.pth", "*.pt", "*.bin.index.json")]
+
+
+def ask_hub(repo: str, call: Callable[[], T], what: str = "model") -> T:
+    """Run a Hub call; turn its many errors into one line that keeps the Hub's own reason.
+
+    Raises:
+        CheckpointError: `__cause__` is set where the Hub could not be reached at all.
+    """
+    from huggingface_hub import errors as hub
+
+    try:
+        return call()
+    except hub.GatedRepoError:
+        raise CheckpointError(f"{repo}: the Hub says it is gated: accept its terms on its page, then `hf auth login`") from None
+    except hub.RevisionNotFoundError:
+        raise CheckpointError(f"{repo}: the Hub has no such revision of it") from None
+    except hub.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{repo}: the Hub has no such {what}, or it is private: check the name, or log in with `hf auth login`"
+        ) from None
+    except hub.HFValidationError:
+        raise CheckpointError(f"{repo}: not a directory here and not a valid Hub name (org/name)") from None
+    except hub.HfHubHTTPError as error:
+        if error.response is not None:
+            raise CheckpointError(f"{repo}: the Hub answered {error.response.status_code}; try again later") from None
+        raise _unreachable(repo, what) from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+        raise _unreachable(repo, what) from error
+    except Exception as error:
+        if "httpx" in type(error).__module__ or "httpcore" in type(error).__module__:
+            raise _unreachable(repo, what) from error
+        raise
+
+
+def _unreachable(repo: str, what: str) -> CheckpointError:
+    how = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the Hub cannot be reached"
+    return CheckpointError(
+        f"{repo}: {how} and the {what} is not in the cache. Give a local directory instead, or fetch it where there is "
+        f"a network (`hf download {repo}`) and bring the cache (HF_HOME); HF_ENDPOINT names another server"
+    )

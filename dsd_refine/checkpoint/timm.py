@@ -1,0 +1,101 @@
+"""timm's layout: building and loading go through timm, with tensors that we read."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models._hub import load_model_config_from_path
+
+from dsd_refine.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class TimmLibrary:
+    """A timm checkpoint folder: `cfg` is its pretrained_cfg, `args` the arguments it was built with."""
+
+    folder: Path
+    architecture: str
+    cfg: dict[str, Any]
+    args: dict[str, Any]
+    name: str = "timm"
+
+    @classmethod
+    def open(cls, folder: Path) -> TimmLibrary:
+        """Read config.json.
+
+        Raises:
+            CheckpointError: a config that timm does not understand, or an architecture that it does not have.
+        """
+        try:
+            cfg, architecture, args = load_model_config_from_path(folder)
+            cfg["num_classes"] = int(cfg.get("num_classes", 0))
+        except Exception as error:  # timm raises whatever a strange config makes it raise
+            raise CheckpointError(f"{folder}/config.json: timm cannot read it: {error!r:.200}") from None
+        if not isinstance(architecture, str) or not timm.is_model(architecture):
+            raise CheckpointError(f"{folder}/config.json: timm {timm.__version__} has no architecture {architecture!r}")
+        if cfg["num_classes"] <= 0:
+            raise CheckpointError(f"{folder}/config.json: a model without classifier (num_classes 0) has nothing to refine")
+        return cls(folder, architecture, cfg, dict(args))
+
+    @property
+    def names(self) -> list[str]:
+        """What a recipe's `models` globs are matched with."""
+        return [self.architecture]
+
+    @property
+    def task(self) -> str:
+        return "image-classification"
+
+    def build_meta(self) -> torch.nn.Module:
+        """The model without memory: shapes only."""
+        with _building(self), torch.device("meta"):
+            model: torch.nn.Module = timm.create_model(
+                self.architecture, pretrained=False, pretrained_cfg=self._source_free(), **self.args
+            )
+        return model
+
+    def load(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
+        """The model through timm's own loading (checkpoint filter included, strict), from given tensors.
+
+        Raises:
+            CheckpointError: missing, unexpected or misshapen tensors, in timm's words.
+        """
+        cfg = {**self._source_free(), "state_dict": dict(tensors)}
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with _building(self):
+                model: torch.nn.Module = timm.create_model(
+                    self.architecture, pretrained=True, pretrained_cfg=cfg, **self.args
+                )
+        finally:
+            torch.set_default_dtype(default)
+        model.pretrained_cfg.pop("state_dict", None)
+        return model
+
+    def load_plain(self, folder: Path) -> torch.nn.Module:
+        """The model as any user loads it: `timm.create_model("local-dir:…", pretrained=True)`."""
+        with _building(self):
+            model: torch.nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        return model.to(torch.float32)
+
+    def _source_free(self) -> dict[str, Any]:
+        return {key: value for key, value in self.cfg.items() if key not in ("source", "file", "url", "hf_hub_id")}
+
+    def warnings(self, model: torch.nn.Module) -> list[str]:
+        return []
+
+
+@contextmanager
+def _building(library: TimmLibrary) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:
+        text = "\n".join(str(error).splitlines()[:6])[:800]
+        raise CheckpointError(f"{library.folder}: timm cannot load this as {library.architecture}: {text}") from None

@@ -1,0 +1,158 @@
+"""transformers' layout: building and loading go through transformers, with tensors that we read."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from dsd_refine.checkpoint.layout import listed
+from dsd_refine.errors import CheckpointError
+
+AUTO = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+# the endings of class names in `architectures` that tell the task
+ENDINGS = {
+    "ForImageClassification": "image-classification",
+    "ForImageClassificationWithTeacher": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForPreTraining": "masked-lm",
+    "ForCTC": "ctc-speech",
+    "VisionEncoderDecoderModel": "image-captioning",
+    "ForConditionalGeneration": "image-captioning",
+}
+
+
+@dataclass(frozen=True)
+class TransformersLibrary:
+    """A transformers checkpoint folder. `task` is what its config says it was made for, or what the user said."""
+
+    folder: Path
+    config: Any
+    task: str
+    trust_remote_code: bool = False
+    name: str = "transformers"
+
+    @classmethod
+    def open(cls, folder: Path, task: str | None = None, trust_remote_code: bool = False) -> TransformersLibrary:
+        """Read config.json.
+
+        Raises:
+            CheckpointError: an unusable or quantised config, remote code without leave, no task to be seen.
+        """
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except Exception as error:  # transformers raises whatever a strange config makes it raise
+            if "trust_remote_code" in str(error):
+                raise CheckpointError(
+                    f"{folder}: needs code of its own; read that code, then give --trust-remote-code"
+                ) from None
+            raise CheckpointError(f"{folder}/config.json: transformers cannot read it: {error!s:.300}") from None
+        if getattr(config, "quantization_config", None):
+            raise CheckpointError(f"{folder}: quantised weights cannot be refined; give the unquantised checkpoint")
+        if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
+            raise CheckpointError(f"{folder}: problem_type {config.problem_type!r} is not single-label classification")
+        return cls(folder, config, task or _infer(folder, config), trust_remote_code)
+
+    @property
+    def names(self) -> list[str]:
+        """What a recipe's `models` globs are matched with."""
+        return [str(self.config.model_type), *(self.config.architectures or [])]
+
+    def build_meta(self) -> torch.nn.Module:
+        """The model without memory: shapes only.
+
+        Raises:
+            CheckpointError: no class of transformers does this task with this config.
+        """
+        auto = getattr(transformers, AUTO[self.task])
+        with _building(self), torch.device("meta"):
+            model: torch.nn.Module = auto.from_config(self._config(), trust_remote_code=self.trust_remote_code)
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()
+        return model
+
+    def load(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
+        """The model through transformers' own loading (renaming and conversion included), from given tensors.
+
+        Raises:
+            CheckpointError: a missing, misshapen or re-initialised parameter, by name.
+        """
+        cls = type(self.build_meta())
+        with _building(self):
+            model, info = cls.from_pretrained(  # type: ignore[attr-defined]
+                None, config=self._config(), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+            )
+        lost = sorted({*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])})
+        if lost:
+            raise CheckpointError(
+                f"{self.folder}: the weights lack what {cls.__name__} needs, and nothing is ever made up: {listed(lost)}. "
+                "Is it a base model without its head?"
+            )
+        return model  # type: ignore[no-any-return]
+
+    def load_plain(self, folder: Path) -> torch.nn.Module:
+        """The model as any user loads it: `AutoModelFor….from_pretrained(folder)`, in float32."""
+        auto = getattr(transformers, AUTO[self.task])
+        with _building(self):
+            model: torch.nn.Module = auto.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        return model
+
+    def warnings(self, model: torch.nn.Module) -> list[str]:
+        """What is odd about the loaded model: a head that differs from the embedding that the config ties it to."""
+        get_in, get_out = getattr(model, "get_input_embeddings", None), getattr(model, "get_output_embeddings", None)
+        if not (get_in and get_out and getattr(self.config, "tie_word_embeddings", False)):
+            return []
+        try:
+            embedding, head = get_in(), get_out()
+        except NotImplementedError:
+            return []
+        if embedding is None or head is None or embedding.weight is head.weight:
+            return []
+        return ["the config ties the output head to the embedding, but the file holds two different tensors: kept as two"]
+
+    def _config(self) -> Any:
+        config = copy.deepcopy(self.config)
+        config.dtype = None
+        return config
+
+
+def _infer(folder: Path, config: Any) -> str:
+    for architecture in config.architectures or []:
+        for ending, task in ENDINGS.items():
+            if architecture.endswith(ending):
+                return task
+    named = ", ".join(config.architectures or []) or "nothing"
+    raise CheckpointError(
+        f"{folder}: its config names {named} as architecture, which has no task's head; give --task if the weights have one"
+    )
+
+
+@contextmanager
+def _building(library: TransformersLibrary) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises whatever a strange config or file makes it raise
+        text = "\n".join(str(error).strip().splitlines()[:6])[:800]
+        raise CheckpointError(f"{library.folder}: transformers cannot load this for {library.task}: {text}") from None

@@ -1,0 +1,122 @@
+"""The same-shape proof, from outside: what was written, held against the source and against what was evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from dsd_refine.checkpoint.layout import Layout, read_json, read_layout, sha256_file
+from dsd_refine.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from dsd_refine.checkpoint import Checkpoint
+
+PROBE = "dsd/probe.safetensors"
+# the same weights may be computed by other kernels (channels-last, threads, another machine): float32 noise is allowed
+TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
+
+
+def weights_folder(output: Path) -> Path:
+    """Where an output holds its checkpoint: itself, or `rejected/` when its gate was not met."""
+    return output / "rejected" if (output / "rejected").is_dir() else output
+
+
+def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
+    """Everything that is wrong with an output of `checkpoint`; empty when it is what it claims to be.
+
+    Checked: the files' headers (names, shapes, dtypes, order, metadata) and shard map, every tensor that is not the
+    model's, every side file, the report's hashes of both sides, and the outputs of the model, as its library loads it,
+    on the batch that the run left with what it computed there.
+    """
+    folder = weights_folder(output)
+    try:
+        written = read_layout(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = [*_headers(checkpoint.layout, written)]
+    if not problems:
+        problems += _foreign(checkpoint, written)
+        problems += _side_files(checkpoint, folder)
+        problems += _hashes(checkpoint, output, folder)
+        problems += _outputs(checkpoint, output, folder)
+    return problems
+
+
+def _headers(source: Layout, written: Layout) -> Iterator[str]:
+    if [file.name for file in source.files] != [file.name for file in written.files]:
+        yield f"weight files are {[f.name for f in written.files]}, the source's are {[f.name for f in source.files]}"
+        return
+    for ours, theirs in zip(written.files, source.files, strict=True):
+        if ours.head != theirs.head:
+            yield f"{ours.name}: header (names, shapes, dtypes, order, metadata) differs from the source's"
+
+
+def _foreign(checkpoint: Checkpoint, written: Layout) -> Iterator[str]:
+    for name in written.names():
+        file, entry = written.where[name]
+        source_file, source_entry = checkpoint.layout.where[name]
+        if name not in checkpoint.placement and file.raw(entry) != source_file.raw(source_entry):
+            yield f"{name}: is not the model's, yet its bytes differ from the source's"
+        if name in checkpoint.placement and entry.dtype.is_floating_point and not bool(file.tensor(entry).isfinite().all()):
+            yield f"{name}: holds values that are not finite"
+
+
+def _side_files(checkpoint: Checkpoint, folder: Path) -> Iterator[str]:
+    copied, _ = checkpoint.source.side_files(set(checkpoint.weight_files))
+    index = [checkpoint.layout.index.name] if checkpoint.layout.index else []
+    for name in [*index, *copied]:
+        if not (folder / name).is_file():
+            yield f"{name}: the source has it, the output does not"
+        elif sha256_file(folder / name) != sha256_file(checkpoint.source.folder / name):
+            yield f"{name}: differs from the source's"
+
+
+def _hashes(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str]:
+    if not (output / "dsd/report.json").is_file():
+        yield "dsd/report.json is missing: nothing says what was written"
+        return
+    report: dict[str, Any] = read_json(output / "dsd/report.json")
+    for side, root in (("output", folder), ("source", checkpoint.source.folder)):
+        for item in report[side]["files"]:
+            path = root / item["name"]
+            if not path.is_file() or sha256_file(path) != item["sha256"]:
+                yield f"{item['name']}: SHA-256 of the {side}'s file is not the one in the report"
+
+
+def save_probe(path: Path, inputs: dict[str, torch.Tensor], outputs: torch.Tensor) -> None:
+    """Keep a small batch and the model's outputs on it, for `verify` to repeat."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"input.{name}": value.cpu().contiguous() for name, value in inputs.items()}
+    path.write_bytes(save({**tensors, "output": outputs.cpu().float().contiguous()}))
+
+
+def _outputs(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str]:
+    if not (output / PROBE).is_file():
+        yield f"{PROBE} is missing: the outputs cannot be compared"
+        return
+    probe = load_file(output / PROBE)
+    inputs = {name.removeprefix("input."): value for name, value in probe.items() if name.startswith("input.")}
+    model = checkpoint.library.load_plain(folder).eval()
+    with torch.no_grad():
+        found = forward_logits(model, inputs).float()
+    if found.shape != probe["output"].shape or not torch.allclose(found, probe["output"], **TOLERANCE):
+        difference = (found - probe["output"]).abs().max().item() if found.shape == probe["output"].shape else float("nan")
+        yield f"the model as loaded from the output computes something else than was evaluated (by up to {difference:.3g})"
+
+
+def forward_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of a timm model (`{"x": …}`) or of a transformers model (its keyword inputs)."""
+    found = model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
+    logits = getattr(found, "logits", found)
+    return logits[0] if isinstance(logits, tuple) else logits
+
+
+def report_lines(problems: list[str], output: Path) -> str:
+    """What `verify` prints."""
+    if problems:
+        return "\n".join([f"{output}: not what it should be", *(f"  - {problem}" for problem in problems)])
+    return f"{output}: same files, names, shapes, dtypes and metadata as the source; hashes and outputs as reported"

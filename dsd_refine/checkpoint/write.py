@@ -1,0 +1,96 @@
+"""The same-shape writer: trained values laid over the source's own bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from dsd_refine.checkpoint.layout import Entry, Layout, WeightFile, from_bytes, to_bytes
+from dsd_refine.checkpoint.placement import Placement, gather
+from dsd_refine.errors import RunError
+
+
+def entry_bytes(file: WeightFile, entry: Entry, placement: Placement, state: Mapping[str, torch.Tensor]) -> bytearray:
+    """The bytes that one tensor of the file is written with.
+
+    A tensor that the model does not own, or whose values did not change, keeps the source's bytes (so that -0.0 and the
+    bits of foreign tensors survive).
+
+    Raises:
+        RunError: a trained value is not finite, or overflows the file's dtype.
+    """
+    raw = file.raw(entry)
+    if entry.name not in placement:
+        return raw
+    start = from_bytes(raw, entry.dtype, entry.shape)
+    value = gather(placement[entry.name], start, state).to("cpu", entry.dtype)
+    if torch.equal(value, start):
+        return raw
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise RunError(f"{entry.name}: holds values that {entry.dtype} cannot; nothing was published")
+    return to_bytes(value)
+
+
+def write_weights(layout: Layout, placement: Placement, state: Mapping[str, torch.Tensor], folder: Path) -> dict[str, str]:
+    """Write every weight file of the layout into `folder`; returns file name -> SHA-256 of what was written.
+
+    Header and metadata are the source's bytes; the files are synced before this returns.
+    """
+    hashes = {}
+    for file in layout.files:
+        digest = hashlib.sha256(file.head)
+        with (folder / file.name).open("wb") as out:
+            out.write(file.head)
+            for entry in file.entries:
+                data = entry_bytes(file, entry, placement, state)
+                digest.update(data)
+                out.write(data)
+            sync(out.fileno())
+        hashes[file.name] = digest.hexdigest()
+    if layout.index is not None:
+        copy_file(layout.index, folder / layout.index.name)
+    return hashes
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy bytes (not mode or times: modes follow the umask) and sync."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open("rb") as read, target.open("wb") as write:
+        shutil.copyfileobj(read, write, 1 << 22)
+        sync(write.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write and sync a text file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        sync(file.fileno())
+
+
+def sync(descriptor: int) -> None:
+    """Ask for the bytes to be on the disk before anything is renamed."""
+    os.fsync(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync a directory's own entries, as a rename into it needs."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def written_dtypes(layout: Layout, placement: Placement) -> Iterator[tuple[str, torch.Tensor | None, torch.dtype]]:
+    """Which elements of the model are written in less than float32: (model key, flat elements or None for all, dtype)."""
+    for name, parts in placement.items():
+        dtype = layout.entry(name).dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            for part in parts:
+                yield part.key, None if part.whole else part.target, dtype

@@ -1,0 +1,104 @@
+"""Was it better? Paired tests on per-row scores, the verdict, the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+DRAWS = 10_000
+ALPHA = 0.05
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`delta` > 0: the first arm is better, also for losses and error rates. `gained`/`lost` rows only for right/wrong."""
+
+    delta: float
+    ci95: tuple[float, float]
+    p_value: float
+    p_adjusted: float
+    gained: int | None
+    lost: int | None
+    test: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ci95": list(self.ci95)}
+
+
+def compare(first: Array, second: Array, count: Array, *, higher_is_better: bool, seed: int = 0) -> Comparison:
+    """Compare two arms by their per-row `score` arrays over the same `count` array (equal length, one row each).
+
+    Right/wrong scores (0 or 1, count 1) take the exact McNemar test, everything else the paired bootstrap.
+    """
+    binary = bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all() and (count == 1).all())
+    if binary and higher_is_better:
+        return mcnemar(first, second)
+    return bootstrap(first, second, count, higher_is_better=higher_is_better, seed=seed)
+
+
+def mcnemar(first: Array, second: Array) -> Comparison:
+    """Exact McNemar test; the interval inverts it (Clopper-Pearson on gained / (gained + lost))."""
+    n = len(first)
+    gained, lost = int(((first == 1) & (second == 0)).sum()), int(((first == 0) & (second == 1)).sum())
+    changed = gained + lost
+    if not changed:
+        return Comparison(0.0, (0.0, 0.0), 1.0, 1.0, 0, 0, "mcnemar-exact")
+    found = binomtest(gained, changed, 0.5)
+    interval = found.proportion_ci(0.95, method="exact")
+    low, high = ((2 * share - 1) * changed / n for share in interval)
+    p_value = float(found.pvalue)
+    return Comparison((gained - lost) / n, (low, high), p_value, p_value, gained, lost, "mcnemar-exact")
+
+
+def bootstrap(first: Array, second: Array, count: Array, *, higher_is_better: bool, seed: int = 0) -> Comparison:
+    """Paired bootstrap over rows of the difference of sum(score) / sum(count), DRAWS seeded draws, percentile interval."""
+    sign = 1.0 if higher_is_better else -1.0
+    difference = sign * (first - second).astype(np.float64)
+    n, delta = len(first), float(difference.sum() / count.sum())
+    generator, drawn = np.random.default_rng(seed), np.empty(DRAWS)
+    chunk = max(1, min(DRAWS, 2_000_000 // n))
+    for start in range(0, DRAWS, chunk):
+        size = min(chunk, DRAWS - start)
+        times = generator.multinomial(n, np.full(n, 1 / n), size=size)
+        drawn[start : start + size] = (times @ difference) / (times @ count)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    p_value = min(1.0, 2 * (tail + 1) / (DRAWS + 1))
+    return Comparison(delta, (float(low), float(high)), p_value, p_value, None, None, "paired-bootstrap")
+
+
+def holm(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:
+    """Fill `p_adjusted` by Holm's step-down over all comparisons made."""
+    ordered = sorted(comparisons, key=lambda name: comparisons[name].p_value)
+    adjusted, highest = dict(comparisons), 0.0
+    for rank, name in enumerate(ordered):
+        highest = max(highest, min(1.0, (len(ordered) - rank) * comparisons[name].p_value))
+        adjusted[name] = replace(comparisons[name], p_adjusted=highest)
+    return adjusted
+
+
+def verdict(found: Comparison, margin: float) -> str:
+    """better | worse | same | inconclusive. `margin` is absolute, in the metric's own unit."""
+    if found.p_adjusted < ALPHA:
+        return "better" if found.delta > 0 else "worse"
+    return "same" if -margin <= found.ci95[0] and found.ci95[1] <= margin else "inconclusive"
+
+
+def gate_passed(rule: str, comparisons: Mapping[str, Comparison], margin: float, controls: Sequence[str]) -> bool:
+    """Is the gate met? `not-worse`: delta >= 0 · `better`: verdict better · `beats-control`: that, and against each control."""
+    against_source = comparisons["refined_vs_baseline"]
+    if rule == "none":
+        return True
+    if rule == "not-worse":
+        return against_source.delta >= 0
+    better = verdict(against_source, margin) == "better"
+    if rule == "better":
+        return better
+    others = [comparisons[f"refined_vs_{control}"] for control in controls]
+    return better and all(other.p_adjusted < ALPHA and other.delta > 0 for other in others)

@@ -1,0 +1,161 @@
+"""From a finished run to OUT: write, report, verify, rename."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from dsd_refine.checkpoint import verify
+from dsd_refine.checkpoint.verify import PROBE, save_probe
+from dsd_refine.checkpoint.write import copy_file, write_text
+from dsd_refine.errors import VerifyError
+from dsd_refine.report import Report, environment
+from dsd_refine.report.card import card
+from dsd_refine.tasks import logits_of
+
+if TYPE_CHECKING:
+    from dsd_refine.method import Run
+
+SCHEMA = 1
+GATE_EXIT = 3
+
+
+def publish(run: Run, verdict: str, passed: bool) -> Report:
+    """Write the whole output beside OUT, prove it, and make it OUT by one rename. Other processes wait.
+
+    Raises:
+        VerifyError: what was written is not what was evaluated; nothing is published.
+    """
+    accelerator, workspace = run.loop.accelerator, run.workspace
+    report = Report({}, run.options.output_dir)
+    if accelerator.is_main_process:
+        ready = workspace.ready
+        shutil.rmtree(ready, ignore_errors=True)
+        folder = ready if passed else ready / "rejected"
+        folder.mkdir(parents=True)
+        written = run.checkpoint.write(run.loop.model, folder)
+        report = Report(report_data(run, verdict, passed, written), run.options.output_dir)
+        write_text(folder / "README.md", card(report.data, run.checkpoint.source.folder))
+        _write_dsd(run, report, ready)
+        problems = verify(run.checkpoint, ready)
+        if problems:
+            raise VerifyError("the written checkpoint failed its check, nothing was published:\n  - " + "\n  - ".join(problems))
+        workspace.publish(overwrite=run.options.overwrite)
+    accelerator.wait_for_everyone()
+    return report
+
+
+def _write_dsd(run: Run, report: Report, ready: Path) -> None:
+    dsd = ready / "dsd"
+    write_text(dsd / "report.json", report.to_json())
+    write_text(dsd / "recipe.yaml", run.recipe.dump())
+    copy_file(run.workspace.log_file, dsd / "log.jsonl")
+    pq.write_table(predictions(run), dsd / "predictions.parquet")
+    phases = run.workspace.partial / "phases" / str(run.state["best"]["refined"]["attempt"])
+    if phases.is_dir():
+        shutil.copytree(phases, dsd / "phases", copy_function=shutil.copyfile)
+    batch = run.task.batch(run.task.eval, [(unit, None) for unit in range(min(2, run.task.eval.units))])
+    on_device = batch.to(run.loop.accelerator.device)
+    run.loop.model.eval()
+    with torch.no_grad(), run.checkpoint.rounded(run.loop.model):
+        save_probe(ready / PROBE, batch.inputs, logits_of(run.loop.model, on_device.inputs))
+
+
+def predictions(run: Run) -> pa.Table:
+    """A row per evaluation row: `row`, `target`, and per arm prediction, score and count."""
+    part, task = run.task.eval, run.task
+    rows = range(len(part.rows))
+    columns: dict[str, Any] = {
+        "row": [part.rows.name(row) for row in rows],
+        "target": [task.target(part, row) for row in rows],
+    }
+    for arm, scores in run.scores.items():
+        shown = [task.shown(int(p)) if p >= 0 else None for p in scores.prediction]
+        columns |= {f"prediction_{arm}": shown, f"score_{arm}": scores.score, f"count_{arm}": scores.count.astype(np.int64)}
+    return pa.table(columns)
+
+
+def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str]) -> dict[str, Any]:
+    """report.json, schema 1. Every number is measured; nothing is copied from the request but what says so."""
+    source, recipe, task, best = run.checkpoint.source, run.recipe, run.task, run.state["best"]
+    maskable = [layer for layer in run.layers if layer.excluded is None]
+    selected = best["refined"]
+    zeros = run.state.get("zeros", {}).get(str(selected["attempt"]))
+    outside = _outside_embeddings(run)
+    first = _first_sparsity(run, selected["attempt"])
+    extra = dict(task.report())
+    warnings = [*run.checkpoint.warnings, *extra.pop("warnings"), *_warnings(run, best)]
+    device = str(run.loop.accelerator.device)
+    masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
+    return {
+        "schema": SCHEMA,
+        "argv": list(run.options.argv),
+        "seed": recipe.seed,
+        "exit_code": 0 if passed else GATE_EXIT,
+        "environment": environment(device, run.loop.world),
+        "source": {
+            "model": source.model, "resolved": source.resolved, "revision": source.revision, "library": source.library,
+            "files": _files(run.source_hashes),
+        },
+        "output": {"path": str(run.options.output_dir), "files": _files(written)},
+        "task": task.name,
+        "metric": {"name": task.metric, "higher_is_better": task.higher_is_better},
+        **extra,
+        "data": {
+            "train": task.train.rows.summary(),
+            "holdout": task.holdout.rows.summary() if task.holdout else None,
+            "eval": task.eval.rows.summary(),
+        },
+        "phases": run.state["phases"],
+        "layers": [_layer(run, layer, first, zeros) for layer in run.layers],
+        "masked_share": masked / outside,
+        "maskable_share": sum(layer.weights for layer in maskable) / outside,
+        "arms": {arm: task.metrics(scores) for arm, scores in run.scores.items()},
+        "comparison": {name: found.to_dict() for name, found in run.comparisons.items()},
+        "verdict": verdict,
+        "gate": {"rule": recipe.gate, "passed": passed},
+        "selected": {"sparsity": selected["sparsity"], "epoch": selected["epoch"]},
+        "warnings": warnings,
+    }  # fmt: skip
+
+
+def _files(hashes: dict[str, str]) -> list[dict[str, str]]:
+    return [{"name": name, "sha256": digest} for name, digest in hashes.items()]
+
+
+def _layer(run: Run, layer: Any, sparsity: float | None, zeros: dict[str, int] | None) -> dict[str, Any]:
+    raw = run.checkpoint.layout.tensor(layer.name)
+    return {
+        "name": layer.name,
+        "shape": list(layer.shape),
+        "weights": layer.weights,
+        "source_zeros": int((raw == 0).sum()),
+        "masked": 0 if sparsity is None else layer.masked(sparsity),
+        "zeros_in_sparse": zeros.get(layer.name) if zeros else None,
+        "excluded": layer.excluded,
+    }
+
+
+def _first_sparsity(run: Run, attempt: int) -> float | None:
+    phases = run.recipe.phases_at(run.recipe.sparsities[attempt])
+    return next((float(p.sparsity) for p in phases if p.kind == "sparse"), None)  # type: ignore[arg-type]
+
+
+def _outside_embeddings(run: Run) -> int:
+    inside = sum(layer.weights for layer in run.layers if (layer.excluded or "").startswith("embedding"))
+    own = sum(layer.weights for layer in run.layers if not (layer.excluded or "").startswith("the same storage"))
+    return max(1, own - inside)
+
+
+def _warnings(run: Run, best: dict[str, Any]) -> list[str]:
+    lines = []
+    if run.task.holdout is not None and len(run.recipe.sparsities) * len(run.arms) > 1 and len(run.task.holdout.rows) < 100:
+        lines.append(f"the holdout has only {len(run.task.holdout.rows)} rows: what it selects is partly chance")
+    return lines

@@ -1,0 +1,368 @@
+"""A recipe: a list of phases and everything else that decides a result. Frozen, validated, written back out.
+
+Light on purpose: `recipes` and `--help` must not pay for torch, so nothing here imports more than pydantic and PyYAML.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dsd_refine.errors import RecipeError
+
+TaskName = Literal["image-classification", "text-classification", "causal-lm"]
+FUTURE_TASKS = ("masked-lm", "ctc-speech", "image-captioning")
+
+Rate = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused, values are not coerced (`"0.3"` is no number), nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Phase(Strict):
+    """One stretch of training with its own optimizer: `sparse` under a mask, or `dense` without.
+
+    Lengths are durations, in `epochs` (max(1, ceil(epochs * steps per epoch)) steps) or in optimizer `steps`; 0 is allowed.
+    `sparsity` is the share of zeros per layer (paper, section 3); a list is tried one by one and the holdout picks.
+    `refresh` re-makes the mask from the weights then held, every so many steps (None: once, as in the paper).
+    """
+
+    kind: Literal["sparse", "dense"]
+    epochs: Annotated[float, Field(ge=0)] | None = None
+    steps: Count | None = None
+    lr: Rate
+    schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
+    warmup_steps: Count = 0
+    sparsity: Share | Annotated[tuple[Share, ...], Field(strict=False, min_length=1)] | None = None
+    criterion: Literal["magnitude", "random"] = "magnitude"
+    refresh: Positive | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("a phase needs either epochs or steps, and not both")
+        if self.kind == "sparse" and self.sparsity is None:
+            raise ValueError("a sparse phase needs a sparsity")
+        if self.kind == "dense" and (self.sparsity is not None or self.refresh is not None):
+            raise ValueError("a dense phase has no mask: leave out sparsity and refresh")
+        return self
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of this phase, given the optimizer steps of one epoch."""
+        if self.steps is not None:
+            return self.steps
+        if not self.epochs:
+            return 0
+        return max(1, math.ceil(self.epochs * steps_per_epoch))
+
+
+class Augment(Strict):
+    """Train-time augmentation of images, on top of the checkpoint's own preprocessing."""
+
+    crop: Literal["none", "random-resized"] = "none"
+    scale: Annotated[tuple[Rate, Rate], Field(strict=False)] = (0.35, 1.0)
+    ratio: Annotated[tuple[Rate, Rate], Field(strict=False)] = (0.75, 4 / 3)
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Recipe(Strict):
+    """Everything that decides a result. `dsd/recipe.yaml` of an output is one of these, and repeats the run."""
+
+    name: str = "recipe"
+    task: TaskName | None = None
+    models: Names = ()
+    data: str | None = None
+    eval_data: str | None = None
+    phases: Annotated[tuple[Phase, ...], Field(strict=False, min_length=1)]
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Rate = 0.0
+    batch_size: Positive = 32
+    gradient_accumulation_steps: Positive = 1
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    augment: Augment = Augment()
+    include: Names = ()
+    exclude: Names = ()
+    control: Annotated[tuple[Literal["dense", "random"], ...], Field(strict=False)] = ("dense",)
+    holdout: Share = 0.1
+    keep: Literal["best", "last", "sparse"] = "best"
+    gate: Literal["none", "not-worse", "better", "beats-control"] = "not-worse"
+    margin: Annotated[float, Field(ge=0)] = 0.005
+    seed: Count = 0
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    text_column: str | None = None
+    max_length: Annotated[int, Field(gt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        sparse = [p for p in self.phases if p.kind == "sparse"]
+        lists = [p for p in sparse if isinstance(p.sparsity, tuple)]
+        if lists and len(sparse) != 1:
+            raise ValueError("a list of sparsities goes with exactly one sparse phase")
+        if self.keep == "sparse" and not sparse:
+            raise ValueError("keep: sparse needs a sparse phase")
+        if self.holdout == 0 and (self.keep == "best" or len(self.sparsities) > 1):
+            raise ValueError("holdout 0 leaves nothing to select by: use keep: last and one sparsity")
+        if self.gate == "beats-control" and not self.control:
+            raise ValueError("gate beats-control needs a control")
+        if len(set(self.control)) != len(self.control):
+            raise ValueError("a control is named twice")
+        return self
+
+    @property
+    def sparsities(self) -> tuple[float | None, ...]:
+        """What is tried: the listed sparsities, or (None,) where every phase has its own single one."""
+        for phase in self.phases:
+            if isinstance(phase.sparsity, tuple):
+                return phase.sparsity
+        return (None,)
+
+    def phases_at(self, sparsity: float | None) -> tuple[Phase, ...]:
+        """The phases of one try: a listed sparsity is replaced by the one that is tried."""
+        return tuple(
+            p.model_copy(update={"sparsity": sparsity}) if isinstance(p.sparsity, tuple) else p for p in self.phases
+        )
+
+    def dump(self) -> str:
+        """YAML that `load_recipe` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and aliases, and reads 1e-4 as the number that YAML 1.2 says it is."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not allowed in a recipe")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} is not text")
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice")
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """A YAML mapping as a dict.
+
+    Raises:
+        RecipeError: not YAML, not a mapping, a key twice, or an alias.
+    """
+    try:
+        raw = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}: not a usable YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of fields such as `phases:`; see `dsd-refine recipes show`")
+    return raw
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes lie: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of every shipped recipe, sorted by name."""
+    return {path.stem: path for path in sorted(recipes_folder().rglob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by shipped name or by path.
+
+    Raises:
+        RecipeError: neither a shipped name nor a file.
+    """
+    known = shipped()
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise RecipeError(f"no recipe {name!r}: not a file, and not one of {', '.join(known)}{hint}")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The raw fields of a recipe file; relative data paths count from the file's own folder.
+
+    Raises:
+        RecipeError: the file cannot be read or is not a YAML mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    raw = parse_yaml(text, str(path))
+    raw.setdefault("name", path.stem)
+    for key in ("data", "eval_data"):
+        beside = path.parent / str(raw.get(key))
+        if isinstance(raw.get(key), str) and beside.exists():
+            raw[key] = str(beside.resolve())
+    return raw
+
+
+def match_recipe(model_names: list[str], task: str) -> tuple[Path, str]:
+    """The shipped recipe for a model: the one whose `models` globs match, else the task's. Returns it with the reason."""
+    for name, path in shipped().items():
+        globs = read_recipe(path).get("models") or []
+        hit = next((m for m in model_names for glob in globs if fnmatch(m, glob)), None)
+        if hit:
+            return path, f"its models match {hit!r}"
+    return find_recipe(task), f"the default of {task}"
+
+
+def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """A raw mapping as a Recipe.
+
+    Raises:
+        RecipeError: lists every mistake, with the nearest known key beside an unknown one.
+    """
+    task = raw.get("task")
+    if task in FUTURE_TASKS:
+        raise RecipeError(f"{where}: the task {task!r} is not in this version; it has {', '.join(_task_names())}")
+    try:
+        return Recipe.model_validate(dict(raw))
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{where}: {line}" for line in _mistakes(error))) from None
+
+
+def _task_names() -> tuple[str, ...]:
+    return tuple(TaskName.__args__)  # type: ignore[attr-defined]
+
+
+def _mistakes(error: ValidationError) -> Iterator[str]:
+    seen = set()
+    errors = error.errors()
+    for item in errors:
+        if _is_echo(item, errors):
+            continue
+        # pydantic names the branch of a union in the path ("float", "tuple[...]"): noise to whoever wrote the recipe
+        loc = [str(part) for part in item["loc"] if re.fullmatch(r"\d+|[a-z_]+\w*", str(part)) and part not in _UNIONS]
+        place = ".".join(loc)
+        if item["type"] == "extra_forbidden":
+            line = f"{place}: unknown key{_nearest(item['loc'])}"
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            line = f"{place}: {message} (got {item['input']!r:.60})" if place else message
+        if line not in seen:
+            seen.add(line)
+            yield line
+
+
+_UNIONS = {"float", "int", "str", "tuple"}
+
+
+def _is_echo(item: Any, errors: list[Any]) -> bool:
+    """Does this line only repeat another: the union's other branch, or a list that is short since its items failed?"""
+    if item["type"] == "too_short":
+        return any(other["loc"][: len(item["loc"])] == item["loc"] for other in errors if other is not item)
+    is_list = isinstance(item["input"], list | tuple)
+    return (item["type"] == "tuple_type" and not is_list) or (item["type"] == "float_type" and is_list)
+
+
+def _nearest(loc: tuple[int | str, ...]) -> str:
+    owner = Phase if "phases" in loc[:-1] else Augment if "augment" in loc[:-1] else Recipe
+    close = difflib.get_close_matches(str(loc[-1]), owner.model_fields, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(owner.model_fields)}"
+
+
+def set_field(raw: dict[str, Any], assignment: str) -> None:
+    """Apply one `--set a.b=v` in place; `v` is read as YAML, list items go by number (`phases.0.lr=0.1`).
+
+    Raises:
+        RecipeError: no `=`, or a path that leads through something that is not there.
+    """
+    path, equals, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {assignment}: expected FIELD=VALUE, such as phases.0.lr=0.01")
+    value = parse_yaml(f"value: {text}", f"--set {assignment}").get("value")
+    place: Any = raw
+    for key in keys[:-1]:
+        place = _item(place, key, assignment, create=True)
+    if isinstance(place, list):
+        place[_index(place, keys[-1], assignment)] = value
+    elif isinstance(place, dict):
+        place[keys[-1]] = value
+    else:
+        raise RecipeError(f"--set {assignment}: {'.'.join(keys[:-1])} has no fields")
+
+
+def _item(place: Any, key: str, assignment: str, create: bool) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, key, assignment)]
+    if isinstance(place, dict):
+        return place.setdefault(key, {}) if create else place[key]
+    raise RecipeError(f"--set {assignment}: nothing called {key!r} there")
+
+
+def _index(items: list[Any], key: str, assignment: str) -> int:
+    if not key.isdigit() or int(key) >= len(items):
+        raise RecipeError(f"--set {assignment}: {key!r} is not a number from 0 to {len(items) - 1}")
+    return int(key)
+
+
+def apply_flags(raw: dict[str, Any], flags: Mapping[str, Any]) -> None:
+    """Apply command-line flags in place. Phase flags reach every phase of their kind.
+
+    `--lr` without `--dense-lr` sets the dense phases to a tenth of it (paper, section 3: re-Dense runs at 1/10).
+    """
+    flags = {key: value for key, value in flags.items() if value is not None and value != ()}
+    dense_lr = flags.get("dense_lr", flags["lr"] / 10 if "lr" in flags else None)
+    by_kind: dict[str, dict[str, Any]] = {
+        "sparse": {"lr": flags.get("lr"), "sparsity": flags.get("sparsity")},
+        "dense": {"lr": dense_lr},
+    }
+    for kind, fields in by_kind.items():
+        fields.update(schedule=flags.get("schedule"), warmup_steps=flags.get("warmup_steps"))
+        for unit, other in (("epochs", "steps"), ("steps", "epochs")):
+            if f"{kind}_{unit}" in flags:
+                fields.update({unit: flags[f"{kind}_{unit}"], other: _REMOVE})
+    phases = raw.get("phases")
+    for phase in phases if isinstance(phases, list) else []:
+        if isinstance(phase, dict) and phase.get("kind") in by_kind:
+            _update(phase, by_kind[phase["kind"]])
+    plain = set(Recipe.model_fields) - {"phases"}
+    raw.update({key: value for key, value in flags.items() if key in plain})
+
+
+_REMOVE = object()
+
+
+def _update(phase: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    for key, value in fields.items():
+        if value is _REMOVE:
+            phase.pop(key, None)
+        elif value is not None:
+            phase[key] = value

@@ -1,0 +1,136 @@
+"""What image and text classification share: one label a row, cross-entropy, right or wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dsd_refine.errors import DataError
+from dsd_refine.tasks import Batch, Forward, Score, Scores, logits_of, ratio
+from dsd_refine.tasks.data import Examined, Parts, Rows, Table, divide, label_texts, use_rows
+from dsd_refine.tasks.labels import LabelMap, match_labels
+
+
+@dataclass(frozen=True)
+class LabelledPart:
+    """Rows with the model's class id of each."""
+
+    rows: Rows
+    ids: np.ndarray[Any, Any]
+
+    @property
+    def units(self) -> int:
+        return len(self.rows)
+
+    def row_of(self, unit: int) -> int:
+        return unit
+
+
+@dataclass
+class Classification:
+    """The half of a classification task that does not care what the rows are."""
+
+    labels: LabelMap
+    train: LabelledPart
+    holdout: LabelledPart | None
+    eval: LabelledPart
+    warnings: list[str] = field(default_factory=list)
+    metric: str = "accuracy"
+    higher_is_better: bool = True
+
+    def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        return F.cross_entropy(logits_of(forward, batch.inputs), batch.targets, reduction="sum")
+
+    def score(self, forward: Forward, batch: Batch) -> list[Score]:
+        logits = logits_of(forward, batch.inputs)
+        losses = F.cross_entropy(logits, batch.targets, reduction="none").tolist()
+        predictions = logits.argmax(-1)
+        hits = (predictions == batch.targets).tolist()
+        return [Score(float(h), 1, n, p) for h, n, p in zip(hits, losses, predictions.tolist(), strict=True)]
+
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        return {"accuracy": ratio(scores.score, scores.count), "loss": ratio(scores.loss, scores.count)}
+
+    def target(self, part: LabelledPart, row: int) -> str | None:
+        return self.labels.model[int(part.ids[row])]
+
+    def shown(self, prediction: int) -> str | None:
+        return self.labels.model[prediction]
+
+    def report(self) -> Mapping[str, Any]:
+        labels = {"model": list(self.labels.model), "data": list(self.labels.data), "rule": self.labels.rule}
+        return {"labels": labels, "warnings": self.warnings}
+
+
+Examine = Callable[[Table, list[str | None]], list[Examined]]
+
+
+def labelled_parts(
+    tables: dict[str, Table],
+    evaluation: dict[str, Table] | None,
+    label_column: Callable[[Table], str],
+    examine: Examine,
+    aliases: Sequence[Sequence[str]] | None,
+    classes: int,
+    holdout: float,
+) -> tuple[LabelMap, list[LabelledPart | None], Parts]:
+    """Read labels, match them once for all splits, skip what cannot be used, and divide.
+
+    Raises:
+        DataError: as `match_labels` and `divide` say.
+    """
+    used = {name: _examined(table, label_column(table), examine) for name, table in tables.items()}
+    judged = {n: _examined(t, label_column(t), examine) for n, t in evaluation.items()} if evaluation else None
+    everything = [*used.values(), *(judged or {}).values()]
+    found = {label for rows in everything for label in rows.labels}
+    if not found:
+        raise DataError("no row has a label")
+    labels = match_labels(aliases, classes, found, _declared(tables, label_column))
+    parts = divide(used, judged, holdout)
+    return labels, [_with_ids(rows, labels) for rows in (parts.train, parts.holdout, parts.eval)], parts
+
+
+def _examined(table: Table, column: str, examine: Examine) -> Rows:
+    labels = label_texts(table, column)
+    if all(label is None for label in labels):
+        return use_rows(table, [Examined(b"", reason="no label")] * len(labels))
+    return use_rows(table, examine(table, labels))
+
+
+def _declared(tables: dict[str, Table], label_column: Callable[[Table], str]) -> list[str] | None:
+    table = next(iter(tables.values()))
+    names = getattr(table.rows.features[label_column(table)], "names", None)
+    return list(names) if names else None
+
+
+def _with_ids(rows: Rows | None, labels: LabelMap) -> LabelledPart | None:
+    if rows is None:
+        return None
+    return LabelledPart(rows, np.asarray([labels.ids[label] for label in rows.labels], dtype=np.int64))
+
+
+def overlap_warning(parts: Parts) -> list[str]:
+    """Evaluation rows that also train are counted and warned of."""
+    if not parts.overlap:
+        return []
+    return [f"{parts.overlap} of {len(parts.eval)} evaluation rows have the content of a training row: the figures flatter"]
+
+
+def skip_warnings(parts: Parts) -> list[str]:
+    """One line for each part that lost rows."""
+    lines = []
+    for name, rows in (("training", parts.train), ("holdout", parts.holdout), ("evaluation", parts.eval)):
+        for item in (rows.skipped if rows else [])[:1]:
+            lines.append(f"{len(rows.skipped)} {name} rows skipped, the first: {item['row']} ({item['reason']})")  # type: ignore[union-attr]
+    return lines
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a file of the data."""
+    return Path(path).read_bytes()

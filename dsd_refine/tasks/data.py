@@ -1,0 +1,363 @@
+"""Where rows come from and which of them train, select and judge. No task, no model: rows have content, a label, a name."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from dsd_refine.checkpoint.source import ask_hub
+from dsd_refine.errors import CheckpointError, DataError
+
+SALT = b"dsd-refine holdout 1"
+EVAL_SHARE = 0.2
+HUB_LIMIT = 5 * 10**9
+SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
+               "valid": "validation", "dev": "validation", "test": "test"}  # fmt: skip
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2"}
+TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split as read. `names` are file names relative to the data, None for a table (rows are numbered from 0).
+
+    `folder` is what relative file names in columns count from.
+    """
+
+    rows: datasets.Dataset
+    names: list[str] | None = None
+    folder: Path | None = None
+
+    def name(self, row: int) -> str | int:
+        return self.names[row] if self.names is not None else row
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a task says of one row: `digest` of its content, `label` as text (None: has none), `reason` to skip it."""
+
+    digest: bytes
+    label: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The used rows of one part, in the data's order. `at` indexes `table.rows`; `labels` are texts ("" without classes)."""
+
+    table: Table
+    at: np.ndarray[Any, Any]
+    digests: list[bytes]
+    labels: list[str]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def name(self, i: int) -> str | int:
+        return self.table.name(int(self.at[i]))
+
+    def subset(self, chosen: Sequence[int], skipped: list[dict[str, Any]] | None = None) -> Rows:
+        """The rows at these positions, in this order."""
+        return Rows(
+            self.table,
+            self.at[np.asarray(chosen, dtype=np.int64)],
+            [self.digests[i] for i in chosen],
+            [self.labels[i] for i in chosen],
+            skipped or [],
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over content and label of every row in order."""
+        digest = hashlib.sha256()
+        for content, label in zip(self.digests, self.labels, strict=True):
+            digest.update(content + label.encode() + b"\0")
+        return digest.hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """The report's `data` entry."""
+        return {"rows": len(self), "skipped": self.skipped, "fingerprint": self.fingerprint}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The three parts of a run. `overlap` counts evaluation rows whose content also trains."""
+
+    train: Rows
+    holdout: Rows | None
+    eval: Rows
+    overlap: int
+    rule: str
+
+
+def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool]) -> dict[str, Table]:
+    """Split name (train, validation, test) -> table, for any form of `--data`. Files are parsed into `cache`.
+
+    `download(name, bytes)` is asked before a Hub data set of more than HUB_LIMIT bytes is fetched.
+
+    Raises:
+        DataError: absent, empty, of no known form, or a download nobody agreed to.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        tables = _from_folder(path, cache)
+    elif path.is_file():
+        tables = {"train": _from_file(path, cache)}
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not spec.startswith("."):
+        tables = _from_hub(spec, download)
+    else:
+        raise DataError(f"{spec}: no such file or directory, and not a Hub data set (org/name[:config])")
+    if not any(len(table.rows) for table in tables.values()):
+        raise DataError(f"{spec}: holds no rows")
+    return tables
+
+
+def _from_folder(path: Path, cache: Path) -> dict[str, Table]:
+    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        return _named_splits(_guarded(path, lambda: datasets.load_from_disk(str(path))), str(path))
+    files = {SPLIT_NAMES[f.stem]: f for f in sorted(path.iterdir()) if f.stem in SPLIT_NAMES and f.suffix in TABLE_SUFFIXES}
+    if files:
+        return {split: _from_file(file, cache) for split, file in files.items()}
+    if _metadata(path):
+        return {"train": _from_metadata(path, path, cache)}
+    parts = [f for f in sorted(path.iterdir()) if f.is_dir() and f.name.lower() in SPLIT_NAMES]
+    if not parts:
+        return {"train": _class_folders(path, path)}
+    return {
+        SPLIT_NAMES[f.name.lower()]: _from_metadata(f, path, cache) if _metadata(f) else _class_folders(f, path) for f in parts
+    }
+
+
+def _class_folders(folder: Path, root: Path) -> Table:
+    classes = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    files = [(file, c.name) for c in classes for file in sorted(c.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise DataError(
+            f"{folder}: no images in class folders here. Known forms: class folders, train/ and test/ of them, "
+            "train.csv|jsonl|parquet|txt, metadata.csv|jsonl, or a folder that save_to_disk wrote"
+        )
+    rows = datasets.Dataset.from_dict({"image": [str(f.absolute()) for f, _ in files], "label": [c for _, c in files]})
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    return Table(rows, [f.relative_to(root).as_posix() for f, _ in files], folder)
+
+
+def _metadata(folder: Path) -> Path | None:
+    return next((folder / f"metadata.{s}" for s in ("csv", "jsonl", "parquet") if (folder / f"metadata.{s}").is_file()), None)
+
+
+def _from_metadata(folder: Path, root: Path, cache: Path) -> Table:
+    file = _metadata(folder)
+    rows = _from_file(file, cache).rows if file else datasets.Dataset.from_dict({})
+    if "file_name" not in rows.column_names:
+        raise DataError(f"{file}: has no `file_name` column, only {', '.join(rows.column_names)}")
+    names = [str(name) for name in rows["file_name"]]
+    rows = rows.remove_columns("file_name").add_column("image", [str((folder / n).absolute()) for n in names])
+    return Table(rows, [(folder / n).relative_to(root).as_posix() for n in names], folder)
+
+
+def _from_file(path: Path, cache: Path) -> Table:
+    kind, where = path.suffix.lower(), {"cache_dir": str(cache), "keep_in_memory": False}
+    readers: dict[str, Callable[[], Any]] = {
+        ".csv": lambda: datasets.Dataset.from_csv(str(path), keep_default_na=False, na_values=[""], **where),
+        ".tsv": lambda: datasets.Dataset.from_csv(str(path), sep="\t", keep_default_na=False, na_values=[""], **where),
+        ".parquet": lambda: datasets.Dataset.from_parquet(str(path), **where),
+        ".txt": lambda: datasets.Dataset.from_dict({"text": list(paragraphs(path))}),
+        **dict.fromkeys((".json", ".jsonl", ".ndjson"), lambda: datasets.Dataset.from_json(str(path), **where)),
+    }
+    if kind not in readers:
+        raise DataError(f"{path}: a {kind or 'nameless'} file; known are {', '.join(sorted(TABLE_SUFFIXES))}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: is empty")
+    rows = _guarded(path, readers[kind])
+    return Table(rows, None, path.parent)
+
+
+def paragraphs(path: Path) -> Iterable[str]:
+    """The documents of a text file: runs of lines without a blank one between them, stripped of outer white space.
+
+    Raises:
+        DataError: not UTF-8.
+    """
+    block: list[str] = []
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for line in (*file, "\n"):
+                if line.strip():
+                    block.append(line)
+                elif block:
+                    yield "".join(block).strip()
+                    block = []
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _guarded(path: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except DataError:
+        raise
+    except Exception as error:  # datasets, pandas and pyarrow raise whatever a broken file makes them raise
+        cause = error.__cause__ or error
+        raise DataError(f"{path}: cannot be read: {' '.join(str(cause).split())[:300] or type(cause).__name__}") from None
+
+
+def _named_splits(found: Any, spec: str) -> dict[str, Table]:
+    if isinstance(found, datasets.Dataset):
+        return {"train": Table(found)}
+    tables = {SPLIT_NAMES[name]: Table(rows) for name, rows in found.items() if name in SPLIT_NAMES}
+    if not tables:
+        raise DataError(f"{spec}: has the splits {', '.join(found)}; none is train, validation or test")
+    return tables
+
+
+def _from_hub(spec: str, download: Callable[[str, int], bool]) -> dict[str, Table]:
+    from huggingface_hub import HfApi
+
+    name, _, config = spec.partition(":")
+    try:
+        try:
+            info = ask_hub(name, lambda: HfApi().dataset_info(name, files_metadata=True), "data set")
+            size = sum(file.size or 0 for file in info.siblings or [])
+            if size > HUB_LIMIT and not download(name, size):
+                raise DataError(f"{name}: {size / 1e9:.0f} GB to download; give --yes to agree")
+        except CheckpointError as error:
+            if error.__cause__ is None:
+                raise
+        found = ask_hub(name, lambda: _guarded(Path(spec), lambda: datasets.load_dataset(name, config or None)), "data set")
+    except CheckpointError as error:
+        raise DataError(str(error)) from None
+    return _named_splits(found, spec)
+
+
+def column(table: Table, asked: str | None, known: Sequence[str], what: str, flag: str, feature: Any = None) -> str:
+    """The name of a column: the one asked for, else the one of a telling type, else the first of the known names.
+
+    Raises:
+        DataError: lists the columns found.
+    """
+    columns = table.rows.column_names
+    if asked is not None and asked in columns:
+        return asked
+    if asked is None:
+        typed = [n for n, kind in table.rows.features.items() if feature is not None and isinstance(kind, feature)]
+        named = [n for n in known if n in columns]
+        if len(typed) == 1 or (typed and not named):
+            return typed[0]
+        if named:
+            return named[0]
+    missing = f"no column {asked!r}" if asked else f"no {what} column found (looked for {', '.join(known)})"
+    raise DataError(f"{missing}; the data has {', '.join(columns)}. Name it with {flag}")
+
+
+def label_texts(table: Table, name: str) -> list[str | None]:
+    """The label column as texts; None where a row has no label.
+
+    Raises:
+        DataError: several labels a row, numbers that are no classes, a class id out of range.
+    """
+    kind, values = table.rows.features[name], table.rows.with_format(None)[name]
+    if isinstance(kind, datasets.ClassLabel):
+        return [_class_name(kind, table, row, value) for row, value in enumerate(values)]
+    texts = []
+    for row, value in enumerate(values):
+        if isinstance(value, list | dict | np.ndarray):
+            raise DataError(f"row {table.name(row)}: {name!r} holds several labels ({value!r:.60}); multi-label is not supported")
+        if isinstance(value, float) and value == value and not value.is_integer():
+            raise DataError(f"row {table.name(row)}: the label {value} is no class; regression is not supported")
+        missing = value is None or value != value or value == ""
+        texts.append(None if missing else str(int(value)) if isinstance(value, float) else str(value))
+    return texts
+
+
+def _class_name(kind: Any, table: Table, row: int, value: int | None) -> str | None:
+    if value is None or value == -1:  # -1 is how data sets hide the labels of a test split
+        return None
+    if not 0 <= value < kind.num_classes:
+        raise DataError(f"row {table.name(row)}: class id {value} is outside 0..{kind.num_classes - 1}")
+    return str(kind.names[value])
+
+
+def use_rows(table: Table, examined: Sequence[Examined]) -> Rows:
+    """The rows of a split that can be used; the others are named with their reasons."""
+    used = [i for i, row in enumerate(examined) if row.reason is None]
+    skipped = [{"row": table.name(i), "reason": row.reason} for i, row in enumerate(examined) if row.reason is not None]
+    return Rows(
+        table,
+        np.asarray(used, dtype=np.int64),
+        [examined[i].digest for i in used],
+        [examined[i].label or "" for i in used],
+        skipped,
+    )
+
+
+def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_share: float) -> Parts:
+    """Which rows train, select and judge, as the contract's splits say. A split without labelled rows counts as absent.
+
+    Raises:
+        DataError: nothing left to train on or to evaluate on.
+    """
+    splits = {name: rows for name, rows in tables.items() if len(rows)}
+    if "train" not in splits:
+        raise DataError(f"no usable training rows{_why(tables.get('train'))}")
+    train, rest = splits["train"], [splits.get("test"), splits.get("validation")]
+    selecting: Rows | None = None
+    if evaluation is not None:
+        held = [evaluation[name] for name in ("test", "validation", "train") if len(evaluation.get(name, ()))]  # type: ignore[arg-type]
+        if not held:
+            raise DataError("no usable rows in --eval-data")
+        judge, rule, selecting = held[0], "--eval-data", splits.get("validation")
+    elif rest[0] is not None or rest[1] is not None:
+        judge = rest[0] if rest[0] is not None else rest[1]  # type: ignore[assignment]
+        rule = "test" if rest[0] is not None else "validation"
+        selecting = rest[1] if rest[0] is not None else None
+    else:
+        train, judge = carve(train, EVAL_SHARE)
+        rule = f"carved ({EVAL_SHARE}) from the training rows"
+    if selecting is None and holdout_share:
+        train, selecting = carve(train, holdout_share)
+        rule += f"; holdout carved ({holdout_share}) from the training rows"
+    elif selecting is not None:
+        rule += "; holdout is validation"
+    if not len(train) or not len(judge):
+        raise DataError(f"too few rows: {len(train)} left for training, {len(judge)} for evaluation")
+    if selecting is not None and not len(selecting):
+        raise DataError("too few rows for a holdout; give more data, or --holdout 0 with --keep last")
+    seen = set(train.digests)
+    return Parts(train, selecting, judge, sum(digest in seen for digest in judge.digests), rule)
+
+
+def _why(rows: Rows | None) -> str:
+    if rows is None or not rows.skipped:
+        return ": the data has no train split" if rows is None else ""
+    reasons = Counter(item["reason"] for item in rows.skipped)
+    return f": {len(rows.skipped)} rows were skipped ({', '.join(f'{n} {reason}' for reason, n in reasons.most_common(3))})"
+
+
+def carve(rows: Rows, share: float) -> tuple[Rows, Rows]:
+    """(kept, carved): per class the round(share * n) rows with the smallest salted SHA-256 of content; no seed in it.
+
+    Equal rows stay together: a group at the border goes over whole, unless that would empty the class.
+    """
+    by_class: dict[str, list[int]] = defaultdict(list)
+    for i, label in enumerate(rows.labels):
+        by_class[label].append(i)
+    taken: set[int] = set()
+    for members in by_class.values():
+        keyed = sorted((hashlib.sha256(SALT + rows.digests[i]).digest(), i) for i in members)
+        count = round(share * len(keyed))
+        while 0 < count < len(keyed) and keyed[count][0] == keyed[count - 1][0]:
+            count += 1
+        if count == len(keyed):
+            count = next((i for i, item in enumerate(keyed) if item[0] == keyed[-1][0]), 0)
+        taken.update(i for _, i in keyed[:count])
+    kept = [i for i in range(len(rows)) if i not in taken]
+    return rows.subset(kept, rows.skipped), rows.subset(sorted(taken))

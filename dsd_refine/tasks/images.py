@@ -1,0 +1,242 @@
+"""Image classification: pictures of any mode, through the checkpoint's own preprocessing."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
+
+from dsd_refine.errors import CheckpointError, DataError
+from dsd_refine.recipe import Augment, Recipe
+from dsd_refine.tasks import Batch, Item
+from dsd_refine.tasks.classify import Classification, LabelledPart, labelled_parts, overlap_warning, read_file, skip_warnings
+from dsd_refine.tasks.data import Examined, Table, column
+
+IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "file", "path", "file_name")
+LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category", "y")
+Pixels = Callable[[Image.Image], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """A checkpoint's own: `evaluation` and `training` turn a picture into a float tensor (channels, height, width).
+
+    `normalise` is the part after any cropping, `size` the training crop (height, width), `shown` what the report says.
+    """
+
+    channels: int
+    evaluation: Pixels
+    training: Pixels
+    normalise: Pixels
+    size: tuple[int, int]
+    interpolation: InterpolationMode
+    shown: dict[str, Any]
+
+
+def timm_preprocessing(model: torch.nn.Module) -> Preprocessing:
+    """What `pretrained_cfg` says: the test size for evaluation, the input size for training."""
+    from timm.data import create_transform, resolve_data_config
+    from torchvision.transforms import Compose, Normalize, PILToTensor
+
+    test = resolve_data_config({}, model=model, use_test_size=True)
+    train = resolve_data_config({}, model=model, use_test_size=False)
+    normalise = Compose([PILToTensor(), lambda x: x.float().div(255), Normalize(test["mean"], test["std"])])
+    return Preprocessing(
+        channels=test["input_size"][0],
+        evaluation=create_transform(**test, is_training=False),
+        training=create_transform(**train, is_training=False),
+        normalise=normalise,
+        size=tuple(train["input_size"][1:]),
+        interpolation=_interpolation(train["interpolation"]),
+        shown={"evaluation": _plain(test), "training": _plain(train)},
+    )
+
+
+def transformers_preprocessing(folder: Path, config: Any) -> Preprocessing:
+    """What the checkpoint's image processor says.
+
+    Raises:
+        CheckpointError: the folder has no usable processor config.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever a strange config makes it raise
+        raise CheckpointError(f"{folder}: its image processor cannot be loaded: {error!s:.200}") from None
+
+    def pixels(image: Image.Image, **options: Any) -> torch.Tensor:
+        found: torch.Tensor = processor(image, return_tensors="pt", **options)["pixel_values"][0]
+        return found
+
+    channels = int(getattr(config, "num_channels", 3))
+    probe = pixels(Image.new("RGB" if channels == 3 else "L", (64, 64)))
+    return Preprocessing(
+        channels=channels,
+        evaluation=pixels,
+        training=pixels,
+        normalise=lambda image: pixels(image, do_resize=False, do_center_crop=False),
+        size=(probe.shape[-2], probe.shape[-1]),
+        interpolation=_interpolation({0: "nearest", 1: "lanczos", 2: "bilinear"}.get(getattr(processor, "resample", 3), "bicubic")),
+        shown=_plain(processor.to_dict()),
+    )
+
+
+def _interpolation(name: str) -> InterpolationMode:
+    return InterpolationMode(name if name in {mode.value for mode in InterpolationMode} else "bicubic")
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if isinstance(v, str | int | float | bool | list | tuple | dict)}
+
+
+def decode(raw: bytes, channels: int) -> Image.Image:
+    """A picture in the mode that a model of this many channels sees, upright.
+
+    16-bit greys are scaled to 8 bits, not clipped; palettes, alpha, CMYK and greys are converted.
+
+    Raises:
+        DataError: not a picture, cut short, too large, or of a mode that has no one meaning.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(raw))
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            return _converted(image, channels)
+    except DataError:
+        raise
+    except Image.DecompressionBombError:
+        raise DataError("picture too large to decode safely") from None
+    except Exception as error:  # decoders raise whatever a broken file makes them raise
+        raise DataError(f"unreadable picture ({' '.join(str(error).split())[:80] or type(error).__name__})") from None
+
+
+def _converted(image: Image.Image, channels: int) -> Image.Image:
+    wanted = {1: "L", 3: "RGB", 4: "RGBA"}.get(channels)
+    if wanted is None:
+        raise DataError(f"the model sees {channels} channels, which pictures do not have")
+    if image.mode == "F":
+        raise DataError("picture of floating-point pixels: their range is not known")
+    if image.mode.startswith("I"):
+        wide = np.asarray(image, dtype=np.float64)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise DataError("picture of more than 16 bits: its range is not known")
+        image = Image.fromarray(np.rint(wide / 257).astype(np.uint8), mode="L") if wide.ndim == 2 else image
+    return image if image.mode == wanted else image.convert(wanted)
+
+
+class ImageClassification(Classification):
+    """`image-classification` for timm and transformers models."""
+
+    name = "image-classification"
+    preprocessing: Preprocessing
+    augment: Augment
+    image_column: str
+
+    def batch(self, part: LabelledPart, items: Sequence[Item]) -> Batch:
+        pixels = torch.stack([self._pixels(part, unit, seed) for unit, seed in items])
+        targets = torch.as_tensor(part.ids[[unit for unit, _ in items]])
+        return Batch({self.input_name: pixels}, targets, len(items))
+
+    input_name = "x"
+
+    def _pixels(self, part: LabelledPart, unit: int, seed: int | None) -> torch.Tensor:
+        table, row = part.rows.table, int(part.rows.at[unit])
+        image = decode(_raw(table, self.image_column, row), self.preprocessing.channels)
+        if seed is None:
+            return self.preprocessing.evaluation(image)
+        reseed(seed)
+        if self.augment.flip:
+            image = RandomHorizontalFlip(self.augment.flip)(image)
+        if self.augment.crop == "none":
+            return self.preprocessing.training(image)
+        crop = RandomResizedCrop(
+            self.preprocessing.size, self.augment.scale, self.augment.ratio, self.preprocessing.interpolation
+        )
+        return self.preprocessing.normalise(crop(image))
+
+
+def reseed(seed: int) -> None:
+    """Re-seed python's, numpy's and torch's generators: what augmentation draws is a function of the seed alone."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _raw(table: Table, name: str, row: int) -> bytes:
+    value = table.rows[row][name]
+    if isinstance(value, dict):
+        return value["bytes"] if value.get("bytes") is not None else read_file(value["path"])
+    return read_file((table.folder or Path()) / value)
+
+
+def prepare_images(
+    recipe: Recipe,
+    tables: dict[str, Table],
+    evaluation: dict[str, Table] | None,
+    preprocessing: Preprocessing,
+    aliases: Sequence[Sequence[str]] | None,
+    classes: int,
+    input_name: str,
+) -> ImageClassification:
+    """Examine every picture once, match labels, divide.
+
+    Raises:
+        DataError: no image or label column, no usable rows, labels that do not match.
+    """
+    first = next(iter(tables.values()))
+    image = column(first, recipe.image_column, IMAGE_COLUMNS, "image", "--image-column", datasets.Image)
+    tables = {name: _undecoded(table, image) for name, table in tables.items()}
+    evaluation = {name: _undecoded(table, image) for name, table in evaluation.items()} if evaluation else None
+
+    def label(table: Table) -> str:
+        return column(table, recipe.label_column, LABEL_COLUMNS, "label", "--label-column", datasets.ClassLabel)
+
+    def examine(table: Table, labels: list[str | None]) -> list[Examined]:
+        def one(row: int) -> Examined:
+            return _examine(table, image, row, labels[row], preprocessing.channels)
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            return list(pool.map(one, range(len(labels))))
+
+    matched, parts, divided = labelled_parts(tables, evaluation, label, examine, aliases, classes, recipe.holdout)
+    train, holdout, judge = parts
+    task = ImageClassification(matched, train, holdout, judge, overlap_warning(divided) + skip_warnings(divided))  # type: ignore[arg-type]
+    task.preprocessing, task.augment, task.image_column, task.input_name = preprocessing, recipe.augment, image, input_name
+    return task
+
+
+def _undecoded(table: Table, name: str) -> Table:
+    if name not in table.rows.column_names:
+        raise DataError(f"a split has no column {name!r}, only {', '.join(table.rows.column_names)}")
+    if isinstance(table.rows.features[name], datasets.Image):
+        return Table(table.rows.cast_column(name, datasets.Image(decode=False)), table.names, table.folder)
+    return table
+
+
+def _examine(table: Table, name: str, row: int, label: str | None, channels: int) -> Examined:
+    if label is None:
+        return Examined(b"", None, "no label")
+    try:
+        raw = _raw(table, name, row)
+        decode(raw, channels)
+    except OSError as error:
+        return Examined(b"", label, f"unreadable file ({error.strerror or error})")
+    except (DataError, TypeError) as error:
+        return Examined(b"", label, str(error) if isinstance(error, DataError) else "no picture")
+    return Examined(hashlib.sha256(raw).digest(), label)

@@ -1,0 +1,85 @@
+"""Labels go by name: one map from the data's labels to the model's classes, for every split, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsd_refine.errors import DataError
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """`ids` maps a data label (text) to a class of the model; `model` are the model's class names in order."""
+
+    model: tuple[str, ...]
+    data: tuple[str, ...]
+    rule: str
+    ids: dict[str, int]
+
+
+def match_labels(
+    aliases: Sequence[Sequence[str]] | None, classes: int, found: set[str], declared: Sequence[str] | None = None
+) -> LabelMap:
+    """Map the labels found in all splits together.
+
+    `aliases` are the names of each class of the model (the first one is shown), None for a model without names;
+    `declared` are the data set's own class names in id order, where it has them.
+
+    Raises:
+        DataError: names that do not match (both lists), unequal class counts, ids out of range.
+    """
+    if aliases is not None:
+        return _by_name(aliases, found)
+    if declared is not None:
+        return _in_order(list(declared), classes, "the data set's own class ids (the model has no names)")
+    if all(text.lstrip("-").isdigit() for text in found):
+        return _as_ids(found, classes)
+    return _in_order(sorted(found), classes, "sorted order of the data's names (the model has no names)")
+
+
+def _by_name(aliases: Sequence[Sequence[str]], found: set[str]) -> LabelMap:
+    ids: dict[str, int] = {}
+    ambiguous = set()
+    for number, names in enumerate(aliases):
+        for key in {_plain(name) for name in names}:
+            if ids.setdefault(key, number) != number:
+                ambiguous.add(key)
+    shown = tuple(names[0] for names in aliases)
+    unknown = sorted(text for text in found if _plain(text) not in ids or _plain(text) in ambiguous)
+    if unknown:
+        raise DataError(
+            f"labels of the data that are no class names of the model: {_some(unknown)}. The model's classes are: {_some(shown)}. "
+            "Rename the folders or labels to the model's names"
+        )
+    mapping = {text: ids[_plain(text)] for text in sorted(found)}
+    if len(set(mapping.values())) < len(mapping):
+        raise DataError(f"two labels of the data mean the same class of the model: {_some(sorted(found))}")
+    return LabelMap(shown, tuple(mapping), "by name", mapping)
+
+
+def _as_ids(found: set[str], classes: int) -> LabelMap:
+    numbers = sorted(int(text) for text in found)
+    if numbers[0] < 0 or numbers[-1] >= classes:
+        raise DataError(f"class ids in the data run from {numbers[0]} to {numbers[-1]}, the model has 0 to {classes - 1}")
+    if len(numbers) != classes:
+        raise DataError(f"the data has {len(numbers)} classes, the model {classes}, and no names to tell which are which")
+    mapping = {str(n): n for n in numbers} | {text: int(text) for text in found}
+    return LabelMap(tuple(map(str, range(classes))), tuple(map(str, numbers)), "the data's integers are the class ids", mapping)
+
+
+def _in_order(names: list[str], classes: int, rule: str) -> LabelMap:
+    if len(names) != classes:
+        raise DataError(
+            f"the data has {len(names)} classes ({_some(names)}), the model {classes}; the head is never re-made to fit"
+        )
+    return LabelMap(tuple(names), tuple(names), rule, {name: i for i, name in enumerate(names)})
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def _some(names: Sequence[str], most: int = 12) -> str:
+    rest = f", … ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -1,0 +1,92 @@
+"""From a recipe, a library adapter and its model to a task with its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsd_refine.errors import DataError
+from dsd_refine.recipe import Recipe
+from dsd_refine.tasks import Task
+from dsd_refine.tasks.data import Table, read_tables
+
+
+def open_task(
+    recipe: Recipe, name: str, library: Any, model: torch.nn.Module, cache: Path, download: Callable[[str, int], bool]
+) -> Task:
+    """Read the recipe's data for a task and hold it against the model.
+
+    Raises:
+        DataError: no data given, or data that do not fit.
+        CheckpointError: the checkpoint lacks its preprocessing.
+    """
+    if recipe.data is None:
+        raise DataError("no data: give --data (a directory, a file, or a Hub data set org/name), or a recipe that names one")
+    tables = read_tables(recipe.data, cache, download=download)
+    evaluation = read_tables(recipe.eval_data, cache, download=download) if recipe.eval_data else None
+    return _OPENERS[name](recipe, library, model, tables, evaluation)
+
+
+Tables = dict[str, Table]
+
+
+def _images(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
+    from dsd_refine.tasks.images import prepare_images, timm_preprocessing, transformers_preprocessing
+
+    if library.name == "timm":
+        classes = int(model.num_classes)  # type: ignore[arg-type]
+        return prepare_images(recipe, tables, evaluation, timm_preprocessing(model), _timm_names(library, classes), classes, "x")
+    classes = int(library.config.num_labels)
+    preprocessing = transformers_preprocessing(library.folder, library.config)
+    return prepare_images(recipe, tables, evaluation, preprocessing, _config_names(library.config), classes, "pixel_values")
+
+
+def _texts(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
+    from dsd_refine.tasks.text import longest, open_tokenizer, prepare_texts
+
+    tokenizer = open_tokenizer(library.folder, library.config, library.trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
+    length = longest(tokenizer, library.config, "text-classification", recipe.max_length)
+    names, classes = _config_names(library.config), int(library.config.num_labels)
+    return prepare_texts(recipe, tables, evaluation, tokenizer, length, names, classes)
+
+
+def _documents(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
+    from dsd_refine.tasks.text import longest, open_tokenizer, prepare_documents
+
+    tokenizer = open_tokenizer(library.folder, library.config, library.trust_remote_code)
+    length = longest(tokenizer, library.config, "causal-lm", recipe.max_length)
+    return prepare_documents(recipe, tables, evaluation, tokenizer, length)
+
+
+_OPENERS: dict[str, Callable[..., Task]] = {
+    "image-classification": _images,
+    "text-classification": _texts,
+    "causal-lm": _documents,
+}
+
+
+def _config_names(config: Any) -> list[list[str]] | None:
+    """The class names of a transformers config; LABEL_0 and the like count as none."""
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else [[name] for name in names]
+
+
+def _timm_names(library: Any, classes: int) -> list[list[str]] | None:
+    """The class names of a timm checkpoint, else ImageNet's synsets and descriptions where the head has its size."""
+    from timm.data import ImageNetInfo
+
+    own = library.cfg.get("label_names")
+    if own and len(own) == classes:
+        described = library.cfg.get("label_descriptions") or {}
+        return [[str(name), *([str(described[name])] if isinstance(described, dict) and name in described else [])] for name in own]
+    subset = {1000: "imagenet-1k", 21841: "imagenet-22k", 21843: "imagenet-21k-goog", 11821: "imagenet-12k"}.get(classes)
+    if subset is None:
+        return None
+    info = ImageNetInfo(subset)
+    return [[str(info.index_to_label_name(i)), str(info.index_to_description(i))] for i in range(classes)]

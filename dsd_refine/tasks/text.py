@@ -1,0 +1,231 @@
+"""Text classification and causal language modelling: tokens exactly as the checkpoint's tokenizer makes them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dsd_refine.errors import CheckpointError, DataError
+from dsd_refine.recipe import Recipe
+from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, logits_of, ratio
+from dsd_refine.tasks.classify import Classification, LabelledPart, labelled_parts, overlap_warning, skip_warnings
+from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, use_rows
+from dsd_refine.tasks.images import LABEL_COLUMNS
+
+TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "tweet")
+LONGEST = {"text-classification": 512, "causal-lm": 1024}  # tokens, where neither tokenizer nor config name a limit
+
+
+def open_tokenizer(folder: Path, config: Any, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's tokenizer. Without a pad token it pads with eos, in this run only; nothing of that is written.
+
+    Raises:
+        CheckpointError: the folder has no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises whatever a strange file makes it raise
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    if len(tokenizer) > getattr(config.get_text_config(), "vocab_size", len(tokenizer)):
+        raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
+    return tokenizer
+
+
+def longest(tokenizer: Any, config: Any, task: str, asked: int | None) -> int:
+    """Tokens a window holds: what was asked for, within what tokenizer and position table allow.
+
+    Raises:
+        DataError: more was asked for than the model has positions.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    limits = [n for n in (tokenizer.model_max_length, positions) if isinstance(n, int) and 0 < n < 10**7]
+    if asked is not None and positions and asked > positions:
+        raise DataError(f"--max-length {asked}: the model has only {positions} positions")
+    return asked or min([*limits, LONGEST[task]])
+
+
+class TextClassification(Classification):
+    """`text-classification` for transformers models."""
+
+    name = "text-classification"
+    tokens: list[np.ndarray[Any, Any]]
+    pad: int
+    columns: tuple[str, ...]
+    tokenizer: Any
+    max_length: int
+
+    def batch(self, part: LabelledPart, items: Sequence[Item]) -> Batch:
+        rows = part.rows.table.rows[[int(part.rows.at[unit]) for unit, _ in items]]
+        texts = [[str(text) for text in rows[name]] for name in self.columns]
+        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt")
+        targets = torch.as_tensor(part.ids[[unit for unit, _ in items]])
+        return Batch(dict(encoded), targets, len(items))
+
+
+def prepare_texts(
+    recipe: Recipe,
+    tables: dict[str, Table],
+    evaluation: dict[str, Table] | None,
+    tokenizer: Any,
+    max_length: int,
+    aliases: Sequence[Sequence[str]] | None,
+    classes: int,
+) -> TextClassification:
+    """Match labels, skip rows without text or label, divide. `--text-column a,b` gives the tokenizer a pair.
+
+    Raises:
+        DataError: no text or label column, no usable rows, labels that do not match.
+    """
+    first = next(iter(tables.values()))
+    columns = tuple(column(first, name, TEXT_COLUMNS, "text", "--text-column") for name in _asked(recipe.text_column))
+
+    def label(table: Table) -> str:
+        return column(table, recipe.label_column, LABEL_COLUMNS, "label", "--label-column", datasets.ClassLabel)
+
+    def examine(table: Table, labels: list[str | None]) -> list[Examined]:
+        texts = [table.rows[column(table, name, (), "text", "--text-column")] for name in columns]
+        return [_examine(pair, text_label) for pair, text_label in zip(zip(*texts, strict=True), labels, strict=True)]
+
+    matched, parts, divided = labelled_parts(tables, evaluation, label, examine, aliases, classes, recipe.holdout)
+    train, holdout, judge = parts
+    task = TextClassification(matched, train, holdout, judge, overlap_warning(divided) + skip_warnings(divided))  # type: ignore[arg-type]
+    task.columns, task.tokenizer, task.max_length = columns, tokenizer, max_length
+    return task
+
+
+def _asked(text_column: str | None) -> list[str | None]:
+    return [name.strip() for name in text_column.split(",")] if text_column else [None]
+
+
+def _examine(texts: Sequence[Any], label: str | None) -> Examined:
+    if label is None:
+        return Examined(b"", None, "no label")
+    if any(not isinstance(text, str) or not text.strip() for text in texts):
+        return Examined(b"", label, "no text")
+    return Examined(hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).digest(), label)
+
+
+@dataclass(frozen=True)
+class WindowedPart:
+    """Documents cut into windows: window u is tokens[start[u] : stop[u]] of the document `row[u]`."""
+
+    rows: Rows
+    tokens: np.ndarray[Any, Any]
+    row: np.ndarray[Any, Any]
+    start: np.ndarray[Any, Any]
+    stop: np.ndarray[Any, Any]
+
+    @property
+    def units(self) -> int:
+        return len(self.row)
+
+    def row_of(self, unit: int) -> int:
+        return int(self.row[unit])
+
+
+@dataclass
+class CausalLM:
+    """`causal-lm` for transformers models. A row is a document; its windows' sums are added."""
+
+    train: WindowedPart
+    holdout: WindowedPart | None
+    eval: WindowedPart
+    warnings: list[str] = field(default_factory=list)
+    name: str = "causal-lm"
+    metric: str = "loss"
+    higher_is_better: bool = False
+
+    def batch(self, part: WindowedPart, items: Sequence[Item]) -> Batch:
+        windows = [torch.as_tensor(part.tokens[part.start[u] : part.stop[u]].astype(np.int64)) for u, _ in items]
+        ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)  # what fills is masked by length, never by id
+        mask = torch.arange(ids.shape[1])[None, :] < torch.tensor([len(w) for w in windows])[:, None]
+        targets = torch.where(mask[:, 1:], ids[:, 1:], -100)
+        return Batch({"input_ids": ids, "attention_mask": mask.long()}, targets, int(mask[:, 1:].sum()))
+
+    def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        return self._nll(forward, batch).sum()
+
+    def score(self, forward: Forward, batch: Batch) -> list[Score]:
+        sums = self._nll(forward, batch).double().sum(1).tolist()
+        counts = (batch.targets != -100).sum(1).tolist()
+        return [Score(s, c, s) for s, c in zip(sums, counts, strict=True)]
+
+    def _nll(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        logits = logits_of(forward, batch.inputs)[:, :-1]
+        flat = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="none")
+        return flat.reshape(batch.targets.shape)
+
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        loss = ratio(scores.score, scores.count)
+        return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
+
+    def target(self, part: WindowedPart, row: int) -> str | None:
+        return None
+
+    def shown(self, prediction: int) -> str | None:
+        return None
+
+    def report(self) -> Mapping[str, Any]:
+        return {"labels": None, "warnings": self.warnings}
+
+
+def prepare_documents(
+    recipe: Recipe, tables: dict[str, Table], evaluation: dict[str, Table] | None, tokenizer: Any, max_length: int
+) -> CausalLM:
+    """Tokenize every document, skip those without a target, divide.
+
+    Raises:
+        DataError: no text column, or no usable documents.
+    """
+    ids: dict[int, list[np.ndarray[Any, Any]]] = {}
+
+    def examined(table: Table) -> Rows:
+        name = column(table, recipe.text_column, TEXT_COLUMNS, "text", "--text-column")
+        texts = table.rows[name][:]
+        ids[id(table)] = [_tokens(tokenizer, text) for text in texts]
+        return use_rows(table, [_document(t, i) for t, i in zip(texts, ids[id(table)], strict=True)])
+
+    used = {name: examined(table) for name, table in tables.items()}
+    judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
+    divided = divide(used, judged, recipe.holdout)
+    train, holdout, judge = (
+        _windows(rows, ids[id(rows.table)], max_length) if rows else None for rows in (divided.train, divided.holdout, divided.eval)
+    )
+    return CausalLM(train, holdout, judge, overlap_warning(divided) + skip_warnings(divided))  # type: ignore[arg-type]
+
+
+def _tokens(tokenizer: Any, text: Any) -> np.ndarray[Any, Any]:
+    found = tokenizer(text, verbose=False)["input_ids"] if isinstance(text, str) and text else []
+    return np.asarray(found, dtype=np.int32)
+
+
+def _document(text: Any, ids: np.ndarray[Any, Any]) -> Examined:
+    if not isinstance(text, str) or not text.strip():
+        return Examined(b"", None, "no text")
+    if len(ids) < 2:
+        return Examined(b"", None, "fewer than two tokens: nothing to predict")
+    return Examined(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+
+
+def _windows(rows: Rows, ids: list[np.ndarray[Any, Any]], max_length: int) -> WindowedPart:
+    spans, tokens, at = [], [], 0
+    for row, number in enumerate(rows.at):
+        document = ids[int(number)]
+        tokens.append(document)
+        for start in range(0, len(document) - 1, max_length):  # a last window of one token has no target
+            spans.append((row, at + start, at + min(start + max_length, len(document))))
+        at += len(document)
+    table = np.asarray(spans, dtype=np.int64).reshape(-1, 3)
+    joined = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
+    return WindowedPart(rows, joined, table[:, 0], table[:, 1], table[:, 2])

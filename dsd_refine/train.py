@@ -1,0 +1,372 @@
+"""The only loop: one phase of training, and evaluation. It knows no task, no recipe file, no checkpoint format."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast, gather_object
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dsd_refine.errors import Interrupted, RunError
+from dsd_refine.masks import Masks, apply_masks, check_masks, mask_gradients, stable_seed
+from dsd_refine.recipe import Phase, Recipe
+from dsd_refine.tasks import Batch, Item, Scores, Task
+
+
+@dataclass
+class Loop:
+    """What training and evaluation share. `forward` is `model` wrapped for several processes or compiled."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    forward: Callable[..., Any]
+    task: Task
+    recipe: Recipe
+    as_written: Callable[[nn.Module], AbstractContextManager[None]]
+    log: Callable[[dict[str, Any]], None]
+    progress: Callable[[str, int, int], None]
+    stopping: Callable[[], bool]
+    save: Callable[[], None]
+    save_due: Callable[[], bool]
+    workers: int = 0
+    has_batchnorm: bool = False
+    channels_last: bool = False
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; the incomplete last group is a step of its own."""
+        micro = len(micro_batches(self.task.train.units, self.recipe.batch_size * self.world, self.has_batchnorm))
+        return math.ceil(micro / self.recipe.gradient_accumulation_steps)
+
+
+@dataclass
+class Progress:
+    """How far a phase is: everything that a stop in its middle must keep, and what its report entry says."""
+
+    step: int = 0
+    optimizer_steps: int = 0
+    samples: int = 0
+    lr_first: float | None = None
+    lr_peak: float | None = None
+    lr_last: float | None = None
+    loss_first: float | None = None
+    loss_last: float | None = None
+    seconds: float = 0.0
+
+
+class Key(NamedTuple):
+    """What order, augmentation and dropout of a phase are functions of."""
+
+    seed: int
+    phase: int
+
+
+def learning_rate(phase: Phase, step: int, total: int) -> float:
+    """Rate of step 1..total: linear warm-up over W steps, then the curve at (t - W - 1) / (T - W), towards 0.
+
+    `step` falls to a tenth at each third of the way.
+    """
+    if step <= phase.warmup_steps:
+        return phase.lr * step / phase.warmup_steps
+    x = (step - phase.warmup_steps - 1) / (total - phase.warmup_steps)
+    curves = {
+        "constant": 1.0,
+        "linear": 1 - x,
+        "cosine": 0.5 * (1 + math.cos(math.pi * x)),
+        "step": 0.1 ** int(3 * x + 1e-9),
+    }
+    return phase.lr * curves[phase.schedule]
+
+
+def micro_batches(units: int, size: int, has_batchnorm: bool) -> list[range]:
+    """Positions of an epoch's order that each micro-batch (over all processes) takes.
+
+    A last one of a single row joins the one before where there is BatchNorm, which has no statistics of one row.
+    """
+    found = [range(start, min(start + size, units)) for start in range(0, units, size)]
+    if has_batchnorm and len(found) > 1 and len(found[-1]) == 1:
+        found[-2:] = [range(found[-2].start, units)]
+    return found
+
+
+def shares(micro: Sequence[int], size: int, world: int, has_batchnorm: bool) -> list[Sequence[int]]:
+    """The rows of a micro-batch that each process takes: in order, `size` each, the last what is left (perhaps none)."""
+    bounds = [min(rank * size, len(micro)) for rank in range(world)] + [len(micro)]
+    if has_batchnorm:
+        for rank in range(1, world):
+            if bounds[rank + 1] - bounds[rank] == 1:
+                bounds[rank] += 1  # a lone row goes to the process before
+    return [micro[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def epoch_order(key: Key, epoch: int, units: int) -> np.ndarray[Any, Any]:
+    """The order of an epoch: a function of (seed, phase, epoch) alone."""
+    return np.random.default_rng(stable_seed(key.seed, key.phase, epoch, "order")).permutation(units)
+
+
+class _Plan(Sampler[tuple[list[Item], bool]]):
+    """What this process loads, micro-batch by micro-batch, from `first` to the end of the phase.
+
+    A process without a row in a micro-batch loads two anyway and gives them no weight, since all must step together.
+    """
+
+    def __init__(self, loop: Loop, key: Key, first: int, total: int) -> None:
+        self.loop, self.key, self.first, self.total = loop, key, first, total
+
+    def groups(self) -> Iterator[list[tuple[list[Item], bool]]]:
+        loop, recipe, units = self.loop, self.loop.recipe, self.loop.task.train.units
+        micro = micro_batches(units, recipe.batch_size * loop.world, loop.has_batchnorm)
+        size, per_epoch, epoch, order = recipe.gradient_accumulation_steps, loop.steps_per_epoch, -1, np.empty(0)
+        for step in range(self.first, self.total):
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = epoch_order(self.key, epoch, units)
+            place = step % per_epoch
+            yield [self._mine(order[np.asarray(m)], epoch) for m in micro[place * size : (place + 1) * size]]
+
+    def _mine(self, micro: np.ndarray[Any, Any], epoch: int) -> tuple[list[Item], bool]:
+        loop, rank = self.loop, self.loop.accelerator.process_index
+        mine = shares(micro, loop.recipe.batch_size, loop.world, loop.has_batchnorm)[rank]
+        chosen = mine if len(mine) else micro[:2]
+        return [(int(u), stable_seed(*self.key, epoch, int(u), "augment")) for u in chosen], bool(len(mine))
+
+    def __iter__(self) -> Iterator[tuple[list[Item], bool]]:
+        for group in self.groups():
+            yield from group
+
+
+class _Loader(Dataset[Batch]):
+    """Makes whole batches, in this process or in a worker."""
+
+    def __init__(self, task: Task, part: Any) -> None:
+        self.task, self.part = task, part
+
+    def __getitem__(self, wanted: Any) -> Batch:
+        items, real = wanted
+        batch = self.task.batch(self.part, items)
+        return batch if real else replace(batch, count=0)
+
+
+def _loader(loop: Loop, part: Any, plan: Any) -> DataLoader[Batch]:
+    # a generator of its own: drawing the workers' base seed must not move the generator that training uses
+    return DataLoader(
+        _Loader(loop.task, part), batch_size=None, sampler=plan, num_workers=loop.workers, generator=torch.Generator()
+    )
+
+
+def make_optimizer(loop: Loop, phase: Phase) -> AcceleratedOptimizer:
+    """A new optimizer for a phase: SGD (no Nesterov) or AdamW, without decay on 1-D parameters.
+
+    Wrapped by hand: `accelerator.prepare` would hold every phase's optimizer, with its state, until the end of the run.
+    """
+    recipe = loop.recipe
+    trained = [p for p in loop.model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=phase.lr)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=phase.lr, momentum=recipe.momentum)
+    return AcceleratedOptimizer(optimizer, device_placement=False, scaler=loop.accelerator.scaler)
+
+
+def train_phase(
+    loop: Loop,
+    phase: Phase,
+    key: Key,
+    label: str,
+    masks: Masks,
+    done: Progress,
+    optimizer: AcceleratedOptimizer,
+    *,
+    remask: Callable[[int], Masks],
+    epoch_end: Callable[[int], None],
+) -> None:
+    """Run a phase from `done.step` to its end: step, then mask (paper, section 3 and algorithm 1).
+
+    `masks` is empty for a dense phase and is refilled in place where the phase says `refresh`. `epoch_end(epoch)` is called
+    after the last step of each whole epoch and of the phase.
+
+    Raises:
+        RunError: a loss that is not finite, with its step. Interrupted: a signal came; the state is saved.
+    """
+    total = phase.total_steps(loop.steps_per_epoch)
+    plan = _Plan(loop, key, done.step, total)
+    batches = iter(_loader(loop, loop.task.train, plan))
+    loop.model.train()
+    for group in plan.groups():
+        started = time.perf_counter()
+        step = done.step + 1
+        rate = learning_rate(phase, step, total)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = rate
+        loss, samples, stop = _step(loop, [next(batches) for _ in group], key, step, optimizer, masks)
+        if not math.isfinite(loss):
+            raise RunError(f"{label}: the loss of step {step} of {total} is {loss}; try a lower --lr, or --max-grad-norm")
+        if phase.refresh and step % phase.refresh == 0 and step < total:
+            masks.update(remask(step // phase.refresh))
+            apply_masks(masks, loop.parameters)
+        skipped = bool(optimizer.step_was_skipped)
+        _count(done, step, rate, loss, samples, skipped, time.perf_counter() - started)
+        epoch = step / loop.steps_per_epoch
+        loop.log({"event": "step", **_place(label), "step": step, "epoch": epoch, "lr": rate, "loss": loss,
+                  "samples": samples, "skipped": skipped})  # fmt: skip
+        loop.progress(label, step, total)
+        if step % loop.steps_per_epoch == 0 or step == total:
+            epoch_end(math.ceil(epoch))
+            loop.model.train()
+        if stop:
+            loop.save()
+            raise Interrupted(f"stopped at step {step} of {total} of {label}; go on with --resume")
+        if loop.save_due():
+            loop.save()
+
+
+def _place(label: str) -> dict[str, str]:
+    arm, _, phase = label.partition("/")
+    return {"arm": arm, "phase": phase}
+
+
+def _count(done: Progress, step: int, rate: float, loss: float, samples: int, skipped: bool, seconds: float) -> None:
+    if done.step == 0:
+        done.lr_first, done.loss_first = rate, loss
+    done.step, done.lr_last, done.loss_last = step, rate, loss
+    done.lr_peak = max(done.lr_peak or 0.0, rate)
+    done.optimizer_steps += not skipped
+    done.samples += samples
+    done.seconds += seconds
+
+
+def _step(
+    loop: Loop, group: list[Batch], key: Key, step: int, optimizer: Any, masks: Masks
+) -> tuple[float, int, bool]:
+    """One optimizer step over a group of micro-batches: (mean loss, samples, should the run stop), over all processes.
+
+    The loss is the sum over the group's real targets divided by their number, however they were split (rule 12).
+    """
+    device, rank = loop.accelerator.device, loop.accelerator.process_index
+    counts = torch.tensor([sum(b.count for b in group), sum(len(b.targets) for b in group if b.count)], device=device)
+    targets, samples = (int(n) for n in loop.accelerator.reduce(counts, "sum")) if loop.world > 1 else counts.tolist()
+    total = torch.zeros((), device=device)
+    for number, batch in enumerate(group):
+        last = number == len(group) - 1
+        seed_all(stable_seed(*key, step, number, rank, "dropout"))
+        with nullcontext() if last or loop.world == 1 else loop.accelerator.no_sync(loop.forward):
+            with loop.accelerator.autocast():
+                loss = loop.task.loss(loop.forward, _on_device(loop, batch))
+            weight = loop.world / max(1, targets) if batch.count else 0.0  # several processes average their gradients
+            loop.accelerator.backward(loss * weight)
+        total += loss.detach() * bool(batch.count)
+    if loop.recipe.max_grad_norm is not None:
+        mask_gradients(masks, loop.parameters)
+        loop.accelerator.unscale_gradients(optimizer)
+        nn.utils.clip_grad_norm_(loop.model.parameters(), loop.recipe.max_grad_norm)
+    optimizer.step()
+    apply_masks(masks, loop.parameters)
+    optimizer.zero_grad()
+    sums = torch.stack([total, torch.tensor(float(loop.stopping()), device=device)])
+    if loop.world > 1:
+        sums = loop.accelerator.reduce(sums, "sum")
+    loss_sum, stop = sums.tolist()
+    return loss_sum / max(1, targets), samples, stop > 0
+
+
+def _on_device(loop: Loop, batch: Batch) -> Batch:
+    batch = batch.to(loop.accelerator.device)
+    if loop.channels_last:
+        inputs = {n: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in batch.inputs.items()}
+        batch = replace(batch, inputs=inputs)
+    return batch
+
+
+def seed_all(seed: int) -> None:
+    """Re-seed python's, numpy's and torch's generators on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@torch.no_grad()
+def evaluate(loop: Loop, part: Any, masks: Masks | None = None) -> Scores:
+    """Per-row scores of the model, in evaluation mode, with the weights as they would be written. Changes nothing.
+
+    Raises:
+        RunError: a masked weight that is not 0, or scores that are not finite.
+    """
+    check_masks(masks or {}, loop.parameters)
+    _same_buffers(loop)
+    was_training = loop.model.training
+    loop.model.eval()
+    rank, size = loop.accelerator.process_index, loop.recipe.batch_size
+    mine = range(rank, part.units, loop.world)
+    plan = [([(unit, None) for unit in mine[i : i + size]], True) for i in range(0, len(mine), size)]
+    found: list[tuple[int, Any]] = []
+    with loop.as_written(loop.model):
+        for (items, _), batch in zip(plan, _loader(loop, part, plan), strict=True):
+            with loop.accelerator.autocast():
+                scores = loop.task.score(loop.model, _on_device(loop, batch))
+            found += zip((unit for unit, _ in items), scores, strict=True)
+    loop.model.train(was_training)
+    gathered = gather_object(found) if loop.world > 1 else found
+    return _by_row(part, gathered)
+
+
+def _by_row(part: Any, found: list[tuple[int, Any]]) -> Scores:
+    units = sorted(unit for unit, _ in found)
+    if units != list(range(part.units)):
+        raise RunError(f"evaluation scored {len(units)} units of {part.units}; nothing was published")
+    rows = len(part.rows)
+    score, loss, count, prediction = np.zeros(rows), np.zeros(rows), np.zeros(rows), np.full(rows, -1)
+    for unit, one in sorted(found, key=lambda pair: pair[0]):
+        row = part.row_of(unit)
+        score[row] += one.score
+        loss[row] += one.loss
+        count[row] += one.count
+        if one.prediction is not None:
+            prediction[row] = one.prediction
+    if not (np.isfinite(score).all() and np.isfinite(loss).all()):
+        raise RunError("evaluation gives values that are not finite")
+    return Scores(score, count, loss, prediction)
+
+
+@torch.no_grad()
+def _same_buffers(loop: Loop) -> None:
+    """Every process takes the main one's buffers (BatchNorm statistics differ by the rows that each has seen)."""
+    if loop.world > 1:
+        for buffer in loop.model.buffers():
+            buffer.copy_(broadcast(buffer.clone()))
+
+
+def unreached(loop: Loop) -> list[str]:
+    """Names of the parameters that the loss has no gradient for, found on a few rows in evaluation mode.
+
+    Experts are left out: which of them a row reaches is the router's choice.
+    """
+    loop.model.eval()
+    units = range(min(2, loop.task.train.units))
+    batch = _on_device(loop, loop.task.batch(loop.task.train, [(unit, None) for unit in units]))
+    with torch.backends.cudnn.flags(enabled=False):  # cuDNN's recurrent layers have no backward in evaluation mode
+        loop.task.loss(loop.model, batch).backward()
+    lost = [n for n, p in loop.model.named_parameters() if p.requires_grad and p.grad is None and "expert" not in n]
+    loop.model.zero_grad(set_to_none=True)
+    return lost
