@@ -147,9 +147,7 @@ def _routers(model: nn.Module) -> set[str]:
     return found
 
 
-def _kind(
-    layer: Layer, places: Sequence[Owner], parameter: torch.Tensor, routers: set[str]
-) -> tuple[str | None, bool, int]:
+def _kind(layer: Layer, places: Sequence[Owner], parameter: torch.Tensor, routers: set[str]) -> tuple[str | None, bool, int]:
     """(reason or None, whether --include is refused, groups) by the module that owns the parameter."""
     module_name, module, attribute = places[0]
     key = layer.spots[0].key

@@ -20,6 +20,7 @@ from dsd_refine import masks as masking
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_checkpoint
 from dsd_refine.compare import Comparison, compare, gate_passed, holm, verdict
 from dsd_refine.errors import Interrupted, UsageError
+from dsd_refine.layers import open_layers
 from dsd_refine.masks import Layer, Masks
 from dsd_refine.publish import publish
 from dsd_refine.recipe import Phase, Recipe
@@ -206,9 +207,7 @@ def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
         raise UsageError("--device mps: torch sees no MPS device here")
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     try:
-        accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision, cpu=options.device == "cpu", kwargs_handlers=[unused]
-        )
+        accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=options.device == "cpu", kwargs_handlers=[unused])
     except (ValueError, ImportError) as error:
         raise UsageError(f"accelerate refuses this device and precision: {error}") from None
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -263,36 +262,6 @@ def _wrap(run: Run) -> None:
         loop.forward = loop.accelerator.prepare_model(loop.model)
     if run.options.compile:
         loop.forward = torch.compile(loop.forward)  # type: ignore[assignment, arg-type]
-
-
-def open_layers(checkpoint: Checkpoint, recipe: Recipe, lost: list[str]) -> list[Layer]:
-    """The file's tensors as layers, with the reason of each that is not masked."""
-    tensors = {
-        name: (checkpoint.layout.entry(name).shape, [masking.Spot(p.key, p.source, p.target) for p in parts])
-        for name, parts in checkpoint.placement.items()
-    }
-    return masking.find_layers(
-        checkpoint.model,
-        tensors,
-        first=first_layers(checkpoint),
-        unreached=lost,
-        include=recipe.include,
-        exclude=recipe.exclude,
-    )
-
-
-def first_layers(checkpoint: Checkpoint) -> list[str]:
-    """The modules that see pixels: timm's `first_conv`, else the first layer of the model; none where the input is tokens."""
-    if checkpoint.library.task != "image-classification":
-        return []
-    named = getattr(checkpoint.library, "cfg", {}).get("first_conv") or getattr(
-        checkpoint.model, "pretrained_cfg", {}
-    ).get("first_conv")
-    named = [named] if isinstance(named, str) else list(named or [])
-    modules = dict(checkpoint.model.named_modules())
-    found = [name for name in named if name in modules]
-    first = masking.first_layer(checkpoint.model)
-    return found or ([first] if first else [])
 
 
 def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: Accelerator) -> dict[str, Any]:
@@ -394,7 +363,9 @@ def measure_holdout(run: Run, masks: Masks, log: bool = True) -> dict[str, float
         step = run.current["progress"].step
         arm, _, phase = run.current["label"].partition("/")
         epoch = step / run.loop.steps_per_epoch
-        run.workspace.log({"event": "evaluation", "arm": arm, "phase": phase, "step": step, "epoch": epoch, "part": "holdout", **found})
+        run.workspace.log(
+            {"event": "evaluation", "arm": arm, "phase": phase, "step": step, "epoch": epoch, "part": "holdout", **found}
+        )
     return found
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dsd_refine.errors import RecipeError
 
 TaskName = Literal["image-classification", "text-classification", "causal-lm"]
+TASKS: tuple[str, ...] = get_args(TaskName)
 FUTURE_TASKS = ("masked-lm", "ctc-speech", "image-captioning")
 
 Rate = Annotated[float, Field(ge=0)]
@@ -136,9 +137,7 @@ class Recipe(Strict):
 
     def phases_at(self, sparsity: float | None) -> tuple[Phase, ...]:
         """The phases of one try: a listed sparsity is replaced by the one that is tried."""
-        return tuple(
-            p.model_copy(update={"sparsity": sparsity}) if isinstance(p.sparsity, tuple) else p for p in self.phases
-        )
+        return tuple(p.model_copy(update={"sparsity": sparsity}) if isinstance(p.sparsity, tuple) else p for p in self.phases)
 
     def dump(self) -> str:
         """YAML that `load_recipe` reads back to an equal recipe."""
@@ -250,15 +249,11 @@ def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """
     task = raw.get("task")
     if task in FUTURE_TASKS:
-        raise RecipeError(f"{where}: the task {task!r} is not in this version; it has {', '.join(_task_names())}")
+        raise RecipeError(f"{where}: the task {task!r} is not in this version; it has {', '.join(TASKS)}")
     try:
         return Recipe.model_validate(dict(raw))
     except ValidationError as error:
         raise RecipeError("\n".join(f"{where}: {line}" for line in _mistakes(error))) from None
-
-
-def _task_names() -> tuple[str, ...]:
-    return tuple(TaskName.__args__)  # type: ignore[attr-defined]
 
 
 def _mistakes(error: ValidationError) -> Iterator[str]:

@@ -257,9 +257,7 @@ def _count(done: Progress, step: int, rate: float, loss: float, samples: int, sk
     done.seconds += seconds
 
 
-def _step(
-    loop: Loop, group: list[Batch], key: Key, step: int, optimizer: Any, masks: Masks
-) -> tuple[float, int, bool]:
+def _step(loop: Loop, group: list[Batch], key: Key, step: int, optimizer: Any, masks: Masks) -> tuple[float, int, bool]:
     """One optimizer step over a group of micro-batches: (mean loss, samples, should the run stop), over all processes.
 
     The loss is the sum over the group's real targets divided by their number, however they were split (rule 12).

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,7 @@ class TimmLibrary:
         torch.set_default_dtype(dtype)
         try:
             with _building(self):
-                model: torch.nn.Module = timm.create_model(
-                    self.architecture, pretrained=True, pretrained_cfg=cfg, **self.args
-                )
+                model: torch.nn.Module = timm.create_model(self.architecture, pretrained=True, pretrained_cfg=cfg, **self.args)
         finally:
             torch.set_default_dtype(default)
         model.pretrained_cfg.pop("state_dict", None)

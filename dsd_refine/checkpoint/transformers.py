@@ -54,9 +54,7 @@ class TransformersLibrary:
             CheckpointError: an unusable or quantised config, remote code without leave, no task to be seen.
         """
         try:
-            config = transformers.AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         except Exception as error:  # transformers raises whatever a strange config makes it raise
             if "trust_remote_code" in str(error):
                 raise CheckpointError(

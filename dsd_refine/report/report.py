@@ -47,7 +47,9 @@ def summary(report: Report) -> str:
     lines = [f"{data['source']['model']} · {data['task']} · {data['data']['eval']['rows']:,} evaluation rows", ""]
     names = list(next(iter(data["arms"].values())))
     lines.append("  " + "arm".ljust(10) + "".join(name.rjust(12) for name in names))
-    lines += ["  " + arm.ljust(10) + "".join(f"{value:12.4f}" for value in found.values()) for arm, found in data["arms"].items()]
+    lines += [
+        "  " + arm.ljust(10) + "".join(f"{value:12.4f}" for value in found.values()) for arm, found in data["arms"].items()
+    ]
     lines.append("")
     for name, found in data["comparison"].items():
         low, high = found["ci95"]
@@ -74,6 +76,8 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     lines = [f"{plan['model']} · {plan['task']} · recipe {plan['recipe']}", ""]
     for layer in plan["layers"]:
         what = layer["excluded"] or " ".join(f"{count:,}" for count in layer["masked"])
-        lines.append(f"  {layer['name'].ljust(width)}  {'x'.join(map(str, layer['shape'])):>18}  {layer['weights']:>12,}  {what}")
+        lines.append(
+            f"  {layer['name'].ljust(width)}  {'x'.join(map(str, layer['shape'])):>18}  {layer['weights']:>12,}  {what}"
+        )
     lines += ["", *(f"  {name.ljust(18)} {text}" for name, text in plan["totals"].items())]
     return "\n".join(lines)

@@ -270,7 +270,9 @@ def label_texts(table: Table, name: str) -> list[str | None]:
     texts = []
     for row, value in enumerate(values):
         if isinstance(value, list | dict | np.ndarray):
-            raise DataError(f"row {table.name(row)}: {name!r} holds several labels ({value!r:.60}); multi-label is not supported")
+            raise DataError(
+                f"row {table.name(row)}: {name!r} holds several labels ({value!r:.60}); multi-label is not supported"
+            )
         if isinstance(value, float) and value == value and not value.is_integer():
             raise DataError(f"row {table.name(row)}: the label {value} is no class; regression is not supported")
         missing = value is None or value != value or value == ""

@@ -90,7 +90,9 @@ def transformers_preprocessing(folder: Path, config: Any) -> Preprocessing:
         training=pixels,
         normalise=lambda image: pixels(image, do_resize=False, do_center_crop=False),
         size=(probe.shape[-2], probe.shape[-1]),
-        interpolation=_interpolation({0: "nearest", 1: "lanczos", 2: "bilinear"}.get(getattr(processor, "resample", 3), "bicubic")),
+        interpolation=_interpolation(
+            {0: "nearest", 1: "lanczos", 2: "bilinear"}.get(getattr(processor, "resample", 3), "bicubic")
+        ),
         shown=_plain(processor.to_dict()),
     )
 
@@ -100,7 +102,11 @@ def _interpolation(name: str) -> InterpolationMode:
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if isinstance(v, str | int | float | bool | list | tuple | dict)}
+    return {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in config.items()
+        if isinstance(v, str | int | float | bool | list | tuple | dict)
+    }
 
 
 def decode(raw: bytes, channels: int) -> Image.Image:

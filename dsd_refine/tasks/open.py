@@ -38,7 +38,9 @@ def _images(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables
 
     if library.name == "timm":
         classes = int(model.num_classes)  # type: ignore[arg-type]
-        return prepare_images(recipe, tables, evaluation, timm_preprocessing(model), _timm_names(library, classes), classes, "x")
+        return prepare_images(
+            recipe, tables, evaluation, timm_preprocessing(model), _timm_names(library, classes), classes, "x"
+        )
     classes = int(library.config.num_labels)
     preprocessing = transformers_preprocessing(library.folder, library.config)
     return prepare_images(recipe, tables, evaluation, preprocessing, _config_names(library.config), classes, "pixel_values")
@@ -84,7 +86,9 @@ def _timm_names(library: Any, classes: int) -> list[list[str]] | None:
     own = library.cfg.get("label_names")
     if own and len(own) == classes:
         described = library.cfg.get("label_descriptions") or {}
-        return [[str(name), *([str(described[name])] if isinstance(described, dict) and name in described else [])] for name in own]
+        return [
+            [str(name), *([str(described[name])] if isinstance(described, dict) and name in described else [])] for name in own
+        ]
     subset = {1000: "imagenet-1k", 21841: "imagenet-22k", 21843: "imagenet-21k-goog", 11821: "imagenet-12k"}.get(classes)
     if subset is None:
         return None

@@ -200,7 +200,8 @@ def prepare_documents(
     judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
     divided = divide(used, judged, recipe.holdout)
     train, holdout, judge = (
-        _windows(rows, ids[id(rows.table)], max_length) if rows else None for rows in (divided.train, divided.holdout, divided.eval)
+        _windows(rows, ids[id(rows.table)], max_length) if rows else None
+        for rows in (divided.train, divided.holdout, divided.eval)
     )
     return CausalLM(train, holdout, judge, overlap_warning(divided) + skip_warnings(divided))  # type: ignore[arg-type]
 

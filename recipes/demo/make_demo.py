@@ -59,7 +59,9 @@ def main() -> None:
     save(train_model(train))
     # Measured on what was written, loaded as anyone would load it.
     model = timm.create_model(f"local-dir:{CHECKPOINT}", pretrained=True)
-    print(f"accuracy: train {accuracy(model, train):.4f} ({len(train):,} rows), test {accuracy(model, test):.4f} ({len(test)} rows)")
+    print(
+        f"accuracy: train {accuracy(model, train):.4f} ({len(train):,} rows), test {accuracy(model, test):.4f} ({len(test)} rows)"
+    )
 
 
 def make_datasets() -> tuple[Any, Any]:

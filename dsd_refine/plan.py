@@ -1,0 +1,89 @@
+"""What a run would do, found without weights: the model on the meta device, the files' headers, the rows' number."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dsd_refine.checkpoint import Checkpoint, Library, Source, open_shapes
+from dsd_refine.layers import open_layers
+from dsd_refine.masks import Layer
+from dsd_refine.recipe import Phase, Recipe
+from dsd_refine.tasks.open import open_task
+from dsd_refine.train import micro_batches
+
+FLOAT = 4  # bytes of a float32
+
+
+def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """Every layer with its masked counts (one a sparsity) or its reason, totals, steps, memory and disk.
+
+    Raises:
+        UsageError: as a run would, for what can be seen without weights.
+    """
+    checkpoint = open_shapes(source, library, allow_pickle=allow_pickle)
+    layers = open_layers(checkpoint, recipe, [])
+    shares = [_first_sparsity(recipe, tried) for tried in recipe.sparsities]
+    rows = [
+        {
+            "name": layer.name, "shape": list(layer.shape), "weights": layer.weights, "excluded": layer.excluded,
+            "masked": [layer.masked(share) for share in shares if share is not None],
+        }
+        for layer in layers
+    ]  # fmt: skip
+    return {
+        "model": source.model, "resolved": source.resolved, "revision": source.revision, "library": source.library,
+        "task": library.task, "recipe": recipe.name, "layers": rows,
+        "totals": _totals(checkpoint, layers, rows, shares) | _steps(checkpoint, library, recipe) | _sizes(layers, recipe),
+    }  # fmt: skip
+
+
+def _first_sparsity(recipe: Recipe, tried: float | None) -> float | None:
+    return next((float(p.sparsity) for p in recipe.phases_at(tried) if isinstance(p.sparsity, float | int)), None)
+
+
+def _totals(
+    checkpoint: Checkpoint, layers: list[Layer], rows: list[dict[str, Any]], shares: list[float | None]
+) -> dict[str, Any]:
+    parameters = sum(layer.weights for layer in layers if not (layer.excluded or "").startswith("the same storage"))
+    maskable = sum(layer.weights for layer in layers if layer.excluded is None)
+    found: dict[str, Any] = {"parameters": f"{parameters:,}", "maskable": f"{maskable:,} ({maskable / parameters:.1%})"}
+    for number, share in enumerate(share for share in shares if share is not None):
+        masked = sum(row["masked"][number] for row in rows)
+        found[f"masked at {share:g}"] = f"{masked:,} ({masked / maskable:.1%} of the maskable)"
+    return found
+
+
+def _steps(checkpoint: Checkpoint, library: Library, recipe: Recipe) -> dict[str, str]:
+    """Optimizer steps per phase, where the data are here to be counted."""
+    if recipe.data is None:
+        return {"steps": "not known: no data given (--data)"}
+    if not Path(recipe.data).exists():
+        return {"steps": f"not known before {recipe.data} is fetched"}
+    with tempfile.TemporaryDirectory() as cache:
+        task = open_task(recipe, library.task, library, checkpoint.model, Path(cache), lambda name, size: False)
+        holdout = len(task.holdout.rows) if task.holdout else 0
+        found = {"rows": f"{len(task.train.rows):,} train, {holdout:,} holdout, {len(task.eval.rows):,} evaluation"}
+        micro = len(micro_batches(task.train.units, recipe.batch_size, False))
+    per_epoch = -(-micro // recipe.gradient_accumulation_steps)
+    for number, phase in enumerate(recipe.phases, 1):
+        found[f"{number}-{phase.kind}"] = _phase(phase, per_epoch)
+    arms = (1 + len(recipe.control)) * len(recipe.sparsities)
+    total = arms * sum(phase.total_steps(per_epoch) for phase in recipe.phases)
+    return found | {"in all": f"{total:,} steps: {arms} runs of the phases ({', '.join(('refined', *recipe.control))})"}
+
+
+def _phase(phase: Phase, per_epoch: int) -> str:
+    return f"{phase.total_steps(per_epoch):,} steps ({per_epoch:,} an epoch), peak rate {phase.lr:g}, {phase.schedule}"
+
+
+def _sizes(layers: list[Layer], recipe: Recipe) -> dict[str, str]:
+    """Memory without activations (weights, gradients, optimizer state, a copy of the source, masks), and disk."""
+    weights = sum(layer.weights for layer in layers if not (layer.excluded or "").startswith("the same storage"))
+    maskable = sum(layer.weights for layer in layers if layer.excluded is None)
+    moments = 2 if recipe.optimizer == "adamw" else int(recipe.momentum > 0)
+    memory = FLOAT * weights * (3 + moments) + maskable
+    arms = 1 + len(recipe.control)
+    disk = FLOAT * weights * (1 + moments + 2 * arms + 1)
+    return {"memory": f"{memory / 1e9:.2f} GB and the activations", "disk": f"{disk / 1e9:.2f} GB at most while running"}

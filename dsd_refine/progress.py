@@ -1,0 +1,62 @@
+"""What a person sees while it runs: a bar on a terminal, a plain line every few seconds in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+EVERY = 5.0  # seconds between lines
+
+
+class Display:
+    """Progress and notes on stderr; silent if `quiet`."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.terminal = sys.stderr.isatty()
+        self.bar: Any = None
+        self.label = ""
+        self.began = self.last = time.monotonic()
+        self.first = 0
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def say(self, text: str) -> None:
+        """One line of news."""
+        if not self.quiet:
+            self._close()
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    def step(self, label: str, step: int, total: int) -> None:
+        """After each optimizer step."""
+        if self.quiet:
+            return
+        if label != self.label:
+            self._close()
+            self.label, self.began, self.last, self.first = label, time.monotonic(), 0.0, step - 1
+        if self.terminal:
+            self._bar(step, total)
+        elif time.monotonic() - self.last >= EVERY or step == total:
+            self.last = time.monotonic()
+            rate = (step - self.first) / max(1e-9, self.last - self.began)
+            left = (total - step) / max(1e-9, rate)
+            sys.stderr.write(f"{label}: step {step}/{total}, {rate:.1f} steps/s, {left:.0f} s left\n")
+            sys.stderr.flush()
+
+    def _bar(self, step: int, total: int) -> None:
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=step - 1, desc=self.label, unit="step", leave=True)
+        self.bar.update(step - self.bar.n)
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar, self.label = None, ""
