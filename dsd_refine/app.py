@@ -41,7 +41,7 @@ class DefaultRun(click.Group):
         return super().parse_args(ctx, args)
 
 
-class Shares(click.ParamType):
+class Shares(click.ParamType):  # type: ignore[type-arg]
     """`0.3` or `0.25,0.3,0.5`."""
 
     name = "S[,S…]"
@@ -69,7 +69,7 @@ def _together(*options: Decorator) -> Decorator:
 
 
 RECIPE_OPTIONS = _together(
-    click.option("--recipe", metavar="NAME|FILE", help="Shipped recipe or YAML file (the one that matches the model, else the task's)."),
+    click.option("--recipe", metavar="NAME|FILE", help="Shipped name or file (what matches model or task)."),
     click.option("--set", "sets", metavar="A.B=V", multiple=True, help="Override one recipe field; repeatable."),
     click.option("--data", metavar="D", help="Hub data set, directory or file to train on."),
     click.option("--eval-data", metavar="D", help="A file or directory used for evaluation only."),
@@ -91,10 +91,10 @@ RECIPE_OPTIONS = _together(
     click.option("--max-grad-norm", type=float),
     click.option("--include", metavar="GLOB", multiple=True, help="Parameters to mask besides the default set."),
     click.option("--exclude", metavar="GLOB", multiple=True, help="Parameters not to mask; wins."),
-    click.option("--control", type=click.Choice(["dense", "random", "none"]), multiple=True, help="Arms of the same budget (dense)."),
+    click.option("--control", type=click.Choice(["dense", "random", "none"]), multiple=True, help="Same-budget arms (dense)."),
     click.option("--holdout", type=float, help="Share of the training rows that selects (0.1)."),
     click.option("--keep", type=click.Choice(["best", "last", "sparse"])),
-    click.option("--gate", type=click.Choice(["none", "not-worse", "better", "beats-control"]), help="What exit code 0 requires."),
+    click.option("--gate", type=click.Choice(["none", "not-worse", "better", "beats-control"]), help="What exit 0 requires."),
     click.option("--margin", type=float, help="What counts as the same (0.005)."),
     click.option("--seed", type=int),
     click.option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"])),
@@ -299,7 +299,7 @@ def _quiet_libraries() -> None:
     warnings.simplefilter("ignore")
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _workers(asked: int | None) -> int:

@@ -223,7 +223,7 @@ def first_layer(model: nn.Module) -> str | None:
     """The first module in order of definition that has a weight of a maskable kind: the one that sees pixels or waveform."""
     for name, module in model.named_modules():
         if any(_is_weight(module, attribute) for attribute in module._parameters):
-            return name
+            return str(name)
     return None
 
 

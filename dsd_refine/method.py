@@ -216,7 +216,7 @@ def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
     if accelerator.device.type == "cpu":
         # a few kernels add in an order that depends on timing unless told otherwise
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return accelerator
 
 
@@ -233,7 +233,7 @@ def open_loop(
     model = checkpoint.model.to(accelerator.device)
     convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
     if convolutional:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
@@ -261,7 +261,7 @@ def _wrap(run: Run) -> None:
     if loop.world > 1:
         loop.forward = loop.accelerator.prepare_model(loop.model)
     if run.options.compile:
-        loop.forward = torch.compile(loop.forward)  # type: ignore[assignment, arg-type]
+        loop.forward = torch.compile(loop.forward)
 
 
 def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: Accelerator) -> dict[str, Any]:
@@ -370,7 +370,7 @@ def measure_holdout(run: Run, masks: Masks, log: bool = True) -> dict[str, float
 
 
 def consider(run: Run, epoch: int, masks: Masks) -> None:
-    """Keep the weights now held as the arm's result if the holdout prefers them: better metric, then lower loss, then earlier."""
+    """Keep the weights now held as the arm's result if the holdout prefers them (metric, then loss, then the earlier)."""
     at = run.current
     found = measure_holdout(run, masks)
     best = run.state.setdefault("best", {})

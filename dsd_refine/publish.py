@@ -15,9 +15,9 @@ from dsd_refine.checkpoint import verify
 from dsd_refine.checkpoint.verify import PROBE, save_probe
 from dsd_refine.checkpoint.write import copy_file, write_text
 from dsd_refine.errors import VerifyError
+from dsd_refine.forward import logits_of
 from dsd_refine.report import Report, environment
 from dsd_refine.report.card import card
-from dsd_refine.tasks import logits_of
 
 if TYPE_CHECKING:
     from dsd_refine.method import Run

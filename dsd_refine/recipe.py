@@ -149,7 +149,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not allowed in a recipe")
+            raise yaml.YAMLError("aliases (*name) are not allowed in a recipe")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -233,7 +233,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def match_recipe(model_names: list[str], task: str) -> tuple[Path, str]:
     """The shipped recipe for a model: the one whose `models` globs match, else the task's. Returns it with the reason."""
-    for name, path in shipped().items():
+    for path in shipped().values():
         globs = read_recipe(path).get("models") or []
         hit = next((m for m in model_names for glob in globs if fnmatch(m, glob)), None)
         if hit:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,14 +106,14 @@ def micro_batches(units: int, size: int, has_batchnorm: bool) -> list[range]:
     return found
 
 
-def shares(micro: Sequence[int], size: int, world: int, has_batchnorm: bool) -> list[Sequence[int]]:
+def shares(micro: Any, size: int, world: int, has_batchnorm: bool) -> list[Any]:
     """The rows of a micro-batch that each process takes: in order, `size` each, the last what is left (perhaps none)."""
     bounds = [min(rank * size, len(micro)) for rank in range(world)] + [len(micro)]
     if has_batchnorm:
         for rank in range(1, world):
             if bounds[rank + 1] - bounds[rank] == 1:
                 bounds[rank] += 1  # a lone row goes to the process before
-    return [micro[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [micro[a:b] for a, b in pairwise(bounds)]
 
 
 def epoch_order(key: Key, epoch: int, units: int) -> np.ndarray[Any, Any]:
@@ -364,7 +365,7 @@ def unreached(loop: Loop) -> list[str]:
     units = range(min(2, loop.task.train.units))
     batch = _on_device(loop, loop.task.batch(loop.task.train, [(unit, None) for unit in units]))
     with torch.backends.cudnn.flags(enabled=False):  # cuDNN's recurrent layers have no backward in evaluation mode
-        loop.task.loss(loop.model, batch).backward()
+        loop.task.loss(loop.model, batch).backward()  # type: ignore[no-untyped-call]
     lost = [n for n, p in loop.model.named_parameters() if p.requires_grad and p.grad is None and "expert" not in n]
     loop.model.zero_grad(set_to_none=True)
     return lost

@@ -57,7 +57,8 @@ class Checkpoint:
     @contextmanager
     def rounded(self, model: torch.nn.Module) -> Iterator[None]:
         """Within, the model computes with the weights as they would be written: rounded to the file's dtypes."""
-        state, kept = model.state_dict(), {}
+        state = model.state_dict()
+        kept: dict[str, torch.Tensor] = {}
         for key, elements, dtype in written_dtypes(self.layout, self.placement):
             kept.setdefault(key, state[key].clone())
             if elements is None:

@@ -116,12 +116,12 @@ def _origins(key: str, values: torch.Tensor, starts: dict[str, int], end: int) -
     ids = values.reshape(-1)
     whole = ids.round().to(torch.int64)
     ours = bool(((whole == ids) & (whole >= FIRST_ID) & (whole < end)).all())
-    if not ours or len(whole.unique()) != len(whole):
+    if not ours or len(torch.unique(whole)) != len(whole):
         return  # not moved from the file: initialised or computed; place() refuses it if it is a parameter
     names = list(starts)
     bounds = torch.tensor([*starts.values()])
     owner = torch.bucketize(whole, bounds, right=True) - 1
-    for number in owner.unique().tolist():
+    for number in torch.unique(owner).tolist():
         target = (owner == number).nonzero().reshape(-1)
         yield names[number], Part(key, whole[target] - starts[names[number]], target)
 

@@ -36,7 +36,8 @@ class Source:
 
     def side_files(self, weight_files: set[str]) -> tuple[list[str], list[str]]:
         """Relative names of the files that an output copies, and of those that it does not (for the warnings)."""
-        copied, left = [], []
+        copied: list[str] = []
+        left: list[str] = []
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if not path.is_file() or name in weight_files or name == "README.md":

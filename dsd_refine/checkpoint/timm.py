@@ -74,7 +74,7 @@ class TimmLibrary:
                 model: torch.nn.Module = timm.create_model(self.architecture, pretrained=True, pretrained_cfg=cfg, **self.args)
         finally:
             torch.set_default_dtype(default)
-        model.pretrained_cfg.pop("state_dict", None)
+        del model.pretrained_cfg["state_dict"]  # type: ignore[union-attr, operator]
         return model
 
     def load_plain(self, folder: Path) -> torch.nn.Module:

@@ -82,7 +82,7 @@ class TransformersLibrary:
         with _building(self), torch.device("meta"):
             model: torch.nn.Module = auto.from_config(self._config(), trust_remote_code=self.trust_remote_code)
         if hasattr(model, "tie_weights"):
-            model.tie_weights()
+            model.tie_weights()  # type: ignore[operator]
         return model
 
     def load(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save
 
 from dsd_refine.checkpoint.layout import Layout, read_json, read_layout, sha256_file
 from dsd_refine.errors import CheckpointError
+from dsd_refine.forward import logits_of
 
 if TYPE_CHECKING:
     from dsd_refine.checkpoint import Checkpoint
 
 PROBE = "dsd/probe.safetensors"
 # the same weights may be computed by other kernels (channels-last, threads, another machine): float32 noise is allowed
-TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
+RELATIVE, ABSOLUTE = 1e-3, 1e-4
 
 
 def weights_folder(output: Path) -> Path:
@@ -102,17 +103,10 @@ def _outputs(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str
     inputs = {name.removeprefix("input."): value for name, value in probe.items() if name.startswith("input.")}
     model = checkpoint.library.load_plain(folder).eval()
     with torch.no_grad():
-        found = forward_logits(model, inputs).float()
-    if found.shape != probe["output"].shape or not torch.allclose(found, probe["output"], **TOLERANCE):
+        found = logits_of(model, inputs)
+    if found.shape != probe["output"].shape or not torch.allclose(found, probe["output"], rtol=RELATIVE, atol=ABSOLUTE):
         difference = (found - probe["output"]).abs().max().item() if found.shape == probe["output"].shape else float("nan")
         yield f"the model as loaded from the output computes something else than was evaluated (by up to {difference:.3g})"
-
-
-def forward_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of a timm model (`{"x": …}`) or of a transformers model (its keyword inputs)."""
-    found = model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
-    logits = getattr(found, "logits", found)
-    return logits[0] if isinstance(logits, tuple) else logits
 
 
 def report_lines(problems: list[str], output: Path) -> str:

@@ -38,9 +38,11 @@ def _section(report: Mapping[str, Any]) -> str:
             "## Refined with dsd-refine",
             "",
             f"Refined from `{Path(source['resolved']).name if not source['revision'] else source['resolved']}`{at} by "
-            "Dense-Sparse-Dense training (Han et al., ICLR 2017). Same files, names, shapes and dtypes: it loads as the source does.",
+            "Dense-Sparse-Dense training (Han et al., ICLR 2017). "
+            "Same files, names, shapes and dtypes: it loads as the source does.",
             "",
-            f"Verdict on {report['data']['eval']['rows']:,} evaluation rows: **{report['verdict']}** ({WORDS[report['verdict']]}).",
+            f"Verdict on {report['data']['eval']['rows']:,} evaluation rows: **{report['verdict']}** "
+            f"({WORDS[report['verdict']]}).",
             "",
             "| arm | " + " | ".join(names) + " |",
             "|---|" + "---|" * len(names),

@@ -15,7 +15,7 @@ WORDS = {
     "better": "better than the source",
     "worse": "worse than the source",
     "same": "the same as the source, within the margin",
-    "inconclusive": "inconclusive: the evaluation rows cannot tell it from the source",
+    "inconclusive": "the evaluation rows cannot tell it from the source",
 }
 
 
@@ -55,7 +55,8 @@ def summary(report: Report) -> str:
         low, high = found["ci95"]
         rows = f", {found['gained']} gained, {found['lost']} lost" if found["gained"] is not None else ""
         lines.append(
-            f"  {name.replace('_', ' ')}: {metric} {found['delta']:+.4f} [{low:+.4f}, {high:+.4f}], p = {found['p_adjusted']:.3g}{rows}"
+            f"  {name.replace('_', ' ')}: {metric} {found['delta']:+.4f} [{low:+.4f}, {high:+.4f}]"
+            f", p = {found['p_adjusted']:.3g}{rows}"
         )
     selected, gate = data["selected"], data["gate"]
     chosen = f"sparsity {selected['sparsity']:g}" if selected["sparsity"] is not None else "no sparse phase"

@@ -54,7 +54,8 @@ class Scores:
 class Part(Protocol):
     """One part of the data, as a task prepared it: `units` examples, each belonging to a row of `rows`."""
 
-    rows: Rows
+    @property
+    def rows(self) -> Rows: ...
 
     @property
     def units(self) -> int: ...
@@ -68,9 +69,15 @@ class Task(Protocol):
     name: str
     metric: str
     higher_is_better: bool
-    train: Part
-    holdout: Part | None
-    eval: Part
+
+    @property
+    def train(self) -> Part: ...
+
+    @property
+    def holdout(self) -> Part | None: ...
+
+    @property
+    def eval(self) -> Part: ...
 
     def batch(self, part: Any, items: Sequence[Item]) -> Batch:
         """Load, transform and collate; runs in worker processes."""
@@ -99,13 +106,6 @@ class Task(Protocol):
     def report(self) -> Mapping[str, Any]:
         """Task-specific report entries: `labels`, `preprocessing`, and `warnings`."""
         ...
-
-
-def logits_of(forward: Forward, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of a timm model (`{"x": …}`) or of a transformers model (its keyword inputs), in float32."""
-    found = forward(inputs["x"]) if set(inputs) == {"x"} else forward(**inputs)
-    logits = getattr(found, "logits", found)
-    return (logits[0] if isinstance(logits, tuple) else logits).float()
 
 
 def ratio(total: np.ndarray[Any, Any], count: np.ndarray[Any, Any]) -> float:

@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from dsd_refine.errors import DataError
-from dsd_refine.tasks import Batch, Forward, Score, Scores, logits_of, ratio
+from dsd_refine.forward import logits_of
+from dsd_refine.tasks import Batch, Forward, Score, Scores, ratio
 from dsd_refine.tasks.data import Examined, Parts, Rows, Table, divide, label_texts, use_rows
 from dsd_refine.tasks.labels import LabelMap, match_labels
 

@@ -251,7 +251,7 @@ def column(table: Table, asked: str | None, known: Sequence[str], what: str, fla
         typed = [n for n, kind in table.rows.features.items() if feature is not None and isinstance(kind, feature)]
         named = [n for n in known if n in columns]
         if len(typed) == 1 or (typed and not named):
-            return typed[0]
+            return str(typed[0])
         if named:
             return named[0]
     missing = f"no column {asked!r}" if asked else f"no {what} column found (looked for {', '.join(known)})"
@@ -310,17 +310,17 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
     splits = {name: rows for name, rows in tables.items() if len(rows)}
     if "train" not in splits:
         raise DataError(f"no usable training rows{_why(tables.get('train'))}")
-    train, rest = splits["train"], [splits.get("test"), splits.get("validation")]
-    selecting: Rows | None = None
+    train, test, validation = splits["train"], splits.get("test"), splits.get("validation")
+    selecting = validation
     if evaluation is not None:
-        held = [evaluation[name] for name in ("test", "validation", "train") if len(evaluation.get(name, ()))]  # type: ignore[arg-type]
-        if not held:
+        given = [evaluation[name] for name in ("test", "validation", "train") if name in evaluation and len(evaluation[name])]
+        if not given:
             raise DataError("no usable rows in --eval-data")
-        judge, rule, selecting = held[0], "--eval-data", splits.get("validation")
-    elif rest[0] is not None or rest[1] is not None:
-        judge = rest[0] if rest[0] is not None else rest[1]  # type: ignore[assignment]
-        rule = "test" if rest[0] is not None else "validation"
-        selecting = rest[1] if rest[0] is not None else None
+        judge, rule = given[0], "--eval-data"
+    elif test is not None:
+        judge, rule = test, "test"
+    elif validation is not None:
+        judge, rule, selecting = validation, "validation", None
     else:
         train, judge = carve(train, EVAL_SHARE)
         rule = f"carved ({EVAL_SHARE}) from the training rows"

@@ -74,7 +74,7 @@ def transformers_preprocessing(folder: Path, config: Any) -> Preprocessing:
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
     except Exception as error:  # transformers raises whatever a strange config makes it raise
         raise CheckpointError(f"{folder}: its image processor cannot be loaded: {error!s:.200}") from None
 
@@ -120,7 +120,7 @@ def decode(raw: bytes, channels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(raw))
+            image: Image.Image = Image.open(io.BytesIO(raw))
             image.load()
             image = ImageOps.exif_transpose(image)
             return _converted(image, channels)

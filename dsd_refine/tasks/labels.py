@@ -49,8 +49,8 @@ def _by_name(aliases: Sequence[Sequence[str]], found: set[str]) -> LabelMap:
     unknown = sorted(text for text in found if _plain(text) not in ids or _plain(text) in ambiguous)
     if unknown:
         raise DataError(
-            f"labels of the data that are no class names of the model: {_some(unknown)}. The model's classes are: {_some(shown)}. "
-            "Rename the folders or labels to the model's names"
+            f"labels of the data that are no class names of the model: {_some(unknown)}. "
+            f"The model's classes are: {_some(shown)}. Rename the folders or labels to the model's names"
         )
     mapping = {text: ids[_plain(text)] for text in sorted(found)}
     if len(set(mapping.values())) < len(mapping):

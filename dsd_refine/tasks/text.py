@@ -14,8 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from dsd_refine.errors import CheckpointError, DataError
+from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, logits_of, ratio
+from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, ratio
 from dsd_refine.tasks.classify import Classification, LabelledPart, labelled_parts, overlap_warning, skip_warnings
 from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, use_rows
 from dsd_refine.tasks.images import LABEL_COLUMNS

@@ -60,7 +60,8 @@ def main() -> None:
     # Measured on what was written, loaded as anyone would load it.
     model = timm.create_model(f"local-dir:{CHECKPOINT}", pretrained=True)
     print(
-        f"accuracy: train {accuracy(model, train):.4f} ({len(train):,} rows), test {accuracy(model, test):.4f} ({len(test)} rows)"
+        f"accuracy: train {accuracy(model, train):.4f} ({len(train):,} rows), "
+        f"test {accuracy(model, test):.4f} ({len(test)} rows)"
     )
 
 
