@@ -154,7 +154,8 @@ def opened(source: Source, library: Library, recipe: Recipe, options: Options) -
     """Everything that must be right before the first step, and the clean-up after the last."""
     accelerator = open_accelerator(recipe, options)
     workspace = Workspace(options.output_dir, writes=accelerator.is_main_process)
-    workspace.check_target(source.folder, resume=options.resume, overwrite=options.overwrite)
+    if accelerator.is_main_process:
+        workspace.check_target(source.folder, resume=options.resume, overwrite=options.overwrite)
     with ExitStack() as stack:
         stack.enter_context(workspace.locked() if accelerator.is_main_process else nullcontext())
         accelerator.wait_for_everyone()
@@ -188,9 +189,12 @@ def _open(
     layers = open_layers(checkpoint, recipe, lost)
     hashes = checkpoint.hashes()
     workspace.begin(_identity(recipe, hashes, task, accelerator), options.resume)
+    accelerator.wait_for_everyone()
     start = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
     run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start)
     _wrap(run)
+    if accelerator.scaler is not None and workspace.state.get("scaler"):
+        accelerator.scaler.load_state_dict(workspace.state["scaler"])
     loop.save = lambda: save(run)
     return run
 
@@ -337,7 +341,7 @@ def leave(run: Run, phase: Phase, done: Progress, masks: Masks, last: bool) -> N
     at["optimizer"], at["masks"] = None, {}
     run.state["at"] = _next(run, last)
     run.state["progress"] = None
-    run.workspace.save(None if last else _model_tensors(run))
+    _save_with_scaler(run, None if last else _model_tensors(run))
     if run.loop.stopping() and run.loop.world == 1:
         raise Interrupted(f"stopped after {at['label']}; go on with --resume")
 
@@ -391,6 +395,13 @@ def save(run: Run) -> None:
     tensors = _model_tensors(run)
     tensors |= pack_masks(run.current["masks"]) | pack_optimizer(run.current["optimizer"])
     run.state["progress"] = asdict(run.current["progress"])
+    _save_with_scaler(run, tensors)
+
+
+def _save_with_scaler(run: Run, tensors: dict[str, torch.Tensor] | None) -> None:
+    """Save, with the fp16 loss scale: it has been found by trying, and must not be looked for again."""
+    scaler = run.loop.accelerator.scaler
+    run.state["scaler"] = scaler.state_dict() if scaler is not None else None
     run.workspace.save(tensors)
 
 

@@ -37,16 +37,18 @@ class Display:
         """After each optimizer step."""
         if self.quiet:
             return
+        now = time.monotonic()
         if label != self.label:
             self._close()
-            self.label, self.began, self.last, self.first = label, time.monotonic(), 0.0, step - 1
+            self.label, self.began, self.last, self.first = label, now, now, step
         if self.terminal:
             self._bar(step, total)
-        elif time.monotonic() - self.last >= EVERY or step == total:
-            self.last = time.monotonic()
-            rate = (step - self.first) / max(1e-9, self.last - self.began)
-            left = (total - step) / max(1e-9, rate)
-            sys.stderr.write(f"{label}: step {step}/{total}, {rate:.1f} steps/s, {left:.0f} s left\n")
+        elif now - self.last >= EVERY or step == total:
+            self.last, pace = now, ""
+            if step > self.first:  # the first step only starts the clock
+                rate = (step - self.first) / max(1e-9, now - self.began)
+                pace = f", {rate:.1f} steps/s, {(total - step) / rate:.0f} s left"
+            sys.stderr.write(f"{label}: step {step}/{total}{pace}\n")
             sys.stderr.flush()
 
     def _bar(self, step: int, total: int) -> None:

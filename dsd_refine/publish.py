@@ -18,12 +18,14 @@ from dsd_refine.errors import VerifyError
 from dsd_refine.forward import logits_of
 from dsd_refine.report import Report, environment
 from dsd_refine.report.card import card
+from dsd_refine.train import exact
 
 if TYPE_CHECKING:
     from dsd_refine.method import Run
 
 SCHEMA = 1
 GATE_EXIT = 3
+PROBES = 4  # evaluation examples kept for `verify`
 
 
 def publish(run: Run, verdict: str, passed: bool) -> Report:
@@ -60,11 +62,15 @@ def _write_dsd(run: Run, report: Report, ready: Path) -> None:
     phases = run.workspace.partial / "phases" / str(run.state["best"]["refined"]["attempt"])
     if phases.is_dir():
         shutil.copytree(phases, dsd / "phases", copy_function=shutil.copyfile)
-    batch = run.task.batch(run.task.eval, [(unit, None) for unit in range(min(2, run.task.eval.units))])
-    on_device = batch.to(run.loop.accelerator.device)
     run.loop.model.eval()
-    with torch.no_grad(), run.checkpoint.rounded(run.loop.model):
-        save_probe(ready / PROBE, batch.inputs, logits_of(run.loop.model, on_device.inputs))
+    with exact(), run.checkpoint.rounded(run.loop.model):
+        save_probe(ready / PROBE, [_probe(run, unit) for unit in range(min(PROBES, run.task.eval.units))])
+
+
+def _probe(run: Run, unit: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs and outputs of one evaluation example by itself, so that nothing hangs on padding."""
+    batch = run.task.batch(run.task.eval, [(unit, None)])
+    return batch.inputs, logits_of(run.loop.model, batch.to(run.loop.accelerator.device).inputs)
 
 
 def predictions(run: Run) -> pa.Table:
@@ -112,7 +118,7 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str]) -
             "holdout": task.holdout.rows.summary() if task.holdout else None,
             "eval": task.eval.rows.summary(),
         },
-        "phases": run.state["phases"],
+        "phases": [{name: value for name, value in phase.items() if name != "attempt"} for phase in run.state["phases"]],
         "layers": [_layer(run, layer, first, zeros) for layer in run.layers],
         "masked_share": masked / outside,
         "maskable_share": sum(layer.weights for layer in maskable) / outside,

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -305,7 +305,13 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-@torch.no_grad()
+@contextmanager
+def exact() -> Iterator[None]:
+    """No gradients, and float32 that is float32: convolutions do not fall back to TF32 on a GPU."""
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 def evaluate(loop: Loop, part: Any, masks: Masks | None = None) -> Scores:
     """Per-row scores of the model, in evaluation mode, with the weights as they would be written. Changes nothing.
 
@@ -320,7 +326,7 @@ def evaluate(loop: Loop, part: Any, masks: Masks | None = None) -> Scores:
     mine = range(rank, part.units, loop.world)
     plan = [([(unit, None) for unit in mine[i : i + size]], True) for i in range(0, len(mine), size)]
     found: list[tuple[int, Any]] = []
-    with loop.as_written(loop.model):
+    with exact(), loop.as_written(loop.model):
         for (items, _), batch in zip(plan, _loader(loop, part, plan), strict=True):
             with loop.accelerator.autocast():
                 scores = loop.task.score(loop.model, _on_device(loop, batch))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,11 +88,14 @@ def _hashes(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str]
                 yield f"{item['name']}: SHA-256 of the {side}'s file is not the one in the report"
 
 
-def save_probe(path: Path, inputs: dict[str, torch.Tensor], outputs: torch.Tensor) -> None:
-    """Keep a small batch and the model's outputs on it, for `verify` to repeat."""
+def save_probe(path: Path, probes: Sequence[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
+    """Keep a few examples, each a batch of its own, and the model's outputs on them, for `verify` to repeat."""
+    tensors: dict[str, torch.Tensor] = {}
+    for number, (inputs, outputs) in enumerate(probes):
+        tensors |= {f"{number}.input.{name}": value.cpu().contiguous() for name, value in inputs.items()}
+        tensors[f"{number}.output"] = outputs.cpu().float().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {f"input.{name}": value.cpu().contiguous() for name, value in inputs.items()}
-    path.write_bytes(save({**tensors, "output": outputs.cpu().float().contiguous()}))
+    path.write_bytes(save(tensors))
 
 
 def _outputs(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str]:
@@ -100,13 +103,17 @@ def _outputs(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str
         yield f"{PROBE} is missing: the outputs cannot be compared"
         return
     probe = load_file(output / PROBE)
-    inputs = {name.removeprefix("input."): value for name, value in probe.items() if name.startswith("input.")}
     model = checkpoint.library.load_plain(folder).eval()
-    with torch.no_grad():
-        found = logits_of(model, inputs)
-    if found.shape != probe["output"].shape or not torch.allclose(found, probe["output"], rtol=RELATIVE, atol=ABSOLUTE):
-        difference = (found - probe["output"]).abs().max().item() if found.shape == probe["output"].shape else float("nan")
-        yield f"the model as loaded from the output computes something else than was evaluated (by up to {difference:.3g})"
+    for name, expected in probe.items():
+        number, _, kind = name.partition(".")
+        if kind != "output":
+            continue
+        start = f"{number}.input."
+        inputs = {key.removeprefix(start): value for key, value in probe.items() if key.startswith(start)}
+        with torch.no_grad():
+            found = logits_of(model, inputs)
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=RELATIVE, atol=ABSOLUTE):
+            yield f"example {number}: the model as loaded from the output computes something else than was evaluated"
 
 
 def report_lines(problems: list[str], output: Path) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.tasks import Batch, Forward, Score, Scores, ratio
-from dsd_refine.tasks.data import Examined, Parts, Rows, Table, divide, label_texts, use_rows
+from dsd_refine.tasks.data import Examined, MissingColumn, Parts, Rows, Table, divide, label_texts, use_rows
 from dsd_refine.tasks.labels import LabelMap, match_labels
 
 
@@ -86,8 +86,8 @@ def labelled_parts(
     Raises:
         DataError: as `match_labels` and `divide` say.
     """
-    used = {name: _examined(table, label_column(table), examine) for name, table in tables.items()}
-    judged = {n: _examined(t, label_column(t), examine) for n, t in evaluation.items()} if evaluation else None
+    used = {name: _examined(table, label_column, examine, name != "train") for name, table in tables.items()}
+    judged = {name: _examined(table, label_column, examine) for name, table in evaluation.items()} if evaluation else None
     everything = [*used.values(), *(judged or {}).values()]
     found = {label for rows in everything for label in rows.labels}
     if not found:
@@ -97,15 +97,21 @@ def labelled_parts(
     return labels, [_with_ids(rows, labels) for rows in (parts.train, parts.holdout, parts.eval)], parts
 
 
-def _examined(table: Table, column: str, examine: Examine) -> Rows:
-    labels = label_texts(table, column)
+def _examined(table: Table, label_column: Callable[[Table], str], examine: Examine, may_lack: bool = False) -> Rows:
+    """The usable rows of a split. One that `may_lack` its label column has no labelled rows then."""
+    try:
+        labels = label_texts(table, label_column(table))
+    except MissingColumn:
+        if not may_lack:
+            raise
+        labels = [None] * len(table.rows)
     if all(label is None for label in labels):
         return use_rows(table, [Examined(b"", reason="no label")] * len(labels))
     return use_rows(table, examine(table, labels))
 
 
 def _declared(tables: dict[str, Table], label_column: Callable[[Table], str]) -> list[str] | None:
-    table = next(iter(tables.values()))
+    table = tables.get("train") or next(iter(tables.values()))
     names = getattr(table.rows.features[label_column(table)], "names", None)
     return list(names) if names else None
 
@@ -124,8 +130,8 @@ def overlap_warning(parts: Parts) -> list[str]:
 
 
 def skip_warnings(parts: Parts) -> list[str]:
-    """One line for each part that lost rows."""
-    lines = []
+    """One line for each split that could not be used, and for each part that lost rows."""
+    lines = [f"the {name} split has no usable rows with labels: it is not used" for name in parts.unused]
     for name, rows in (("training", parts.train), ("holdout", parts.holdout), ("evaluation", parts.eval)):
         for item in (rows.skipped if rows else [])[:1]:
             lines.append(f"{len(rows.skipped)} {name} rows skipped, the first: {item['row']} ({item['reason']})")  # type: ignore[union-attr]

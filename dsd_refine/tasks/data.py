@@ -25,6 +25,10 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".webp", ".ti
 TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt"}
 
 
+class MissingColumn(DataError):
+    """A split has no column of the name asked for, or of any known name."""
+
+
 @dataclass(frozen=True)
 class Table:
     """One split as read. `names` are file names relative to the data, None for a table (rows are numbered from 0).
@@ -97,6 +101,7 @@ class Parts:
     eval: Rows
     overlap: int
     rule: str
+    unused: tuple[str, ...] = ()
 
 
 def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool]) -> dict[str, Table]:
@@ -203,10 +208,12 @@ def paragraphs(path: Path) -> Iterable[str]:
 def _guarded(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except DataError:
+    except (DataError, ConnectionError):
         raise
     except Exception as error:  # datasets, pandas and pyarrow raise whatever a broken file makes them raise
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):  # what datasets says of a table with a head and nothing below it
+            raise DataError(f"{path}: holds no rows") from None
         raise DataError(f"{path}: cannot be read: {' '.join(str(cause).split())[:300] or type(cause).__name__}") from None
 
 
@@ -242,7 +249,7 @@ def column(table: Table, asked: str | None, known: Sequence[str], what: str, fla
     """The name of a column: the one asked for, else the one of a telling type, else the first of the known names.
 
     Raises:
-        DataError: lists the columns found.
+        MissingColumn: lists the columns found.
     """
     columns = table.rows.column_names
     if asked is not None and asked in columns:
@@ -255,7 +262,7 @@ def column(table: Table, asked: str | None, known: Sequence[str], what: str, fla
         if named:
             return named[0]
     missing = f"no column {asked!r}" if asked else f"no {what} column found (looked for {', '.join(known)})"
-    raise DataError(f"{missing}; the data has {', '.join(columns)}. Name it with {flag}")
+    raise MissingColumn(f"{missing}; the data has {', '.join(columns)}. Name it with {flag}")
 
 
 def label_texts(table: Table, name: str) -> list[str | None]:
@@ -334,7 +341,8 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
     if selecting is not None and not len(selecting):
         raise DataError("too few rows for a holdout; give more data, or --holdout 0 with --keep last")
     seen = set(train.digests)
-    return Parts(train, selecting, judge, sum(digest in seen for digest in judge.digests), rule)
+    unused = tuple(name for name, rows in tables.items() if rows.skipped and not len(rows))
+    return Parts(train, selecting, judge, sum(digest in seen for digest in judge.digests), rule, unused)
 
 
 def _why(rows: Rows | None) -> str:

@@ -52,6 +52,7 @@ def _texts(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables,
     tokenizer = open_tokenizer(library.folder, library.config, library.trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     length = longest(tokenizer, library.config, "text-classification", recipe.max_length)
     names, classes = _config_names(library.config), int(library.config.num_labels)

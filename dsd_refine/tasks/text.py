@@ -37,6 +37,9 @@ def open_tokenizer(folder: Path, config: Any, trust_remote_code: bool = False) -
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever a strange file makes it raise
         raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    files = set(tokenizer.vocab_files_names.values())
+    if files and not any((folder / name).is_file() for name in files):  # transformers then makes up one that knows no word
+        raise CheckpointError(f"{folder}: has no tokenizer (none of {', '.join(sorted(files))} is there)")
     if len(tokenizer) > getattr(config.get_text_config(), "vocab_size", len(tokenizer)):
         raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
     return tokenizer
