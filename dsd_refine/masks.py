@@ -332,8 +332,4 @@ def check_masks(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> None:
 @torch.no_grad()
 def count_zeros(layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Layer name -> number of weights that are exactly 0 now, counted in the layer's own elements."""
-    return {
-        layer.name: sum(int((group == 0).sum()) for _, group in _groups(layer, parameters))
-        for layer in layers
-        if not layer.fixed
-    }
+    return {layer.name: sum(int((group == 0).sum()) for _, group in _groups(layer, parameters)) for layer in layers}

@@ -151,7 +151,8 @@ def test_zeros_are_counted_on_the_sparse_weights(runs, made, model):
     maskable = masked = zeros = 0
     for layer in report["layers"]:
         found = int((sparse[layer["name"]] == 0).sum())
-        assert layer["zeros_in_sparse"] == found, layer["name"]
+        uncounted = layer["zeros_in_sparse"] is None and "tied" in (layer["excluded"] or "")
+        assert uncounted or layer["zeros_in_sparse"] == found, layer["name"]
         assert layer["source_zeros"] == int((source[layer["name"]] == 0).sum())
         assert layer["weights"] == source[layer["name"]].numel()
         assert layer["shape"] == list(source[layer["name"]].shape)
@@ -594,7 +595,7 @@ def test_a_restored_weight_is_minus_rate_times_gradient(go, made):
         "--warmup-steps",
         "0",
     ]
-    out = go("vit", *options, "--sparse-steps", "2", "--dense-steps", "1", "--lr", "0.1", "--dense-lr", "0.25", "--batch-size", "64",
+    out = go("vit", *options, "--set", "augment={crop: none, flip: 0.0}", "--sparse-steps", "2", "--dense-steps", "1", "--lr", "0.1", "--dense-lr", "0.25", "--batch-size", "64",
              "--save-phases", "--keep", "last")  # fmt: skip
     from PIL import Image
     from transformers import AutoImageProcessor, AutoModelForImageClassification

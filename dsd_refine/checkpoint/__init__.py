@@ -51,8 +51,7 @@ class Checkpoint:
     @property
     def weight_files(self) -> list[str]:
         """The source's weight files and index, by name."""
-        index = [self.layout.index.name] if self.layout.index else []
-        return [*(file.path.name for file in self.layout.files), *index]
+        return self.layout.read_from
 
     @contextmanager
     def rounded(self, model: torch.nn.Module) -> Iterator[None]:
@@ -120,7 +119,7 @@ def open_checkpoint(source: Source, library: Library, *, allow_pickle: bool = Fa
     warnings = [*library.warnings(model)]
     if layout.from_pickle:
         warnings.append(f"the source's weights are a pickle; the output's are {SINGLE}")
-    _, left = source.side_files({file.path.name for file in layout.files} | ({layout.index.name} if layout.index else set()))
+    _, left = source.side_files(set(layout.read_from))
     if left:
         warnings.append(f"not copied (other copies of the weights, or ours to write): {listed(left, 20)}")
     return Checkpoint(source, library, layout, model.eval(), placement, tuple(warnings))

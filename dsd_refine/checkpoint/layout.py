@@ -90,6 +90,7 @@ class PickleFile(WeightFile):
     """Tensors of a pickle source, already read weights-only; they come out as one safetensors file."""
 
     held: dict[str, torch.Tensor] = field(default_factory=dict)
+    read: tuple[str, ...] = ()
 
     def raw(self, entry: Entry) -> bytearray:
         return to_bytes(self.held[entry.name])
@@ -114,6 +115,12 @@ class Layout:
         """One tensor in the file's dtype."""
         file, entry = self.where[name]
         return file.tensor(entry)
+
+    @property
+    def read_from(self) -> list[str]:
+        """The source's files that the weights were read from, index included."""
+        index = [self.index.name] if self.index else []
+        return [name for file in self.files for name in (file.read if isinstance(file, PickleFile) else [file.name])] + index
 
     @property
     def from_pickle(self) -> bool:
@@ -240,6 +247,9 @@ def read_header(path: Path) -> WeightFile:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not an object")
     metadata = header.pop("__metadata__", None)
+    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not texts:
+        raise CheckpointError(f"{path}: the safetensors metadata is not a mapping of text to text")
     entries = sorted((_entry(path, n, v, len(head)) for n, v in header.items()), key=lambda e: (e.begin, e.end))
     _check_cover(path, entries, len(head), size)
     return WeightFile(path.name, path, head, metadata, tuple(entries))
@@ -256,7 +266,7 @@ def _entry(path: Path, name: str, value: Any, start: int) -> Entry:
     try:
         shape, offsets = value["shape"], value["data_offsets"]
         numbers = [*shape, *offsets]
-        if len(offsets) != 2 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        if not isinstance(shape, list) or len(offsets) != 2 or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
             raise ValueError
         dtype_name = str(value["dtype"])
     except (TypeError, KeyError, ValueError):
@@ -294,10 +304,8 @@ def _collect(folder: Path, files: list[WeightFile], index: Path | None) -> Layou
 
 def _pickled(folder: Path, allow_pickle: bool) -> Layout:
     index = folder / PICKLE_INDEX
-    if index.is_file():
-        paths = [folder / name for name in dict.fromkeys(read_index(index).values())]
-    else:
-        paths = sorted([*folder.glob("pytorch_model.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])[:1]
+    weight_map = read_index(index) if index.is_file() else None
+    paths = [folder / name for name in dict.fromkeys(weight_map.values())] if weight_map else _single_pickle(folder)
     if not paths:
         raise CheckpointError(f"{folder}: no weights here (looked for {SINGLE}, {INDEX}, pytorch_model.bin, *.pth)")
     if not allow_pickle:
@@ -306,11 +314,28 @@ def _pickled(folder: Path, allow_pickle: bool) -> Layout:
             "--allow-pickle, and weights-only even then"
         )
     held: dict[str, torch.Tensor] = {}
+    found: dict[str, str] = {}
     for path in paths:
-        held.update(_read_pickle(path))
+        for name, tensor in _read_pickle(path).items():
+            held[name], found[name] = tensor, path.name
+    if weight_map is not None and found != weight_map:
+        wrong = sorted(name for name in {*found, *weight_map} if found.get(name) != weight_map.get(name))
+        raise CheckpointError(f"{index}: index and shards disagree on where these tensors are: {listed(wrong)}")
     head, entries = build_header(held, {"format": "pt"})
-    file = PickleFile(SINGLE, paths[0], head, {"format": "pt"}, entries, held)
+    read = (*(path.name for path in paths), *([index.name] if weight_map else []))
+    file = PickleFile(SINGLE, paths[0], head, {"format": "pt"}, entries, held, read)
     return _collect(folder, [file], None)
+
+
+def _single_pickle(folder: Path) -> list[Path]:
+    """The one pickle that holds the weights: pytorch_model.bin, else the only .pth or .pt."""
+    if (folder / "pytorch_model.bin").is_file():
+        return [folder / "pytorch_model.bin"]
+    others = sorted([*folder.glob("*.pth"), *folder.glob("*.pt")])
+    if len(others) > 1:
+        names = ", ".join(path.name for path in others)
+        raise CheckpointError(f"{folder}: several pickle files ({names}) and no pytorch_model.bin to say which counts")
+    return others
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -328,6 +353,9 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             found = found[key]
     if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
         raise CheckpointError(f"{path}: does not hold a plain mapping of names to tensors")
+    for name, tensor in found.items():
+        if tensor.dtype not in NAMES or tensor.layout != torch.strided:
+            raise CheckpointError(f"{path}: {name}: {tensor.dtype}, {tensor.layout} cannot be kept in a safetensors file")
     return {str(name): tensor.detach() for name, tensor in found.items()}
 
 

@@ -1,0 +1,275 @@
+"""A run stopped anywhere and taken up again ends in the bytes of the undisturbed one."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, environment, hashes
+from test_run import report_of, strip
+
+STEPS = ("--sparse-steps", "4", "--dense-steps", "4", "--gate", "none", "--batch-size", "8", "--device", "cpu", "--quiet")
+ARMS = ("--control", "dense", "--control", "random")
+ALL = 3 * 8  # optimizer steps of the three arms
+
+
+def arguments(made, out, *more):
+    """A run with what a stop must keep: BatchNorm, momentum, augmentation, a refreshed mask, epochs ending in mid-phase."""
+    return [made / "timm", "--data", made / "pictures", "-o", out, *STEPS, *ARMS, "--set", "phases.0.refresh=2", *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(made, tmp_path_factory):
+    """The same run, never stopped."""
+    return whole(arguments(made, tmp_path_factory.mktemp("undisturbed") / "out"))
+
+
+def whole(args):
+    from dsd_refine.app import main
+
+    with pytest.raises(SystemExit) as ended:
+        main([str(arg) for arg in args])
+    assert ended.value.code == 0
+    return args[args.index("-o") + 1]
+
+
+def same(one, two):
+    for name in ("model.safetensors", "dsd/predictions.parquet", "dsd/log.jsonl", "dsd/recipe.yaml"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert strip(report_of(one)) == strip(report_of(two))
+
+
+def stop_after(monkeypatch, steps):
+    """Ask every run to stop once so many optimizer steps were taken, as a signal that came then would."""
+    from dsd_refine import train
+
+    taken, step = [0], train._step
+
+    def counted(loop, *args):
+        taken[0] += 1
+        loop.stopping = lambda: taken[0] >= steps
+        return step(loop, *args)
+
+    monkeypatch.setattr(train, "_step", counted)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 8, 9, 12, 13, 20, 23, ALL])
+def test_stopped_at_a_step_and_resumed(command, made, undisturbed, tmp_path, at):
+    args = arguments(made, tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, at)
+        stopped = command(*args)
+    assert stopped.code == 4, stopped.err
+    assert "go on with --resume" in stopped.err
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial/state.json").is_file()
+    done = [json.loads(line) for line in (tmp_path / "out.partial/log.jsonl").read_text().splitlines()]
+    assert sum(line["event"] == "step" for line in done) == at
+    resumed = command(*args, "--resume")
+    assert resumed.code == 0, resumed.err
+    same(tmp_path / "out", undisturbed)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_stopped_at_every_step(command, made, undisturbed, tmp_path):
+    args = arguments(made, tmp_path / "out", "--resume")
+    stops = 0
+    while True:
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(patch, 1)
+            found = command(*args)
+        if found.code == 0:
+            break
+        assert found.code == 4, found.err
+        stops += 1
+        assert stops <= ALL
+    assert stops == ALL
+    same(tmp_path / "out", undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("bert", ["--gradient-accumulation-steps", "2", "--batch-size", "3"]),
+        ("gpt2", ["--sparsity", "0.2,0.5"]),
+        ("vit", ["--save-phases", "--workers", "2", "--keep", "last"]),
+    ],
+)
+def test_other_tasks_resume_too(command, made, tmp_path, model, options):
+    data = {"bert": "texts.csv", "gpt2": "documents.txt", "vit": "colours"}[model]
+    one, two = ([made / model, "--data", made / data, "-o", tmp_path / n, *STEPS, *options] for n in ("one", "two"))
+    whole(one)
+    for at in (2, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(patch, at)
+            assert command(*two, "--resume").code == 4
+    assert command(*two, "--resume").code == 0
+    same(tmp_path / "one", tmp_path / "two")
+    if "--save-phases" in options:
+        assert hashes(tmp_path / "one/dsd/phases") == hashes(tmp_path / "two/dsd/phases")
+
+
+def test_killed_between_saves_goes_on_from_the_last_one(command, made, undisturbed, tmp_path, monkeypatch):
+    """No word of the end, as with SIGKILL or a power cut: the state is the one of the last phase's end."""
+    from dsd_refine import train
+
+    class Killed(BaseException):
+        pass
+
+    args = arguments(made, tmp_path / "out")
+    taken, step = [0], train._step
+
+    def killed(*given):
+        taken[0] += 1
+        if taken[0] == 11:
+            raise Killed
+        return step(*given)
+
+    from dsd_refine.app import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_step", killed)
+        with pytest.raises(Killed):
+            main([str(arg) for arg in args])
+    log = tmp_path / "out.partial/log.jsonl"
+    assert log.stat().st_size > json.loads((tmp_path / "out.partial/state.json").read_text())["log_bytes"]
+    resumed = command(*args, "--resume")
+    assert resumed.code == 0, resumed.err
+    same(tmp_path / "out", undisturbed)
+
+
+def test_killed_while_publishing(command, made, undisturbed, tmp_path, monkeypatch):
+    from dsd_refine import publish
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    args = arguments(made, tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(publish, "copy_file", full)
+        assert command(*args).code == 5
+    assert not (tmp_path / "out").exists()
+    assert command(*args, "--resume").code == 0
+    same(tmp_path / "out", undisturbed)
+
+
+def test_resume_of_a_finished_run_changes_nothing(command, undisturbed, made):
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in undisturbed.rglob("*")}
+    found = command(*arguments(made, undisturbed), "--resume", "--json")
+    assert found.code == 0
+    assert found.out == (undisturbed / "dsd/report.json").read_text()
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in undisturbed.rglob("*")} == before
+    assert not undisturbed.with_name("out.partial").exists()
+
+
+def test_resume_with_nothing_saved_starts_anew(command, made, undisturbed, tmp_path):
+    assert command(*arguments(made, tmp_path / "out", "--resume")).code == 0
+    same(tmp_path / "out", undisturbed)
+
+
+@pytest.fixture
+def stopped(command, made, tmp_path):
+    """Arguments of a run that was stopped in its sixth step."""
+    args = arguments(made, tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 6)
+        assert command(*args).code == 4
+    return args
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(["--seed", "9"], "recipe was"), (["--lr", "0.5"], "recipe was"), (["--control", "random"], "recipe was")],
+)
+def test_resume_of_another_recipe_is_refused(refused, stopped, tmp_path, change, says):
+    before = hashes(tmp_path / "out.partial")
+    args = [arg for arg in stopped if arg not in ARMS] if "--control" in change else stopped
+    message = refused(*args, "--resume", *change)
+    assert says in message
+    assert "--overwrite" in message
+    after = hashes(tmp_path / "out.partial")
+    assert {k: v for k, v in after.items() if k not in ("pid", "lock")} == {
+        k: v for k, v in before.items() if k not in ("pid", "lock")
+    }
+
+
+def test_the_refusal_names_the_field_that_differs(refused, stopped):
+    message = refused(*stopped, "--resume", "--seed", "9")
+    assert "seed" in message.replace("saved", "")
+
+
+@pytest.mark.parametrize("what", ["source", "train", "eval"])
+def test_resume_of_changed_files_is_refused(command, refused, made, tmp_path, what):
+    source, data = tmp_path / "timm", tmp_path / "pictures"
+    shutil.copytree(made / "timm", source)
+    shutil.copytree(made / "pictures", data)
+    args = [source, "--data", data, "-o", tmp_path / "out", *STEPS]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        assert command(*args).code == 4
+    if what == "source":
+        (source / "config.json").write_text((source / "config.json").read_text() + "\n")
+    else:
+        folder = {"train": "train/a", "eval": "test/b"}[what]
+        shutil.copy(data / folder / "000.png", data / folder / "999.png")
+    message = refused(*args, "--resume")
+    assert {"source": "source was", "train": "data.train was", "eval": "data.eval was"}[what] in message
+
+
+def test_overwrite_starts_a_stopped_run_anew(command, stopped, undisturbed, tmp_path):
+    assert command(*stopped, "--overwrite").code == 0
+    same(tmp_path / "out", undisturbed)
+
+
+def test_a_second_run_on_the_same_output_is_refused(refused, stopped, tmp_path):
+    import filelock
+
+    with filelock.FileLock(tmp_path / "out.partial/lock"):
+        assert "another run" in refused(*stopped, "--resume")
+
+
+LONG = ("--sparse-steps", "400", "--dense-steps", "4")
+
+
+def started(made, out, *more):
+    args = [*arguments(made, out, *LONG), *more]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "dsd_refine", *map(str, args)],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return child, args
+
+
+def wait_for(path, lines, child):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and child.poll() is None:
+        if path.is_file() and path.read_bytes().count(b"\n") >= lines:
+            return
+        time.sleep(0.01)
+    child.kill()
+    raise AssertionError(child.communicate())
+
+
+def test_real_signals(command, made, tmp_path):
+    """SIGTERM in the sparse phase, then SIGKILL in a later one, then on to the end: the undisturbed run's bytes."""
+    log = tmp_path / "out.partial/log.jsonl"
+    child, args = started(made, tmp_path / "out")
+    wait_for(log, 60, child)
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 4, err
+    assert out == ""
+    assert "Traceback" not in err
+    lines = log.read_bytes().count(b"\n")
+    child, _ = started(made, tmp_path / "out", "--resume")
+    wait_for(log, lines + 60, child)
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGKILL
+    assert command(*args, "--resume").code == 0
+    whole(arguments(made, tmp_path / "whole", *LONG))
+    same(tmp_path / "out", tmp_path / "whole")
+    assert not log.exists()
