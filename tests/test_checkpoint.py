@@ -1,0 +1,292 @@
+"""From file to model and back: where tensors live, what is written, what passes through byte for byte."""
+
+import os
+import stat
+
+import builders
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from dsd_refine.checkpoint import find_source, open_checkpoint, open_library
+from dsd_refine.checkpoint.layout import read_layout
+from dsd_refine.checkpoint.placement import gather, place, scatter
+from dsd_refine.errors import CheckpointError, RunError
+
+
+def opened(folder, task=None):
+    source = find_source(str(folder))
+    return open_checkpoint(source, open_library(source, task))
+
+
+def perturb(model):
+    """Move every parameter, as training does (ties move together)."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+
+
+def written(checkpoint, folder):
+    folder.mkdir()
+    checkpoint.write(checkpoint.model, folder)
+    return read_layout(folder)
+
+
+def raw(layout, name):
+    file, entry = layout.where[name]
+    return bytes(file.raw(entry))
+
+
+def legacy(tensors):
+    return {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for n, t in tensors.items()
+    }
+
+
+def test_nothing_changed_gives_every_file_byte_for_byte(tmp_path):
+    for made in (builders.timm_checkpoint(tmp_path / "t"), builders.gpt2_checkpoint(tmp_path / "g")):
+        layout = written(opened(made), tmp_path / f"out-{made.name}")
+        for path in made.iterdir():
+            assert (layout.folder / path.name).read_bytes() == path.read_bytes()
+
+
+def test_legacy_names_come_back_under_their_own_spelling(tmp_path):
+    folder = builders.bert_checkpoint(tmp_path / "b")
+    builders.write_tensors(folder / "model.safetensors", legacy(load_file(folder / "model.safetensors")))
+    checkpoint = opened(folder)
+    perturb(checkpoint.model)
+    layout = written(checkpoint, tmp_path / "out")
+    name = "bert.encoder.layer.0.output.LayerNorm.gamma"
+    assert torch.equal(layout.tensor(name), checkpoint.model.state_dict()[name.replace("gamma", "weight")])
+
+
+def test_a_second_copy_of_a_tied_tensor_is_trained_under_any_name(tmp_path):
+    folder = builders.gpt2_checkpoint(tmp_path / "g")
+    tensors = {n.removeprefix("transformer."): t for n, t in load_file(folder / "model.safetensors").items()}
+    tensors |= {"lm_head.weight": tensors["wte.weight"].clone(), "h.0.attn.bias": torch.tril(torch.ones(1, 1, 32, 32))}
+    builders.write_tensors(folder / "model.safetensors", tensors)
+    checkpoint = opened(folder)
+    perturb(checkpoint.model)
+    layout = written(checkpoint, tmp_path / "out")
+    assert raw(layout, "wte.weight") == raw(layout, "lm_head.weight") != raw(checkpoint.layout, "wte.weight")
+    assert raw(layout, "h.0.attn.bias") == raw(checkpoint.layout, "h.0.attn.bias")
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_a_head_that_differs_from_its_embedding_is_kept_as_two_with_a_warning(tmp_path):
+    folder = builders.gpt2_checkpoint(tmp_path / "g")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
+    builders.write_tensors(folder / "model.safetensors", tensors)
+    checkpoint = opened(folder)
+    assert any("two different tensors" in warning for warning in checkpoint.warnings)
+    perturb(checkpoint.model)
+    layout = written(checkpoint, tmp_path / "out")
+    assert torch.equal(layout.tensor("lm_head.weight"), checkpoint.model.lm_head.weight)
+    assert torch.equal(layout.tensor("transformer.wte.weight"), checkpoint.model.transformer.wte.weight)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_experts_fused_by_model_or_file_come_back_as_the_file_has_them(tmp_path, family):
+    common = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+              "intermediate_size": 24, "num_local_experts": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    made = {
+        "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**common)),
+        "gpt-oss": lambda: transformers.GptOssForCausalLM(transformers.GptOssConfig(**common, head_dim=8)),
+    }
+    with builders.seeded(0):
+        model = made[family]()
+    builders.save_transformers(model, tmp_path / "m")
+    checkpoint = opened(tmp_path / "m")
+    experts = [name for name in checkpoint.layout.names() if ".experts." in name]
+    assert len(experts) == (24 if family == "mixtral" else 8)
+    perturb(checkpoint.model)
+    layout = written(checkpoint, tmp_path / "out")
+    assert all(raw(layout, name) != raw(checkpoint.layout, name) for name in experts)
+    again = opened(tmp_path / "out")
+    for name, value in checkpoint.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
+
+
+def test_weight_norm_pairs_keep_the_old_spelling(tmp_path):
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(2, 3, 3))
+
+    with builders.seeded(0):
+        model = Normed()
+    new = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1", "bias": "bias"}
+    tensors = {f"conv.{old}": model.state_dict()[f"conv.{name}"].clone() for old, name in new.items()}
+    builders.write_tensors(tmp_path / "model.safetensors", tensors)
+
+    def load(given, dtype):
+        fresh = Normed().to(dtype)
+        fresh.load_state_dict({f"conv.{name}": given[f"conv.{old}"] for old, name in new.items()})
+        return fresh
+
+    layout = read_layout(tmp_path)
+    placement = place(layout, load(tensors, torch.float32), load, lambda name: True)
+    assert {name: parts[0].key for name, parts in placement.items()} == {f"conv.{old}": f"conv.{n}" for old, n in new.items()}
+
+
+class Square(torch.nn.Module):
+    def __init__(self, value, dtype):
+        super().__init__()
+        self.inner = torch.nn.Parameter(value.to(dtype))
+
+
+@pytest.mark.parametrize(
+    "move", [lambda t: t.T, lambda t: t.flip(0), lambda t: t.reshape(2, 2, 4).transpose(0, 1).reshape(4, 4)]
+)
+def test_any_permutation_is_found_and_undone(tmp_path, move):
+    value = torch.arange(16.0).reshape(4, 4)
+    builders.write_tensors(tmp_path / "model.safetensors", {"outer": value})
+
+    def load(given, dtype):
+        return Square(move(given["outer"]).contiguous(), dtype)
+
+    layout = read_layout(tmp_path)
+    model = load({"outer": value}, torch.float32)
+    parts = place(layout, model, load, lambda name: True)["outer"]
+    assert torch.equal(gather(parts, torch.zeros(4, 4), model.state_dict()), value)
+    into = {"inner": torch.zeros(4, 4)}
+    scatter(parts, value, into)
+    assert torch.equal(into["inner"], model.inner)
+
+
+def test_a_loader_that_computes_is_refused(tmp_path):
+    builders.write_tensors(tmp_path / "model.safetensors", {"outer": torch.ones(4, 4)})
+
+    def load(given, dtype):
+        return Square(given["outer"] * 0.5, dtype)
+
+    with pytest.raises(CheckpointError, match=r"inner.*cannot be written back"):
+        place(read_layout(tmp_path), load({"outer": torch.ones(4, 4)}, torch.float32), load, lambda name: True)
+
+
+def test_a_missing_head_is_named(tmp_path):
+    folder = builders.bert_checkpoint(tmp_path / "b")
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if not n.startswith("classifier")}
+    builders.write_tensors(folder / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"classifier\.bias, classifier\.weight"):
+        opened(folder)
+
+
+def test_a_missing_timm_tensor_is_named(tmp_path):
+    folder = builders.timm_checkpoint(tmp_path / "t")
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if n != "fc.weight"}
+    builders.write_tensors(folder / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"fc\.weight"):
+        opened(folder)
+
+
+def test_the_worst_file_comes_back_with_every_untouched_byte_in_place(tmp_path):
+    """Shards, an index, a redundant tied copy, three dtypes, legacy names, foreign tensors, metadata: all at once."""
+    folder = builders.gpt2_checkpoint(tmp_path / "g")
+    own = {n.removeprefix("transformer."): t for n, t in load_file(folder / "model.safetensors").items()}
+    names = sorted(own)
+    dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    typed = {n: own[n].to(torch.bfloat16 if n == "wte.weight" else dtypes[i % 3]) for i, n in enumerate(names)}
+    typed["lm_head.weight"] = typed["wte.weight"].clone()
+    bits = torch.tensor([0x7FC00001, -0x80000000, 0x7F800000, 1], dtype=torch.int32).view(torch.float32)
+    foreign = {
+        "foreign.nan": bits,
+        "foreign.count": torch.tensor(7),
+        "foreign.double": torch.tensor([0.1], dtype=torch.float64),
+        "foreign.flags": torch.tensor([True, False, True]),
+        "foreign.empty": torch.empty(0, 3),
+        "h.0.attn.bias": torch.tril(torch.ones(1, 1, 32, 32, dtype=torch.uint8)),
+        "h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
+    everything = list((typed | foreign).items())
+    metadata = {"format": "pt", "made by": "hand", "é": "\n"}
+    builders.write_shards(folder, {f"model-{i}.safetensors": dict(everything[i::3]) for i in range(3)}, metadata)
+    checkpoint = opened(folder)
+    perturb(checkpoint.model)
+    layout = written(checkpoint, tmp_path / "out")
+
+    assert [(f.name, f.head) for f in layout.files] == [(f.name, f.head) for f in checkpoint.layout.files]
+    assert layout.index.read_bytes() == (folder / "model.safetensors.index.json").read_bytes()
+    for name in foreign:
+        assert raw(layout, name) == raw(checkpoint.layout, name), name
+    for name in typed:
+        assert raw(layout, name) != raw(checkpoint.layout, name), name
+        assert layout.entry(name).dtype == typed[name].dtype
+    assert raw(layout, "lm_head.weight") == raw(layout, "wte.weight")
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad(), checkpoint.rounded(checkpoint.model):
+        assert torch.equal(loaded(ids).logits, checkpoint.model(ids).logits)
+
+
+def test_rounding_is_undone_exactly(tmp_path):
+    folder = builders.bert_checkpoint(tmp_path / "b")
+    tensors = {n: t.to(torch.bfloat16) for n, t in load_file(folder / "model.safetensors").items()}
+    builders.write_tensors(folder / "model.safetensors", tensors)
+    checkpoint = opened(folder)
+    assert all(p.dtype == torch.float32 for p in checkpoint.model.parameters())
+    perturb(checkpoint.model)
+    before = {n: v.clone() for n, v in checkpoint.model.state_dict().items()}
+    with checkpoint.rounded(checkpoint.model):
+        now = checkpoint.model.state_dict()
+        assert any(not torch.equal(now[n], before[n]) for n in before)
+        assert all(torch.equal(v, v.to(torch.bfloat16).float()) for v in now.values())
+    assert all(torch.equal(v, before[n]) for n, v in checkpoint.model.state_dict().items())
+
+
+def test_values_that_did_not_change_keep_the_source_s_bits(tmp_path):
+    folder = builders.bert_checkpoint(tmp_path / "b")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.bias"] = torch.tensor([-0.0, 0.0])
+    builders.write_tensors(folder / "model.safetensors", tensors)
+    checkpoint = opened(folder)
+    with torch.no_grad():
+        checkpoint.model.classifier.bias.zero_()
+    assert raw(written(checkpoint, tmp_path / "out"), "classifier.bias") == raw(checkpoint.layout, "classifier.bias")
+
+
+def test_a_value_that_float16_cannot_hold_is_refused(tmp_path):
+    folder = builders.bert_checkpoint(tmp_path / "b")
+    tensors = {n: t.to(torch.float16) for n, t in load_file(folder / "model.safetensors").items()}
+    builders.write_tensors(folder / "model.safetensors", tensors)
+    checkpoint = opened(folder)
+    with torch.no_grad():
+        checkpoint.model.classifier.weight[0, 0] = 1e6
+    with pytest.raises(RunError, match=r"classifier\.weight"):
+        written(checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("spoil", "said"), [(lambda t: t.double(), "float64"), (lambda t: t * float("nan"), "not finite")])
+def test_weights_that_cannot_be_refined_are_refused_by_name(tmp_path, spoil, said):
+    folder = builders.bert_checkpoint(tmp_path / "b")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.weight"] = spoil(tensors["classifier.weight"])
+    builders.write_tensors(folder / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=said):
+        opened(folder)
+
+
+def test_side_files_are_copied_other_weights_are_not_and_modes_follow_the_umask(tmp_path):
+    folder = builders.timm_checkpoint(tmp_path / "t")
+    (folder / "extra").mkdir()
+    (folder / "extra/notes.txt").write_bytes(b"\x00\xff")
+    (folder / "generation_config.json").write_bytes(b"not even json")
+    for other in ("pytorch_model.bin", "model.onnx", "dsd/old", ".cache/x", "README.md"):
+        (folder / other).parent.mkdir(exist_ok=True)
+        (folder / other).write_bytes(b"stale")
+    (folder / "model.safetensors").chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        written(opened(folder), tmp_path / "out")
+    finally:
+        os.umask(before)
+    found = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert found == {"config.json", "model.safetensors", "extra/notes.txt", "generation_config.json"}
+    assert (tmp_path / "out/extra/notes.txt").read_bytes() == b"\x00\xff"
+    assert {stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) for name in found} == {0o640}
+    assert any("pytorch_model.bin" in warning and "model.onnx" in warning for warning in opened(folder).warnings)

@@ -1,0 +1,102 @@
+"""What MODEL can name, and the Hub over loopback."""
+
+import json
+
+import builders
+import pytest
+from conftest import SHORT, process
+from hub import COMMIT, hub
+
+from dsd_refine.checkpoint import find_source
+from dsd_refine.errors import CheckpointError, UsageError
+
+
+def test_a_directory_tells_its_library(tmp_path):
+    assert find_source(str(builders.timm_checkpoint(tmp_path / "t"))).library == "timm"
+    assert find_source(str(builders.bert_checkpoint(tmp_path / "b"))).library == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("resnet5o", "did you mean resnet50"),
+        ("./nowhere", "no such directory"),
+        ("torchvision:resnet50", "not in this version"),
+        ("a/b/c", "no such directory"),
+        ("timm:nothing", "not a timm model"),
+    ],
+)
+def test_what_names_nothing_is_refused(model, said):
+    with pytest.raises((CheckpointError, UsageError), match=said):
+        find_source(model)
+
+
+def test_a_directory_named_as_a_timm_model_must_say_which_is_meant(tmp_path, monkeypatch):
+    builders.timm_checkpoint(tmp_path / "resnet50")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"\./resnet50 or timm:resnet50"):
+        find_source("resnet50")
+    assert find_source("./resnet50").library == "timm"
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        find_source(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="which library"):
+        find_source(str(tmp_path))
+
+
+def plan(server, model, tmp_path, **env):
+    return process(
+        "-m", "dsd_refine", "plan", model, HF_ENDPOINT=server.url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"), **env
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((401, {"X-Error-Code": "GatedRepo"}), "gated"),
+        ((403, {"X-Error-Code": "GatedRepo"}), "gated"),
+        ((404, {"X-Error-Code": "RepoNotFound"}), "no such model"),
+        ((418, {}), "the Hub answered 418"),
+    ],
+)
+def test_the_hub_s_own_reason_is_passed_on_in_one_line(tmp_path, answer, said):
+    with hub({}, {"org/name": answer}) as server:
+        found = plan(server, "org/name", tmp_path)
+    assert found.returncode == 2, found.stderr
+    assert said in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_revision_that_is_not_there_is_said(tmp_path):
+    with hub({"org/name": builders.timm_checkpoint(tmp_path / "t")}) as server:
+        found = plan(server, "org/name@nope", tmp_path)
+    assert found.returncode == 2
+    assert "no such revision" in found.stderr
+
+
+def test_a_repository_is_refined_from_the_hub_and_then_offline_from_the_cache(tmp_path):
+    folder = builders.timm_checkpoint(tmp_path / "t")
+    (folder / "pytorch_model.bin").write_bytes(b"never fetched")
+    data = builders.image_folder(tmp_path / "data")
+    home = {"HF_HOME": str(tmp_path / "home")}
+    with hub({"org/tiny": folder}) as server:
+        found = process("-m", "dsd_refine", "hf-hub:org/tiny@v1", "--data", data, "-o", tmp_path / "out", *SHORT, "--json",
+                        HF_ENDPOINT=server.url, HF_HUB_OFFLINE="0", **home)  # fmt: skip
+        assert found.returncode == 0, found.stderr
+        assert not any("resolve" in path and path.endswith(".bin") for path in server.seen)
+    source = json.loads(found.stdout)["source"]
+    assert (source["resolved"], source["revision"]) == ("org/tiny", COMMIT)
+    again = process("-m", "dsd_refine", "verify", f"org/tiny@{COMMIT}", tmp_path / "out", HF_HUB_OFFLINE="1", **home)
+    assert again.returncode == 0, again.stdout + again.stderr
+
+
+def test_offline_without_a_copy_says_what_is_missing_and_how_to_give_it(tmp_path):
+    found = process("-m", "dsd_refine", "resnet50", "--sparsity", "0.3", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
+    assert found.returncode == 2
+    assert found.stdout == ""
+    for part in ("timm/resnet50.a1_in1k", "HF_HUB_OFFLINE is set", "local directory", "HF_ENDPOINT"):
+        assert part in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
