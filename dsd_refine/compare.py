@@ -57,19 +57,23 @@ def mcnemar(first: Array, second: Array) -> Comparison:
 
 
 def bootstrap(first: Array, second: Array, count: Array, *, higher_is_better: bool, seed: int = 0) -> Comparison:
-    """Paired bootstrap over rows of the difference of sum(score) / sum(count), DRAWS seeded draws, percentile interval."""
+    """Paired bootstrap over rows of the difference of sum(score) / sum(count), DRAWS seeded draws, percentile interval.
+
+    m rows that differ cannot give a p below 2 / 2**m, the chance that m fair signs are all the same: draws of a few rows
+    that happen to agree all have one sign, which by itself shows nothing.
+    """
     sign = 1.0 if higher_is_better else -1.0
     difference = sign * (first - second).astype(np.float64)
-    n, delta = len(first), float(difference.sum() / count.sum())
+    n, delta = len(first), float(difference.sum() / max(1, count.sum()))
     generator, drawn = np.random.default_rng(seed), np.empty(DRAWS)
     chunk = max(1, min(DRAWS, 2_000_000 // n))
     for start in range(0, DRAWS, chunk):
         size = min(chunk, DRAWS - start)
         times = generator.multinomial(n, np.full(n, 1 / n), size=size)
-        drawn[start : start + size] = (times @ difference) / (times @ count)
+        drawn[start : start + size] = (times @ difference) / np.maximum(1, times @ count)
     low, high = np.quantile(drawn, [0.025, 0.975])
     tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-    p_value = min(1.0, 2 * (tail + 1) / (DRAWS + 1))
+    p_value = min(1.0, max(2 * (tail + 1) / (DRAWS + 1), 2.0 ** (1 - np.count_nonzero(difference))))
     return Comparison(delta, (float(low), float(high)), p_value, p_value, None, None, "paired-bootstrap")
 
 

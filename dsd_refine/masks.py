@@ -27,6 +27,7 @@ NAMED_KINDS = (
     (r"(?i)(^|\.)(gamma\d*|ls\d*|layer_?scale\w*|lambda_?\d*)(\.|$)", "layer scale"),
     (r"(^|\.)(A_log|D|dt_bias)$", "state-space parameter"),
 )
+UNKNOWN = "parameter of no known kind"
 BLOCK = 1 << 18  # weights masked at a time: two blocks stay in the cache
 
 
@@ -136,15 +137,22 @@ def _owners(model: nn.Module) -> dict[Storage, list[Owner]]:
 
 
 def _routers(model: nn.Module) -> set[str]:
-    """Modules that choose among experts: by class, or as the gate beside something called experts."""
+    """Modules that choose among experts, with what is in them: by class, or as the gate beside something called experts."""
     found = set()
     for name, module in model.named_modules():
         children = [child for child, _ in module.named_children()]
         if re.search(r"Router|TopKGat|Mo[eE]Gate", type(module).__name__):
-            found |= {name, *(f"{name}.{child}" for child in children)}
+            found.add(name)
         if any("expert" in child and "gate" not in child for child in children):
             found |= {f"{name}.{child}".lstrip(".") for child in ("gate", "router", "shared_expert_gate")}
-    return found
+    return {name for name, _ in model.named_modules() if _inside(name, found)}
+
+
+def _inside(name: str, routers: set[str]) -> bool:
+    """Is it a router or in one (but none of the experts that a router's class may hold as well)?"""
+    parts = name.split(".")
+    outer = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return any(router in routers and "expert" not in name[len(router) :] for router in outer)
 
 
 def _kind(layer: Layer, places: Sequence[Owner], parameter: torch.Tensor, routers: set[str]) -> tuple[str | None, bool, int]:
@@ -163,9 +171,10 @@ def _kind(layer: Layer, places: Sequence[Owner], parameter: torch.Tensor, router
     if module_name in routers:
         return "router of a mixture", False, 1
     if _is_weight(module, attribute):
-        return None, False, 1
+        apart = len({spot.key for spot in layer.spots})  # the file may fuse experts that the model holds apart
+        return None, False, apart if len(layer.shape) == 3 and layer.shape[0] == apart else 1
     experts = _experts(module, attribute, parameter)
-    if experts:
+    if experts and ("Expert" in type(module).__name__ or _named(key) == UNKNOWN):
         fused = layer.weights > parameter.numel() // experts
         return None, False, experts if fused else 1
     return _named(key), False, 1
@@ -175,12 +184,12 @@ def _named(key: str) -> str:
     for pattern, reason in NAMED_KINDS:
         if re.search(pattern, key):
             return reason
-    return "bias" if "bias" in key.rsplit(".", 1)[-1] else "parameter of no known kind"
+    return "bias" if "bias" in key.rsplit(".", 1)[-1] else UNKNOWN
 
 
 def _reparametrised(module: nn.Module, module_name: str, attribute: str) -> bool:
-    by_torch = ".parametrizations." in f".{module_name}." or attribute in ("weight_g", "weight_v", "weight_orig")
-    return by_torch or bool(re.search(r"StdConv|ScaledStd", type(module).__name__))
+    by_torch = ".parametrizations." in f".{module_name}." or re.search(r"weight\w*_(g|v|orig)$", attribute)
+    return bool(by_torch or re.search(r"StdConv|ScaledStd|WeightStandardi[sz]ed", type(module).__name__))
 
 
 def _is_weight(module: nn.Module, attribute: str) -> bool:

@@ -272,7 +272,15 @@ def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: A
     """What must be equal for a resumed run to end in the same bytes."""
     versions = environment(str(accelerator.device), accelerator.num_processes)
     data = {name: part.rows.fingerprint for name, part in _parts(task).items()}
-    return {"recipe": recipe.dump(), "source": hashes, **{f"data.{k}": v for k, v in data.items()}, **versions}
+    return _flat({"recipe": recipe.model_dump(mode="json"), "source": hashes, "data": data} | versions)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping of dotted names, so that a difference can be named."""
+    if not isinstance(value, dict | list):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: leaf for part, inner in items for key, leaf in _flat(inner, f"{name}.{part}".lstrip(".")).items()}
 
 
 def _parts(task: Task) -> dict[str, Any]:
@@ -423,11 +431,20 @@ def load_selected(run: Run, arm: str) -> None:
 
 
 def judge(run: Run, arm: str) -> None:
-    """Score an arm on the evaluation split, which nothing has been selected by."""
+    """Score an arm on the evaluation split, which nothing has been selected by: once, also where the run is taken up again."""
+    name = f"scores-{arm}.safetensors"
+    if arm in run.state.get("judged", []):
+        run.scores[arm] = Scores(**{field: value.numpy() for field, value in run.workspace.read_tensors(name).items()})
+        return
     run.scores[arm] = evaluate(run.loop, run.task.eval)
+    run.workspace.write_tensors(name, {field: torch.from_numpy(value) for field, value in vars(run.scores[arm]).items()})
     found = run.task.metrics(run.scores[arm])
     run.workspace.log({"event": "evaluation", "arm": arm, "phase": None, "step": None, "epoch": None, "part": "eval", **found})
-    run.options.say(f"{arm}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    run.options.say(f"{arm}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in found.items()))
+    run.state.setdefault("judged", []).append(arm)
+    run.workspace.save(None)
+    if run.loop.stopping() and run.loop.world == 1:
+        raise Interrupted(f"stopped after the evaluation of {arm}; go on with --resume")
 
 
 def finish(run: Run) -> Report:

@@ -323,7 +323,7 @@ def _item(place: Any, key: str, assignment: str, create: bool) -> Any:
 
 
 def _index(items: list[Any], key: str, assignment: str) -> int:
-    if not key.isdigit() or int(key) >= len(items):
+    if not key.isdecimal() or int(key) >= len(items):
         raise RecipeError(f"--set {assignment}: {key!r} is not a number from 0 to {len(items) - 1}")
     return int(key)
 

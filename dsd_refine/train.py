@@ -108,11 +108,13 @@ def micro_batches(units: int, size: int, has_batchnorm: bool) -> list[range]:
 
 def shares(micro: Any, size: int, world: int, has_batchnorm: bool) -> list[Any]:
     """The rows of a micro-batch that each process takes: in order, `size` each, the last what is left (perhaps none)."""
+    size = max(size, 2) if has_batchnorm else size
     bounds = [min(rank * size, len(micro)) for rank in range(world)] + [len(micro)]
     if has_batchnorm:
         for rank in range(1, world):
             if bounds[rank + 1] - bounds[rank] == 1:
-                bounds[rank] += 1  # a lone row goes to the process before
+                # a lone row goes to the last process before that has rows
+                bounds[1 : rank + 1] = [b + (b == bounds[rank]) for b in bounds[1 : rank + 1]]
     return [micro[a:b] for a, b in pairwise(bounds)]
 
 
@@ -363,7 +365,7 @@ def _same_buffers(loop: Loop) -> None:
 
 
 def unreached(loop: Loop) -> list[str]:
-    """Names of the parameters that the loss has no gradient for, found on a few rows in evaluation mode.
+    """Names of the parameters that the loss has no gradient for (or that never train), found on a few rows in evaluation mode.
 
     Experts are left out: which of them a row reaches is the router's choice.
     """
@@ -372,6 +374,7 @@ def unreached(loop: Loop) -> list[str]:
     batch = _on_device(loop, loop.task.batch(loop.task.train, [(unit, None) for unit in units]))
     with torch.backends.cudnn.flags(enabled=False):  # cuDNN's recurrent layers have no backward in evaluation mode
         loop.task.loss(loop.model, batch).backward()  # type: ignore[no-untyped-call]
-    lost = [n for n, p in loop.model.named_parameters() if p.requires_grad and p.grad is None and "expert" not in n]
+    named = loop.model.named_parameters(remove_duplicate=False)
+    lost = [n for n, p in named if p.grad is None and not (p.requires_grad and "expert" in n)]
     loop.model.zero_grad(set_to_none=True)
     return lost

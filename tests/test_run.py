@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from builders import copy_folder, image_folder, timm_checkpoint
+from builders import copy_folder, image_folder, text_file, timm_checkpoint
 from conftest import SHORT, hashes
 from safetensors.torch import load_file, save_file
 
@@ -400,8 +400,12 @@ def test_a_gate_not_met_rejects(command, go, made):
     assert command("verify", made / "gpt2", out).code == 0
 
 
-def test_not_worse_looks_at_the_sign_alone(go):
-    assert report_of(go("gpt2", *STRONG, "--gate", "not-worse", "--lr", "3", code=3))["verdict"] == "worse"
+def test_not_worse_looks_at_the_sign_alone(go, tmp_path):
+    """Two documents cannot show that it got worse; twelve can. Neither meets the gate."""
+    bad = [*STRONG, "--gate", "not-worse", "--lr", "3"]
+    assert report_of(go("gpt2", *bad, code=3))["verdict"] == "inconclusive"
+    many = text_file(tmp_path / "many.txt", paragraphs=12, seed=1)
+    assert report_of(go("gpt2", *bad, "--eval-data", many, code=3))["verdict"] == "worse"
 
 
 def test_overwrite_replaces_ours_and_only_with_a_finished_run(command, go, made, tmp_path):

@@ -137,7 +137,7 @@ def test_every_row_is_taken_once_and_no_process_gets_a_lone_row_under_batchnorm(
     for one in micro:
         parts = shares(one, size, world, batchnorm)
         assert len(parts) == world
-        assert not batchnorm or units == 1 or size == 1 or all(len(part) != 1 for part in parts)
+        assert not batchnorm or units == 1 or size * world == 1 or all(len(part) != 1 for part in parts)
         taken += [row for part in parts for row in part]
     assert taken == list(range(units))
 

@@ -158,11 +158,12 @@ def ask_hub(repo: str, call: Callable[[], T], what: str = "model") -> T:
         ) from None
     except hub.HFValidationError:
         raise CheckpointError(f"{repo}: not a directory here and not a valid Hub name (org/name)") from None
-    except hub.HfHubHTTPError as error:
-        if error.response is not None:
-            raise CheckpointError(f"{repo}: the Hub answered {error.response.status_code}; try again later") from None
-        raise _unreachable(repo, what) from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+        # a snapshot that fails for the Hub's answer says "not in the cache", and keeps the answer as its cause
+        answers = (getattr(each, "response", None) for each in (error, error.__cause__, error.__context__))
+        status = next((answer.status_code for answer in answers if answer is not None), None)
+        if status is not None:
+            raise CheckpointError(f"{repo}: the Hub answered {status}; try again later") from None
         raise _unreachable(repo, what) from error
     except Exception as error:
         if "httpx" in type(error).__module__ or "httpcore" in type(error).__module__:
@@ -171,7 +172,9 @@ def ask_hub(repo: str, call: Callable[[], T], what: str = "model") -> T:
 
 
 def _unreachable(repo: str, what: str) -> CheckpointError:
-    how = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the Hub cannot be reached"
+    from huggingface_hub import is_offline_mode
+
+    how = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the Hub cannot be reached"
     return CheckpointError(
         f"{repo}: {how} and the {what} is not in the cache. Give a local directory instead, or fetch it where there is "
         f"a network (`hf download {repo}`) and bring the cache (HF_HOME); HF_ENDPOINT names another server"

@@ -1,0 +1,153 @@
+"""Several processes under torchrun and accelerate do what one process with their batches together does."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import builders
+import pytest
+import torch
+from conftest import ROOT, environment, process
+from safetensors.torch import load_file
+from test_run import report_of
+
+STEPS = ("--sparse-steps", "5", "--dense-steps", "4", "--gate", "none", "--control", "dense", "--quiet", "--lr", "0.01")
+PLAIN = ("--warmup-steps", "2", "--set", "augment={crop: none, flip: 0.0}")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def torchrun_arguments(*args):
+    how = ("--nproc-per-node", 2, "--master-addr", "127.0.0.1", "--master-port", free_port())
+    return list(map(str, ("-m", "torch.distributed.run", *how, "-m", "dsd_refine", *args)))
+
+
+def torchrun(*args):
+    return process(*torchrun_arguments(*args))
+
+
+def accelerate(*args):
+    """`accelerate launch` as a user would give it; its own configuration, not a flag of ours, chooses the CPU."""
+    script = Path(sys.executable).parent / "accelerate"
+    launch = ["launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port()), str(ROOT / "cli.py")]
+    more = environment(ACCELERATE_USE_CPU="true")
+    return subprocess.run(
+        [str(script), *launch, *map(str, args)], cwd=ROOT, env=more, capture_output=True, text=True, timeout=300
+    )
+
+
+def near(one, two):
+    one, two = (load_file(out / "model.safetensors") for out in (one, two))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=0, atol=1e-5), name
+
+
+def counted(out):
+    report = report_of(out)
+    keys = ("arm", "kind", "sparsity", "measured_sparsity", "epochs", "optimizer_steps", "samples", "lr_first", "lr_peak")
+    return [[phase[key] for key in (*keys, "lr_last")] for phase in report["phases"]]
+
+
+def losses(out):
+    lines = map(json.loads, (out / "dsd/log.jsonl").read_text().splitlines())
+    return [(x["arm"], x["phase"], x["step"], x["samples"], x["lr"]) for x in lines if x["event"] == "step"]
+
+
+@pytest.mark.parametrize(("launch", "model"), [(torchrun, "vit"), (accelerate, "bert")])
+def test_two_processes_are_one_of_twice_the_batch(command, made, tmp_path, launch, model):
+    if model == "bert":
+        source = builders.bert_checkpoint(
+            tmp_path / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0
+        )
+        data, options = made / "texts.csv", ["--optimizer", "sgd", "--gradient-accumulation-steps", "2", "--warmup-steps", "2"]
+    else:
+        source, data, options = made / "vit", made / "colours", [*PLAIN, "--save-phases"]
+    args = [source, "--data", data, *STEPS, *options]
+    two = launch(*args, "-o", tmp_path / "two", "--batch-size", 2, *(["--device", "cpu"] if launch is torchrun else []))
+    assert two.returncode == 0, two.stderr
+    one = command(*args, "-o", tmp_path / "one", "--batch-size", 4, "--device", "cpu")
+    assert one.code == 0, one.err
+    one, two = tmp_path / "one", tmp_path / "two"
+    near(one, two)
+    assert counted(one) == counted(two)
+    assert losses(one) == losses(two)
+    reports = [report_of(out) for out in (one, two)]
+    assert [report["environment"]["processes"] for report in reports] == [1, 2]
+    assert reports[0]["data"] == reports[1]["data"]
+    assert reports[0]["layers"] == reports[1]["layers"]
+    for arm, figures in reports[0]["arms"].items():
+        assert reports[1]["arms"][arm] == pytest.approx(figures, abs=1e-5)
+    assert command("verify", source, two).code == 0
+    assert not (tmp_path / "two.partial").exists()
+
+
+def test_only_one_process_speaks(made, tmp_path):
+    """stdout under a launcher is the result once; a BatchNorm model with an odd rest trains in two processes too."""
+    found = torchrun(
+        made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *STEPS, "--batch-size", 5, "--device", "cpu", "--json"
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == (tmp_path / "out/dsd/report.json").read_text()
+    report = json.loads(found.stdout)
+    assert report["data"]["train"]["rows"] == 21
+    assert report["phases"][0]["samples"] == 21 + 21 + 10  # steps of 10, 11, 10, 11 and 10 rows: no lone one
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (["--label-column", "stars"], 2),
+        (["--lr", "1e38", "--set", "max_grad_norm=null"], 5),
+        (["--gate", "better"], 3),
+    ],
+)
+def test_a_failing_run_tells_its_code_through_the_launcher(made, tmp_path, options, code):
+    found = torchrun(
+        made / "bert", "--data", made / "texts.csv", "-o", tmp_path / "out", *STEPS, "--batch-size", 4, "--device", "cpu", *options
+    )  # fmt: skip
+    assert found.returncode != 0
+    assert f"dsd-refine: exit code {code}" in found.stderr.splitlines()
+    ours = found.stderr.split(f"dsd-refine: exit code {code}")[0]
+    assert "Traceback" not in ours
+    if code == 3:
+        assert report_of(tmp_path / "out")["exit_code"] == 3
+    else:
+        assert ours.count("Error: ") >= 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_stop_and_go_on_together(made, tmp_path):
+    """SIGTERM to the launcher reaches both; what they saved goes on to the end of the undisturbed run."""
+    long = ("--sparse-steps", 150, "--batch-size", 2, "--device", "cpu")
+    args = [made / "vit", "--data", made / "colours", *STEPS, *PLAIN, *long]
+    child = subprocess.Popen(
+        [sys.executable, *torchrun_arguments(*args, "-o", tmp_path / "out")],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    log = tmp_path / "out.partial/log.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and child.poll() is None:
+        if log.is_file() and log.read_bytes().count(b"\n") >= 10:
+            break
+        time.sleep(0.02)
+    assert child.poll() is None, child.communicate()
+    os.kill(child.pid, signal.SIGTERM)
+    _, err = child.communicate(timeout=100)
+    assert child.returncode != 0
+    assert "dsd-refine: exit code 4" in err
+    assert json.loads((tmp_path / "out.partial/state.json").read_text())["progress"]["step"] >= 9
+    resumed = torchrun(*args, "-o", tmp_path / "out", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert torchrun(*args, "-o", tmp_path / "whole").returncode == 0
+    near(tmp_path / "out", tmp_path / "whole")
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
