@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "DATASETS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
 
@@ -297,9 +298,6 @@ def _quiet_libraries() -> None:
     for name in ("timm", "datasets", "transformers", "huggingface_hub", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _workers(asked: int | None) -> int:

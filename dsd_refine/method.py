@@ -298,9 +298,10 @@ def passed(run: Run, arm: str, attempt: int, number: int) -> bool:
 def enter(run: Run, arm: str, attempt: int, number: int, phase: Phase) -> Progress:
     """Bring the model to where this phase begins, or to where it was stopped."""
     place = [run.arms.index(arm), attempt, number]
-    taken_up = run.state.get("at") == place and bool(run.state.get("tensors"))
+    taken_up = not run.current and run.state.get("at") == place and bool(run.state.get("tensors"))
     saved = run.workspace.read_tensors(run.state["tensors"]) if taken_up else {}
     if saved:
+        run.loop.accelerator.wait_for_everyone()  # the main process's next save removes what all have read
         load_state(run.loop.model, {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")})
     elif number == 0:
         load_state(run.loop.model, run.start)

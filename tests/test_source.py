@@ -1,6 +1,7 @@
 """What MODEL can name, and the Hub over loopback."""
 
 import json
+from types import SimpleNamespace
 
 import builders
 import pytest
@@ -100,3 +101,37 @@ def test_offline_without_a_copy_says_what_is_missing_and_how_to_give_it(tmp_path
     for part in ("timm/resnet50.a1_in1k", "HF_HUB_OFFLINE is set", "local directory", "HF_ENDPOINT"):
         assert part in found.stderr
     assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_a_timm_name_is_planned_from_what_timm_knows_where_there_is_no_network(command, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = command("plan", "resnet18", "--sparsity", "0.3", "--json")
+    assert found.code == 0, found.err
+    plan = json.loads(found.out)
+    assert plan["resolved"].startswith("timm/resnet18")
+    assert plan["revision"] == "not fetched"
+    layers = {layer["name"]: layer for layer in plan["layers"]}
+    assert layers["layer1.0.conv1.weight"]["masked"] == [round(0.3 * 64 * 64 * 9)]
+    assert layers["conv1.weight"]["excluded"]
+
+
+def test_a_busy_hub_is_asked_again(tmp_path, monkeypatch):
+    """500, 429 with Retry-After, then the answer: three questions, no error."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from dsd_refine.checkpoint import source
+
+    answers = [
+        SimpleNamespace(status_code=500, headers={}, request=None),
+        SimpleNamespace(status_code=429, headers={"Retry-After": "7"}, request=None),
+    ]
+    waited = []
+    monkeypatch.setattr(source.time, "sleep", waited.append)
+
+    def call():
+        if answers:
+            raise HfHubHTTPError("busy", response=answers.pop(0))
+        return "here"
+
+    assert source.ask_hub("org/tiny", call) == "here"
+    assert waited == [1.0, 7]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import fnmatch
+import json
 import os
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dsd_refine.checkpoint.layout import INDEX, SINGLE, read_json
 from dsd_refine.errors import CheckpointError, UsageError
@@ -21,6 +25,9 @@ OTHER_WEIGHTS = (
     "*.tflite", "*.mlmodel", "*.mlpackage", "*.pb", "*.pkl", "*.pickle", "*.safetensors", "*.bin.index.json",
     "*.safetensors.index.json",
 )  # fmt: skip
+CONNECT = 10.0  # seconds that the Hub has to answer
+WAITS, LONGEST_WAIT = (1.0, 3.0), 60  # seconds between tries
+NOT_FETCHED = "not fetched"  # the revision of a source that is known from timm's registry alone
 OURS = ("dsd", "rejected", ".git", ".cache", ".eval_results")
 
 
@@ -109,31 +116,60 @@ def _from_timm_name(model: str, name: str, weights: bool, allow_pickle: bool) ->
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
     if cfg is None or not cfg.hf_hub_id:
         raise CheckpointError(f"{model}: timm knows the architecture but no released weights of it on the Hub")
-    return _from_hub(model, str(cfg.hf_hub_id), weights, allow_pickle)
+    try:
+        return _from_hub(model, str(cfg.hf_hub_id), weights, allow_pickle)
+    except CheckpointError as error:
+        if weights or error.__cause__ is None:
+            raise
+        return _from_registry(model, cfg)
+
+
+def _from_registry(model: str, cfg: Any) -> Source:
+    """What timm itself knows of a released model: enough for `plan` where there is no network."""
+    place = tempfile.TemporaryDirectory(prefix="dsd-refine-")
+    atexit.register(place.cleanup)
+    config = {"architecture": cfg.architecture, "num_classes": cfg.num_classes, "pretrained_cfg": cfg.to_dict()}
+    Path(place.name, "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
+    return Source(model, str(cfg.hf_hub_id), NOT_FETCHED, Path(place.name), "timm")
 
 
 def _from_hub(model: str, repo_at: str, weights: bool, allow_pickle: bool) -> Source:
-    from huggingface_hub import snapshot_download
+    """A snapshot of a repository: what the Hub has now, or without the Hub what the cache holds."""
+    from huggingface_hub import HfApi, snapshot_download
 
     repo, _, revision = repo_at.partition("@")
-    ignore = list(OTHER_WEIGHTS) if not weights else _not_wanted(repo, revision or None, allow_pickle)
-    folder = Path(ask_hub(repo, lambda: snapshot_download(repo, revision=revision or None, ignore_patterns=ignore)))
-    return _from_folder(model, folder, repo, folder.name)
-
-
-def _not_wanted(repo: str, revision: str | None, allow_pickle: bool) -> list[str]:
-    """What not to fetch of a repository: everything that holds weights and is not the copy that will be read."""
-    from huggingface_hub import HfApi
-
     try:
-        files = set(ask_hub(repo, lambda: HfApi().list_repo_files(repo, revision=revision)))
+        info = ask_hub(repo, lambda: HfApi().model_info(repo, revision=revision or None, timeout=CONNECT))
     except CheckpointError as error:
-        if error.__cause__ is None:  # an answer, not a missing connection: the cache may still serve
+        if error.__cause__ is None:  # an answer, not a missing connection: the cache must not hide it
             raise
-        files = {SINGLE}
+        ignore = _not_wanted({SINGLE}, weights, allow_pickle)
+        folder = ask_hub(
+            repo, lambda: snapshot_download(repo, revision=revision or None, ignore_patterns=ignore, local_files_only=True)
+        )
+    else:
+        ignore = _not_wanted({each.rfilename for each in info.siblings or []}, weights, allow_pickle)
+        folder = ask_hub(repo, lambda: snapshot_download(repo, revision=info.sha, ignore_patterns=ignore))
+        _remember(Path(folder), revision or "main", str(info.sha))
+    return _from_folder(model, Path(folder), repo, Path(folder).name)
+
+
+def _remember(folder: Path, revision: str, commit: str) -> None:
+    """Let the cache know which commit a branch or tag meant, as the library does when it is asked for it by name."""
+    if revision == commit:
+        return
+    file = folder.parent.parent / "refs" / revision
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(commit, encoding="utf-8")
+
+
+def _not_wanted(files: set[str], weights: bool, allow_pickle: bool) -> list[str]:
+    """What not to fetch of a repository: everything that holds weights and is not the copy that will be read."""
+    if not weights:
+        return list(OTHER_WEIGHTS)
     safe = [name for name in files if name.endswith(".safetensors") and "/" not in name]
     if safe or not allow_pickle:
-        wanted = {SINGLE, INDEX, *(name for name in safe)}
+        wanted = {SINGLE, INDEX, *safe}
         return [p for p in OTHER_WEIGHTS if "safetensors" not in p] + [n for n in files if is_weights(n) and n not in wanted]
     return [p for p in OTHER_WEIGHTS if p not in ("*.bin", "*.pth", "*.pt", "*.bin.index.json")]
 
@@ -147,7 +183,7 @@ def ask_hub(repo: str, call: Callable[[], T], what: str = "model") -> T:
     from huggingface_hub import errors as hub
 
     try:
-        return call()
+        return _patiently(call)
     except hub.GatedRepoError:
         raise CheckpointError(f"{repo}: the Hub says it is gated: accept its terms on its page, then `hf auth login`") from None
     except hub.RevisionNotFoundError:
@@ -169,6 +205,22 @@ def ask_hub(repo: str, call: Callable[[], T], what: str = "model") -> T:
         if "httpx" in type(error).__module__ or "httpcore" in type(error).__module__:
             raise _unreachable(repo, what) from error
         raise
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """Ask again where the Hub is busy (429, 5xx): it says for how long, or a few seconds."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for wait in WAITS:
+        try:
+            return call()
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else 0
+            if status != 429 and status < 500:
+                raise
+            asked = error.response.headers.get("Retry-After", "")
+            time.sleep(min(int(asked), LONGEST_WAIT) if asked.isdecimal() else wait)
+    return call()
 
 
 def _unreachable(repo: str, what: str) -> CheckpointError:

@@ -16,6 +16,8 @@ import transformers
 from dsd_refine.checkpoint.layout import listed
 from dsd_refine.errors import CheckpointError
 
+transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
 AUTO = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
