@@ -1,7 +1,7 @@
 """Refine real released checkpoints on real data: `python benchmarks/realdata.py RELEASED DATA [OUT] [NAME …]`.
 
 RELEASED holds checkpoint folders (digits5k, elpv, tweets), DATA the data of the same names. Prints each run's summary, what
-`verify` says, and the accuracy of the output as plain timm or transformers loads it, for benchmarks/results/.
+`verify` says, and the class that plain timm or transformers loads the output as, for benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -35,14 +36,18 @@ def loads_plainly(source: Path, out: Path) -> str:
         import timm
 
         return type(timm.create_model(f"local-dir:{out}", pretrained=True)).__name__
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, logging
 
+    logging.disable_progress_bar()
     return type(AutoModelForSequenceClassification.from_pretrained(out)).__name__
 
 
 def main() -> None:
     released, data, out = (Path(path) for path in [*sys.argv[1:3], *sys.argv[3:4]])
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "transformers"))
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}\n"
+    )
     for name in sys.argv[4:] or list(OPTIONS):
         target, started = out / name, time.time()
         run = ("--data", str(data / name), "-o", str(target), "--overwrite", "--quiet")
