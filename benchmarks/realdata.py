@@ -45,9 +45,8 @@ def loads_plainly(source: Path, out: Path) -> str:
 def main() -> None:
     released, data, out = (Path(path) for path in [*sys.argv[1:3], *sys.argv[3:4]])
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "transformers"))
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}\n"
-    )
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    print(f"{machine}, Python {platform.python_version()}, {versions}\n")
     for name in sys.argv[4:] or list(OPTIONS):
         target, started = out / name, time.time()
         run = ("--data", str(data / name), "-o", str(target), "--overwrite", "--quiet")
