@@ -98,6 +98,8 @@ RECIPE_OPTIONS = _together(
     click.option("--gate", type=click.Choice(["none", "not-worse", "better", "beats-control"]), help="What exit 0 requires."),
     click.option("--margin", type=float, help="What counts as the same (0.005)."),
     click.option("--seed", type=int),
+    click.option("--seeds", type=int, help="Repeat every arm with this many seeds; the holdout picks (1)."),
+    click.option("--expect", multiple=True, metavar="METRIC=VALUE", help="Stop unless the source reaches this."),
     click.option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"])),
     click.option("--image-column"),
     click.option("--label-column"),
@@ -257,6 +259,7 @@ def _choose_recipe(library: Any, given: dict[str, Any], say: Callable[[str], Non
         if len(flags["control"]) > 1:
             raise UsageError("--control none goes alone")
         raw["control"], flags["control"] = [], ()
+    flags["expect"] = _expectations(flags["expect"])
     apply_flags(raw, flags)
     if raw.get("task") not in (None, library.task):
         raise UsageError(f"the recipe {path.stem} is for {raw['task']}, the model for {library.task}")
@@ -267,6 +270,17 @@ def _choose_recipe(library: Any, given: dict[str, Any], say: Callable[[str], Non
     recipe = validate(raw, str(path.name))
     say(f"recipe: {recipe.name} ({why})")
     return recipe
+
+
+def _expectations(given: tuple[str, ...]) -> dict[str, float] | None:
+    found = {}
+    for text in given:
+        metric, _, value = text.partition("=")
+        try:
+            found[metric.strip()] = float(value)
+        except ValueError:
+            raise UsageError(f"--expect {text}: expected METRIC=VALUE, such as accuracy=0.7613") from None
+    return found or None
 
 
 def _check_task(given: dict[str, Any]) -> None:

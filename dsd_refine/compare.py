@@ -77,6 +77,30 @@ def bootstrap(first: Array, second: Array, count: Array, *, higher_is_better: bo
     return Comparison(delta, (float(low), float(high)), p_value, p_value, None, None, "paired-bootstrap")
 
 
+def over_seeds(
+    first: Sequence[Array], second: Sequence[Array], count: Array, *, higher_is_better: bool, seed: int = 0
+) -> tuple[float, tuple[float, float], float]:
+    """Mean difference over seeds, its 95 % interval over seeds and rows, and its deviation between seeds.
+
+    Arrays of one length, one a seed; seed i of the first arm is paired with seed i of the second. The interval is a
+    percentile bootstrap that draws seeds and rows, each with replacement.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    difference = sign * (np.stack(first) - np.stack(second)).astype(np.float64)
+    seeds, rows = difference.shape
+    each = difference.sum(1) / max(1, count.sum())
+    generator, drawn = np.random.default_rng(seed), np.empty(DRAWS)
+    chunk = max(1, min(DRAWS, 2_000_000 // rows))
+    for start in range(0, DRAWS, chunk):
+        size = min(chunk, DRAWS - start)
+        times = generator.multinomial(rows, np.full(rows, 1 / rows), size=size)
+        of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=size) / seeds
+        sums = (times @ difference.T) / np.maximum(1, times @ count)[:, None]
+        drawn[start : start + size] = (sums * of_seeds).sum(1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(each.mean()), (float(low), float(high)), float(each.std(ddof=1)) if seeds > 1 else 0.0
+
+
 def holm(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:
     """Fill `p_adjusted` by Holm's step-down over all comparisons made."""
     ordered = sorted(comparisons, key=lambda name: comparisons[name].p_value)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dsd_refine.checkpoint import Checkpoint
+from dsd_refine.errors import UsageError
 from dsd_refine.masks import Layer, Spot, find_layers, first_layer
 from dsd_refine.recipe import Recipe
+from dsd_refine.settings import frozen_names
 
 
 def open_layers(checkpoint: Checkpoint, recipe: Recipe, lost: list[str]) -> list[Layer]:
@@ -17,7 +21,7 @@ def open_layers(checkpoint: Checkpoint, recipe: Recipe, lost: list[str]) -> list
         name: (checkpoint.layout.entry(name).shape, [Spot(part.key, part.source, part.target) for part in parts])
         for name, parts in checkpoint.placement.items()
     }
-    return find_layers(
+    layers = find_layers(
         checkpoint.model,
         tensors,
         first=first_layers(checkpoint),
@@ -25,6 +29,22 @@ def open_layers(checkpoint: Checkpoint, recipe: Recipe, lost: list[str]) -> list
         include=recipe.include,
         exclude=recipe.exclude,
     )
+    return _without_frozen(checkpoint, recipe, layers)
+
+
+def _without_frozen(checkpoint: Checkpoint, recipe: Recipe, layers: list[Layer]) -> list[Layer]:
+    """What a sparse phase freezes is not masked in any: it could not come back."""
+    patterns = {pattern for phase in recipe.phases if phase.kind == "sparse" for pattern in phase.frozen}
+    frozen = frozen_names(checkpoint.model, patterns)
+    found = [
+        replace(layer, excluded="frozen in a sparse phase")
+        if layer.excluded is None and any(spot.key in frozen for spot in layer.spots)
+        else layer
+        for layer in layers
+    ]
+    if all(layer.excluded for layer in found):
+        raise UsageError("every layer that could be masked is frozen in a sparse phase; see phases.*.frozen")
+    return found
 
 
 def first_layers(checkpoint: Checkpoint) -> list[str]:

@@ -330,6 +330,18 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def masked_values(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights that the masks will take out, as flat tensors in logical order."""
+    return {name: parameters[name].detach()[~mask] for name, mask in masks.items()}
+
+
+@torch.no_grad()
+def put_back(masks: Masks, values: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:
+    """Undo a mask: what `masked_values` kept stands where it stood."""
+    for name, mask in masks.items():
+        parameters[name][~mask] = values[name]
+
+
 def check_masks(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> None:
     """Raise RunError if any masked weight is not exactly 0."""
     for key, mask in masks.items():

@@ -5,6 +5,7 @@ The source is the finished first Dense phase. `refine` reads top to bottom; what
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -17,18 +18,22 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
 from dsd_refine import masks as masking
+from dsd_refine.average import Average
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_checkpoint
 from dsd_refine.compare import Comparison, compare, gate_passed, holm, verdict
+from dsd_refine.distill import distilled
 from dsd_refine.errors import Interrupted, UsageError
 from dsd_refine.layers import open_layers
 from dsd_refine.masks import Layer, Masks
+from dsd_refine.preflight import preflight
 from dsd_refine.publish import publish
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report import Report, environment
 from dsd_refine.runstate import Signals, Workspace, pack_masks, pack_optimizer, unpack_masks, unpack_optimizer
+from dsd_refine.settings import check_settings, settings
 from dsd_refine.tasks import Scores, Task
 from dsd_refine.tasks.open import open_task
-from dsd_refine.train import Key, Loop, Progress, evaluate, make_optimizer, seed_all, train_phase, unreached
+from dsd_refine.train import Key, Loop, Progress, evaluate, make_optimizer, reestimate, seed_all, train_phase, unreached
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ class Run:
     workspace: Workspace
     source_hashes: dict[str, str]
     start: dict[str, torch.Tensor]
+    teacher: nn.Module | None = None
     scores: dict[str, Scores] = field(default_factory=dict)
+    seeds: dict[str, list[Scores]] = field(default_factory=dict)
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     current: dict[str, Any] = field(default_factory=dict)
 
@@ -73,6 +80,32 @@ class Run:
     @property
     def arms(self) -> tuple[str, ...]:
         return ("refined", *self.recipe.control)
+
+    @property
+    def tries(self) -> list[float | None]:
+        """The sparsity of each try of an arm: all sparsities with the first seed, then with the next."""
+        return list(self.recipe.sparsities) * self.recipe.seeds
+
+    @property
+    def margin(self) -> float:
+        """What counts as the same: absolute for a fraction, relative to the source for a loss."""
+        if self.task.higher_is_better:
+            return self.recipe.margin
+        return self.recipe.margin * self.task.metrics(self.seeds["baseline"][0])[self.task.metric]
+
+    def selected(self, arm: str) -> dict[str, Any]:
+        """What the holdout chose of an arm: file, attempt, epoch, sparsity, seed, and the holdout's metrics."""
+        chosen: dict[str, Any] = self.state["best"][arm][str(self.preferred(arm))]
+        return chosen
+
+    def preferred(self, arm: str) -> int:
+        """The number of the seed whose result the holdout prefers (the first, where there is no holdout)."""
+        best = 0
+        for seed in range(1, self.recipe.seeds):
+            new, old = (self.state["best"][arm][str(n)]["holdout"] for n in (seed, best))
+            if new is not None and _preferred(self, new, old):
+                best = seed
+        return best
 
 
 def refine(source: Source, library: Library, recipe: Recipe, options: Options) -> Report:
@@ -87,24 +120,20 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
     with opened(source, library, recipe, options) as run:
         judge(run, "baseline")
         for arm in run.arms:
-            for attempt, sparsity in enumerate(recipe.sparsities):
+            for attempt, sparsity in enumerate(run.tries):
                 phases = arm_phases(arm, recipe, sparsity)
                 for number, phase in enumerate(phases):
                     if passed(run, arm, attempt, number):
                         continue
                     done = enter(run, arm, attempt, number, phase)
-                    one_phase(run, phase, done, last=number == len(phases) - 1)
+                    with settings(run.loop.model, phase):
+                        one_phase(run, phase, done, last=number == len(phases) - 1)
         for arm in run.arms:
-            load_selected(run, arm)
-            judge(run, arm)
-        metric = run.task.higher_is_better
-        for other in ("baseline", *recipe.control):
-            mine, theirs = run.scores["refined"], run.scores[other]
-            run.comparisons[f"refined_vs_{other}"] = compare(
-                mine.score, theirs.score, mine.count, higher_is_better=metric, seed=recipe.seed
-            )
-        run.comparisons = holm(run.comparisons)
-        load_selected(run, "refined")
+            for seed in range(recipe.seeds):
+                load_selected(run, arm, seed)
+                judge(run, arm, seed)
+        judge_all(run)
+        load_selected(run, "refined", run.preferred("refined"))
         return finish(run)
 
 
@@ -128,12 +157,17 @@ def one_phase(run: Run, phase: Phase, done: Progress, last: bool) -> None:
     """Sparse: mask by |w| of the weights now held, then train under the mask. Dense: train all, restored ones from 0."""
     loop, parameters, at = run.loop, run.loop.parameters, run.current
     key = Key(at["seed"], at["number"])
+    average = at["average"] = Average(phase, parameters, at["saved"])
 
     def make(refresh: int) -> Masks:
         if phase.kind == "dense" or not phase.sparsity:
             return {}
+        if refresh and phase.criterion == "random":
+            masking.put_back(at["masks"], at["stash"], parameters)
         seed = (at["seed"], at["number"], refresh, "mask")
-        return masking.make_masks(run.layers, parameters, float(phase.sparsity), phase.criterion, seed)  # type: ignore[arg-type]
+        masks = masking.make_masks(run.layers, parameters, float(phase.sparsity), phase.criterion, seed)  # type: ignore[arg-type]
+        at["stash"] = masking.masked_values(masks, parameters) if phase.refresh and phase.criterion == "random" else {}
+        return masks
 
     masks = at["masks"] = at["masks"] if at["masks"] is not None else make(0)
     masking.apply_masks(masks, parameters)
@@ -141,12 +175,28 @@ def one_phase(run: Run, phase: Phase, done: Progress, last: bool) -> None:
     unpack_optimizer(at["saved"], optimizer)
 
     def epoch_end(epoch: int) -> None:
+        average.epoch_end()
         if last and run.recipe.keep == "best":
-            consider(run, epoch, masks)
+            with kept_buffers(loop.model), average.held() as averaged:
+                if averaged:
+                    reestimate(loop, key)
+                consider(run, epoch, masks)
 
-    train_phase(loop, phase, key, at["label"], masks, done, optimizer, remask=make, epoch_end=epoch_end)
+    loop.loss = distilled(run.task, run.teacher, phase.distill) if phase.distill and run.teacher else None
+    train_phase(loop, phase, key, at["label"], masks, done, optimizer, remask=make, epoch_end=epoch_end,
+                step_end=average.step_end)  # fmt: skip
+    settle(run, key, masks, done, average, last)
     masking.check_masks(masks, parameters)
     leave(run, phase, done, masks, last)
+
+
+def settle(run: Run, key: Key, masks: Masks, done: Progress, average: Average, last: bool) -> None:
+    """What follows a phase's last step: the mean takes the weights' place; BatchNorm looks again where nothing trained."""
+    run.state["masked_only"] = not done.step and (bool(masks) or run.state.get("masked_only", False))
+    reason = "averaged weights" if average.settle() else None
+    if last and run.state["masked_only"]:
+        reason = "masked without training after"
+    run.current["statistics"] = reason if reason and reestimate(run.loop, key) else None
 
 
 @contextmanager
@@ -186,12 +236,13 @@ def _open(
     lost = unreached(loop)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in lost)
+    check_settings(model, recipe)
     layers = open_layers(checkpoint, recipe, lost)
     hashes = checkpoint.hashes()
     workspace.begin(_identity(recipe, hashes, task, accelerator), options.resume)
     accelerator.wait_for_everyone()
     start = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
-    run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start)
+    run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, teacher=_teacher(recipe, task, model))
     _wrap(run)
     if accelerator.scaler is not None and workspace.state.get("scaler"):
         accelerator.scaler.load_state_dict(workspace.state["scaler"])
@@ -260,6 +311,15 @@ def open_loop(
     )
 
 
+def _teacher(recipe: Recipe, task: Task, model: nn.Module) -> nn.Module | None:
+    """A copy of the source to learn from, where a phase asks for it."""
+    if not any(phase.distill for phase in recipe.phases):
+        return None
+    if not hasattr(task, "logits"):
+        raise UsageError(f"phases.*.distill: is not for {task.name}")
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
 def _wrap(run: Run) -> None:
     loop = run.loop
     if loop.world > 1:
@@ -306,17 +366,28 @@ def enter(run: Run, arm: str, attempt: int, number: int, phase: Phase) -> Progre
     elif number == 0:
         load_state(run.loop.model, run.start)
     progress = Progress(**run.state["progress"]) if saved and run.state.get("progress") else Progress()
-    attempts = f" try {attempt + 1}" if len(run.recipe.sparsities) > 1 else ""
+    attempts = f" try {attempt + 1}" if len(run.tries) > 1 else ""
+    if number == 0:
+        run.state["masked_only"] = False
     run.current = {
         "place": place, "arm": arm, "attempt": attempt, "number": number, "progress": progress,
         "label": f"{arm}{attempts}/{number + 1}-{phase.kind}", "saved": saved, "optimizer": None,
-        # tries of a control differ by their seed; the refined arm's differ by their sparsity
-        "seed": run.recipe.seed if arm == "refined" or attempt == 0 else masking.stable_seed(run.recipe.seed, attempt, "try"),
+        "seed": try_seed(run.recipe, arm, attempt), "repeat": attempt // len(run.recipe.sparsities),
+        "stash": {k.removeprefix("stash."): v for k, v in saved.items() if k.startswith("stash.")},
         "masks": unpack_masks(saved, run.loop.parameters) if run.state.get("progress") and saved else None,
-        "sparsity": run.recipe.sparsities[attempt] if run.recipe.sparsities[attempt] is not None else _sparsity(run.recipe),
+        "sparsity": run.tries[attempt] if run.tries[attempt] is not None else _sparsity(run.recipe),
     }  # fmt: skip
     run.state["at"] = place
     return progress
+
+
+def try_seed(recipe: Recipe, arm: str, attempt: int) -> int:
+    """The seed of an arm's try. Arms with the same repeat share it; tries of a control at one repeat differ by it,
+    where those of the refined arm differ by their sparsity (rule 15: each control gets as many tries).
+    """
+    repeat, number = divmod(attempt, len(recipe.sparsities))
+    seed = masking.stable_seed(recipe.seed, repeat, "seed") if repeat else recipe.seed
+    return seed if arm == "refined" or not number else masking.stable_seed(seed, number, "try")
 
 
 def _sparsity(recipe: Recipe) -> float | None:
@@ -338,7 +409,8 @@ def leave(run: Run, phase: Phase, done: Progress, masks: Masks, last: bool) -> N
             "lr_first": done.lr_first, "lr_peak": done.lr_peak, "lr_last": done.lr_last,
             "loss_first": done.loss_first, "loss_last": done.loss_last, "seconds": done.seconds,
             "samples_per_second": done.samples / done.seconds if done.seconds else None,
-            "holdout": measure_holdout(run, masks, log=not last),
+            "holdout": measure_holdout(run, masks, log=not last), "seed": at["seed"],
+            "batchnorm_reestimated": at["statistics"],
         }
     )  # fmt: skip
     if at["arm"] == "refined" and sparse:
@@ -359,7 +431,7 @@ def _next(run: Run, last: bool) -> list[int]:
     arm, attempt, number = run.current["place"]
     if not last:
         return [arm, attempt, number + 1]
-    return [arm, attempt + 1, 0] if attempt + 1 < len(run.recipe.sparsities) else [arm + 1, 0, 0]
+    return [arm, attempt + 1, 0] if attempt + 1 < len(run.tries) else [arm + 1, 0, 0]
 
 
 def _share(run: Run, zeros: dict[str, int]) -> float:
@@ -385,13 +457,14 @@ def measure_holdout(run: Run, masks: Masks, log: bool = True) -> dict[str, float
 def consider(run: Run, epoch: int, masks: Masks) -> None:
     """Keep the weights now held as the arm's result if the holdout prefers them (metric, then loss, then the earlier)."""
     at = run.current
-    found = measure_holdout(run, masks)
-    best = run.state.setdefault("best", {})
-    if at["arm"] in best and found is not None and not _preferred(run, found, best[at["arm"]]["holdout"]):
+    found, repeat = measure_holdout(run, masks), str(at["repeat"])
+    best = run.state.setdefault("best", {}).setdefault(at["arm"], {})
+    if repeat in best and found is not None and not _preferred(run, found, best[repeat]["holdout"]):
         return
     name = f"best-{at['arm']}-{at['attempt']}-{epoch}.safetensors"
     run.workspace.write_tensors(name, run.loop.model.state_dict())
-    best[at["arm"]] = {"file": name, "attempt": at["attempt"], "epoch": epoch, "sparsity": at["sparsity"], "holdout": found}
+    chosen = {"attempt": at["attempt"], "epoch": epoch, "sparsity": at["sparsity"], "seed": at["seed"]}
+    best[repeat] = {"file": name, **chosen, "holdout": found}
 
 
 def _preferred(run: Run, new: dict[str, float], old: dict[str, float]) -> bool:
@@ -402,7 +475,8 @@ def _preferred(run: Run, new: dict[str, float], old: dict[str, float]) -> bool:
 def save(run: Run) -> None:
     """Save the state in the middle of a phase."""
     tensors = _model_tensors(run)
-    tensors |= pack_masks(run.current["masks"]) | pack_optimizer(run.current["optimizer"])
+    tensors |= pack_masks(run.current["masks"]) | pack_optimizer(run.current["optimizer"]) | run.current["average"].pack()
+    tensors |= {f"stash.{name}": values for name, values in run.current["stash"].items()}
     run.state["progress"] = asdict(run.current["progress"])
     _save_with_scaler(run, tensors)
 
@@ -425,34 +499,64 @@ def load_state(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         value.copy_(tensors[key])
 
 
-def load_selected(run: Run, arm: str) -> None:
-    """Give the model the weights that the holdout chose for an arm."""
+@contextmanager
+def kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Put the buffers back as they were: a look at the averaged weights must not move the statistics of those that train."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), before, strict=True):
+                buffer.copy_(value)
+
+
+def load_selected(run: Run, arm: str, seed: int) -> None:
+    """Give the model the weights that the holdout chose for an arm's seed, by its number."""
     run.loop.accelerator.wait_for_everyone()
-    load_state(run.loop.model, run.workspace.read_tensors(run.state["best"][arm]["file"]))
+    load_state(run.loop.model, run.workspace.read_tensors(run.state["best"][arm][str(seed)]["file"]))
 
 
-def judge(run: Run, arm: str) -> None:
+def judge(run: Run, arm: str, seed: int = 0) -> None:
     """Score an arm on the evaluation split, which nothing has been selected by: once, also where the run is taken up again."""
-    name = f"scores-{arm}.safetensors"
-    if arm in run.state.get("judged", []):
-        run.scores[arm] = Scores(**{field: value.numpy() for field, value in run.workspace.read_tensors(name).items()})
+    label = f"{arm} seed {seed + 1}" if arm != "baseline" and run.recipe.seeds > 1 else arm
+    name = f"scores-{arm}-{seed}.safetensors"
+    kept = run.seeds.setdefault(arm, [])
+    if label in run.state.get("judged", []):
+        kept.append(Scores(**{field: value.numpy() for field, value in run.workspace.read_tensors(name).items()}))
         return
-    run.scores[arm] = evaluate(run.loop, run.task.eval)
-    run.workspace.write_tensors(name, {field: torch.from_numpy(value) for field, value in vars(run.scores[arm]).items()})
-    found = run.task.metrics(run.scores[arm])
-    run.workspace.log({"event": "evaluation", "arm": arm, "phase": None, "step": None, "epoch": None, "part": "eval", **found})
-    run.options.say(f"{arm}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in found.items()))
-    run.state.setdefault("judged", []).append(arm)
+    scores = evaluate(run.loop, run.task.eval)
+    found = run.task.metrics(scores)
+    if arm == "baseline":
+        run.state["preflight"] = preflight(run.task, found, run.recipe, run.checkpoint.source.folder)
+        for line in run.state["preflight"]:
+            run.options.say(f"warning: {line}")
+    kept.append(scores)
+    run.workspace.write_tensors(name, {field: torch.from_numpy(value) for field, value in vars(scores).items()})
+    run.workspace.log(
+        {"event": "evaluation", "arm": label, "phase": None, "step": None, "epoch": None, "part": "eval", **found}
+    )
+    run.options.say(f"{label}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in found.items()))
+    run.state.setdefault("judged", []).append(label)
     run.workspace.save(None)
     if run.loop.stopping() and run.loop.world == 1:
-        raise Interrupted(f"stopped after the evaluation of {arm}; go on with --resume")
+        raise Interrupted(f"stopped after the evaluation of {label}; go on with --resume")
+
+
+def judge_all(run: Run) -> None:
+    """Each arm's seed that the holdout prefers, against the source and against each control, Holm over all comparisons."""
+    run.scores = {"baseline": run.seeds["baseline"][0]}
+    run.scores |= {arm: run.seeds[arm][run.preferred(arm)] for arm in run.arms}
+    for other in ("baseline", *run.recipe.control):
+        mine, theirs = run.scores["refined"], run.scores[other]
+        run.comparisons[f"refined_vs_{other}"] = compare(
+            mine.score, theirs.score, mine.count, higher_is_better=run.task.higher_is_better, seed=run.recipe.seed
+        )
+    run.comparisons = holm(run.comparisons)
 
 
 def finish(run: Run) -> Report:
     """Verdict and gate; then write, verify and publish."""
-    recipe, baseline = run.recipe, run.task.metrics(run.scores["baseline"])
-    # the margin is absolute for a fraction, and relative to the source for a loss
-    margin = recipe.margin if run.task.higher_is_better else recipe.margin * baseline[run.task.metric]
-    said = verdict(run.comparisons["refined_vs_baseline"], margin)
-    passed_gate = gate_passed(recipe.gate, run.comparisons, margin, recipe.control)
+    said = verdict(run.comparisons["refined_vs_baseline"], run.margin)
+    passed_gate = gate_passed(run.recipe.gate, run.comparisons, run.margin, run.recipe.control)
     return publish(run, said, passed_gate)

@@ -14,8 +14,10 @@ import torch
 from dsd_refine.checkpoint import verify
 from dsd_refine.checkpoint.verify import PROBE, save_probe
 from dsd_refine.checkpoint.write import copy_file, write_text
+from dsd_refine.compare import over_seeds
 from dsd_refine.errors import VerifyError
 from dsd_refine.forward import logits_of
+from dsd_refine.power import rows_to_decide
 from dsd_refine.report import Report, environment
 from dsd_refine.report.card import card
 from dsd_refine.train import exact
@@ -59,7 +61,7 @@ def _write_dsd(run: Run, report: Report, ready: Path) -> None:
     write_text(dsd / "recipe.yaml", run.recipe.dump())
     copy_file(run.workspace.log_file, dsd / "log.jsonl")
     pq.write_table(predictions(run), dsd / "predictions.parquet")
-    phases = run.workspace.partial / "phases" / str(run.state["best"]["refined"]["attempt"])
+    phases = run.workspace.partial / "phases" / str(run.selected("refined")["attempt"])
     if phases.is_dir():
         shutil.copytree(phases, dsd / "phases", copy_function=shutil.copyfile)
     run.loop.model.eval()
@@ -81,7 +83,10 @@ def predictions(run: Run) -> pa.Table:
         "row": [part.rows.name(row) for row in rows],
         "target": [task.target(part, row) for row in rows],
     }
-    for arm, scores in run.scores.items():
+    arms = dict(run.scores)
+    if run.recipe.seeds > 1:
+        arms |= {f"{arm}_seed{number}": one for arm in run.arms for number, one in enumerate(run.seeds[arm], 1)}
+    for arm, scores in arms.items():
         shown = [task.shown(int(p)) if p >= 0 else None for p in scores.prediction]
         columns |= {f"prediction_{arm}": shown, f"score_{arm}": scores.score, f"count_{arm}": scores.count.astype(np.int64)}
     return pa.table(columns)
@@ -89,14 +94,14 @@ def predictions(run: Run) -> pa.Table:
 
 def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str]) -> dict[str, Any]:
     """report.json, schema 1. Every number is measured; nothing is copied from the request but what says so."""
-    source, recipe, task, best = run.checkpoint.source, run.recipe, run.task, run.state["best"]
+    source, recipe, task = run.checkpoint.source, run.recipe, run.task
     maskable = [layer for layer in run.layers if layer.excluded is None]
-    selected = best["refined"]
+    selected = run.selected("refined")
     zeros = run.state.get("zeros", {}).get(str(selected["attempt"]))
     outside = _outside_embeddings(run)
     first = _first_sparsity(run, selected["attempt"])
     extra = dict(task.report())
-    warnings = [*run.checkpoint.warnings, *extra.pop("warnings"), *_warnings(run, best)]
+    warnings = [*run.checkpoint.warnings, *extra.pop("warnings"), *run.state["preflight"], *_warnings(run)]
     device = str(run.loop.accelerator.device)
     masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
     return {
@@ -126,9 +131,35 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str]) -
         "comparison": {name: found.to_dict() for name, found in run.comparisons.items()},
         "verdict": verdict,
         "gate": {"rule": recipe.gate, "passed": passed},
-        "selected": {"sparsity": selected["sparsity"], "epoch": selected["epoch"]},
+        "selected": {name: selected[name] for name in ("sparsity", "epoch", *(["seed"] if recipe.seeds > 1 else []))},
         "warnings": warnings,
+        "rows_to_decide": _rows_to_decide(run, verdict),
+        "seeds": seeds_data(run) if recipe.seeds > 1 else None,
     }  # fmt: skip
+
+
+def _rows_to_decide(run: Run, verdict: str) -> int | None:
+    found = run.comparisons["refined_vs_baseline"]
+    return rows_to_decide(found, len(run.task.eval.rows), run.margin) if verdict == "inconclusive" else None
+
+
+def seeds_data(run: Run) -> dict[str, Any]:
+    """Over the seeds: each arm's metrics with mean and deviation, and paired differences with intervals over seeds and rows."""
+    metrics = {arm: [run.task.metrics(scores) for scores in run.seeds[arm]] for arm in run.arms}
+    arms = {arm: {name: _spread([one[name] for one in found]) for name in found[0]} for arm, found in metrics.items()}
+    comparison = {}
+    for other in ("baseline", *run.recipe.control):
+        mine = [scores.score for scores in run.seeds["refined"]]
+        theirs = [scores.score for scores in run.seeds[other]] * (len(mine) if other == "baseline" else 1)
+        delta, ci95, deviation = over_seeds(
+            mine, theirs, run.scores["refined"].count, higher_is_better=run.task.higher_is_better, seed=run.recipe.seed
+        )
+        comparison[f"refined_vs_{other}"] = {"delta": delta, "ci95": list(ci95), "deviation": deviation}
+    return {"n": run.recipe.seeds, "arms": arms, "comparison": comparison}
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1)), "values": values}
 
 
 def _files(hashes: dict[str, str]) -> list[dict[str, str]]:
@@ -149,7 +180,7 @@ def _layer(run: Run, layer: Any, sparsity: float | None, zeros: dict[str, int] |
 
 
 def _first_sparsity(run: Run, attempt: int) -> float | None:
-    phases = run.recipe.phases_at(run.recipe.sparsities[attempt])
+    phases = run.recipe.phases_at(run.tries[attempt])
     return next((float(p.sparsity) for p in phases if p.kind == "sparse"), None)  # type: ignore[arg-type]
 
 
@@ -159,8 +190,8 @@ def _outside_embeddings(run: Run) -> int:
     return max(1, own - inside)
 
 
-def _warnings(run: Run, best: dict[str, Any]) -> list[str]:
+def _warnings(run: Run) -> list[str]:
     lines = []
-    if run.task.holdout is not None and len(run.recipe.sparsities) * len(run.arms) > 1 and len(run.task.holdout.rows) < 100:
+    if run.task.holdout is not None and len(run.tries) * len(run.arms) > 1 and len(run.task.holdout.rows) < 100:
         lines.append(f"the holdout has only {len(run.task.holdout.rows)} rows: what it selects is partly chance")
     return lines

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dsd_refine.errors import RecipeError
 
@@ -35,12 +35,23 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class Distill(Strict):
+    """Learn from the source as it was, too: (1 - weight) * task loss + weight * T^2 * KL(source || model) at temperature T."""
+
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.5
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
 class Phase(Strict):
     """One stretch of training with its own optimizer: `sparse` under a mask, or `dense` without.
 
     Lengths are durations, in `epochs` (max(1, ceil(epochs * steps per epoch)) steps) or in optimizer `steps`; 0 is allowed.
     `sparsity` is the share of zeros per layer (paper, section 3); a list is tried one by one and the holdout picks.
-    `refresh` re-makes the mask from the weights then held, every so many steps (None: once, as in the paper).
+    `refresh` makes the mask anew: `once` (the paper), `every step`, `every N steps`. By magnitude, the step before it is an
+    unmasked one, so that a masked weight can come back by its gradient (iterative hard thresholding, Jin et al. 2016); by
+    chance, the masked weights return as they were and others go (DropConnect, Wan et al. 2013).
+    `average`: the phase gives the mean of its epochs' ends (`swa`, Izmailov et al. 2018) or a moving one of its steps (`ema`).
+    `dropout` sets every nn.Dropout of the model; `frozen` names parameters that are neither trained nor masked.
     """
 
     kind: Literal["sparse", "dense"]
@@ -52,6 +63,21 @@ class Phase(Strict):
     sparsity: Share | Annotated[tuple[Share, ...], Field(strict=False, min_length=1)] | None = None
     criterion: Literal["magnitude", "random"] = "magnitude"
     refresh: Positive | None = None
+    average: Literal["none", "swa", "ema"] = "none"
+    ema_decay: Share = 0.999
+    distill: Distill | None = None
+    dropout: Share | None = None
+    frozen: Names = ()
+
+    @field_validator("refresh", mode="before")
+    @classmethod
+    def _refresh_words(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"every (?:(\d+) )?steps?", value)
+        if value != "once" and not found:
+            raise ValueError("refresh is `once`, `every step` or `every N steps`")
+        return int(found[1] or 1) if found else None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -61,6 +87,8 @@ class Phase(Strict):
             raise ValueError("a sparse phase needs a sparsity")
         if self.kind == "dense" and (self.sparsity is not None or self.refresh is not None):
             raise ValueError("a dense phase has no mask: leave out sparsity and refresh")
+        if self.refresh and self.average != "none":
+            raise ValueError("an average over changing masks would have no zeros: use refresh: once, or average: none")
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -105,6 +133,8 @@ class Recipe(Strict):
     gate: Literal["none", "not-worse", "better", "beats-control"] = "not-worse"
     margin: Annotated[float, Field(ge=0)] = 0.005
     seed: Count = 0
+    seeds: Positive = 1
+    expect: dict[str, float] = {}
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -287,7 +317,8 @@ def _is_echo(item: Any, errors: list[Any]) -> bool:
 
 
 def _nearest(loc: tuple[int | str, ...]) -> str:
-    owner = Phase if "phases" in loc[:-1] else Augment if "augment" in loc[:-1] else Recipe
+    inner: dict[str, type[Strict]] = {"distill": Distill, "augment": Augment, "phases": Phase}
+    owner: type[Strict] = next((model for key, model in inner.items() if key in loc[:-1]), Recipe)
     close = difflib.get_close_matches(str(loc[-1]), owner.model_fields, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(owner.model_fields)}"
 

@@ -17,12 +17,14 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast, gather_object
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dsd_refine.errors import Interrupted, RunError
 from dsd_refine.masks import Masks, apply_masks, check_masks, mask_gradients, stable_seed
 from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.tasks import Batch, Item, Scores, Task
+from dsd_refine.settings import train_mode
+from dsd_refine.tasks import Batch, Forward, Item, Scores, Task
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Loop:
     has_batchnorm: bool = False
     channels_last: bool = False
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    loss: Callable[[Forward, Batch], torch.Tensor] | None = None  # in place of the task's own
 
     @property
     def world(self) -> int:
@@ -204,11 +207,12 @@ def train_phase(
     *,
     remask: Callable[[int], Masks],
     epoch_end: Callable[[int], None],
+    step_end: Callable[[], None] = lambda: None,
 ) -> None:
     """Run a phase from `done.step` to its end: step, then mask (paper, section 3 and algorithm 1).
 
-    `masks` is empty for a dense phase and is refilled in place where the phase says `refresh`. `epoch_end(epoch)` is called
-    after the last step of each whole epoch and of the phase.
+    `masks` is empty for a dense phase and is refilled in place where the phase says `refresh`. `step_end()` is called after
+    each step, `epoch_end(epoch)` after the last step of each whole epoch and of the phase.
 
     Raises:
         RunError: a loss that is not finite, with its step. Interrupted: a signal came; the state is saved.
@@ -216,20 +220,23 @@ def train_phase(
     total = phase.total_steps(loop.steps_per_epoch)
     plan = _Plan(loop, key, done.step, total)
     batches = iter(_loader(loop, loop.task.train, plan))
-    loop.model.train()
+    train_mode(loop.model)
     for group in plan.groups():
         started = time.perf_counter()
         step = done.step + 1
         rate = learning_rate(phase, step, total)
         for parameters in optimizer.param_groups:
             parameters["lr"] = rate
-        loss, samples, stop = _step(loop, [next(batches) for _ in group], key, step, optimizer, masks)
+        anew = bool(phase.refresh) and step % int(phase.refresh or 1) == 0 and step < total
+        free = anew and phase.criterion == "magnitude"  # what is masked may come back by its gradient
+        loss, samples, stop = _step(loop, [next(batches) for _ in group], key, step, optimizer, {} if free else masks)
         if not math.isfinite(loss):
             raise RunError(f"{label}: the loss of step {step} of {total} is {loss}; try a lower --lr, or --max-grad-norm")
-        if phase.refresh and step % phase.refresh == 0 and step < total:
-            masks.update(remask(step // phase.refresh))
+        if anew:
+            masks.update(remask(step // int(phase.refresh or 1)))
             apply_masks(masks, loop.parameters)
         skipped = bool(optimizer.step_was_skipped)
+        step_end()
         _count(done, step, rate, loss, samples, skipped, time.perf_counter() - started)
         epoch = step / loop.steps_per_epoch
         loop.log({"event": "step", **_place(label), "step": step, "epoch": epoch, "lr": rate, "loss": loss,
@@ -237,7 +244,7 @@ def train_phase(
         loop.progress(label, step, total)
         if step % loop.steps_per_epoch == 0 or step == total:
             epoch_end(math.ceil(epoch))
-            loop.model.train()
+            train_mode(loop.model)
         if stop:
             loop.save()
             raise Interrupted(f"stopped at step {step} of {total} of {label}; go on with --resume")
@@ -274,7 +281,7 @@ def _step(loop: Loop, group: list[Batch], key: Key, step: int, optimizer: Any, m
         seed_all(stable_seed(*key, step, number, rank, "dropout"))
         with nullcontext() if last or loop.world == 1 else loop.accelerator.no_sync(loop.forward):
             with loop.accelerator.autocast():
-                loss = loop.task.loss(loop.forward, _on_device(loop, batch))
+                loss = (loop.loss or loop.task.loss)(loop.forward, _on_device(loop, batch))
             weight = loop.world / max(1, targets) if batch.count else 0.0  # several processes average their gradients
             loop.accelerator.backward(loss * weight)
         total += loss.detach() * bool(batch.count)
@@ -357,6 +364,35 @@ def _by_row(part: Any, found: list[tuple[int, Any]]) -> Scores:
 
 
 @torch.no_grad()
+def reestimate(loop: Loop, key: Key) -> bool:
+    """BatchNorm's statistics anew: plain means over the batches of one epoch. False for a model without them.
+
+    Averaged weights, and weights masked without training after, have seen no batch (Izmailov et al. 2018, section 3.2).
+    Every process goes over all batches, so that all find the same.
+    """
+    norms = [m for m in loop.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return False
+    kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
+    was_training = loop.model.training
+    loop.model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    order = epoch_order(key, 0, loop.task.train.units)
+    micro = [order[np.asarray(m)] for m in micro_batches(loop.task.train.units, loop.recipe.batch_size * loop.world, True)]
+    plan = [([(int(u), stable_seed(*key, 0, int(u), "augment")) for u in units], True) for units in micro]
+    for batch in _loader(loop, loop.task.train, plan):
+        loop.task.loss(loop.model, _on_device(loop, batch))
+    for norm, momentum, tracked in kept:
+        norm.momentum = momentum
+        norm.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]
+    loop.model.train(was_training)
+    return True
+
+
+@torch.no_grad()
 def _same_buffers(loop: Loop) -> None:
     """Every process takes the main one's buffers (BatchNorm statistics differ by the rows that each has seen)."""
     if loop.world > 1:
@@ -370,6 +406,7 @@ def unreached(loop: Loop) -> list[str]:
     Experts are left out: which of them a row reaches is the router's choice.
     """
     loop.model.eval()
+    loop.model.training = True  # the root's flag alone: what it computes only in training (auxiliary heads) is reached
     units = range(min(2, loop.task.train.units))
     batch = _on_device(loop, loop.task.batch(loop.task.train, [(unit, None) for unit in units]))
     with torch.backends.cudnn.flags(enabled=False):  # cuDNN's recurrent layers have no backward in evaluation mode
@@ -377,4 +414,5 @@ def unreached(loop: Loop) -> list[str]:
     named = loop.model.named_parameters(remove_duplicate=False)
     lost = [n for n, p in named if p.grad is None and not (p.requires_grad and "expert" in n)]
     loop.model.zero_grad(set_to_none=True)
+    loop.model.eval()
     return lost

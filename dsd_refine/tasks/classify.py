@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from dsd_refine.errors import DataError
-from dsd_refine.forward import logits_of
+from dsd_refine.forward import logits_of, weighted_logits
 from dsd_refine.tasks import Batch, Forward, Score, Scores, ratio
 from dsd_refine.tasks.data import Examined, MissingColumn, Parts, Rows, Table, divide, label_texts, use_rows
 from dsd_refine.tasks.labels import LabelMap, match_labels
@@ -45,11 +45,22 @@ class Classification:
     metric: str = "accuracy"
     higher_is_better: bool = True
 
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing."""
+        return 1 / len(self.labels.model)
+
+    def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Rows x classes."""
+        return logits_of(forward, batch.inputs)
+
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        return F.cross_entropy(logits_of(forward, batch.inputs), batch.targets, reduction="sum")
+        heads = weighted_logits(forward, batch.inputs)
+        losses = [weight * F.cross_entropy(logits, batch.targets, reduction="sum") for weight, logits in heads]
+        return torch.stack(losses).sum()
 
     def score(self, forward: Forward, batch: Batch) -> list[Score]:
-        logits = logits_of(forward, batch.inputs)
+        logits = self.logits(forward, batch)
         losses = F.cross_entropy(logits, batch.targets, reduction="none").tolist()
         predictions = logits.argmax(-1)
         hits = (predictions == batch.targets).tolist()

@@ -157,6 +157,10 @@ class CausalLM:
         targets = torch.where(mask[:, 1:], ids[:, 1:], -100)
         return Batch({"input_ids": ids, "attention_mask": mask.long()}, targets, int(mask[:, 1:].sum()))
 
+    def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Targets x vocabulary."""
+        return logits_of(forward, batch.inputs)[:, :-1][batch.targets != -100]
+
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         return self._nll(forward, batch).sum()
 
