@@ -120,6 +120,45 @@ def vit_checkpoint(
     return save_transformers(model, folder, processor)
 
 
+def torchvision_checkpoint(
+    folder: Path,
+    architecture: str = "shufflenet_v2_x0_5",
+    classes: Sequence[str] = ("a", "b", "c"),
+    size: int = 32,
+    **args: Any,
+) -> Path:
+    """A torchvision folder in our layout (config.json, model.safetensors) of random weights."""
+    from torchvision.models import get_model
+
+    with seeded(0):
+        model = get_model(architecture, num_classes=len(classes), **args)
+    config = {
+        "library": "torchvision",
+        "architecture": architecture,
+        "label_names": list(classes),
+        "args": args,
+        "preprocessing": {
+            "resize_size": size, "crop_size": size, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear",
+        },
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_tensors(folder / "model.safetensors", model.state_dict())
+    return folder
+
+
+def torchvision_cache(home: Path, architecture: str) -> Path:
+    """TORCH_HOME with a `.pth` of random weights under the name of torchvision's released file. Returns the file."""
+    from torchvision.models import get_model, get_model_weights
+
+    with seeded(0):
+        model = get_model(architecture)
+    file = home / "hub/checkpoints" / get_model_weights(architecture).DEFAULT.url.rsplit("/", 1)[-1]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), file)
+    return file
+
+
 def save_transformers(model: Any, folder: Path, *parts: Any) -> Path:
     """`save_pretrained` of a model and of what goes with it (tokenizer, processor)."""
     for part in (model, *parts):

@@ -104,7 +104,7 @@ def test_class_counts_that_differ(refused, tmp_path):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("torchvision:resnet18", "torchvision sources are not in this version"),
+        ("torchvision:resnet81", "torchvision"),
         ("./nowhere", "no such directory"),
         ("resnet5000", "not a timm model; did you mean"),
         ("someone/no-such-model", "HF_HUB_OFFLINE is set and the model is not in the cache"),

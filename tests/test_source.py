@@ -22,7 +22,10 @@ def test_a_directory_tells_its_library(tmp_path):
     [
         ("resnet5o", "did you mean resnet50"),
         ("./nowhere", "no such directory"),
-        ("torchvision:resnet50", "not in this version"),
+        ("torchvision:resnet5o", "did you mean resnet50"),
+        ("torchvision:resnet50.V3", "no weights 'V3' of it, but IMAGENET1K_V1, IMAGENET1K_V2"),
+        ("torchvision:vgg16.IMAGENET1K_FEATURES", "no classifier"),
+        ("torchvision:resnet50", "resnet50-11ad3fa6.pth.*--allow-pickle"),
         ("a/b/c", "no such directory"),
         ("timm:nothing", "not a timm model"),
     ],

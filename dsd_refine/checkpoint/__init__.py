@@ -22,6 +22,7 @@ from dsd_refine.checkpoint.layout import (
 from dsd_refine.checkpoint.placement import Placement, place
 from dsd_refine.checkpoint.source import Source, find_source
 from dsd_refine.checkpoint.timm import TimmLibrary
+from dsd_refine.checkpoint.torchvision import TorchvisionLibrary
 from dsd_refine.checkpoint.transformers import TransformersLibrary
 from dsd_refine.checkpoint.verify import verify
 from dsd_refine.checkpoint.write import copy_file, write_weights, written_dtypes
@@ -29,7 +30,7 @@ from dsd_refine.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Layout", "Source", "find_source", "open_checkpoint", "open_library", "verify"]
 
-Library = TimmLibrary | TransformersLibrary
+Library = TimmLibrary | TorchvisionLibrary | TransformersLibrary
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def open_library(source: Source, task: str | None = None, trust_remote_code: boo
     if source.library == "transformers":
         return TransformersLibrary.open(source.folder, task, trust_remote_code)
     if task not in (None, "image-classification"):
-        raise CheckpointError(f"{source.model}: a timm model does image-classification, not {task}")
-    return TimmLibrary.open(source.folder)
+        raise CheckpointError(f"{source.model}: a {source.library} model does image-classification, not {task}")
+    return TorchvisionLibrary.open(source.folder) if source.library == "torchvision" else TimmLibrary.open(source.folder)
 
 
 def open_checkpoint(source: Source, library: Library, *, allow_pickle: bool = False) -> Checkpoint:

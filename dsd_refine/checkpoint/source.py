@@ -68,7 +68,7 @@ def find_source(model: str, *, weights: bool = True, allow_pickle: bool = False)
     """
     scheme, _, rest = model.partition(":")
     if scheme == "torchvision" and rest:
-        raise UsageError(f"{model}: torchvision sources are not in this version; give a timm or transformers checkpoint")
+        return _from_torchvision(model, rest, weights, allow_pickle)
     if scheme == "timm" and rest:
         return _from_timm_name(model, rest, weights, allow_pickle)
     if scheme in ("hf-hub", "hf_hub") and rest:
@@ -91,12 +91,15 @@ def _from_folder(model: str, folder: Path, resolved: str, revision: str | None) 
     if not config_file.is_file():
         raise CheckpointError(f"{resolved}: has no config.json, so neither timm's nor transformers' layout")
     config = read_json(config_file)
+    if config.get("library") == "torchvision":
+        return Source(model, resolved, revision, folder, "torchvision")
     if "architecture" in config or "pretrained_cfg" in config:
         return Source(model, resolved, revision, folder, "timm")
     if "model_type" in config or "architectures" in config:
         return Source(model, resolved, revision, folder, "transformers")
     raise CheckpointError(
-        f"{config_file}: names neither a timm `architecture` nor a transformers `model_type`; which library is it for?"
+        f"{config_file}: names neither a timm `architecture` nor a transformers `model_type`, nor `library: torchvision`; "
+        "which library is it for?"
     )
 
 
@@ -131,6 +134,22 @@ def _from_registry(model: str, cfg: Any) -> Source:
     config = {"architecture": cfg.architecture, "num_classes": cfg.num_classes, "pretrained_cfg": cfg.to_dict()}
     Path(place.name, "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
     return Source(model, str(cfg.hf_hub_id), NOT_FETCHED, Path(place.name), "timm")
+
+
+def _from_torchvision(model: str, name: str, weights: bool, allow_pickle: bool) -> Source:
+    """A released weights entry of torchvision, as a folder of its own: what the entry says, and a link to its file."""
+    from dsd_refine.checkpoint.torchvision import entry, materialise
+
+    architecture, found = entry(name)
+    if weights and not allow_pickle:
+        raise CheckpointError(
+            f"{model}: torchvision releases pickles ({found.url.rsplit('/', 1)[-1]}); pickles can carry code, so they are read "
+            "only with --allow-pickle, and weights-only even then"
+        )
+    place = tempfile.TemporaryDirectory(prefix="dsd-refine-")
+    atexit.register(place.cleanup)
+    revision = materialise(architecture, found, Path(place.name), fetch=weights)
+    return Source(model, f"{architecture}.{found.name}", revision, Path(place.name), "torchvision")
 
 
 def _from_hub(model: str, repo_at: str, weights: bool, allow_pickle: bool) -> Source:

@@ -22,8 +22,8 @@ from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, Rand
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.tasks import Batch, Item
-from dsd_refine.tasks.classify import Classification, LabelledPart, labelled_parts, overlap_warning, read_file, skip_warnings
-from dsd_refine.tasks.data import Examined, Table, column
+from dsd_refine.tasks.classify import Classification, LabelledPart, labelled_parts, overlap_warning, skip_warnings
+from dsd_refine.tasks.data import Examined, Table, column, raw_bytes, undecoded
 
 IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "file", "path", "file_name")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category", "y")
@@ -62,6 +62,33 @@ def timm_preprocessing(model: torch.nn.Module) -> Preprocessing:
         size=tuple(train["input_size"][1:]),
         interpolation=_interpolation(train["interpolation"]),
         shown={"evaluation": _plain(test), "training": _plain(train)},
+    )
+
+
+def torchvision_preprocessing(config: dict[str, Any]) -> Preprocessing:
+    """torchvision's own transform of its released weights, with the sizes and statistics of a torchvision config.
+
+    Raises:
+        CheckpointError: an unknown interpolation, or values that are no sizes.
+    """
+    from torchvision.transforms import Compose, Normalize, PILToTensor
+    from torchvision.transforms._presets import ImageClassification as Preset
+
+    try:
+        mode = InterpolationMode(config["interpolation"])
+        transform = Preset(**{**config, "interpolation": mode})
+        size = int(config["crop_size"])
+        transform(Image.new("RGB", (8, 8)))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the preprocessing of config.json is not usable: {error}") from None
+    return Preprocessing(
+        channels=3,
+        evaluation=transform,
+        training=transform,
+        normalise=Compose([PILToTensor(), lambda x: x.float().div(255), Normalize(config["mean"], config["std"])]),
+        size=(size, size),
+        interpolation=mode,
+        shown=_plain(config),
     )
 
 
@@ -147,7 +174,7 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
 
 
 class ImageClassification(Classification):
-    """`image-classification` for timm and transformers models."""
+    """`image-classification` for models of all three libraries."""
 
     name = "image-classification"
     preprocessing: Preprocessing
@@ -162,19 +189,22 @@ class ImageClassification(Classification):
     input_name = "x"
 
     def _pixels(self, part: LabelledPart, unit: int, seed: int | None) -> torch.Tensor:
-        table, row = part.rows.table, int(part.rows.at[unit])
-        image = decode(_raw(table, self.image_column, row), self.preprocessing.channels)
-        if seed is None:
-            return self.preprocessing.evaluation(image)
-        reseed(seed)
-        if self.augment.flip:
-            image = RandomHorizontalFlip(self.augment.flip)(image)
-        if self.augment.crop == "none":
-            return self.preprocessing.training(image)
-        crop = RandomResizedCrop(
-            self.preprocessing.size, self.augment.scale, self.augment.ratio, self.preprocessing.interpolation
-        )
-        return self.preprocessing.normalise(crop(image))
+        raw = raw_bytes(part.rows.table, self.image_column, int(part.rows.at[unit]))
+        return pixels(raw, self.preprocessing, self.augment, seed)
+
+
+def pixels(raw: bytes, preprocessing: Preprocessing, augment: Augment, seed: int | None) -> torch.Tensor:
+    """A picture as the model sees it: augmented by what `seed` draws, or (None) as in evaluation."""
+    image = decode(raw, preprocessing.channels)
+    if seed is None:
+        return preprocessing.evaluation(image)
+    reseed(seed)
+    if augment.flip:
+        image = RandomHorizontalFlip(augment.flip)(image)
+    if augment.crop == "none":
+        return preprocessing.training(image)
+    crop = RandomResizedCrop(preprocessing.size, augment.scale, augment.ratio, preprocessing.interpolation)
+    return preprocessing.normalise(crop(image))
 
 
 def reseed(seed: int) -> None:
@@ -182,13 +212,6 @@ def reseed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _raw(table: Table, name: str, row: int) -> bytes:
-    value = table.rows[row][name]
-    if isinstance(value, dict):
-        return value["bytes"] if value.get("bytes") is not None else read_file(value["path"])
-    return read_file((table.folder or Path()) / value)
 
 
 def prepare_images(
@@ -207,8 +230,8 @@ def prepare_images(
     """
     first = next(iter(tables.values()))
     image = column(first, recipe.image_column, IMAGE_COLUMNS, "image", "--image-column", datasets.Image)
-    tables = {name: _undecoded(table, image) for name, table in tables.items()}
-    evaluation = {name: _undecoded(table, image) for name, table in evaluation.items()} if evaluation else None
+    tables = {name: undecoded(table, image, datasets.Image) for name, table in tables.items()}
+    evaluation = {name: undecoded(t, image, datasets.Image) for name, t in evaluation.items()} if evaluation else None
 
     def label(table: Table) -> str:
         return column(table, recipe.label_column, LABEL_COLUMNS, "label", "--label-column", datasets.ClassLabel)
@@ -227,19 +250,11 @@ def prepare_images(
     return task
 
 
-def _undecoded(table: Table, name: str) -> Table:
-    if name not in table.rows.column_names:
-        raise DataError(f"a split has no column {name!r}, only {', '.join(table.rows.column_names)}")
-    if isinstance(table.rows.features[name], datasets.Image):
-        return Table(table.rows.cast_column(name, datasets.Image(decode=False)), table.names, table.folder)
-    return table
-
-
 def _examine(table: Table, name: str, row: int, label: str | None, channels: int) -> Examined:
     if label is None:
         return Examined(b"", None, "no label")
     try:
-        raw = _raw(table, name, row)
+        raw = raw_bytes(table, name, row)
         decode(raw, channels)
     except OSError as error:
         return Examined(b"", label, f"unreadable file ({error.strerror or error})")

@@ -34,15 +34,19 @@ Tables = dict[str, Table]
 
 
 def _images(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
-    from dsd_refine.tasks.images import prepare_images, timm_preprocessing, transformers_preprocessing
+    from dsd_refine.tasks import images
 
+    prepare_images = images.prepare_images
     if library.name == "timm":
         classes = int(model.num_classes)  # type: ignore[arg-type]
         return prepare_images(
-            recipe, tables, evaluation, timm_preprocessing(model), _timm_names(library, classes), classes, "x"
+            recipe, tables, evaluation, images.timm_preprocessing(model), _timm_names(library, classes), classes, "x"
         )
+    if library.name == "torchvision":
+        preprocessing, names = images.torchvision_preprocessing(library.preprocessing), _torchvision_names(library)
+        return prepare_images(recipe, tables, evaluation, preprocessing, names, library.num_classes, "x")
     classes = int(library.config.num_labels)
-    preprocessing = transformers_preprocessing(library.folder, library.config)
+    preprocessing = images.transformers_preprocessing(library.folder, library.config)
     return prepare_images(recipe, tables, evaluation, preprocessing, _config_names(library.config), classes, "pixel_values")
 
 
@@ -78,6 +82,18 @@ def _config_names(config: Any) -> list[list[str]] | None:
     """The class names of a transformers config; LABEL_0 and the like count as none."""
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else [[name] for name in names]
+
+
+def _torchvision_names(library: Any) -> list[list[str]] | None:
+    """The class names of a torchvision checkpoint; where they are its names of ImageNet-1k, the synsets mean them too."""
+    from timm.data import ImageNetInfo
+    from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+    names = library.label_names
+    if names is None or list(names) != list(_IMAGENET_CATEGORIES):
+        return None if names is None else [[name] for name in names]
+    info = ImageNetInfo("imagenet-1k")
+    return [[name, str(info.index_to_label_name(number))] for number, name in enumerate(names)]
 
 
 def _timm_names(library: Any, classes: int) -> list[list[str]] | None:
