@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ DRAWS = 10_000
 ALPHA = 0.05
 
 Array = np.ndarray[Any, Any]
+Corpus = Callable[[Array], Array]  # sums of statistics (…, statistics) -> the metric of each (…)
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,16 @@ class Comparison:
         return {**asdict(self), "ci95": list(self.ci95)}
 
 
-def compare(first: Array, second: Array, count: Array, *, higher_is_better: bool, seed: int = 0) -> Comparison:
+def compare(
+    first: Array, second: Array, count: Array, *, higher_is_better: bool, seed: int = 0, corpus: Corpus | None = None
+) -> Comparison:
     """Compare two arms by their per-row `score` arrays over the same `count` array (equal length, one row each).
 
-    Right/wrong scores (0 or 1, count 1) take the exact McNemar test, everything else the paired bootstrap.
+    Right/wrong scores (0 or 1, count 1) take the exact McNemar test, everything else the paired bootstrap. With `corpus`
+    the arrays are rows x statistics, and it makes the metric of their sums.
     """
+    if corpus is not None:
+        return bootstrap_corpus(first, second, corpus, higher_is_better=higher_is_better, seed=seed)
     binary = bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all() and (count == 1).all())
     if binary and higher_is_better:
         return mcnemar(first, second)
@@ -77,6 +83,36 @@ def bootstrap(first: Array, second: Array, count: Array, *, higher_is_better: bo
     return Comparison(delta, (float(low), float(high)), p_value, p_value, None, None, "paired-bootstrap")
 
 
+def bootstrap_corpus(first: Array, second: Array, corpus: Corpus, *, higher_is_better: bool, seed: int = 0) -> Comparison:
+    """The paired bootstrap of a metric that is no ratio of sums (BLEU): rows are drawn, their statistics added up.
+
+    `first` and `second` are rows x statistics. Draws, interval and the bound of p are those of `bootstrap`.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    both = np.concatenate([first, second], axis=1).astype(np.float64)
+    width, drawn = first.shape[1], np.empty(DRAWS)
+
+    def difference(sums: Array) -> Array:
+        return sign * (corpus(sums[..., :width]) - corpus(sums[..., width:]))
+
+    for place, times in _draws(len(first), seed):
+        drawn[place] = difference(times @ both)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    changed = int((first != second).any(1).sum())
+    p_value = min(1.0, max(2 * (tail + 1) / (DRAWS + 1), 2.0 ** (1 - changed)))
+    delta = float(difference(both.sum(0)))
+    return Comparison(delta, (float(low), float(high)), p_value, p_value, None, None, "paired-bootstrap")
+
+
+def _draws(rows: int, seed: int) -> Iterator[tuple[slice, Array]]:
+    """DRAWS samples of rows with replacement, some at a time: where they go, and how often each row is in each."""
+    generator, chunk = np.random.default_rng(seed), max(1, min(DRAWS, 2_000_000 // rows))
+    for start in range(0, DRAWS, chunk):
+        size = min(chunk, DRAWS - start)
+        yield slice(start, start + size), generator.multinomial(rows, np.full(rows, 1 / rows), size=size)
+
+
 def over_seeds(
     first: Sequence[Array], second: Sequence[Array], count: Array, *, higher_is_better: bool, seed: int = 0
 ) -> tuple[float, tuple[float, float], float]:
@@ -99,6 +135,22 @@ def over_seeds(
         drawn[start : start + size] = (sums * of_seeds).sum(1)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(each.mean()), (float(low), float(high)), float(each.std(ddof=1)) if seeds > 1 else 0.0
+
+
+def corpus_over_seeds(
+    first: Sequence[Array], second: Sequence[Array], corpus: Corpus, *, higher_is_better: bool, seed: int = 0
+) -> tuple[float, tuple[float, float], float]:
+    """`over_seeds` for a metric that `corpus` makes of summed statistics; the arrays are rows x statistics, one a seed."""
+    sign = 1.0 if higher_is_better else -1.0
+    one, two = np.stack(first).astype(np.float64), np.stack(second).astype(np.float64)
+    each = sign * (corpus(one.sum(1)) - corpus(two.sum(1)))
+    generator, drawn = np.random.default_rng([seed, len(each)]), np.empty(DRAWS)
+    for place, times in _draws(one.shape[1], seed):
+        found = sign * (corpus(np.matmul(times, one)) - corpus(np.matmul(times, two)))  # seeds x draws
+        of_seeds = generator.multinomial(len(each), np.full(len(each), 1 / len(each)), size=len(times)) / len(each)
+        drawn[place] = (found.T * of_seeds).sum(1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(each.mean()), (float(low), float(high)), float(each.std(ddof=1)) if len(each) > 1 else 0.0
 
 
 def holm(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:

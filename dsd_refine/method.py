@@ -89,7 +89,7 @@ class Run:
     @property
     def margin(self) -> float:
         """What counts as the same: absolute for a fraction, relative to the source for a loss."""
-        if self.task.higher_is_better:
+        if self.task.metric != "loss":
             return self.recipe.margin
         return self.recipe.margin * self.task.metrics(self.seeds["baseline"][0])[self.task.metric]
 
@@ -468,8 +468,10 @@ def consider(run: Run, epoch: int, masks: Masks) -> None:
 
 
 def _preferred(run: Run, new: dict[str, float], old: dict[str, float]) -> bool:
-    sign = 1 if run.task.higher_is_better else -1
-    return (sign * new[run.task.metric], -new["loss"]) > (sign * old[run.task.metric], -old["loss"])
+    """By the metric, then the loss; by the loss alone where the metric is too dear for the holdout."""
+    sign, metric = 1 if run.task.higher_is_better else -1, run.task.metric
+    mine, theirs = ((sign * found[metric] if metric in found else 0.0, -found["loss"]) for found in (new, old))
+    return mine > theirs
 
 
 def save(run: Run) -> None:
@@ -523,7 +525,7 @@ def judge(run: Run, arm: str, seed: int = 0) -> None:
     name = f"scores-{arm}-{seed}.safetensors"
     kept = run.seeds.setdefault(arm, [])
     if label in run.state.get("judged", []):
-        kept.append(Scores(**{field: value.numpy() for field, value in run.workspace.read_tensors(name).items()}))
+        kept.append(Scores.unpack(run.workspace.read_tensors(name)))
         return
     scores = evaluate(run.loop, run.task.eval)
     found = run.task.metrics(scores)
@@ -532,7 +534,7 @@ def judge(run: Run, arm: str, seed: int = 0) -> None:
         for line in run.state["preflight"]:
             run.options.say(f"warning: {line}")
     kept.append(scores)
-    run.workspace.write_tensors(name, {field: torch.from_numpy(value) for field, value in vars(scores).items()})
+    run.workspace.write_tensors(name, scores.pack())
     run.workspace.log(
         {"event": "evaluation", "arm": label, "phase": None, "step": None, "epoch": None, "part": "eval", **found}
     )
@@ -549,9 +551,11 @@ def judge_all(run: Run) -> None:
     run.scores |= {arm: run.seeds[arm][run.preferred(arm)] for arm in run.arms}
     for other in ("baseline", *run.recipe.control):
         mine, theirs = run.scores["refined"], run.scores[other]
+        corpus = getattr(run.task, "corpus", None)
         run.comparisons[f"refined_vs_{other}"] = compare(
-            mine.score, theirs.score, mine.count, higher_is_better=run.task.higher_is_better, seed=run.recipe.seed
-        )
+            mine.compared(corpus), theirs.compared(corpus), mine.count,
+            higher_is_better=run.task.higher_is_better, seed=run.recipe.seed, corpus=corpus,
+        )  # fmt: skip
     run.comparisons = holm(run.comparisons)
 
 

@@ -15,6 +15,7 @@ from dsd_refine.recipe import Recipe
 from dsd_refine.tasks import Task
 
 Figure = tuple[str, str, float]  # data set, metric, value
+UNBOUNDED = ("loss", "perplexity")  # every other metric is a fraction
 
 
 def preflight(task: Task, found: Mapping[str, float], recipe: Recipe, source: Path) -> list[str]:
@@ -37,7 +38,7 @@ def preflight(task: Task, found: Mapping[str, float], recipe: Recipe, source: Pa
 
 def near(value: float, expected: float, task: Task, metric: str, margin: float) -> bool:
     """Within the margin: absolute for a fraction, relative for a loss."""
-    fraction = metric == task.metric and task.higher_is_better
+    fraction = metric not in UNBOUNDED
     return abs(value - expected) <= (margin if fraction else margin * abs(expected)) + 1e-12
 
 
@@ -46,7 +47,7 @@ def _card_warnings(task: Task, found: Mapping[str, float], recipe: Recipe, sourc
     for data, metric, value in card_figures(source):
         if metric not in found or not _same_data(data, recipe):
             continue
-        value = value / 100 if metric == task.metric and task.higher_is_better and value > 1 else value
+        value = value / 100 if metric not in UNBOUNDED and value > 1 else value
         if not near(found[metric], value, task, metric, recipe.margin):
             lines.append(
                 f"the source's card says {metric} {value:.4f} on {data}, measured here is {found[metric]:.4f}: "

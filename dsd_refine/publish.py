@@ -14,7 +14,7 @@ import torch
 from dsd_refine.checkpoint import verify
 from dsd_refine.checkpoint.verify import PROBE, save_probe
 from dsd_refine.checkpoint.write import copy_file, write_text
-from dsd_refine.compare import over_seeds
+from dsd_refine.compare import Corpus, corpus_over_seeds, over_seeds
 from dsd_refine.errors import VerifyError
 from dsd_refine.forward import logits_of
 from dsd_refine.power import rows_to_decide
@@ -87,8 +87,10 @@ def predictions(run: Run) -> pa.Table:
     if run.recipe.seeds > 1:
         arms |= {f"{arm}_seed{number}": one for arm in run.arms for number, one in enumerate(run.seeds[arm], 1)}
     for arm, scores in arms.items():
-        shown = [task.shown(int(p)) if p >= 0 else None for p in scores.prediction]
+        shown = list(scores.text or (task.shown(int(p)) if p >= 0 else None for p in scores.prediction))
         columns |= {f"prediction_{arm}": shown, f"score_{arm}": scores.score, f"count_{arm}": scores.count.astype(np.int64)}
+        if scores.stats is not None:
+            columns[f"stats_{arm}"] = list(scores.stats)
     return pa.table(columns)
 
 
@@ -149,13 +151,19 @@ def seeds_data(run: Run) -> dict[str, Any]:
     arms = {arm: {name: _spread([one[name] for one in found]) for name in found[0]} for arm, found in metrics.items()}
     comparison = {}
     for other in ("baseline", *run.recipe.control):
-        mine = [scores.score for scores in run.seeds["refined"]]
-        theirs = [scores.score for scores in run.seeds[other]] * (len(mine) if other == "baseline" else 1)
-        delta, ci95, deviation = over_seeds(
-            mine, theirs, run.scores["refined"].count, higher_is_better=run.task.higher_is_better, seed=run.recipe.seed
-        )
+        delta, ci95, deviation = _over_seeds(run, other)
         comparison[f"refined_vs_{other}"] = {"delta": delta, "ci95": list(ci95), "deviation": deviation}
     return {"n": run.recipe.seeds, "arms": arms, "comparison": comparison}
+
+
+def _over_seeds(run: Run, other: str) -> tuple[float, tuple[float, float], float]:
+    corpus: Corpus | None = getattr(run.task, "corpus", None)
+    mine = [scores.compared(corpus) for scores in run.seeds["refined"]]
+    theirs = [scores.compared(corpus) for scores in run.seeds[other]] * (len(mine) if other == "baseline" else 1)
+    better, seed = run.task.higher_is_better, run.recipe.seed
+    if corpus is not None:
+        return corpus_over_seeds(mine, theirs, corpus, higher_is_better=better, seed=seed)
+    return over_seeds(mine, theirs, run.scores["refined"].count, higher_is_better=better, seed=seed)
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

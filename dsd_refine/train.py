@@ -349,18 +349,11 @@ def _by_row(part: Any, found: list[tuple[int, Any]]) -> Scores:
     units = sorted(unit for unit, _ in found)
     if units != list(range(part.units)):
         raise RunError(f"evaluation scored {len(units)} units of {part.units}; nothing was published")
-    rows = len(part.rows)
-    score, loss, count, prediction = np.zeros(rows), np.zeros(rows), np.zeros(rows), np.full(rows, -1)
-    for unit, one in sorted(found, key=lambda pair: pair[0]):
-        row = part.row_of(unit)
-        score[row] += one.score
-        loss[row] += one.loss
-        count[row] += one.count
-        if one.prediction is not None:
-            prediction[row] = one.prediction
-    if not (np.isfinite(score).all() and np.isfinite(loss).all()):
+    ordered = sorted(found, key=lambda pair: pair[0])
+    scores = Scores.of(((part.row_of(unit), one) for unit, one in ordered), len(part.rows))
+    if not (np.isfinite(scores.score).all() and np.isfinite(scores.loss).all()):
         raise RunError("evaluation gives values that are not finite")
-    return Scores(score, count, loss, prediction)
+    return scores
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ Three functions of a batch and nothing else reach the loop, which knows no task;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,35 +20,96 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """Collated examples. `inputs` go to the model by name (`x`: by position); `count` is the number of real targets."""
+    """Collated examples. `inputs` go to the model by name (`x`: by position); `count` is the number of real targets.
+
+    `aside` and `texts` are the task's own: a row each of what its loss and scores need and the model does not take.
+    """
 
     inputs: dict[str, torch.Tensor]
     targets: torch.Tensor
     count: int
+    aside: dict[str, torch.Tensor] = field(default_factory=dict)
+    texts: tuple[tuple[str, ...], ...] = ()
 
     def to(self, device: torch.device) -> Batch:
-        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        return Batch(inputs, self.targets.to(device, non_blocking=True), self.count)
+        def moved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+
+        targets = self.targets.to(device, non_blocking=True)
+        return replace(self, inputs=moved(self.inputs), targets=targets, aside=moved(self.aside))
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one unit of evaluation: `score` over `count` is the metric's share of it, `loss` its summed training loss."""
+    """Of one unit of evaluation: `score` over `count` is the metric's share of it, `loss` its summed training loss.
+
+    A task that predicts words says them in `text`; `stats` are sums that its other metrics are made of.
+    """
 
     score: float
     count: int
     loss: float
     prediction: int | None = None
+    text: str | None = None
+    stats: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Per row of a part, in its order: float64 arrays; `prediction` is -1 where the task predicts no class."""
+    """Per row of a part, in its order: float64 arrays; `prediction` is -1 where the task predicts no class.
+
+    `text` is what was predicted in words (None: the task predicts none), `stats` rows x statistics (None: it has none).
+    """
 
     score: np.ndarray[Any, Any]
     count: np.ndarray[Any, Any]
     loss: np.ndarray[Any, Any]
     prediction: np.ndarray[Any, Any]
+    text: list[str] | None = None
+    stats: np.ndarray[Any, Any] | None = None
+
+    @classmethod
+    def of(cls, found: Iterable[tuple[int, Score]], rows: int) -> Scores:
+        """Add up (row, score of one of its units)."""
+        pairs = list(found)
+        text = [""] * rows if any(one.text is not None for _, one in pairs) else None
+        width = max((len(one.stats) for _, one in pairs), default=0)
+        new = cls(np.zeros(rows), np.zeros(rows), np.zeros(rows), np.full(rows, -1), text, np.zeros((rows, width)))
+        for row, one in pairs:
+            new.score[row] += one.score
+            new.count[row] += one.count
+            new.loss[row] += one.loss
+            if one.prediction is not None:
+                new.prediction[row] = one.prediction
+            if text is not None and one.text is not None:
+                text[row] = one.text
+            if one.stats and new.stats is not None:
+                new.stats[row] += one.stats
+        return new if width else replace(new, stats=None)
+
+    def compared(self, corpus: object | None) -> np.ndarray[Any, Any]:
+        """What arms are compared by: the score of each row, or its statistics where the metric is one of the corpus."""
+        return self.score if corpus is None or self.stats is None else self.stats
+
+    def pack(self) -> dict[str, torch.Tensor]:
+        """As tensors, for the saved state; texts are UTF-8 bytes and the end of each."""
+        names = ("score", "count", "loss", "prediction", *(["stats"] if self.stats is not None else []))
+        tensors = {name: torch.from_numpy(getattr(self, name)) for name in names}
+        if self.text is not None:
+            coded = [text.encode("utf-8", "surrogatepass") for text in self.text]
+            tensors["text"] = torch.tensor(list(b"".join(coded)), dtype=torch.uint8)
+            tensors["text_ends"] = torch.tensor([len(one) for one in coded], dtype=torch.int64).cumsum(0)
+        return tensors
+
+    @classmethod
+    def unpack(cls, tensors: Mapping[str, torch.Tensor]) -> Scores:
+        """What `pack` packed."""
+        arrays: dict[str, Any] = {name: value.numpy() for name, value in tensors.items() if not name.startswith("text")}
+        if "text" not in tensors:
+            return cls(**arrays)
+        ends, coded = tensors["text_ends"].tolist(), bytes(tensors["text"].tolist())
+        texts = [coded[a:b].decode("utf-8", "surrogatepass") for a, b in zip([0, *ends], ends, strict=False)]
+        return cls(**arrays, text=texts)
 
 
 class Part(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,8 +146,3 @@ def skip_warnings(parts: Parts) -> list[str]:
         for item in (rows.skipped if rows else [])[:1]:
             lines.append(f"{len(rows.skipped)} {name} rows skipped, the first: {item['row']} ({item['reason']})")  # type: ignore[union-attr]
     return lines
-
-
-def read_file(path: str | Path) -> bytes:
-    """The bytes of a file of the data."""
-    return Path(path).read_bytes()

@@ -22,6 +22,7 @@ HUB_LIMIT = 5 * 10**9
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
                "valid": "validation", "dev": "validation", "test": "test"}  # fmt: skip
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2"}
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".m4a"}
 TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt"}
 
 
@@ -46,22 +47,30 @@ class Table:
 
 @dataclass(frozen=True)
 class Examined:
-    """What a task says of one row: `digest` of its content, `label` as text (None: has none), `reason` to skip it."""
+    """What a task says of one row: `digest` of its content, `label` as text (None: has none), `reason` to skip it.
+
+    `texts` are what the row should be turned into, where that is no class: a transcript, captions.
+    """
 
     digest: bytes
     label: str | None = None
     reason: str | None = None
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The used rows of one part, in the data's order. `at` indexes `table.rows`; `labels` are texts ("" without classes)."""
+    """The used rows of one part, in the data's order. `at` indexes `table.rows`; `labels` are texts ("" without classes).
+
+    `texts` are each row's `Examined.texts`, empty for a task without them.
+    """
 
     table: Table
     at: np.ndarray[Any, Any]
     digests: list[bytes]
     labels: list[str]
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    texts: list[tuple[str, ...]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.at)
@@ -77,14 +86,15 @@ class Rows:
             [self.digests[i] for i in chosen],
             [self.labels[i] for i in chosen],
             skipped or [],
+            [self.texts[i] for i in chosen] if self.texts else [],
         )
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over content and label of every row in order."""
+        """SHA-256 over content, label and texts of every row in order."""
         digest = hashlib.sha256()
-        for content, label in zip(self.digests, self.labels, strict=True):
-            digest.update(content + label.encode() + b"\0")
+        for content, label, texts in zip(self.digests, self.labels, self.texts or [()] * len(self), strict=True):
+            digest.update(content + "\n".join((label, *texts)).encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
@@ -165,7 +175,8 @@ def _from_metadata(folder: Path, root: Path, cache: Path) -> Table:
     if "file_name" not in rows.column_names:
         raise DataError(f"{file}: has no `file_name` column, only {', '.join(rows.column_names)}")
     names = [str(name) for name in rows["file_name"]]
-    rows = rows.remove_columns("file_name").add_column("image", [str((folder / n).absolute()) for n in names])
+    kind = "audio" if any(Path(name).suffix.lower() in AUDIO_SUFFIXES for name in names) else "image"
+    rows = rows.remove_columns("file_name").add_column(kind, [str((folder / n).absolute()) for n in names])
     return Table(rows, [(folder / n).relative_to(root).as_posix() for n in names], folder)
 
 
@@ -265,6 +276,27 @@ def column(table: Table, asked: str | None, known: Sequence[str], what: str, fla
     raise MissingColumn(f"{missing}; the data has {', '.join(columns)}. Name it with {flag}")
 
 
+def undecoded(table: Table, name: str, feature: Any) -> Table:
+    """The table with a column of a decoding `feature` (datasets.Image, datasets.Audio) left as bytes and path.
+
+    Raises:
+        DataError: no such column.
+    """
+    if name not in table.rows.column_names:
+        raise DataError(f"a split has no column {name!r}, only {', '.join(table.rows.column_names)}")
+    if isinstance(table.rows.features[name], feature):
+        return Table(table.rows.cast_column(name, feature(decode=False)), table.names, table.folder)
+    return table
+
+
+def raw_bytes(table: Table, name: str, row: int) -> bytes:
+    """The file that a column holds or names. Raises OSError where it cannot be read, TypeError where there is none."""
+    value = table.rows[row][name]
+    if isinstance(value, dict):
+        return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+    return Path((table.folder or Path()) / value).read_bytes()
+
+
 def label_texts(table: Table, name: str) -> list[str | None]:
     """The label column as texts; None where a row has no label.
 
@@ -305,6 +337,7 @@ def use_rows(table: Table, examined: Sequence[Examined]) -> Rows:
         [examined[i].digest for i in used],
         [examined[i].label or "" for i in used],
         skipped,
+        [examined[i].texts for i in used] if any(row.texts for row in examined) else [],
     )
 
 
