@@ -13,7 +13,8 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from dsd_refine import __version__
-from dsd_refine.errors import DsdError, RunError, UsageError
+from dsd_refine.errors import DsdError, Interrupted, RunError, UsageError
+from dsd_refine.signals import Signals
 
 if TYPE_CHECKING:
     from dsd_refine.recipe import Recipe
@@ -115,6 +116,7 @@ RUN_OPTIONS = _together(
     click.option("--output-dir", "-o", metavar="DIR", help="Where the result goes (./NAME-dsd)."),
     click.option("--resume", is_flag=True, help="Go on with a stopped run."),
     click.option("--overwrite", is_flag=True, help="Replace an output of ours."),
+    click.option("--save-every", type=click.FloatRange(min=0), default=10, metavar="MINUTES", help="Save within phases (10)."),
     click.option("--save-phases", is_flag=True, help="Also write each phase's end of the refined arm."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
     click.option("--compile", is_flag=True, help="torch.compile the training forward."),
@@ -122,6 +124,7 @@ RUN_OPTIONS = _together(
     click.option("--yes", is_flag=True, help="Agree to large downloads."),
     click.option("--quiet", is_flag=True, help="No progress; the result alone."),
 )
+PASSED_ON = ("resume", "overwrite", "save_phases", "save_every", "device", "compile", "allow_pickle")
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
@@ -146,7 +149,7 @@ def run(model: str, **given: Any) -> int:
 
     _check_task(given)
     display = Display(quiet=given["quiet"] or not _is_main())
-    if given["resume"] and given["output_dir"] and _finished(Path(given["output_dir"]), display, given["as_json"]):
+    if given["output_dir"] and _finished(Path(given["output_dir"]), given, display):
         return 0
     _quiet_libraries()
     from dsd_refine.checkpoint import find_source, open_library
@@ -155,15 +158,18 @@ def run(model: str, **given: Any) -> int:
 
     source = find_source(model, allow_pickle=given["allow_pickle"])
     library = open_library(source, given["task"], given["trust_remote_code"])
+    out = Path(given["output_dir"] or f"{Path(source.resolved).name}-dsd")
+    if not given["output_dir"] and _finished(out, given, display):
+        return 0
     recipe = _choose_recipe(library, given, display.say)
     options = Options(
-        output_dir=Path(given["output_dir"] or f"{Path(source.resolved).name}-dsd"),
+        output_dir=out,
         argv=tuple(sys.argv[1:]),
         say=display.say,
         progress=display.step,
         download=_asker(given["yes"]),
         workers=_workers(given["workers"]),
-        **{name: given[name] for name in ("resume", "overwrite", "save_phases", "device", "compile", "allow_pickle")},
+        **{name: given[name] for name in PASSED_ON},
     )
     with display:
         report = refine(source, library, recipe, options)
@@ -175,6 +181,8 @@ def run(model: str, **given: Any) -> int:
 @cli.command()
 @click.argument("model")
 @RECIPE_OPTIONS
+@click.option("--measure", is_flag=True, help="Train a few real steps, for memory and time; needs the weights and the data.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="For --measure.")
 @TRUST_OPTIONS
 @JSON_OPTION
 def plan(model: str, **given: Any) -> int:
@@ -188,10 +196,14 @@ def plan(model: str, **given: Any) -> int:
     from dsd_refine.progress import Display
     from dsd_refine.report import plan_text
 
-    source = find_source(model, weights=False, allow_pickle=given["allow_pickle"])
+    source = find_source(model, weights=given["measure"], allow_pickle=given["allow_pickle"])
     library = open_library(source, given["task"], given["trust_remote_code"])
     recipe = _choose_recipe(library, given, Display().say)
     found = make_plan(source, library, recipe, allow_pickle=given["allow_pickle"])
+    if given["measure"]:
+        from dsd_refine.measure import add_measured, measure
+
+        found = add_measured(found, measure(source, library, recipe, given["device"], given["allow_pickle"]))
     _result(json.dumps(found, indent=1, ensure_ascii=False) if given["as_json"] else plan_text(found))
     return 0
 
@@ -254,7 +266,7 @@ def _choose_recipe(library: Any, given: dict[str, Any], say: Callable[[str], Non
     raw = read_recipe(path)
     for assignment in given["sets"]:
         set_field(raw, assignment)
-    flags = {name: value for name, value in given.items() if name not in ("recipe", "sets", "task")}
+    flags = {name: value for name, value in given.items() if name not in ("recipe", "sets", "task", "measure")}
     if "none" in flags["control"]:
         if len(flags["control"]) > 1:
             raise UsageError("--control none goes alone")
@@ -294,13 +306,21 @@ def _check_task(given: dict[str, Any]) -> None:
         raise UsageError(f"--task {given['task']}: not a task; known are {', '.join((*TASKS, *FUTURE_TASKS))}")
 
 
-def _finished(out: Path, display: Any, as_json: bool) -> bool:
+def _finished(out: Path, given: dict[str, Any], display: Any) -> bool:
     """With --resume, a finished run says so and changes nothing."""
     report = out / "dsd/report.json"
-    if not report.is_file():
+    if not given["resume"] or not report.is_file():
         return False
-    display.say(f"{out}: this run is finished already; nothing to resume")
-    if as_json and _is_main():
+    note = f"{out}: this run is finished already; nothing to resume"
+    if out.with_name(out.name + ".partial").is_dir():
+        from dsd_refine.runstate import Workspace
+
+        if not Workspace(out, writes=_is_main()).settle():
+            if given["overwrite"]:
+                return False
+            note += f". {out}.partial holds an unfinished run that is to replace it: --resume --overwrite goes on with that"
+    display.say(note)
+    if given["as_json"] and _is_main():
         _result(report.read_text(encoding="utf-8").rstrip("\n"))
     return True
 
@@ -367,13 +387,14 @@ def _shows_help() -> bool:
 
 def _guarded(args: list[str] | None) -> tuple[int, str]:
     try:
-        return int(cli.main(args, prog_name="dsd-refine", standalone_mode=False) or 0), ""
+        with Signals():
+            return int(cli.main(args, prog_name="dsd-refine", standalone_mode=False) or 0), ""
     except click.exceptions.NoArgsIsHelpError as error:
         return UsageError.exit_code, error.format_message()
     except click.ClickException as error:
         return UsageError.exit_code, f"Error: {error.format_message()}"
     except click.Abort:
-        return 4, "Error: stopped before anything was trained"
+        return Interrupted.exit_code, "Error: stopped before the first step; nothing was lost"
     except DsdError as error:
         return error.exit_code, f"Error: {error}"
     except OSError as error:

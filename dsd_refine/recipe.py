@@ -262,9 +262,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def match_recipe(model_names: list[str], task: str) -> tuple[Path, str]:
-    """The shipped recipe for a model: the one whose `models` globs match, else the task's. Returns it with the reason."""
+    """The shipped recipe for a model: the one of its task whose `models` globs match, else the task's; and the reason."""
     for path in shipped().values():
-        globs = read_recipe(path).get("models") or []
+        raw = read_recipe(path)
+        globs = raw.get("models") or [] if raw.get("task") == task else []
         hit = next((m for m in model_names for glob in globs if fnmatch(m, glob)), None)
         if hit:
             return path, f"its models match {hit!r}"

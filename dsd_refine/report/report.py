@@ -58,17 +58,35 @@ def summary(report: Report) -> str:
             f"  {name.replace('_', ' ')}: {metric} {found['delta']:+.4f} [{low:+.4f}, {high:+.4f}]"
             f", p = {found['p_adjusted']:.3g}{rows}"
         )
+    lines += _seed_lines(data, metric)
     selected, gate = data["selected"], data["gate"]
     chosen = f"sparsity {selected['sparsity']:g}" if selected["sparsity"] is not None else "no sparse phase"
     lines += [
         "",
-        f"  verdict   {data['verdict']}: {WORDS[data['verdict']]}",
+        f"  verdict   {data['verdict']}: {WORDS[data['verdict']]}{_would_decide(data)}",
         f"  selected  {chosen}, epoch {selected['epoch']} of the last phase",
         f"  gate      {gate['rule']}: {'met' if gate['passed'] else 'NOT met; the checkpoint lies under rejected/'}",
         f"  output    {report.output}",
         *(f"  warning   {warning}" for warning in data["warnings"]),
     ]
     return "\n".join(lines)
+
+
+def _seed_lines(data: Mapping[str, Any], metric: str) -> list[str]:
+    if not data.get("seeds"):
+        return []
+    lines = ["", f"  over {data['seeds']['n']} seeds, mean and deviation:"]
+    for arm, found in data["seeds"]["arms"].items():
+        lines.append(f"  {arm.ljust(10)} {metric} {found[metric]['mean']:.4f} ± {found[metric]['deviation']:.4f}")
+    for name, found in data["seeds"]["comparison"].items():
+        low, high = found["ci95"]
+        lines.append(f"  {name.replace('_', ' ')}: {found['delta']:+.4f} [{low:+.4f}, {high:+.4f}] over seeds and rows")
+    return lines
+
+
+def _would_decide(data: Mapping[str, Any]) -> str:
+    rows = data.get("rows_to_decide")
+    return f"; about {rows:,} would decide (power 0.8, if things are as found)" if rows else ""
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:

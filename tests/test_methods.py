@@ -1,0 +1,339 @@
+"""Phases are data: averages, teachers, dropout, frozen parameters, masks made anew; and every shipped recipe runs."""
+
+import builders
+import pytest
+import torch
+from conftest import SHORT
+from safetensors.torch import load_file
+from test_run import report_of
+from test_train import Numbers, loop_of, mlp, run, values
+from torch import nn
+from torch.nn import functional as F
+
+from dsd_refine.average import Average
+from dsd_refine.distill import distilled
+from dsd_refine.errors import UsageError
+from dsd_refine.masks import Spot, apply_masks, find_layers, make_masks, masked_values, put_back
+from dsd_refine.recipe import Distill, Phase, Recipe, read_recipe, shipped, validate
+from dsd_refine.settings import check_settings, frozen_names, settings, train_mode
+from dsd_refine.train import Key, epoch_order, reestimate
+
+EMPTY = torch.empty(0, dtype=torch.int64)
+FAMILY = {"image-classification": "vit", "text-classification": "bert", "causal-lm": "gpt2", None: "timm"}
+DATA = {"timm": "pictures", "vit": "colours", "bert": "texts.csv", "gpt2": "documents.txt"}
+
+
+def phase(kind="dense", **given):
+    base = {"steps": 4, "lr": 0.1, "schedule": "constant"} | ({"sparsity": 0.5} if kind == "sparse" else {})
+    return Phase.model_validate({"kind": kind, **base, **given})
+
+
+def masks_at(model, sparsity=0.5, criterion="magnitude", seed=()):
+    parameters = dict(model.named_parameters())
+    layers = find_layers(model, {n: (tuple(p.shape), [Spot(n, EMPTY, EMPTY)]) for n, p in parameters.items()})
+    return make_masks(layers, parameters, sparsity, criterion, seed)
+
+
+# ---------------------------------------------------------------- every shipped recipe
+
+
+GENERIC = [name for name, path in shipped().items() if name != "digits" and read_recipe(path).get("task") in FAMILY]
+
+
+@pytest.mark.parametrize("name", GENERIC)
+def test_a_shipped_recipe_runs_end_to_end_with_its_steps_cut(command, made, tmp_path, name):
+    raw = read_recipe(shipped()[name])
+    model = FAMILY[raw.get("task")]
+    cut = [a for n in range(len(raw["phases"])) for a in ("--set", f"phases.{n}.epochs=0.1")]
+    found = command(
+        made / model, "--data", made / DATA[model], "-o", tmp_path / "out", "--recipe", name, *cut,
+        "--batch-size", "8", "--gate", "none", "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    report = report_of(tmp_path / "out")
+    mine = [entry for entry in report["phases"] if entry["arm"] == "refined"]
+    assert [entry["kind"] for entry in mine] == [entry["kind"] for entry in raw["phases"]]
+    assert all(entry["optimizer_steps"] == 1 for entry in mine)
+    assert command("verify", made / model, tmp_path / "out").code == 0
+
+
+def test_the_recipes_of_the_paper_have_its_numbers():
+    paper = {
+        "googlenet": (0.3, 11, 1e-3, 22, 1e-4), "vgg16": (0.3, 1.25, 1e-4, 18, 1e-5),
+        "resnet18": (0.3, 45, 1e-2, 45, 1e-3), "resnet50": (0.3, 45, 1e-2, 45, 1e-3),
+    }  # fmt: skip
+    for name, (sparsity, sparse, rate, dense, low) in paper.items():
+        one, two = validate(read_recipe(shipped()[name])).phases
+        assert (one.kind, one.sparsity, one.epochs, one.lr) == ("sparse", sparsity, sparse, rate)
+        assert (two.kind, two.epochs, two.lr) == ("dense", dense, low)
+
+
+def test_a_recipe_is_matched_by_model_and_task(made, command):
+    found = command("plan", made / "vit", "--data", made / "colours")
+    assert "recipe: vit (its models match 'vit')" in found.err
+    found = command("plan", made / "timm", "--data", made / "pictures")
+    assert "recipe: image-classification (the default of image-classification)" in found.err
+
+
+# ---------------------------------------------------------------- masks made anew
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"), [("once", None), ("every step", 1), ("every 1 step", 1), ("every 20 steps", 20), (7, 7)]
+)
+def test_refresh_in_words(given, steps):
+    assert phase("sparse", refresh=given).refresh == steps
+
+
+@pytest.mark.parametrize("given", ["sometimes", "every 0 steps", "every -1 steps", 0, 1.5])
+def test_refresh_in_other_words_is_refused(given):
+    with pytest.raises(ValueError, match="refresh"):
+        phase("sparse", refresh=given)
+
+
+def test_hard_thresholding_is_the_textbook_s():
+    """w <- H_k(w - lr * g), g the dense gradient at the sparse w: against the formula written out."""
+    model, other = mlp(), mlp()
+    masks = masks_at(model)
+    apply_masks(masks, dict(model.named_parameters()))
+    apply_masks(masks, dict(other.named_parameters()))
+    loop, steps, kept = loop_of(model), 4, masks
+    order = epoch_order(Key(0, 0), 0, 20)
+    for step in range(steps):
+        rows = order[4 * step : 4 * step + 4]
+        loss = F.cross_entropy(other(loop.task.train.x[rows]), loop.task.train.y[rows], reduction="sum") / 4
+        gradients = torch.autograd.grad(loss, list(other.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(other.parameters(), gradients, strict=True):
+                parameter -= 0.1 * gradient
+        kept = masks_at(other) if step + 1 < steps else kept  # no new mask at the phase's end
+        apply_masks(kept, dict(other.named_parameters()))
+    run(loop, dict(masks), steps=steps, refresh=1, remask=lambda n: masks_at(model))
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, other.state_dict()[name], atol=1e-6), name
+
+
+def test_what_a_random_mask_took_comes_back_as_it_was():
+    model = mlp()
+    before, parameters = values(model), dict(model.named_parameters())
+    masks = masks_at(model, 0.3, "random", (1,))
+    kept = masked_values(masks, parameters)
+    apply_masks(masks, parameters)
+    put_back(masks, kept, parameters)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_dropconnect_draws_a_new_mask_each_step(command, made, tmp_path):
+    """At rate 0 every weight is the source's or 0, and after several draws far more weights are whole than one mask leaves."""
+    found = command(
+        made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", "--recipe", "dropconnect", "--batch-size", "8",
+        "--sparse-steps", "4", "--dense-steps", "0", "--lr", "0", "--gate", "none", "--device", "cpu", "--quiet", "--save-phases",
+        "--set", "weight_decay=0",
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    source, phase1 = (
+        load_file(made / "timm/model.safetensors"),
+        load_file(tmp_path / "out/dsd/phases/1-sparse/model.safetensors"),
+    )
+    for layer in report_of(tmp_path / "out")["layers"]:
+        now, then = phase1[layer["name"]], source[layer["name"]]
+        assert bool(((now == then) | (now == 0)).all())
+        assert int((now == 0).sum()) == layer["masked"] + int((then == 0).sum())
+
+
+# ---------------------------------------------------------------- averages
+
+
+def test_swa_is_the_mean_of_what_it_was_shown():
+    model = mlp()
+    average = Average(phase(average="swa"), dict(model.named_parameters()), {})
+    shown = []
+    for step in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(step + 1)
+        shown.append(values(model))
+        average.step_end()
+        average.epoch_end()
+    with average.held() as averaged:
+        assert averaged
+        for name, value in model.state_dict().items():
+            assert torch.allclose(value, sum(one[name] for one in shown) / 3, atol=1e-6)
+    assert all(torch.equal(value, shown[-1][name]) for name, value in model.state_dict().items())
+
+
+def test_ema_follows_its_formula_and_its_state_comes_back():
+    model = mlp()
+    given = phase(average="ema", ema_decay=0.5)
+    average, expected = Average(given, dict(model.named_parameters()), {}), None
+    for _ in range(4):
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+        average.step_end()
+        now = model[0].weight.detach().clone()
+        expected = now if expected is None else 0.5 * expected + 0.5 * now
+        average = Average(given, dict(model.named_parameters()), average.pack())  # as after a stop
+    assert average.settle()
+    assert torch.allclose(model[0].weight, expected)
+
+
+def test_the_mean_of_masked_weights_is_exactly_zero(command, made, tmp_path):
+    found = command(
+        made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *SHORT, "--set", "phases.0.average=ema", "--set",
+        "phases.1.average=swa", "--quiet",
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    report = report_of(tmp_path / "out")
+    assert all(layer["zeros_in_sparse"] >= layer["masked"] for layer in report["layers"] if layer["masked"])
+    assert {entry["batchnorm_reestimated"] for entry in report["phases"]} == {"averaged weights"}
+
+
+def test_an_average_over_changing_masks_is_refused():
+    with pytest.raises(ValueError, match="average"):
+        phase("sparse", refresh=2, average="swa")
+
+
+# ---------------------------------------------------------------- BatchNorm's statistics
+
+
+def test_statistics_are_those_of_the_rows_and_nothing_else_moves():
+    model = mlp(nn.BatchNorm1d(16))
+    loop = loop_of(model, Numbers(rows=20), batch_size=10)
+    before = values(model)
+    assert reestimate(loop, Key(0, 0))
+    x = loop.task.train.x[epoch_order(Key(0, 0), 0, 20)]
+    hidden = [model[0](half) for half in x.split(10)]
+    assert torch.allclose(model[1].running_mean, torch.stack([h.mean(0) for h in hidden]).mean(0), atol=1e-6)
+    assert torch.allclose(model[1].running_var, torch.stack([h.var(0) for h in hidden]).mean(0), atol=1e-6)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"1.running_mean", "1.running_var"}
+    assert model[1].momentum == 0.1
+    assert not reestimate(loop_of(mlp()), Key(0, 0))
+
+
+def test_a_mask_without_training_after_has_new_statistics(command, made, tmp_path):
+    args = [made / "timm", "--data", made / "pictures", "--batch-size", "8", "--device", "cpu", "--gate", "none", "--quiet"]
+    none = ["--sparse-steps", "0", "--dense-steps"]
+    assert command(*args, "-o", tmp_path / "a", *none, "0").code == 0
+    assert command(*args, "-o", tmp_path / "b", *none, "2").code == 0
+    assert command(*args, "-o", tmp_path / "c", *none, "0", "--sparsity", "0").code == 0
+    said = [
+        [entry["batchnorm_reestimated"] for entry in report_of(tmp_path / out)["phases"] if entry["arm"] == "refined"]
+        for out in "abc"
+    ]
+    assert said == [[None, "masked without training after"], [None, None], [None, None]]
+    source, output = (load_file(place / "model.safetensors") for place in (made / "timm", tmp_path / "a"))
+    changed = {name for name in source if not torch.equal(source[name], output[name])}
+    assert any(name.endswith("running_mean") for name in changed)
+    masked = {layer["name"] for layer in report_of(tmp_path / "a")["layers"] if layer["masked"]}
+    assert {name for name in changed if "running" not in name} == masked
+
+
+# ---------------------------------------------------------------- teachers
+
+
+class Teachable(Numbers):
+    def logits(self, forward, batch):
+        return forward(batch.inputs["x"])
+
+    def loss(self, forward, batch):
+        return F.cross_entropy(self.logits(forward, batch), batch.targets, reduction="sum")
+
+
+def test_distillation_is_its_formula():
+    task, model = Teachable(), mlp()
+    teacher = mlp(nn.Tanh())
+    batch = task.batch(task.train, [(unit, None) for unit in range(7)])
+    found = distilled(task, teacher, Distill(weight=0.3, temperature=2.0))(model, batch)
+    student, taught = (F.softmax(net(batch.inputs["x"]) / 2, -1) for net in (model, teacher))
+    divergence = (taught * (taught.log() - student.log())).sum()
+    assert torch.allclose(found, 0.7 * task.loss(model, batch) + 0.3 * 4 * divergence, rtol=1e-5)
+
+
+def test_a_model_that_is_its_own_teacher_learns_nothing_from_it():
+    model = mlp()
+    batch = Teachable().batch(Teachable().train, [(unit, None) for unit in range(7)])
+    distilled(Teachable(), mlp(), Distill(weight=1.0))(model, batch).backward()
+    assert all(parameter.grad.abs().max() < 1e-6 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2"])
+def test_distillation_changes_a_run(command, made, tmp_path, model):
+    args = [made / model, "--data", made / DATA[model], *SHORT, "--optimizer", "adamw", "--lr", "0.01", "--quiet"]
+    assert command(*args, "-o", tmp_path / "plain").code == 0
+    assert command(*args, "-o", tmp_path / "taught", "--set", "phases.0.distill={weight: 0.9}").code == 0
+    losses = [report_of(tmp_path / out)["phases"][0]["loss_first"] for out in ("plain", "taught")]
+    assert losses[1] < losses[0]  # at the first step the teacher agrees with the model but for the mask
+
+
+# ---------------------------------------------------------------- dropout, frozen
+
+
+def test_dropout_holds_within_the_phase_alone():
+    model = mlp(nn.Dropout(0.1))
+    with settings(model, phase(dropout=0.7)):
+        assert model[1].p == 0.7
+    assert model[1].p == 0.1
+    with pytest.raises(UsageError, match="no dropout"):
+        check_settings(mlp(), Recipe.model_validate({"phases": [{"kind": "dense", "steps": 1, "lr": 0.1, "dropout": 0.2}]}))
+
+
+def test_frozen_parameters_do_not_train_nor_count_in_the_norm():
+    model = mlp(nn.BatchNorm1d(16))
+    before = values(model)
+    loop = loop_of(model, momentum=0.9, weight_decay=0.1, max_grad_norm=0.01)
+    with settings(model, phase(frozen=["0.*", "1.*"])):
+        run(loop, steps=1, lr=1.0)
+        assert not model[1].training  # its statistics are part of it
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"2.weight", "2.bias"}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    train_mode(model)
+    assert model[1].training
+
+
+def test_a_pattern_that_freezes_nothing_or_everything_is_refused():
+    with pytest.raises(UsageError, match="matches no parameter"):
+        frozen_names(mlp(), ["encoder.*"])
+    with pytest.raises(UsageError, match="nothing to train"):
+        check_settings(mlp(), Recipe.model_validate({"phases": [{"kind": "dense", "steps": 1, "lr": 0.1, "frozen": ["*"]}]}))
+
+
+def test_what_is_frozen_comes_out_byte_for_byte_and_unmasked(command, made, tmp_path):
+    frozen = "vit.encoder.*" if any("vit.encoder" in n for n in load_file(made / "vit/model.safetensors")) else "vit.*"
+    sets = [a for n in (0, 1) for a in ("--set", f"phases.{n}.frozen=['{frozen}']")]
+    found = command(
+        made / "vit", "--data", made / "colours", "-o", tmp_path / "out", *SHORT, *sets, "--include", "classifier.weight"
+    )
+    if found.code == 2 and "matches no parameter" in found.err:  # the model's names differ from the file's
+        sets = [a for n in (0, 1) for a in ("--set", f"phases.{n}.frozen=['*attention*']")]
+        found = command(made / "vit", "--data", made / "colours", "-o", tmp_path / "out", *SHORT, *sets)
+    assert found.code == 0, found.err
+    report = report_of(tmp_path / "out")
+    held = [layer["name"] for layer in report["layers"] if layer["excluded"] == "frozen in a sparse phase"]
+    assert held
+    source, output = (load_file(place / "model.safetensors") for place in (made / "vit", tmp_path / "out"))
+    assert all(torch.equal(source[name], output[name]) for name in held)
+
+
+def test_every_kind_of_phase_goes_on_after_a_stop(command, tmp_path, made, monkeypatch):
+    """An average, a stash of masked weights and a frozen part are in the saved state."""
+    from test_resume import stop_after, whole
+
+    source = builders.timm_checkpoint(tmp_path / "timm")
+    sets = [
+        "phases.0.criterion=random",
+        "phases.0.refresh=every step",
+        "phases.1.average=ema",
+        "phases.1.distill={weight: 0.3}",
+    ]
+    args = [source, "--data", made / "pictures", *SHORT, "--sparse-steps", "4", "--dense-steps", "4", "--quiet"]
+    args += [a for one in sets for a in ("--set", one)]
+    whole([*args, "-o", tmp_path / "whole"])
+    for at in (2, 6):
+        with monkeypatch.context() as patched:
+            stop_after(patched, at)
+            assert command(*args, "-o", tmp_path / f"out{at}").code == 4
+        assert command(*args, "-o", tmp_path / f"out{at}", "--resume").code == 0
+        for name in ("model.safetensors", "dsd/predictions.parquet"):
+            assert (tmp_path / f"out{at}" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
