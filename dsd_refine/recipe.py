@@ -18,9 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dsd_refine.errors import RecipeError
 
-TaskName = Literal["image-classification", "text-classification", "causal-lm"]
+TaskName = Literal[
+    "image-classification", "text-classification", "causal-lm", "masked-lm", "ctc-speech", "image-captioning"
+]
 TASKS: tuple[str, ...] = get_args(TaskName)
-FUTURE_TASKS = ("masked-lm", "ctc-speech", "image-captioning")
+FUTURE_TASKS: tuple[str, ...] = ()
 
 Rate = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -139,6 +141,7 @@ class Recipe(Strict):
     image_column: str | None = None
     label_column: str | None = None
     text_column: str | None = None
+    audio_column: str | None = None
     max_length: Annotated[int, Field(gt=1)] | None = None
 
     @model_validator(mode="after")

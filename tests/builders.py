@@ -79,6 +79,24 @@ def bert_checkpoint(folder: Path, labels: Sequence[str] | int = ("neg", "pos"), 
     return save_transformers(model, folder, word_tokenizer())
 
 
+def masked_checkpoint(folder: Path, seed: int = 0, kind: str = "Bert", **config: Any) -> Path:
+    """A BERT (or RoBERTa) masked language model of two layers with its word-level tokenizer."""
+    import transformers
+
+    sizes = {
+        "vocab_size": len(SPECIAL) + len(WORDS),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+    }
+    with seeded(seed):
+        model = getattr(transformers, f"{kind}ForMaskedLM")(getattr(transformers, f"{kind}Config")(**(sizes | config)))
+    return save_transformers(model, folder, word_tokenizer())
+
+
 def gpt2_checkpoint(folder: Path, seed: int = 0, **config: Any) -> Path:
     """A GPT-2 language model of two layers (tied head) with its word-level tokenizer."""
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -41,7 +41,6 @@ def picture_run(made, out, *more):
         (["--recipe", "text-clasification"], r"did you mean 'text-classification'"),
         (["--recipe", "image-classification"], r"is for image-classification, the model for text-classification"),
         (["--task", "ctc-speech"], r"not in this version; it has image-classification"),
-        (["--task", "masked-lm"], r"not in this version"),
         (["--task", "poetry"], r"not a task; known are"),
         (["--audio-column", "a"], r"no audio task"),
         (["--control", "none", "--gate", "beats-control"], r"needs a control"),

@@ -22,9 +22,15 @@ AUTO = {
     "image-classification": "AutoModelForImageClassification",
     "text-classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "ctc-speech": "AutoModelForCTC",
+    "image-captioning": "AutoModelForImageTextToText",
 }
+# of the many that answer to an image with text, those whose training on captions is known here
+CAPTIONERS = ("vision-encoder-decoder", "blip", "git")
 # the endings of class names in `architectures` that tell the task
 ENDINGS = {
+    "GitForCausalLM": "image-captioning",
     "ForImageClassification": "image-classification",
     "ForImageClassificationWithTeacher": "image-classification",
     "ForSequenceClassification": "text-classification",
@@ -67,7 +73,10 @@ class TransformersLibrary:
             raise CheckpointError(f"{folder}: quantised weights cannot be refined; give the unquantised checkpoint")
         if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
             raise CheckpointError(f"{folder}: problem_type {config.problem_type!r} is not single-label classification")
-        return cls(folder, config, task or _infer(folder, config), trust_remote_code)
+        task = task or _infer(folder, config)
+        if task == "image-captioning" and config.model_type not in CAPTIONERS:
+            raise CheckpointError(f"{folder}: image-captioning is for {', '.join(CAPTIONERS)}; this is {config.model_type}")
+        return cls(folder, config, task, trust_remote_code)
 
     @property
     def names(self) -> list[str]:

@@ -58,7 +58,7 @@ def _texts(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables,
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
-    length = longest(tokenizer, library.config, "text-classification", recipe.max_length)
+    length = longest(tokenizer, library.config, "text-classification", recipe.max_length, model)
     names, classes = _config_names(library.config), int(library.config.num_labels)
     return prepare_texts(recipe, tables, evaluation, tokenizer, length, names, classes)
 
@@ -67,14 +67,47 @@ def _documents(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tab
     from dsd_refine.tasks.text import longest, open_tokenizer, prepare_documents
 
     tokenizer = open_tokenizer(library.folder, library.config, library.trust_remote_code)
-    length = longest(tokenizer, library.config, "causal-lm", recipe.max_length)
+    length = longest(tokenizer, library.config, "causal-lm", recipe.max_length, model)
     return prepare_documents(recipe, tables, evaluation, tokenizer, length)
+
+
+def _masked(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
+    from dsd_refine.tasks.masked import prepare_masked
+    from dsd_refine.tasks.text import longest, open_tokenizer
+
+    tokenizer = open_tokenizer(library.folder, library.config, library.trust_remote_code)
+    length = longest(tokenizer, library.config, "masked-lm", recipe.max_length, model)
+    return prepare_masked(recipe, tables, evaluation, tokenizer, length)
+
+
+def _speech(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
+    from dsd_refine.tasks import speech
+    from dsd_refine.tasks.text import load_tokenizer
+
+    words = speech.open_words(load_tokenizer(library.folder, library.trust_remote_code), library.config)
+    hearing = speech.open_hearing(library.folder, model)
+    return speech.prepare_speech(recipe, tables, evaluation, hearing, words, model)
+
+
+def _captions(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
+    from dsd_refine.tasks import captions
+    from dsd_refine.tasks.images import transformers_preprocessing
+    from dsd_refine.tasks.text import open_tokenizer
+
+    config = library.config
+    vision = getattr(config, "encoder", None) or getattr(config, "vision_config", config)
+    preprocessing = transformers_preprocessing(library.folder, vision)
+    tokenizer = open_tokenizer(library.folder, config, library.trust_remote_code)
+    return captions.prepare_captions(recipe, tables, evaluation, preprocessing, captions.open_speaker(tokenizer, model, recipe))
 
 
 _OPENERS: dict[str, Callable[..., Task]] = {
     "image-classification": _images,
     "text-classification": _texts,
     "causal-lm": _documents,
+    "masked-lm": _masked,
+    "ctc-speech": _speech,
+    "image-captioning": _captions,
 }
 
 

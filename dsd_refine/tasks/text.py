@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,26 @@ from dsd_refine.tasks.classify import Classification, LabelledPart, labelled_par
 from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, use_rows
 from dsd_refine.tasks.images import LABEL_COLUMNS
 
+Ids = np.ndarray[Any, Any]
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "tweet")
-LONGEST = {"text-classification": 512, "causal-lm": 1024}  # tokens, where neither tokenizer nor config name a limit
+# tokens, where neither tokenizer nor config name a limit
+LONGEST = {"text-classification": 512, "causal-lm": 1024, "masked-lm": 512}
 
 
 def open_tokenizer(folder: Path, config: Any, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer. Without a pad token it pads with eos, in this run only; nothing of that is written.
+    """The checkpoint's tokenizer, which knows no more tokens than the model. Nothing of it is written.
+
+    Raises:
+        CheckpointError: the folder has no usable tokenizer, or one of more tokens.
+    """
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    if len(tokenizer) > getattr(config.get_text_config(), "vocab_size", len(tokenizer)):
+        raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
+    return tokenizer
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder as it is.
 
     Raises:
         CheckpointError: the folder has no usable tokenizer.
@@ -40,12 +54,10 @@ def open_tokenizer(folder: Path, config: Any, trust_remote_code: bool = False) -
     files = set(tokenizer.vocab_files_names.values())
     if files and not any((folder / name).is_file() for name in files):  # transformers then makes up one that knows no word
         raise CheckpointError(f"{folder}: has no tokenizer (none of {', '.join(sorted(files))} is there)")
-    if len(tokenizer) > getattr(config.get_text_config(), "vocab_size", len(tokenizer)):
-        raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
     return tokenizer
 
 
-def longest(tokenizer: Any, config: Any, task: str, asked: int | None) -> int:
+def longest(tokenizer: Any, config: Any, task: str, asked: int | None, model: torch.nn.Module | None = None) -> int:
     """Tokens a window holds: what was asked for, within what tokenizer and position table allow.
 
     Raises:
@@ -53,6 +65,9 @@ def longest(tokenizer: Any, config: Any, task: str, asked: int | None) -> int:
     """
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    for name, module in model.named_modules() if model else ():
+        if isinstance(module, torch.nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
+            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa's positions begin after the padding's
     limits = [n for n in (tokenizer.model_max_length, positions) if isinstance(n, int) and 0 < n < 10**7]
     if asked is not None and positions and asked > positions:
         raise DataError(f"--max-length {asked}: the model has only {positions} positions")
@@ -115,9 +130,19 @@ def _asked(text_column: str | None) -> list[str | None]:
 def _examine(texts: Sequence[Any], label: str | None) -> Examined:
     if label is None:
         return Examined(b"", None, "no label")
-    if any(not isinstance(text, str) or not text.strip() for text in texts):
+    if any(no_text(text) for text in texts):
         return Examined(b"", label, "no text")
-    return Examined(hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).digest(), label)
+    return Examined(text_digest(*texts), label)
+
+
+def no_text(text: Any) -> bool:
+    """Is it no text, or white space only?"""
+    return not isinstance(text, str) or not text.strip()
+
+
+def text_digest(*texts: str) -> bytes:
+    """SHA-256 of a row's texts."""
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).digest()
 
 
 @dataclass(frozen=True)
@@ -196,44 +221,65 @@ def prepare_documents(
     Raises:
         DataError: no text column, or no usable documents.
     """
-    ids: dict[int, list[np.ndarray[Any, Any]]] = {}
+    # the first token of a window is no target: a last window of one token has none
+    parts, warnings = cut_documents(recipe, tables, evaluation, tokenizer, max_length, _document, lambda ids: len(ids) > 1)
+    return CausalLM(*parts, warnings)
+
+
+def cut_documents(
+    recipe: Recipe,
+    tables: dict[str, Table],
+    evaluation: dict[str, Table] | None,
+    tokenizer: Any,
+    max_length: int,
+    examine: Callable[[Any, Ids], Examined],
+    counts: Callable[[Ids], bool],
+) -> tuple[tuple[WindowedPart, WindowedPart | None, WindowedPart], list[str]]:
+    """Tokenize every document, examine it, divide, and cut into consecutive windows; those that `counts` denies are left out.
+
+    Returns the parts that train, select and judge, and the warnings.
+
+    Raises:
+        DataError: no text column, or no usable documents.
+    """
+    ids: dict[int, list[Ids]] = {}
 
     def examined(table: Table) -> Rows:
         name = column(table, recipe.text_column, TEXT_COLUMNS, "text", "--text-column")
         texts = table.rows[name][:]
         ids[id(table)] = [_tokens(tokenizer, text) for text in texts]
-        return use_rows(table, [_document(t, i) for t, i in zip(texts, ids[id(table)], strict=True)])
+        return use_rows(table, [examine(t, i) for t, i in zip(texts, ids[id(table)], strict=True)])
+
+    def cut(rows: Rows) -> WindowedPart:
+        return _windows(rows, ids[id(rows.table)], max_length, counts)
 
     used = {name: examined(table) for name, table in tables.items()}
     judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
     divided = divide(used, judged, recipe.holdout)
-    train, holdout, judge = (
-        _windows(rows, ids[id(rows.table)], max_length) if rows else None
-        for rows in (divided.train, divided.holdout, divided.eval)
-    )
-    return CausalLM(train, holdout, judge, overlap_warning(divided) + skip_warnings(divided))  # type: ignore[arg-type]
+    parts = cut(divided.train), cut(divided.holdout) if divided.holdout else None, cut(divided.eval)
+    return parts, overlap_warning(divided) + skip_warnings(divided)
 
 
-def _tokens(tokenizer: Any, text: Any) -> np.ndarray[Any, Any]:
+def _tokens(tokenizer: Any, text: Any) -> Ids:
     found = tokenizer(text, verbose=False)["input_ids"] if isinstance(text, str) and text else []
     return np.asarray(found, dtype=np.int32)
 
 
-def _document(text: Any, ids: np.ndarray[Any, Any]) -> Examined:
-    if not isinstance(text, str) or not text.strip():
+def _document(text: Any, ids: Ids) -> Examined:
+    if no_text(text):
         return Examined(b"", None, "no text")
     if len(ids) < 2:
         return Examined(b"", None, "fewer than two tokens: nothing to predict")
-    return Examined(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    return Examined(text_digest(text))
 
 
-def _windows(rows: Rows, ids: list[np.ndarray[Any, Any]], max_length: int) -> WindowedPart:
+def _windows(rows: Rows, ids: list[Ids], max_length: int, counts: Callable[[Ids], bool]) -> WindowedPart:
     spans, tokens, at = [], [], 0
     for row, number in enumerate(rows.at):
         document = ids[int(number)]
         tokens.append(document)
-        for start in range(0, len(document) - 1, max_length):  # a last window of one token has no target
-            spans.append((row, at + start, at + min(start + max_length, len(document))))
+        starts = [start for start in range(0, len(document), max_length) if counts(document[start : start + max_length])]
+        spans += [(row, at + start, at + min(start + max_length, len(document))) for start in starts]
         at += len(document)
     table = np.asarray(spans, dtype=np.int64).reshape(-1, 3)
     joined = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
