@@ -18,6 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
 from dsd_refine import masks as masking
+from dsd_refine import space
 from dsd_refine.average import Average
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_checkpoint
 from dsd_refine.compare import Comparison, compare, gate_passed, holm, verdict
@@ -29,8 +30,9 @@ from dsd_refine.preflight import preflight
 from dsd_refine.publish import publish
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report import Report, environment
-from dsd_refine.runstate import Signals, Workspace, pack_masks, pack_optimizer, unpack_masks, unpack_optimizer
+from dsd_refine.runstate import Workspace, pack_masks, pack_optimizer, unpack_masks, unpack_optimizer
 from dsd_refine.settings import check_settings, settings
+from dsd_refine.signals import Signals
 from dsd_refine.tasks import Scores, Task
 from dsd_refine.tasks.open import open_task
 from dsd_refine.train import Key, Loop, Progress, evaluate, make_optimizer, reestimate, seed_all, train_phase, unreached
@@ -44,6 +46,7 @@ class Options:
     resume: bool = False
     overwrite: bool = False
     save_phases: bool = False
+    save_every: float = 10.0  # minutes
     device: str = "auto"
     compile: bool = False
     workers: int = 0
@@ -203,7 +206,7 @@ def settle(run: Run, key: Key, masks: Masks, done: Progress, average: Average, l
 def opened(source: Source, library: Library, recipe: Recipe, options: Options) -> Iterator[Run]:
     """Everything that must be right before the first step, and the clean-up after the last."""
     accelerator = open_accelerator(recipe, options)
-    workspace = Workspace(options.output_dir, writes=accelerator.is_main_process)
+    workspace = Workspace(options.output_dir, writes=accelerator.is_main_process, save_every=options.save_every)
     if accelerator.is_main_process:
         workspace.check_target(source.folder, resume=options.resume, overwrite=options.overwrite)
     with ExitStack() as stack:
@@ -211,10 +214,14 @@ def opened(source: Source, library: Library, recipe: Recipe, options: Options) -
         accelerator.wait_for_everyone()
         signals = stack.enter_context(Signals())
         try:
-            yield _open(source, library, recipe, options, accelerator, workspace, signals)
-        except UsageError:
-            if accelerator.is_main_process:
+            run = _open(source, library, recipe, options, accelerator, workspace, signals)
+            signals.wait()
+            yield run
+        except BaseException as error:
+            if isinstance(error, UsageError | KeyboardInterrupt) and accelerator.is_main_process:
                 workspace.abandon()
+            if full := space.is_full(error):
+                raise space.no_room(full, workspace.partial, workspace.need) from None
             raise
 
 
@@ -239,6 +246,9 @@ def _open(
     check_settings(model, recipe)
     layers = open_layers(checkpoint, recipe, lost)
     hashes = checkpoint.hashes()
+    workspace.need = space.of_run(checkpoint, layers, recipe, save_phases=options.save_phases)
+    if workspace.writes:
+        space.check_room(workspace.partial, workspace.need)
     workspace.begin(_identity(recipe, hashes, task, accelerator), options.resume)
     accelerator.wait_for_everyone()
     start = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}

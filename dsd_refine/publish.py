@@ -15,7 +15,7 @@ from dsd_refine.checkpoint import verify
 from dsd_refine.checkpoint.verify import PROBE, save_probe
 from dsd_refine.checkpoint.write import copy_file, write_text
 from dsd_refine.compare import Corpus, corpus_over_seeds, over_seeds
-from dsd_refine.errors import VerifyError
+from dsd_refine.errors import Interrupted, VerifyError
 from dsd_refine.forward import logits_of
 from dsd_refine.power import rows_to_decide
 from dsd_refine.report import Report, environment
@@ -34,7 +34,7 @@ def publish(run: Run, verdict: str, passed: bool) -> Report:
     """Write the whole output beside OUT, prove it, and make it OUT by one rename. Other processes wait.
 
     Raises:
-        VerifyError: what was written is not what was evaluated; nothing is published.
+        VerifyError: what was written is not what was evaluated; nothing is published. Interrupted: a signal came.
     """
     accelerator, workspace = run.loop.accelerator, run.workspace
     report = Report({}, run.options.output_dir)
@@ -44,15 +44,23 @@ def publish(run: Run, verdict: str, passed: bool) -> Report:
         folder = ready if passed else ready / "rejected"
         folder.mkdir(parents=True)
         written = run.checkpoint.write(run.loop.model, folder)
+        _stop_if_asked(run)
         report = Report(report_data(run, verdict, passed, written), run.options.output_dir)
         write_text(folder / "README.md", card(report.data, run.checkpoint.source.folder))
         _write_dsd(run, report, ready)
         problems = verify(run.checkpoint, ready)
         if problems:
             raise VerifyError("the written checkpoint failed its check, nothing was published:\n  - " + "\n  - ".join(problems))
-        workspace.publish(overwrite=run.options.overwrite)
+        _stop_if_asked(run)
+        workspace.publish()
     accelerator.wait_for_everyone()
     return report
+
+
+def _stop_if_asked(run: Run) -> None:
+    """A signal while the result is written: what is saved leads back here, so nothing waits for the end."""
+    if run.loop.stopping():
+        raise Interrupted("stopped while the result was written; go on with --resume")
 
 
 def _write_dsd(run: Run, report: Report, ready: Path) -> None:
@@ -63,7 +71,8 @@ def _write_dsd(run: Run, report: Report, ready: Path) -> None:
     pq.write_table(predictions(run), dsd / "predictions.parquet")
     phases = run.workspace.partial / "phases" / str(run.selected("refined")["attempt"])
     if phases.is_dir():
-        shutil.copytree(phases, dsd / "phases", copy_function=shutil.copyfile)
+        for file in (path for path in sorted(phases.rglob("*")) if path.is_file()):
+            copy_file(file, dsd / "phases" / file.relative_to(phases))
     run.loop.model.eval()
     with exact(), run.checkpoint.rounded(run.loop.model):
         save_probe(ready / PROBE, [_probe(run, unit) for unit in range(min(PROBES, run.task.eval.units))])

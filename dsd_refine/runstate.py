@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,38 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
+from dsd_refine import space
 from dsd_refine.checkpoint.write import sync, sync_folder
 from dsd_refine.errors import RunError, UsageError
 
 REPORT = "dsd/report.json"
-SAVE_EVERY = 600.0  # seconds between saves inside a phase
+MOVING = "moving"  # in OUT.partial/: out/ is whole and proven; where it is gone, it has become OUT
+KEPT = ("lock", "pid", "cache")  # what a new start leaves in OUT.partial/
+SWEPT = ("state-*.safetensors", "best-*.safetensors")
 
 
 class Workspace:
     """OUT and its sibling OUT.partial/. Only the main process writes (`writes`); the others read.
 
-    `state` is the JSON part of the saved state: empty for a new run.
+    `state` is the JSON part of the saved state: empty for a new run. `need` is what the run takes on disk, in bytes;
+    `save_every` are minutes.
+
+    Raises:
+        UsageError: a path that can be no output directory, such as `/`.
     """
 
-    def __init__(self, out: Path, *, writes: bool = True) -> None:
-        self.out = out
-        self.partial = out.with_name(out.name + ".partial")
+    def __init__(self, out: Path, *, writes: bool = True, save_every: float = 10.0) -> None:
+        self.out = out.resolve() if out.is_symlink() else Path(os.path.abspath(out))
+        if not self.out.name:
+            raise UsageError(f"{out}: cannot be an output directory; give one below it")
+        self.partial = self.out.with_name(self.out.name + ".partial")
         self.writes = writes
+        self.save_every = 60 * save_every
+        self.overwrite = False
         self.state: dict[str, Any] = {}
+        self.need = 0
         self.last_save = time.monotonic()
+        self.unsaved = 0
 
     @property
     def ready(self) -> Path:
@@ -59,7 +71,7 @@ class Workspace:
         Raises:
             UsageError: names the directory and what to do.
         """
-        out = self.out.resolve()
+        out, self.overwrite = self.out.resolve(), overwrite
         if out == source.resolve() or source.resolve() in out.parents or out in source.resolve().parents:
             raise UsageError(f"{self.out}: the output would lie in or over the source; give another --output-dir")
         if out.is_dir() and any(out.iterdir()):
@@ -69,6 +81,8 @@ class Workspace:
                 raise UsageError(f"{self.out}: holds no report of ours, so --overwrite will not remove it; remove it yourself")
         elif self.out.exists() and not out.is_dir():
             raise UsageError(f"{self.out}: is a file; give another --output-dir")
+        if os.path.ismount(out):
+            raise UsageError(f"{self.out}: is a mount point, which no rename can replace; give a directory below it")
         if self.partial.exists() and not (resume or overwrite):
             raise UsageError(f"{self.partial}: an unfinished run is there; go on with --resume, or start anew with --overwrite")
 
@@ -83,17 +97,26 @@ class Workspace:
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
+            (self.partial / "pid").write_text(f"{os.getpid()}\n")
         except filelock.Timeout:
-            holder = self.partial / "pid"
-            who = f" (process {holder.read_text().strip()})" if holder.is_file() else ""
-            raise UsageError(f"{self.partial}: another run{who} is at work there") from None
+            raise UsageError(f"{self.partial}: another run{self._holder()} is at work there") from None
         except OSError as error:
+            lock.release()
             raise UsageError(f"{self.partial}: cannot be written: {error.strerror or error}") from None
         try:
-            (self.partial / "pid").write_text(f"{os.getpid()}\n")
+            # its OUT.partial/ went, with the lock in it, or it came and went between our look and our lock
+            if not (self.partial / "lock").is_file() or (self.finished() and not self.overwrite):
+                raise UsageError(f"{self.out}: another run has just ended there; look at it, then try again")
+            shutil.rmtree(self.partial / "cache", ignore_errors=True)  # nobody has synced it: it may be half a file
             yield
         finally:
             lock.release()
+
+    def _holder(self) -> str:
+        try:
+            return f" (process {(self.partial / 'pid').read_text().strip()})"
+        except OSError:
+            return ""
 
     def begin(self, identity: dict[str, Any], resume: bool) -> None:
         """Start anew, or take up the saved state if `resume` and there is one.
@@ -103,28 +126,34 @@ class Workspace:
         """
         file = self.partial / "state.json"
         if resume and file.is_file():
-            self.state = json.loads(file.read_text())
+            self.state = _read_state(file)
             _refuse_difference(self.state["identity"], identity)
         elif self.writes:
             self.clear()
+        if self.writes:
+            (self.partial / MOVING).unlink(missing_ok=True)
         self.state.setdefault("identity", identity)
         if self.writes:
             self._cut_log()
 
     def clear(self) -> None:
         """Remove what an earlier run left in OUT.partial/."""
+        (self.partial / MOVING).unlink(missing_ok=True)
         for path in self.partial.iterdir():
-            if path.name not in ("lock", "pid", "cache"):
+            if path.name not in KEPT:
                 remove(path)
 
     def abandon(self) -> None:
         """Remove OUT.partial/ after a run that trained nothing, unless an earlier run's state is in it."""
         if not (self.partial / "state.json").is_file():
-            remove(self.partial)
+            self.discard()
 
     def _cut_log(self) -> None:
+        size = self.state.get("log_bytes", 0)
         with self.log_file.open("ab") as file:
-            file.truncate(self.state.get("log_bytes", 0))
+            if file.tell() < size:
+                raise UsageError(f"{self.log_file}: is shorter than when it was saved; start anew with --overwrite")
+            file.truncate(size)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to log.jsonl and flush it."""
@@ -133,47 +162,129 @@ class Workspace:
                 file.write(json.dumps(line) + "\n")
 
     def save_due(self) -> bool:
-        return time.monotonic() - self.last_save > SAVE_EVERY
+        return time.monotonic() - self.last_save > self.save_every or self.unsaved >= space.UNSAVED
 
     def save(self, tensors: dict[str, torch.Tensor] | None) -> None:
         """Save `state`, and the tensors that belong to it (None: none do, as between phases)."""
         self.last_save = time.monotonic()
-        if not self.writes:
-            return
+        if self.writes:
+            self._write_state(tensors)
+        self.unsaved = 0
+
+    def _write_state(self, tensors: dict[str, torch.Tensor] | None) -> None:
         number = int(self.state.get("save", 0)) + 1
-        old, self.state["save"] = self.state.get("tensors"), number
-        self.state["log_bytes"] = self.log_file.stat().st_size
+        self.state["save"] = number
+        self.state["log_bytes"] = self._sync_log()
         self.state["tensors"] = None
         if tensors is not None:
             self.state["tensors"] = f"state-{number}.safetensors"
             self.write_tensors(self.state["tensors"], tensors)
         replace_text(self.partial / "state.json", json.dumps(self.state))
-        if old and old != self.state["tensors"]:
-            (self.partial / old).unlink(missing_ok=True)
+        self._sweep()
+
+    def _sync_log(self) -> int:
+        """The log's length, once so much of it is on the disk."""
+        with self.log_file.open("rb") as file:
+            sync(file)
+            return os.fstat(file.fileno()).st_size
+
+    def _sweep(self) -> None:
+        """Remove the tensors that the saved state no longer speaks of: older states, and bests that were bettered."""
+        named = set(_texts(self.state))
+        for path in [path for pattern in SWEPT for path in self.partial.glob(pattern)]:
+            if path.name not in named:
+                path.unlink()
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Write a safetensors file into OUT.partial/ whole or not at all (aliases are stored each by itself)."""
+        self.unsaved += 1
         if self.writes:
             own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
             replace_bytes(self.partial / name, save(own))
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        return load_file(self.partial / name)
+        """What `write_tensors` wrote.
 
-    def publish(self, *, overwrite: bool) -> None:
-        """Make OUT appear by one rename, then remove OUT.partial/."""
-        for folder in [*(p for p in self.ready.rglob("*") if p.is_dir()), self.ready]:
-            sync_folder(folder)
-        if overwrite and self.finished():
-            os.replace(self.out, self.partial / "replaced")
-        os.replace(self.ready, self.out)
+        Raises:
+            UsageError: it is not there, or not what was written.
+        """
+        try:
+            return load_file(self.partial / Path(name).name)
+        except Exception as error:  # safetensors has its own errors for a broken file
+            raise _unusable(self.partial / name, error) from None
+
+    def publish(self) -> None:
+        """Make OUT appear by one rename, then remove OUT.partial/.
+
+        Raises:
+            RunError: OUT has come to hold something that is not to be overwritten.
+        """
+        for path in self.ready.rglob("*"):
+            sync_folder(path) if path.is_dir() else sync_file(path)
+        sync_folder(self.ready)
+        replace_text(self.partial / MOVING, f"{self.ready.name} -> {self.out.name}\n")
+        try:
+            if self.overwrite and self.finished():
+                os.replace(self.out, self.partial / "replaced")
+            os.replace(self.ready, self.out)
+        except OSError as error:
+            raise RunError(
+                f"{self.out}: cannot be put in its place: {error.strerror or error}. The result waits in {self.partial}: "
+                "make room for it there, then go on with --resume"
+            ) from None
         sync_folder(self.out.parent)
-        shutil.rmtree(self.partial)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove OUT.partial/, the mark and the lock last: whatever a kill leaves here is seen to be of no use."""
+        for path in [*(p for p in self.partial.iterdir() if p.name not in (MOVING, *KEPT)), self.partial]:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def settle(self) -> bool:
+        """Is OUT finished, with nothing of its run left to do? Removes an OUT.partial/ that outlived its run."""
+        if self.finished() and self.partial.is_dir():
+            moved = (self.partial / MOVING).is_file() and not self.ready.exists()
+            if not moved and (self.partial / "state.json").is_file():
+                return False
+            self.overwrite = True
+            with self.locked() if self.writes else nullcontext():
+                if self.writes:
+                    self.discard()
+        return self.finished()
 
 
 def remove(path: Path) -> None:
     """Remove a file or a directory."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def sync_file(path: Path) -> None:
+    """Ask for a file's bytes to be on the disk, whoever wrote it."""
+    with path.open("rb") as file:
+        sync(file)
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
+            raise ValueError("it does not say what run it is of")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unusable(file, error) from None
+    return state
+
+
+def _unusable(file: Path, error: Exception) -> UsageError:
+    return UsageError(f"{file}: the saved state cannot be used ({error!s:.200}); start anew with --overwrite")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _refuse_difference(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -194,12 +305,16 @@ def replace_bytes(path: Path, data: bytes) -> None:
     try:
         with temporary.open("wb") as file:
             file.write(data)
-            file.flush()
-            sync(file.fileno())
+            sync(file)
         os.replace(temporary, path)
+        sync_folder(path.parent)  # what comes after, a removal above all, must not reach the disk before this
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot write {len(data):,} bytes: {error.strerror or error}") from None
+        free = f"; {space.in_words(space.free_bytes(path.parent))} are free" if error.errno in space.FULL else ""
+        raise RunError(
+            f"{path}: cannot write {len(data):,} bytes: {error.strerror or error}{free}. What was saved before is whole: "
+            "make room, then go on with --resume"
+        ) from None
 
 
 def umask() -> int:
@@ -247,25 +362,3 @@ def unpack_optimizer(tensors: dict[str, torch.Tensor], optimizer: Any) -> None:
             _, number, field = name.split(".", 2)
             state.setdefault(int(number), {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-class Signals:
-    """SIGTERM and SIGINT ask the run to stop after its step; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _: object) -> None:
-        if self.asked:
-            os._exit(128 + number)
-        self.asked = True

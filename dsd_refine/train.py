@@ -72,6 +72,7 @@ class Progress:
     loss_first: float | None = None
     loss_last: float | None = None
     seconds: float = 0.0
+    ended: int = 0  # the step of the last epoch whose end was attended to
 
 
 class Key(NamedTuple):
@@ -220,6 +221,8 @@ def train_phase(
     total = phase.total_steps(loop.steps_per_epoch)
     plan = _Plan(loop, key, done.step, total)
     batches = iter(_loader(loop, loop.task.train, plan))
+    if done.step > done.ended and _ends_epoch(loop, done.step, total):  # a stop came between this step and its epoch's end
+        _end_epoch(loop, done, epoch_end)
     train_mode(loop.model)
     for group in plan.groups():
         started = time.perf_counter()
@@ -242,14 +245,23 @@ def train_phase(
         loop.log({"event": "step", **_place(label), "step": step, "epoch": epoch, "lr": rate, "loss": loss,
                   "samples": samples, "skipped": skipped})  # fmt: skip
         loop.progress(label, step, total)
-        if step % loop.steps_per_epoch == 0 or step == total:
-            epoch_end(math.ceil(epoch))
+        if _ends_epoch(loop, step, total) and not stop:
+            _end_epoch(loop, done, epoch_end)
             train_mode(loop.model)
         if stop:
             loop.save()
             raise Interrupted(f"stopped at step {step} of {total} of {label}; go on with --resume")
         if loop.save_due():
             loop.save()
+
+
+def _ends_epoch(loop: Loop, step: int, total: int) -> bool:
+    return step % loop.steps_per_epoch == 0 or step == total
+
+
+def _end_epoch(loop: Loop, done: Progress, epoch_end: Callable[[int], None]) -> None:
+    epoch_end(math.ceil(done.step / loop.steps_per_epoch))
+    done.ended = done.step
 
 
 def _place(label: str) -> dict[str, str]:
@@ -321,18 +333,22 @@ def exact() -> Iterator[None]:
         yield
 
 
-def evaluate(loop: Loop, part: Any, masks: Masks | None = None) -> Scores:
+def evaluate(loop: Loop, part: Any, masks: Masks | None = None, only: int | None = None) -> Scores:
     """Per-row scores of the model, in evaluation mode, with the weights as they would be written. Changes nothing.
+
+    `only` the first so many units, to measure with: rows beyond them score 0.
 
     Raises:
         RunError: a masked weight that is not 0, or scores that are not finite.
+        Interrupted: a signal came; the state that was saved last leads back here.
     """
     check_masks(masks or {}, loop.parameters)
     _same_buffers(loop)
     was_training = loop.model.training
     loop.model.eval()
     rank, size = loop.accelerator.process_index, loop.recipe.batch_size
-    mine = range(rank, part.units, loop.world)
+    units = part.units if only is None else only
+    mine = range(rank, units, loop.world)
     plan = [([(unit, None) for unit in mine[i : i + size]], True) for i in range(0, len(mine), size)]
     found: list[tuple[int, Any]] = []
     with exact(), loop.as_written(loop.model):
@@ -340,15 +356,27 @@ def evaluate(loop: Loop, part: Any, masks: Masks | None = None) -> Scores:
             with loop.accelerator.autocast():
                 scores = loop.task.score(loop.model, _on_device(loop, batch))
             found += zip((unit for unit, _ in items), scores, strict=True)
+            _stop_if_asked(loop)
+        for _ in range(len(plan), -(-len(range(0, units, loop.world)) // size)):
+            _stop_if_asked(loop)  # this process has a batch less than the first, and all must ask together
     loop.model.train(was_training)
     gathered = gather_object(found) if loop.world > 1 else found
-    return _by_row(part, gathered)
+    return _by_row(part, gathered, units)
 
 
-def _by_row(part: Any, found: list[tuple[int, Any]]) -> Scores:
+def _stop_if_asked(loop: Loop) -> None:
+    """Between batches: a signal that any process got stops them all."""
+    asked = loop.stopping()
+    if loop.world > 1:
+        asked = bool(loop.accelerator.reduce(torch.tensor(float(asked), device=loop.accelerator.device), "sum") > 0)
+    if asked:
+        raise Interrupted("stopped between two batches; go on with --resume")
+
+
+def _by_row(part: Any, found: list[tuple[int, Any]], wanted: int) -> Scores:
     units = sorted(unit for unit, _ in found)
-    if units != list(range(part.units)):
-        raise RunError(f"evaluation scored {len(units)} units of {part.units}; nothing was published")
+    if units != list(range(wanted)):
+        raise RunError(f"evaluation scored {len(units)} units of {wanted}; nothing was published")
     ordered = sorted(found, key=lambda pair: pair[0])
     scores = Scores.of(((part.row_of(unit), one) for unit, one in ordered), len(part.rows))
     if not (np.isfinite(scores.score).all() and np.isfinite(scores.loss).all()):

@@ -133,8 +133,9 @@ def test_publishing_replaces_only_a_finished_run_of_ours(tmp_path):
     (out / "dsd").mkdir(parents=True)
     (out / "dsd/report.json").write_text("{}")
     workspace = Workspace(out)
+    workspace.check_target(tmp_path / "source", resume=False, overwrite=True)
     (workspace.ready / "dsd").mkdir(parents=True)
     (workspace.ready / "dsd/report.json").write_text("new")
-    workspace.publish(overwrite=True)
+    workspace.publish()
     assert (out / "dsd/report.json").read_text() == "new"
     assert not workspace.partial.exists()

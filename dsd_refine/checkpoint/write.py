@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 
@@ -50,7 +51,7 @@ def write_weights(layout: Layout, placement: Placement, state: Mapping[str, torc
                 data = entry_bytes(file, entry, placement, state)
                 digest.update(data)
                 out.write(data)
-            sync(out.fileno())
+            sync(out)
         hashes[file.name] = digest.hexdigest()
     if layout.index is not None:
         copy_file(layout.index, folder / layout.index.name)
@@ -62,7 +63,7 @@ def copy_file(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as read, target.open("wb") as write:
         shutil.copyfileobj(read, write, 1 << 22)
-        sync(write.fileno())
+        sync(write)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,12 +71,13 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
-        sync(file.fileno())
+        sync(file)
 
 
-def sync(descriptor: int) -> None:
-    """Ask for the bytes to be on the disk before anything is renamed."""
-    os.fsync(descriptor)
+def sync(file: IO[Any]) -> None:
+    """Ask for what was written to be on the disk before anything is renamed: python's own buffer first."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,0 +1,90 @@
+"""Room on disk: how much a run needs beside its output, looked at before it starts, and said where it runs out."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsd_refine.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from dsd_refine.checkpoint import Checkpoint
+    from dsd_refine.masks import Layer
+    from dsd_refine.recipe import Recipe
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FLOAT = 4  # bytes of a float32
+SLACK = 1 << 20  # log, scores, report
+UNSAVED = 3  # tensor files written since the last save that make a new one due, since only a save lets old ones go
+
+
+def of_run(checkpoint: Checkpoint, layers: Sequence[Layer], recipe: Recipe, *, save_phases: bool = False) -> int:
+    """Bytes that OUT.partial/ holds at most: two saved states (the last one stays until the next is whole), the best weights
+    of each arm and a few that wait to take a place, and what is written out. Masks are saved as bits.
+    """
+    weights = FLOAT * sum(value.numel() for value in checkpoint.model.state_dict().values())
+    moments = 2 if recipe.optimizer == "adamw" else int(recipe.momentum > 0)
+    averages = int(any(phase.average for phase in recipe.phases))
+    state = weights * (1 + moments + averages) + sum(layer.weights for layer in layers if layer.excluded is None) // 8
+    bests = (1 + len(recipe.control)) * recipe.seeds + UNSAVED
+    tries = len(recipe.sparsities) * recipe.seeds + 1
+    outputs = 1 + (len(recipe.phases) * tries if save_phases else 0)
+    total: int = 2 * state + bests * weights + outputs * _output(checkpoint) + SLACK
+    return total
+
+
+def _output(checkpoint: Checkpoint) -> int:
+    """Bytes of one written checkpoint."""
+    tensors = sum(entry.end - entry.begin for file in checkpoint.layout.files for entry in file.entries)
+    names = checkpoint.source.side_files(set(checkpoint.weight_files))[0]
+    return tensors + sum((checkpoint.source.folder / name).stat().st_size for name in names)
+
+
+def check_room(place: Path, need: int) -> None:
+    """Refuse a run that cannot end for lack of room. What an earlier start left in `place` counts as room.
+
+    Raises:
+        UsageError: names what is needed, what is free, and where.
+    """
+    held = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    free = free_bytes(place)
+    if need > free + held:
+        raise UsageError(
+            f"{place}: a run needs about {in_words(need)} there while it goes, {in_words(free)} are free; "
+            "make room, or give an --output-dir where there is more"
+        )
+
+
+def no_room(error: OSError, place: Path, need: int) -> RunError:
+    """What is said when a write found no room: where, how much the whole run needs, how much is free, what to do."""
+    where = error.filename or place
+    free = f"{in_words(free_bytes(place))} are free" if place.is_dir() else "it is gone"
+    return RunError(
+        f"{where}: {os.strerror(error.errno or errno.ENOSPC)}. The run needs about {in_words(need)} in {place}, {free}. "
+        "What was saved before is whole: make room, then go on with --resume"
+    )
+
+
+def is_full(error: BaseException | None) -> OSError | None:
+    """The lack of room behind an error, however many libraries have wrapped it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def free_bytes(place: Path) -> int:
+    return shutil.disk_usage(place).free
+
+
+def in_words(size: int) -> str:
+    """A number of bytes in the largest unit that keeps it above 1."""
+    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
+        if size >= 10**power:
+            return f"{size / 10**power:.1f} {unit}"
+    return f"{size} bytes"
