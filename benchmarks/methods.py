@@ -1,7 +1,7 @@
 """All methods of recipes/methods on one checkpoint, same budget and seeds: `python benchmarks/methods.py CHECKPOINT DATA OUT`.
 
-One table: accuracy over the seeds, and differences from the source and from the dense control with 95 % intervals over seeds and
-rows, from the predictions of each run. For benchmarks/results/methods.txt.
+One table: accuracy over the seeds, and differences from the source and from the dense control with 95 % intervals over seeds
+and rows, from the predictions of each run. For benchmarks/results/methods.txt.
 """
 
 from __future__ import annotations
