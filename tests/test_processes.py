@@ -71,7 +71,17 @@ def test_two_processes_are_one_of_twice_the_batch(command, made, tmp_path, launc
         )
         data, options = made / "texts.csv", ["--optimizer", "sgd", "--gradient-accumulation-steps", "2", "--warmup-steps", "2"]
     else:
-        source, data, options = made / "vit", made / "colours", [*PLAIN, "--save-phases"]
+        frozen = [a for n in (0, 1) for a in ("--set", f"phases.{n}.frozen=['*attention*']")]
+        more = [
+            *frozen,
+            "--set",
+            "phases.1.average=ema",
+            "--set",
+            "phases.1.ema_decay=0.5",
+            "--set",
+            "phases.0.distill={weight: 0.2}",
+        ]
+        source, data, options = made / "vit", made / "colours", [*PLAIN, *more, "--save-phases"]
     args = [source, "--data", data, *STEPS, *options]
     two = launch(*args, "-o", tmp_path / "two", "--batch-size", 2, *(["--device", "cpu"] if launch is torchrun else []))
     assert two.returncode == 0, two.stderr
