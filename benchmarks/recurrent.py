@@ -26,7 +26,7 @@ SHAPE = {
 INPUT = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0, "interpolation": "bilinear"}
 OPTIONS = (
     "--optimizer", "adamw", "--sparse-epochs", "6", "--dense-epochs", "6", "--lr", "0.001", "--batch-size", "60", "--sparsity",
-    "0.3", "--control", "dense", "--control", "random", "--gate", "none",
+    "0.3", "--control", "dense", "--control", "random", "--gate", "none", "--set", "augment={crop: none, flip: 0.0}",
 )  # fmt: skip
 
 
