@@ -28,7 +28,7 @@ def of_run(checkpoint: Checkpoint, layers: Sequence[Layer], recipe: Recipe, *, s
     """
     weights = FLOAT * sum(value.numel() for value in checkpoint.model.state_dict().values())
     moments = 2 if recipe.optimizer == "adamw" else int(recipe.momentum > 0)
-    averages = int(any(phase.average for phase in recipe.phases))
+    averages = int(any(phase.average != "none" for phase in recipe.phases))
     state = weights * (1 + moments + averages) + sum(layer.weights for layer in layers if layer.excluded is None) // 8
     bests = (1 + len(recipe.control)) * recipe.seeds + UNSAVED
     tries = len(recipe.sparsities) * recipe.seeds + 1
