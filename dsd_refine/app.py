@@ -255,10 +255,8 @@ def show(name: str) -> None:
 
 def _choose_recipe(library: Any, given: dict[str, Any], say: Callable[[str], None]) -> Recipe:
     """The recipe named, else the one that matches the model, else the task's; with --set and flags laid over it."""
-    from dsd_refine.recipe import TASKS, apply_flags, find_recipe, match_recipe, read_recipe, set_field, validate
+    from dsd_refine.recipe import apply_flags, find_recipe, match_recipe, read_recipe, set_field, validate
 
-    if library.task not in TASKS:
-        raise UsageError(f"the task {library.task} is not in this version; it has {', '.join(TASKS)}")
     if given["recipe"]:
         path, why = find_recipe(given["recipe"]), "given"
     else:
@@ -296,14 +294,10 @@ def _expectations(given: tuple[str, ...]) -> dict[str, float] | None:
 
 
 def _check_task(given: dict[str, Any]) -> None:
-    from dsd_refine.recipe import FUTURE_TASKS, TASKS
+    from dsd_refine.recipe import TASKS
 
-    if given["audio_column"]:
-        raise UsageError("--audio-column: there is no audio task in this version")
-    if given["task"] in FUTURE_TASKS:
-        raise UsageError(f"--task {given['task']}: not in this version; it has {', '.join(TASKS)}")
     if given["task"] not in (None, *TASKS):
-        raise UsageError(f"--task {given['task']}: not a task; known are {', '.join((*TASKS, *FUTURE_TASKS))}")
+        raise UsageError(f"--task {given['task']}: not a task; known are {', '.join(TASKS)}")
 
 
 def _finished(out: Path, given: dict[str, Any], display: Any) -> bool:

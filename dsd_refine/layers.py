@@ -48,7 +48,13 @@ def _without_frozen(checkpoint: Checkpoint, recipe: Recipe, layers: list[Layer])
 
 
 def first_layers(checkpoint: Checkpoint) -> list[str]:
-    """The modules that see pixels: timm's `first_conv`, else the first layer of the model; none where the input is tokens."""
+    """The modules that see pixels or sound: timm's `first_conv`, else the model's first layer; none where tokens go in."""
+    if checkpoint.library.task in ("ctc-speech", "image-captioning"):
+        # a head may be defined before the rest; what the library calls the base model is not
+        base = getattr(checkpoint.model, "base_model", checkpoint.model)
+        place = next(name for name, module in checkpoint.model.named_modules() if module is base)
+        inner = first_layer(base)
+        return [f"{place}.{inner}".lstrip(".")] if inner else []
     if checkpoint.library.task != "image-classification":
         return []
     named = getattr(checkpoint.model, "pretrained_cfg", {}).get("first_conv") or []

@@ -252,6 +252,161 @@ def text_file(path: Path, paragraphs: int = 12, seed: int = 0) -> Path:
     return path
 
 
+LETTERS = "abcdef"
+
+
+def ctc_checkpoint(folder: Path, family: str = "Wav2Vec2", rate: int = 8000, seed: int = 0, **config: Any) -> Path:
+    """A CTC model of two layers for the letters a to f, with feature extractor and tokenizer: 50 frames a second at 8 kHz.
+
+    `feat_extract_norm="group"` (the default) takes no attention mask, `"layer"` does.
+    """
+    import transformers
+
+    sizes = {
+        "vocab_size": 5 + len(LETTERS),
+        "pad_token_id": 0,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "conv_dim": (16, 16, 16),
+        "conv_kernel": (10, 8, 4),
+        "conv_stride": (8, 5, 4),
+        "num_feat_extract_layers": 3,
+        "num_conv_pos_embeddings": 8,
+        "num_conv_pos_embedding_groups": 2,
+        "mask_time_length": 4,
+        "mask_time_prob": 0.05,
+        "layerdrop": 0.0,
+        **dict.fromkeys(
+            ("hidden_dropout", "attention_dropout", "activation_dropout", "final_dropout", "feat_proj_dropout"), 0.0
+        ),
+    }
+    with seeded(seed):
+        made = getattr(transformers, f"{family}Config")(**(sizes | config))
+        model = getattr(transformers, f"{family}ForCTC")(made)
+    masked = getattr(made, "feat_extract_norm", "layer") == "layer"
+    extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=rate, return_attention_mask=masked)
+    return save_transformers(model, folder, extractor, letter_tokenizer(folder))
+
+
+def letter_tokenizer(folder: Path) -> Any:
+    """wav2vec2's tokenizer for LETTERS; `|` is the space, and `<pad>` CTC's blank."""
+    from transformers import Wav2Vec2CTCTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["<pad>", "<s>", "</s>", "<unk>", "|", *LETTERS]
+    (folder / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}), encoding="utf-8")
+    return Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+
+
+def spoken(text: str, rate: int = 8000, letter: float = 0.1, seed: int = 0) -> np.ndarray[Any, Any]:
+    """A text as sound, float32: each letter a tone of its own of so many seconds, a space a pause, with a little noise."""
+    count = round(rate * letter)
+    time = np.arange(count) / rate
+    ramp = np.minimum(1, np.minimum(np.arange(count), np.arange(count)[::-1]) / max(1, count // 8))
+    tones = [ramp * np.sin(2 * np.pi * (300 + 250 * LETTERS.find(one)) * time) if one != " " else 0 * time for one in text]
+    noise = np.random.default_rng(seed).normal(0, 0.01, count * len(text))
+    return (0.5 * np.concatenate(tones) + noise).astype(np.float32)
+
+
+def speech_folder(
+    folder: Path, rows: int = 16, splits: Sequence[str] = ("train", "test"), rate: int = 8000, seed: int = 0
+) -> Path:
+    """`folder/SPLIT/metadata.csv` (file_name, text) and WAV files of one to three words of the letters."""
+    import soundfile
+
+    for number, split in enumerate(splits or [""]):
+        draw, place, lines = np.random.default_rng([seed, number]), folder / split, ["file_name,text"]
+        place.mkdir(parents=True, exist_ok=True)
+        for row in range(rows):
+            words = ["".join(draw.choice(list(LETTERS), draw.integers(1, 4))) for _ in range(draw.integers(1, 4))]
+            soundfile.write(place / f"{row:03}.wav", spoken(" ".join(words), rate, seed=row), rate)
+            lines.append(f"{row:03}.wav,{' '.join(words)}")
+        (place / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def caption_checkpoint(folder: Path, kind: str = "vit-gpt2", seed: int = 0, size: int = 32) -> Path:
+    """A tiny captioner with its image processor and word tokenizer: `vit-gpt2`, `vit-bert` (VisionEncoderDecoder), `blip`, `git`.
+
+    GPT-2's tokenizer sets neither start nor end; BERT's sets both, as BLIP's and GIT's do.
+    """
+    import transformers
+
+    with seeded(seed):
+        model = _captioner(transformers, kind, size)
+    halves = [0.5] * 3
+    processors = {"blip": "BlipImageProcessor", "git": "CLIPImageProcessor"}
+    processor = getattr(transformers, processors.get(kind, "ViTImageProcessor"))(
+        size={"height": size, "width": size},
+        image_mean=halves,
+        image_std=halves,
+        **({"do_center_crop": False} if kind == "git" else {}),
+    )
+    tokenizer = word_tokenizer()
+    if kind == "vit-gpt2":
+        from tokenizers import processors as steps
+
+        tokenizer.backend_tokenizer.post_processor = steps.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    return save_transformers(model, folder, processor, tokenizer)
+
+
+def _captioner(transformers: Any, kind: str, size: int) -> Any:
+    words, common = len(SPECIAL) + len(WORDS), {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    seen = {**common, "intermediate_size": 48, "image_size": size, "patch_size": 8}
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    read = {**common, **ids, "intermediate_size": 48, "vocab_size": words, "max_position_embeddings": 24}
+    if kind == "git":
+        return transformers.GitForCausalLM(transformers.GitConfig(vision_config=seen, **read))
+    if kind == "blip":
+        text = {
+            **read,
+            "sep_token_id": 3,
+            "encoder_hidden_size": 32,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        }
+        return transformers.BlipForConditionalGeneration(transformers.BlipConfig(vision_config=seen, text_config=text))
+    cross = {"is_decoder": True, "add_cross_attention": True}
+    if kind == "vit-bert":
+        decoder = transformers.BertConfig(**read, **cross)
+    else:
+        sizes = {"n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 2}
+        decoder = transformers.GPT2Config(vocab_size=words, **sizes, **ids, **cross)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(transformers.ViTConfig(**seen), decoder)
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 2, 0, 3
+    return transformers.VisionEncoderDecoderModel(config)
+
+
+COLOURS = {"red": (220, 40, 40), "blue": (40, 40, 220)}
+
+
+def caption_folder(
+    folder: Path, rows: int = 12, splits: Sequence[str] = ("train", "test"), size: int = 32, captions: int = 1, seed: int = 0
+) -> Path:
+    """`folder/SPLIT/metadata.jsonl` (file_name, text) and pictures of a square: its colour and size are what the text says.
+
+    With several `captions` the text is a list.
+    """
+    for number, split in enumerate(splits or [""]):
+        draw, place, lines = np.random.default_rng([seed, number]), folder / split, []
+        place.mkdir(parents=True, exist_ok=True)
+        for row in range(rows):
+            colour, large = draw.choice(list(COLOURS)), draw.integers(2)
+            picture, side = draw.integers(0, 60, (size, size, 3), dtype=np.uint8), size // (2 - large) - 4
+            x, y = draw.integers(0, size - side, 2)
+            picture[y : y + side, x : x + side] = COLOURS[colour]
+            Image.fromarray(picture).save(place / f"{row:03}.png")
+            kind = ("small", "large")[large]
+            said = [f"the cat likes a {kind} {colour} fish", f"a {kind} {colour} fish", f"now the {colour} fish eats"][
+                :captions
+            ]
+            lines.append(json.dumps({"file_name": f"{row:03}.png", "text": said if captions > 1 else said[0]}))
+        (place / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """A safetensors file with exactly this order of tensors, aliases and duplicates included."""
     head, _ = build_header(dict(tensors), dict(metadata or {"format": "pt"}))

@@ -98,7 +98,8 @@ def _captions(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tabl
     vision = getattr(config, "encoder", None) or getattr(config, "vision_config", config)
     preprocessing = transformers_preprocessing(library.folder, vision)
     tokenizer = open_tokenizer(library.folder, config, library.trust_remote_code)
-    return captions.prepare_captions(recipe, tables, evaluation, preprocessing, captions.open_speaker(tokenizer, model, recipe))
+    speaker = captions.open_speaker(library.folder, tokenizer, model, recipe.max_length)
+    return captions.prepare_captions(recipe, tables, evaluation, preprocessing, speaker)
 
 
 _OPENERS: dict[str, Callable[..., Task]] = {

@@ -1,0 +1,318 @@
+"""Image captioning: teacher-forced loss to train and to select by, BLEU of the captions that the model writes at the end."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dsd_refine.errors import CheckpointError, DataError, UsageError
+from dsd_refine.forward import logits_of
+from dsd_refine.recipe import Augment, Recipe
+from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, ratio
+from dsd_refine.tasks.classify import overlap_warning, skip_warnings
+from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, raw_bytes, undecoded, use_rows
+from dsd_refine.tasks.images import IMAGE_COLUMNS, Preprocessing, decode, pixels
+
+TEXT_COLUMNS = ("text", "caption", "captions", "sentence", "sentences", "description", "descriptions", "raw")
+ORDERS = 4  # BLEU counts n-grams of 1 to 4 words
+BLEU_STATS = 2 + 2 * ORDERS  # lengths of caption and reference, n-grams found, n-grams written
+NEW_TOKENS = 20  # where the checkpoint's generation config has no limit: what transformers does then
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """How a model writes: its tokenizer, and how its training frames a caption.
+
+    `start` is what writing begins with, `ends` what it stops at; `longest` counts the tokens of a caption with its end.
+    `inputs` names the model's arguments for tokens and their mask. `keeps_first` says that a token which the tokenizer puts
+    first is learned like any other; else it is what `start` stands for.
+    """
+
+    tokenizer: Any
+    generation: Any
+    start: int
+    ends: tuple[int, ...]
+    longest: int
+    cut: int
+    inputs: tuple[str, str]
+    keeps_first: bool
+
+    def tokens(self, text: str) -> Array:
+        """Start, the tokenizer's ids, end (if the tokenizer sets none, for a model must learn to stop): `longest` of them and
+        the start. Ids are exactly the tokenizer's; nothing is told from the pad token.
+        """
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        firsts = (self.tokenizer.cls_token_id, self.tokenizer.bos_token_id)
+        if not self.keeps_first and ids and ids[0] in firsts:
+            ids = ids[1:]
+        if self.ends and (not ids or ids[-1] not in self.ends):
+            ids.append(self.ends[0])
+        return np.asarray([self.start, *ids][: self.cut + 1], dtype=np.int64)
+
+    def write(self, model: Any, images: torch.Tensor) -> list[str]:
+        """A caption of each image, greedily: the likeliest token each time, so that the same weights write the same."""
+        found = model.generate(pixel_values=images, generation_config=copy.deepcopy(self.generation)).tolist()
+        return [self.text(ids[1:] if ids[:1] == [self.start] else ids) for ids in found]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The words of written tokens, up to the first end."""
+        stop = next((at for at, token in enumerate(ids) if token in self.ends), len(ids))
+        return " ".join(str(self.tokenizer.decode(ids[:stop], skip_special_tokens=True)).split())
+
+
+def open_speaker(folder: Path, tokenizer: Any, model: Any, asked: int | None) -> Speaker:
+    """What the checkpoint's configs say of writing. `asked` is --max-length: tokens of a caption, its end included.
+
+    Raises:
+        CheckpointError: no start token. DataError: more was asked for than the model has positions.
+    """
+    config = model.config
+    text = config.get_text_config(decoder=True)
+    generation = _generation(folder, model)
+    if config.model_type == "blip":  # its `generate` takes these from the text config, whatever else says
+        start, ends = text.bos_token_id, text.sep_token_id
+    elif config.model_type == "git":
+        start, ends = _first(generation.bos_token_id, config.bos_token_id), _first(generation.eos_token_id, config.eos_token_id)
+    else:
+        starts = (config.decoder_start_token_id, generation.decoder_start_token_id, generation.bos_token_id)
+        start = _first(*starts, getattr(text, "bos_token_id", None))
+        ends = _first(generation.eos_token_id, config.eos_token_id, getattr(text, "eos_token_id", None))
+    if start is None:
+        raise CheckpointError(f"{folder}: its configs name no token that a caption starts with (decoder_start_token_id)")
+    positions = _first(getattr(text, "max_position_embeddings", None), getattr(text, "n_positions", None))
+    if asked is not None and positions and asked > positions:
+        raise DataError(f"--max-length {asked}: the model has only {positions} positions")
+    own = generation.max_new_tokens or (generation.max_length or NEW_TOKENS + 1) - 1
+    longest = asked or min(own, positions or own)
+    generation.update(max_new_tokens=longest, max_length=None, num_beams=1, do_sample=False, return_dict_in_generate=False)
+    named = config.model_type == "vision-encoder-decoder"
+    inputs = ("decoder_input_ids", "decoder_attention_mask") if named else ("input_ids", "attention_mask")
+    cut = asked or positions or 10**6
+    stops = tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (int(ends),)
+    return Speaker(tokenizer, generation, int(start), stops, longest, cut, inputs, keeps_first=named)
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _generation(folder: Path, model: Any) -> Any:
+    """A copy of the folder's generation config, else of what the model's config says (for BLIP: of its decoder's)."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return copy.deepcopy(getattr(model, "text_decoder", model).generation_config)
+
+
+@dataclass(frozen=True)
+class CaptionPart:
+    """Images with their captions. Unit u is one caption of the row `row[u]`: `tokens[u]`, from start to end."""
+
+    rows: Rows
+    row: Array
+    tokens: list[Array]
+
+    @property
+    def units(self) -> int:
+        return len(self.tokens)
+
+    def row_of(self, unit: int) -> int:
+        return int(self.row[unit])
+
+    def leads(self, unit: int) -> bool:
+        """Is it its row's first caption?"""
+        return unit == 0 or self.row[unit] != self.row[unit - 1]
+
+
+@dataclass
+class ImageCaptioning:
+    """`image-captioning` for transformers models. A real target is a token of a caption after the start, its end included.
+
+    Captions are written for the evaluation split alone; the holdout selects by the loss. Per row, `stats` are BLEU's ten sums
+    over 1- to 4-grams and the number of targets, `score` the 4-grams found and `count` those written; BLEU is no ratio of
+    these two, and is made of `stats` (or of the written words).
+    """
+
+    train: CaptionPart
+    holdout: CaptionPart | None
+    eval: CaptionPart
+    preprocessing: Preprocessing
+    augment: Augment
+    speaker: Speaker
+    image_column: str
+    warnings: list[str] = field(default_factory=list)
+    name: str = "image-captioning"
+    metric: str = "bleu4"
+    higher_is_better: bool = True
+
+    def batch(self, part: CaptionPart, items: Sequence[Item]) -> Batch:
+        rows, table = [part.row_of(unit) for unit, _ in items], part.rows.table
+        raws = (raw_bytes(table, self.image_column, int(part.rows.at[row])) for row in rows)
+        images = [pixels(raw, self.preprocessing, self.augment, seed) for raw, (_, seed) in zip(raws, items, strict=True)]
+        tokens = [torch.from_numpy(part.tokens[unit]) for unit, _ in items]
+        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)  # what fills is masked by length, never by id
+        real = torch.arange(1, padded.shape[1]) < torch.tensor([[len(one)] for one in tokens])
+        name, mask = self.speaker.inputs
+        inputs = {"pixel_values": torch.stack(images), name: padded[:, :-1], mask: real.long()}
+        final = torch.tensor([part is self.eval and part.leads(unit) for unit, _ in items])
+        texts = tuple(part.rows.texts[row] for row in rows)
+        return Batch(inputs, torch.where(real, padded[:, 1:], -100), int(real.sum()), {"final": final}, texts)
+
+    def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        return self._nll(forward, batch).sum()
+
+    def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Targets x vocabulary."""
+        return self._text_logits(forward, batch)[batch.targets != -100]
+
+    def _text_logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Of the text's positions; GIT's come after those of the image."""
+        return logits_of(forward, batch.inputs)[:, -batch.targets.shape[1] :]
+
+    def _nll(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        logits = self._text_logits(forward, batch)
+        flat = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="none")
+        return flat.reshape(batch.targets.shape)
+
+    def score(self, forward: Forward, batch: Batch) -> list[Score]:
+        losses = self._nll(forward, batch).double().sum(1).tolist()
+        targets = (batch.targets != -100).sum(1).tolist()
+        final = batch.aside["final"]
+        written = iter(self.speaker.write(forward, batch.inputs["pixel_values"][final]) if final.any() else [])
+        texts = [next(written) if leads else None for leads in final.tolist()]
+        return [row_score(*one) for one in zip(batch.texts, texts, losses, targets, strict=True)]
+
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        stats = scores.stats if scores.stats is not None else np.zeros((1, BLEU_STATS + 1))
+        loss = {"loss": ratio(scores.loss, stats[:, -1])}
+        if scores.text is None:
+            return loss
+        sums = stats.sum(0)
+        return {f"bleu{order}": float(bleu(sums, order)) for order in range(ORDERS, 0, -1)} | loss
+
+    def corpus(self, sums: Array) -> Array:
+        """The metric of summed `stats`, for the bootstrap."""
+        return bleu(sums)
+
+    def target(self, part: CaptionPart, row: int) -> str | None:
+        """The references, one a line."""
+        return "\n".join(part.rows.texts[row])
+
+    def shown(self, prediction: int) -> str | None:
+        return None
+
+    def report(self) -> Mapping[str, Any]:
+        writing = {"decoding": "greedy", "max_new_tokens": self.speaker.longest, "bleu": _sacrebleu().get_signature().format()}
+        return {"labels": None, "preprocessing": {**self.preprocessing.shown, **writing}, "warnings": self.warnings}
+
+
+def row_score(references: Sequence[str], text: str | None, loss: float, targets: int) -> Score:
+    """sacrebleu's sums for a written caption; a unit that nothing was written for has only its loss."""
+    if text is None:
+        return Score(0.0, 0, loss, stats=(*[0.0] * BLEU_STATS, targets))
+    found = _sacrebleu().corpus_score([text], [[reference] for reference in references])
+    stats = (found.sys_len, found.ref_len, *found.counts, *found.totals, targets)
+    return Score(found.counts[-1], found.totals[-1], loss, text=text, stats=stats)
+
+
+@cache
+def _sacrebleu() -> Any:
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(max_ngram_order=ORDERS, force=True)
+
+
+def bleu(sums: Array, order: int = ORDERS) -> Array:
+    """BLEU-`order` as a fraction, of sums (…, statistics), as sacrebleu makes it: brevity penalty, exponential smoothing."""
+    written, wanted = sums[..., 0], sums[..., 1]
+    found, total = sums[..., 2 : 2 + order], sums[..., 2 + ORDERS : 2 + ORDERS + order]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        halvings = np.cumsum(found == 0, axis=-1)
+        precision = np.where(found > 0, found, 0.5**halvings) / total
+        penalty = np.where(written < wanted, np.exp(1 - wanted / written), 1.0)
+        value = penalty * np.exp(np.log(precision).mean(-1))
+    nothing = (found.sum(-1) == 0) | (total.min(-1) == 0) | (written == 0)
+    return np.where(nothing, 0.0, value)
+
+
+def prepare_captions(
+    recipe: Recipe,
+    tables: dict[str, Table],
+    evaluation: dict[str, Table] | None,
+    preprocessing: Preprocessing,
+    speaker: Speaker,
+) -> ImageCaptioning:
+    """Look at every picture once, tokenize its captions, divide. Captions of one picture stay in one part.
+
+    Raises:
+        DataError: no image or text column, or no usable rows. UsageError: sacrebleu is not installed.
+    """
+    if find_spec("sacrebleu") is None:
+        raise UsageError("image-captioning needs sacrebleu: pip install 'dsd-refine[captions]'")
+    first = next(iter(tables.values()))
+    image = column(first, recipe.image_column, IMAGE_COLUMNS, "image", "--image-column", datasets.Image)
+
+    def examined(table: Table) -> Rows:
+        table = undecoded(table, image, datasets.Image)
+        text = column(table, recipe.text_column, TEXT_COLUMNS, "text", "--text-column")
+        return use_rows(table, _examine(table, image, table.rows[text][:], preprocessing.channels))
+
+    used = {name: examined(table) for name, table in tables.items()}
+    judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
+    divided = divide(used, judged, recipe.holdout)
+    parts = [_part(rows, speaker) if rows else None for rows in (divided.train, divided.holdout, divided.eval)]
+    warnings = overlap_warning(divided) + skip_warnings(divided) + _cut_warnings(parts, speaker)
+    train, holdout, judge = parts
+    return ImageCaptioning(train, holdout, judge, preprocessing, recipe.augment, speaker, image, warnings)  # type: ignore[arg-type]
+
+
+def _examine(table: Table, image: str, texts: Sequence[Any], channels: int) -> list[Examined]:
+    def one(row: int) -> Examined:
+        captions = _captions(texts[row])
+        if not captions:
+            return Examined(b"", reason="no text")
+        try:
+            raw = raw_bytes(table, image, row)
+            decode(raw, channels)
+        except OSError as error:
+            return Examined(b"", reason=f"unreadable file ({error.strerror or error})")
+        except (DataError, TypeError) as error:
+            return Examined(b"", reason=str(error) if isinstance(error, DataError) else "no picture")
+        return Examined(hashlib.sha256(raw).digest(), texts=captions)
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(one, range(len(texts))))
+
+
+def _captions(value: Any) -> tuple[str, ...]:
+    """A text, or a list of them, without surplus white space; empty ones are no captions."""
+    values = value if isinstance(value, list | tuple | np.ndarray) else [value]
+    return tuple(" ".join(one.split()) for one in values if isinstance(one, str) and one.strip())
+
+
+def _part(rows: Rows, speaker: Speaker) -> CaptionPart:
+    row = [at for at, texts in enumerate(rows.texts) for _ in texts]
+    return CaptionPart(rows, np.asarray(row, dtype=np.int64), [speaker.tokens(text) for texts in rows.texts for text in texts])
+
+
+def _cut_warnings(parts: Sequence[CaptionPart | None], speaker: Speaker) -> list[str]:
+    full = [len(tokens) for part in parts if part for tokens in part.tokens if len(tokens) == speaker.cut + 1]
+    if not full:
+        return []
+    return [f"{len(full)} captions fill or pass {speaker.cut} tokens: what is beyond is not learned; see --max-length"]
