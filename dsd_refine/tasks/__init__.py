@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from dsd_refine.errors import UsageError
 from dsd_refine.tasks.data import Rows
 
 Item = tuple[int, int | None]  # unit of a part, and the seed of its augmentation (None: as in evaluation)
@@ -167,6 +169,13 @@ class Task(Protocol):
     def report(self) -> Mapping[str, Any]:
         """Task-specific report entries: `labels`, `preprocessing`, and `warnings`."""
         ...
+
+
+def require(task: str, extra: str, *packages: str) -> None:
+    """Raise UsageError where a task's packages are not installed, with the name of the extra that has them."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{task} needs {' and '.join(missing)}: pip install 'dsd-refine[{extra}]'")
 
 
 def ratio(total: np.ndarray[Any, Any], count: np.ndarray[Any, Any]) -> float:

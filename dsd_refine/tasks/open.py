@@ -81,25 +81,26 @@ def _masked(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables
 
 
 def _speech(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
-    from dsd_refine.tasks import speech
+    from dsd_refine.tasks.sound import open_hearing
+    from dsd_refine.tasks.speech import open_words, prepare_speech
     from dsd_refine.tasks.text import load_tokenizer
 
-    words = speech.open_words(load_tokenizer(library.folder, library.trust_remote_code), library.config)
-    hearing = speech.open_hearing(library.folder, model)
-    return speech.prepare_speech(recipe, tables, evaluation, hearing, words, model)
+    words = open_words(load_tokenizer(library.folder, library.trust_remote_code), library.config)
+    return prepare_speech(recipe, tables, evaluation, open_hearing(library.folder, model), words, model)
 
 
 def _captions(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
-    from dsd_refine.tasks import captions
+    from dsd_refine.tasks.captions import prepare_captions
     from dsd_refine.tasks.images import transformers_preprocessing
+    from dsd_refine.tasks.speaker import open_speaker
     from dsd_refine.tasks.text import open_tokenizer
 
     config = library.config
     vision = getattr(config, "encoder", None) or getattr(config, "vision_config", config)
     preprocessing = transformers_preprocessing(library.folder, vision)
     tokenizer = open_tokenizer(library.folder, config, library.trust_remote_code)
-    speaker = captions.open_speaker(library.folder, tokenizer, model, recipe.max_length)
-    return captions.prepare_captions(recipe, tables, evaluation, preprocessing, speaker)
+    speaker = open_speaker(library.folder, tokenizer, model, recipe.max_length)
+    return prepare_captions(recipe, tables, evaluation, preprocessing, speaker)
 
 
 _OPENERS: dict[str, Callable[..., Task]] = {
