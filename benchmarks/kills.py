@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from forked import Child, command, preload, watched  # noqa: E402
+from forked import Child, alone, command, watched  # noqa: E402
 
 LONGEST_CHAIN = 8  # kills after which a run may end in peace
 PHASES = (
@@ -201,7 +201,7 @@ def main() -> None:
     wanted, seed = (int(text) for text in [*sys.argv[1:3], *["200", "0"][len(sys.argv[1:3]) :]])
     with tempfile.TemporaryDirectory() as place:
         campaign = Campaign(Path(place), random.Random(seed))
-        preload(Path(place, "home"))
+        alone(Path(place, "home"))
         expect(Child(lambda: make(Path(place, "made")), Path(place, "log")), 0)
         sources = hashes(Path(place, "made"))
         for model in RUNS:

@@ -324,7 +324,8 @@ def _quiet_libraries() -> None:
     import warnings
 
     for name in ("timm", "datasets", "transformers", "huggingface_hub", "accelerate", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        level = logging.CRITICAL if name == "datasets" else logging.ERROR  # datasets raises what it logs
+        logging.getLogger(name).setLevel(level)
     warnings.simplefilter("ignore")
 
 
@@ -379,6 +380,12 @@ def _shows_help() -> bool:
     return any(flag in sys.argv[1:] for flag in ("--help", "-h", "--version")) or len(sys.argv) < 2
 
 
+def _lost_another(error: Exception) -> bool:
+    """Is this what is left to say when another process of the run is gone? (gloo's and the store's words, NCCL's types)"""
+    distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return "WORLD_SIZE" in os.environ and (distributed or "gloo" in str(error))
+
+
 def _guarded(args: list[str] | None) -> tuple[int, str]:
     try:
         with Signals():
@@ -398,4 +405,6 @@ def _guarded(args: list[str] | None) -> tuple[int, str]:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             return RunError.exit_code, "Error: out of memory; try a smaller --batch-size with --gradient-accumulation-steps"
+        if _lost_another(error):
+            return RunError.exit_code, "Error: another process of this run has ended; see its message, then go on with --resume"
         return BUG, traceback.format_exc()

@@ -210,16 +210,14 @@ def opened(source: Source, library: Library, recipe: Recipe, options: Options) -
     if accelerator.is_main_process:
         workspace.check_target(source.folder, resume=options.resume, overwrite=options.overwrite)
     with ExitStack() as stack:
+        signals = stack.enter_context(Signals())
         stack.enter_context(workspace.locked() if accelerator.is_main_process else nullcontext())
         accelerator.wait_for_everyone()
-        signals = stack.enter_context(Signals())
         try:
             run = _open(source, library, recipe, options, accelerator, workspace, signals)
             signals.wait()
             yield run
         except BaseException as error:
-            if isinstance(error, UsageError | KeyboardInterrupt) and accelerator.is_main_process:
-                workspace.abandon()
             if full := space.is_full(error):
                 raise space.no_room(full, workspace.partial, workspace.need) from None
             raise

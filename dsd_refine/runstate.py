@@ -88,12 +88,23 @@ class Workspace:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold OUT.partial/ for this process.
+        """Hold OUT.partial/ for this process. It goes away where nothing could be begun and no earlier state is in it.
 
         Raises:
             UsageError: another process works there, or the place cannot be written.
         """
         lock = filelock.FileLock(self.partial / "lock", mode=0o666 & ~umask())
+        try:
+            self._take(lock)
+            yield
+        except (UsageError, KeyboardInterrupt):
+            if lock.is_locked and (self.partial / "lock").is_file():
+                self.abandon()
+            raise
+        finally:
+            lock.release()
+
+    def _take(self, lock: filelock.BaseFileLock) -> None:
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
@@ -101,16 +112,11 @@ class Workspace:
         except filelock.Timeout:
             raise UsageError(f"{self.partial}: another run{self._holder()} is at work there") from None
         except OSError as error:
-            lock.release()
             raise UsageError(f"{self.partial}: cannot be written: {error.strerror or error}") from None
-        try:
-            # its OUT.partial/ went, with the lock in it, or it came and went between our look and our lock
-            if not (self.partial / "lock").is_file() or (self.finished() and not self.overwrite):
-                raise UsageError(f"{self.out}: another run has just ended there; look at it, then try again")
-            shutil.rmtree(self.partial / "cache", ignore_errors=True)  # nobody has synced it: it may be half a file
-            yield
-        finally:
-            lock.release()
+        # its OUT.partial/ went, with the lock in it, or it came and went between our look and our lock
+        if not (self.partial / "lock").is_file() or (self.finished() and not self.overwrite):
+            raise UsageError(f"{self.out}: another run has just ended there; look at it, then try again")
+        shutil.rmtree(self.partial / "cache", ignore_errors=True)  # nobody has synced it: it may be half a file
 
     def _holder(self) -> str:
         try:

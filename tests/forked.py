@@ -5,6 +5,8 @@ A child can be killed, stopped, starved of room or of memory, and watched at eac
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import os
 import resource
 import signal
@@ -19,28 +21,25 @@ ROOT = Path(__file__).parent.parent
 UNEXPECTED = 70  # exit code of a child that raised
 
 
-def preload(home: Path) -> None:
-    """Import what the command imports, offline. Whoever forks must not have run anything that starts threads."""
+def alone(home: Path) -> None:
+    """For a program of its own: offline, one thread, nothing of the user's."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    preload()
+
+
+def preload() -> None:
+    """Import what the command imports, so that children need not. What has been run before must have left no thread."""
     from dsd_refine import app
 
     os.environ |= app.ENVIRONMENT
-    import accelerate.optimizer
-    import datasets
-    import pyarrow.parquet
-    import timm
+    for name in ("accelerate.optimizer", "datasets", "pyarrow.parquet", "timm", "dsd_refine.method", "dsd_refine.plan"):
+        importlib.import_module(name)
     import torch
     import transformers
 
-    import dsd_refine.method
-    import dsd_refine.plan
-    import dsd_refine.publish
-
     torch.set_num_threads(1)
-    for module in (accelerate, datasets, pyarrow, timm):
-        assert module
     for name in ("BertForSequenceClassification", "GPT2LMHeadModel", "ViTForImageClassification", "AutoTokenizer"):
-        getattr(transformers, name)
+        getattr(transformers, name)  # it imports when asked
 
 
 class Child:
@@ -116,6 +115,18 @@ def command(*args: Any) -> Callable[[], None]:
         main([str(arg) for arg in args])
 
     return work
+
+
+def unprivileged(work: Callable[[], object]) -> Callable[[], None]:
+    """The same with no privilege of root's over other people's files (the files of root's own stay its own)."""
+
+    def bare() -> None:
+        header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # Linux: capability version 3, empty sets
+        if ctypes.CDLL(None, use_errno=True).capset(header, none):
+            raise OSError(ctypes.get_errno(), "capset")
+        work()
+
+    return bare
 
 
 def limited(work: Callable[[], object], **limits: int) -> Callable[[], None]:

@@ -51,36 +51,6 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
         find_source(str(tmp_path))
 
 
-def plan(server, model, tmp_path, **env):
-    return process(
-        "-m", "dsd_refine", "plan", model, HF_ENDPOINT=server.url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"), **env
-    )
-
-
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
-        ((401, {"X-Error-Code": "GatedRepo"}), "gated"),
-        ((403, {"X-Error-Code": "GatedRepo"}), "gated"),
-        ((404, {"X-Error-Code": "RepoNotFound"}), "no such model"),
-        ((418, {}), "the Hub answered 418"),
-    ],
-)
-def test_the_hub_s_own_reason_is_passed_on_in_one_line(tmp_path, answer, said):
-    with hub({}, {"org/name": answer}) as server:
-        found = plan(server, "org/name", tmp_path)
-    assert found.returncode == 2, found.stderr
-    assert said in found.stderr
-    assert "Traceback" not in found.stderr
-
-
-def test_a_revision_that_is_not_there_is_said(tmp_path):
-    with hub({"org/name": builders.timm_checkpoint(tmp_path / "t")}) as server:
-        found = plan(server, "org/name@nope", tmp_path)
-    assert found.returncode == 2
-    assert "no such revision" in found.stderr
-
-
 def test_a_repository_is_refined_from_the_hub_and_then_offline_from_the_cache(tmp_path):
     folder = builders.timm_checkpoint(tmp_path / "t")
     (folder / "pytorch_model.bin").write_bytes(b"never fetched")
@@ -122,19 +92,19 @@ def test_a_busy_hub_is_asked_again(tmp_path, monkeypatch):
     """500, 429 with Retry-After, then the answer: three questions, no error."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    from dsd_refine.checkpoint import source
+    from dsd_refine.checkpoint import hub
 
     answers = [
         SimpleNamespace(status_code=500, headers={}, request=None),
         SimpleNamespace(status_code=429, headers={"Retry-After": "7"}, request=None),
     ]
     waited = []
-    monkeypatch.setattr(source.time, "sleep", waited.append)
+    monkeypatch.setattr(hub.time, "sleep", waited.append)
 
     def call():
         if answers:
             raise HfHubHTTPError("busy", response=answers.pop(0))
         return "here"
 
-    assert source.ask_hub("org/tiny", call) == "here"
+    assert hub.ask_hub("org/tiny", call) == "here"
     assert waited == [1.0, 7]

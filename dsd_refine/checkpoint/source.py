@@ -8,16 +8,14 @@ import fnmatch
 import json
 import os
 import tempfile
-import time
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from dsd_refine.checkpoint.hub import ask_hub, check_blobs
 from dsd_refine.checkpoint.layout import INDEX, SINGLE, read_json
 from dsd_refine.errors import CheckpointError, UsageError
-
-T = TypeVar("T")
 
 # Files of other frameworks that hold the same weights once more. They are neither fetched nor copied: they would be stale.
 OTHER_WEIGHTS = (
@@ -26,7 +24,6 @@ OTHER_WEIGHTS = (
     "*.safetensors.index.json",
 )  # fmt: skip
 CONNECT = 10.0  # seconds that the Hub has to answer
-WAITS, LONGEST_WAIT = (1.0, 3.0), 60  # seconds between tries
 NOT_FETCHED = "not fetched"  # the revision of a source that is known from timm's registry alone
 OURS = ("dsd", "rejected", ".git", ".cache", ".eval_results")
 
@@ -170,6 +167,7 @@ def _from_hub(model: str, repo_at: str, weights: bool, allow_pickle: bool) -> So
         ignore = _not_wanted({each.rfilename for each in info.siblings or []}, weights, allow_pickle)
         folder = ask_hub(repo, lambda: snapshot_download(repo, revision=info.sha, ignore_patterns=ignore))
         _remember(Path(folder), revision or "main", str(info.sha))
+    check_blobs(repo, Path(folder).iterdir())
     return _from_folder(model, Path(folder), repo, Path(folder).name)
 
 
@@ -178,8 +176,9 @@ def _remember(folder: Path, revision: str, commit: str) -> None:
     if revision == commit:
         return
     file = folder.parent.parent / "refs" / revision
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(commit, encoding="utf-8")
+    with suppress(OSError):  # a cache that is only to be read serves all the same
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(commit, encoding="utf-8")
 
 
 def _not_wanted(files: set[str], weights: bool, allow_pickle: bool) -> list[str]:
@@ -191,62 +190,3 @@ def _not_wanted(files: set[str], weights: bool, allow_pickle: bool) -> list[str]
         wanted = {SINGLE, INDEX, *safe}
         return [p for p in OTHER_WEIGHTS if "safetensors" not in p] + [n for n in files if is_weights(n) and n not in wanted]
     return [p for p in OTHER_WEIGHTS if p not in ("*.bin", "*.pth", "*.pt", "*.bin.index.json")]
-
-
-def ask_hub(repo: str, call: Callable[[], T], what: str = "model") -> T:
-    """Run a Hub call; turn its many errors into one line that keeps the Hub's own reason.
-
-    Raises:
-        CheckpointError: `__cause__` is set where the Hub could not be reached at all.
-    """
-    from huggingface_hub import errors as hub
-
-    try:
-        return _patiently(call)
-    except hub.GatedRepoError:
-        raise CheckpointError(f"{repo}: the Hub says it is gated: accept its terms on its page, then `hf auth login`") from None
-    except hub.RevisionNotFoundError:
-        raise CheckpointError(f"{repo}: the Hub has no such revision of it") from None
-    except hub.RepositoryNotFoundError:
-        raise CheckpointError(
-            f"{repo}: the Hub has no such {what}, or it is private: check the name, or log in with `hf auth login`"
-        ) from None
-    except hub.HFValidationError:
-        raise CheckpointError(f"{repo}: not a directory here and not a valid Hub name (org/name)") from None
-    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
-        # a snapshot that fails for the Hub's answer says "not in the cache", and keeps the answer as its cause
-        answers = (getattr(each, "response", None) for each in (error, error.__cause__, error.__context__))
-        status = next((answer.status_code for answer in answers if answer is not None), None)
-        if status is not None:
-            raise CheckpointError(f"{repo}: the Hub answered {status}; try again later") from None
-        raise _unreachable(repo, what) from error
-    except Exception as error:
-        if "httpx" in type(error).__module__ or "httpcore" in type(error).__module__:
-            raise _unreachable(repo, what) from error
-        raise
-
-
-def _patiently(call: Callable[[], T]) -> T:
-    """Ask again where the Hub is busy (429, 5xx): it says for how long, or a few seconds."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    for wait in WAITS:
-        try:
-            return call()
-        except HfHubHTTPError as error:
-            status = error.response.status_code if error.response is not None else 0
-            if status != 429 and status < 500:
-                raise
-            asked = error.response.headers.get("Retry-After", "")
-            time.sleep(min(int(asked), LONGEST_WAIT) if asked.isdecimal() else wait)
-    return call()
-
-
-def _unreachable(repo: str, what: str) -> CheckpointError:
-    from huggingface_hub import is_offline_mode
-
-    how = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the Hub cannot be reached"
-    return CheckpointError(
-        f"{repo}: {how} and the {what} is not in the cache. Give a local directory instead, or fetch it where there is "
-        f"a network (`hf download {repo}`) and bring the cache (HF_HOME); HF_ENDPOINT names another server"
-    )

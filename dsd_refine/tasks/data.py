@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +15,9 @@ from typing import Any
 import datasets
 import numpy as np
 
-from dsd_refine.checkpoint.source import ask_hub
+from dsd_refine.checkpoint.hub import ask_hub, check_blobs, is_of_the_hub
 from dsd_refine.errors import CheckpointError, DataError
+from dsd_refine.space import is_full
 
 SALT = b"dsd-refine holdout 1"
 EVAL_SHARE = 0.2
@@ -221,7 +224,10 @@ def _guarded(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except (DataError, ConnectionError):
         raise
-    except Exception as error:  # datasets, pandas and pyarrow raise whatever a broken file makes them raise
+    except Exception as error:
+        if is_of_the_hub(error) or is_full(error):  # not the file's fault
+            raise
+        # datasets, pandas and pyarrow raise whatever a broken file makes them raise
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):  # what datasets says of a table with a head and nothing below it
             raise DataError(f"{path}: holds no rows") from None
@@ -250,10 +256,29 @@ def _from_hub(spec: str, download: Callable[[str, int], bool]) -> dict[str, Tabl
         except CheckpointError as error:
             if error.__cause__ is None:
                 raise
-        found = ask_hub(name, lambda: _guarded(Path(spec), lambda: datasets.load_dataset(name, config or None)), "data set")
+        found = _checked(name, lambda: _guarded(Path(spec), lambda: datasets.load_dataset(name, config or None)))
     except CheckpointError as error:
         raise DataError(str(error)) from None
     return _named_splits(found, spec)
+
+
+def _checked(name: str, load: Callable[[], Any]) -> Any:
+    """Load a data set of the Hub, and hold what was fetched for it against the Hub's checksums."""
+    from huggingface_hub import constants
+
+    started = time.time() - 2  # a file system's clock may be coarser than ours
+    snapshots = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "snapshots")
+    found: Any = {}
+    try:
+        found = ask_hub(name, load, "data set")
+    finally:  # wrong bytes are also a reason why it cannot be loaded, and the better one
+        try:
+            check_blobs(name, [path for path in snapshots.rglob("*") if path.is_file() and path.stat().st_mtime >= started])
+        except CheckpointError:
+            for file in (file for table in found.values() for file in table.cache_files):  # prepared from those bytes
+                shutil.rmtree(Path(file["filename"]).parent, ignore_errors=True)
+            raise
+    return found
 
 
 def column(table: Table, asked: str | None, known: Sequence[str], what: str, flag: str, feature: Any = None) -> str:
