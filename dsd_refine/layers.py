@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+
+from torch import nn
 
 from dsd_refine.checkpoint import Checkpoint
 from dsd_refine.errors import UsageError
-from dsd_refine.masks import Layer, Spot, find_layers, first_layer
+from dsd_refine.kinds import first_layer
+from dsd_refine.masks import Layer, Spot, find_layers
 from dsd_refine.recipe import Recipe
 from dsd_refine.settings import frozen_names
+
+SEES = ("image-classification", "ctc-speech", "image-captioning")  # tasks whose models are given pixels or sound
+FEW = 1 / 3  # of the weights outside embeddings: below this share of maskable ones a warning says so
+SAME = "the same storage"
 
 
 def open_layers(checkpoint: Checkpoint, recipe: Recipe, lost: list[str]) -> list[Layer]:
@@ -24,7 +33,7 @@ def open_layers(checkpoint: Checkpoint, recipe: Recipe, lost: list[str]) -> list
     layers = find_layers(
         checkpoint.model,
         tensors,
-        first=first_layers(checkpoint),
+        first=first_layers(checkpoint.model, checkpoint.library.task),
         unreached=lost,
         include=recipe.include,
         exclude=recipe.exclude,
@@ -47,18 +56,36 @@ def _without_frozen(checkpoint: Checkpoint, recipe: Recipe, layers: list[Layer])
     return found
 
 
-def first_layers(checkpoint: Checkpoint) -> list[str]:
+def first_layers(model: nn.Module, task: str) -> list[str]:
     """The modules that see pixels or sound: timm's `first_conv`, else the model's first layer; none where tokens go in."""
-    if checkpoint.library.task in ("ctc-speech", "image-captioning"):
-        # a head may be defined before the rest; what the library calls the base model is not
-        base = getattr(checkpoint.model, "base_model", checkpoint.model)
-        place = next(name for name, module in checkpoint.model.named_modules() if module is base)
-        inner = first_layer(base)
-        return [f"{place}.{inner}".lstrip(".")] if inner else []
-    if checkpoint.library.task != "image-classification":
+    if task not in SEES:
         return []
-    named = getattr(checkpoint.model, "pretrained_cfg", {}).get("first_conv") or []
-    modules = dict(checkpoint.model.named_modules())
-    found = [name for name in ([named] if isinstance(named, str) else named) if name in modules]
-    first = first_layer(checkpoint.model)
-    return found or ([first] if first else [])
+    modules = dict(model.named_modules())
+    hint = getattr(model, "pretrained_cfg", {}).get("first_conv") or []
+    named = [name for name in ([hint] if isinstance(hint, str) else hint) if name in modules]
+    # a head may be defined before the rest; what the library calls the base model is not
+    base = getattr(model, "base_model", model)
+    place = next(name for name, module in modules.items() if module is base)
+    inner = first_layer(base)
+    return named or ([f"{place}.{inner}".lstrip(".")] if inner else [])
+
+
+def outside_embeddings(layers: Sequence[Layer]) -> int:
+    """How many of the model's weights are in no embedding; what has two names counts once."""
+    own = [layer for layer in layers if not (layer.excluded or "").startswith(SAME)]
+    return max(1, sum(layer.weights for layer in own if not (layer.excluded or "").startswith("embedding")))
+
+
+def few_maskable(layers: Sequence[Layer]) -> list[str]:
+    """A warning where most of a model is out of a mask's reach, with the reason that holds for most of it."""
+    share = sum(layer.weights for layer in layers if layer.excluded is None) / outside_embeddings(layers)
+    if share >= FEW:
+        return []
+    others: Counter[str] = Counter()
+    for layer in layers:
+        if layer.excluded and not layer.excluded.startswith(("embedding", SAME)):
+            others[layer.excluded] += layer.weights
+    return [
+        f"a mask reaches only {share:.1%} of the weights outside embeddings (most of the others: {others.most_common(1)[0][0]}); "
+        "`plan` lists every tensor with its reason, --include adds to what is masked"
+    ]

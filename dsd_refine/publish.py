@@ -17,6 +17,7 @@ from dsd_refine.checkpoint.write import copy_file, write_text
 from dsd_refine.compare import Corpus, corpus_over_seeds, over_seeds
 from dsd_refine.errors import Interrupted, VerifyError
 from dsd_refine.forward import logits_of
+from dsd_refine.layers import few_maskable, outside_embeddings
 from dsd_refine.power import rows_to_decide
 from dsd_refine.report import Report, environment
 from dsd_refine.report.card import card
@@ -109,7 +110,7 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str]) -
     maskable = [layer for layer in run.layers if layer.excluded is None]
     selected = run.selected("refined")
     zeros = run.state.get("zeros", {}).get(str(selected["attempt"]))
-    outside = _outside_embeddings(run)
+    outside = outside_embeddings(run.layers)
     first = _first_sparsity(run, selected["attempt"])
     extra = dict(task.report())
     warnings = [*run.checkpoint.warnings, *extra.pop("warnings"), *run.state["preflight"], *_warnings(run)]
@@ -201,14 +202,8 @@ def _first_sparsity(run: Run, attempt: int) -> float | None:
     return next((float(p.sparsity) for p in phases if p.kind == "sparse"), None)  # type: ignore[arg-type]
 
 
-def _outside_embeddings(run: Run) -> int:
-    inside = sum(layer.weights for layer in run.layers if (layer.excluded or "").startswith("embedding"))
-    own = sum(layer.weights for layer in run.layers if not (layer.excluded or "").startswith("the same storage"))
-    return max(1, own - inside)
-
-
 def _warnings(run: Run) -> list[str]:
     lines = []
     if run.task.holdout is not None and len(run.tries) * len(run.arms) > 1 and len(run.task.holdout.rows) < 100:
         lines.append(f"the holdout has only {len(run.task.holdout.rows)} rows: what it selects is partly chance")
-    return lines
+    return lines + few_maskable(run.layers)
