@@ -285,6 +285,20 @@ def test_a_folder_that_names_an_entry_needs_no_more(tmp_path):
     assert library.preprocessing["crop_size"] == 224
 
 
+def test_a_folder_with_a_pickle_needs_the_flag_and_gives_safetensors(tmp_path, refused, command):
+    builders.torchvision_checkpoint(tmp_path / "m")
+    state = load_file(tmp_path / "m/model.safetensors")
+    (tmp_path / "m/model.safetensors").unlink()
+    torch.save(state, tmp_path / "m/weights.pth")
+    builders.image_folder(tmp_path / "data", channels=3)
+    args = (tmp_path / "m", "--data", tmp_path / "data", "-o", tmp_path / "out", *SHORT, "--sparsity", 0, "--sparse-steps", 0)
+    assert "--allow-pickle" in refused(*args)
+    assert command(*args, "--dense-steps", 0, "--control", "none", "--allow-pickle").code == 0
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in state.items())
+    assert not (tmp_path / "out/weights.pth").exists()
+
+
 def test_a_missing_tensor_is_named(tmp_path):
     builders.torchvision_checkpoint(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
