@@ -18,9 +18,11 @@ from dsd_refine.compare import Corpus, corpus_over_seeds, over_seeds
 from dsd_refine.errors import Interrupted, VerifyError
 from dsd_refine.forward import logits_of
 from dsd_refine.layers import few_maskable, outside_embeddings
+from dsd_refine.moments import mean_abs
 from dsd_refine.power import rows_to_decide
 from dsd_refine.report import Report, environment
-from dsd_refine.report.card import card
+from dsd_refine.report.card import SourceCard, card, eval_results, read_card
+from dsd_refine.report.page import page, read_lines
 from dsd_refine.train import exact
 
 if TYPE_CHECKING:
@@ -46,8 +48,9 @@ def publish(run: Run, verdict: str, passed: bool) -> Report:
         folder.mkdir(parents=True)
         written = run.checkpoint.write(run.loop.model, folder)
         _stop_if_asked(run)
-        report = Report(report_data(run, verdict, passed, written), run.options.output_dir)
-        write_text(folder / "README.md", card(report.data, run.checkpoint.source.folder))
+        own = read_card(run.checkpoint.source.folder)
+        report = Report(report_data(run, verdict, passed, written, own.warnings), run.options.output_dir)
+        _write_card(run, report, own, folder)
         _write_dsd(run, report, ready)
         problems = verify(run.checkpoint, ready)
         if problems:
@@ -64,11 +67,29 @@ def _stop_if_asked(run: Run) -> None:
         raise Interrupted("stopped while the result was written; go on with --resume")
 
 
+def _write_card(run: Run, report: Report, own: SourceCard, folder: Path) -> None:
+    """The model card and, for a checkpoint that passed its gate, its results in the Hub's form."""
+    recipe, snippet = run.recipe.dump(), getattr(run.checkpoint.library, "snippet", None)
+    write_text(folder / "README.md", card(report.data, own, recipe, snippet() if snippet else None))
+    for name, text in eval_results(report.data, recipe).items() if report.data["gate"]["passed"] else ():
+        write_text(folder / ".eval_results" / name, text)
+
+
+def _page(run: Run, report: Report, log: Path) -> str:
+    """report.html. The model holds what is published; `start` is the source."""
+    attempt = str(run.selected("refined")["attempt"])
+    pictures = (run.state.get("pictures") or {}).get(attempt, {})
+    before, after = mean_abs(run.layers, run.start), mean_abs(run.layers, run.loop.parameters)
+    means = {name: (before[name], after[name]) for name in before}
+    return page(report.data, read_lines(log), pictures, run.recipe.dump(), means)
+
+
 def _write_dsd(run: Run, report: Report, ready: Path) -> None:
     dsd = ready / "dsd"
     write_text(dsd / "report.json", report.to_json())
     write_text(dsd / "recipe.yaml", run.recipe.dump())
     copy_file(run.workspace.log_file, dsd / "log.jsonl")
+    write_text(dsd / "report.html", _page(run, report, dsd / "log.jsonl"))
     pq.write_table(predictions(run), dsd / "predictions.parquet")
     phases = run.workspace.partial / "phases" / str(run.selected("refined")["attempt"])
     if phases.is_dir():
@@ -104,7 +125,7 @@ def predictions(run: Run) -> pa.Table:
     return pa.table(columns)
 
 
-def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str]) -> dict[str, Any]:
+def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], noted: tuple[str, ...] = ()) -> dict[str, Any]:
     """report.json, schema 1. Every number is measured; nothing is copied from the request but what says so."""
     source, recipe, task = run.checkpoint.source, run.recipe, run.task
     maskable = [layer for layer in run.layers if layer.excluded is None]
@@ -113,7 +134,7 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str]) -
     outside = outside_embeddings(run.layers)
     first = _first_sparsity(run, selected["attempt"])
     extra = dict(task.report())
-    warnings = [*run.checkpoint.warnings, *extra.pop("warnings"), *run.state["preflight"], *_warnings(run)]
+    warnings = [*run.checkpoint.warnings, *extra.pop("warnings"), *run.state["preflight"], *_warnings(run), *noted]
     device = str(run.loop.accelerator.device)
     masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
     return {

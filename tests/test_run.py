@@ -242,7 +242,8 @@ def test_hashes_are_of_the_files_as_written(runs, made, model):
     report, written, source = report_of(runs[model]), hashes(runs[model]), hashes(made / model)
     listed = {side: {x["name"]: x["sha256"] for x in report[side]["files"]} for side in ("source", "output")}
     assert listed["source"] == source
-    assert listed["output"] == {name: digest for name, digest in written.items() if not name.startswith(("dsd/", "README"))}
+    ours = ("dsd/", "README", ".eval_results/")
+    assert listed["output"] == {name: digest for name, digest in written.items() if not name.startswith(ours)}
     assert listed["output"].keys() == source.keys()
     changed = {name for name in source if source[name] != written[name]}
     assert changed == {"model.safetensors"}
@@ -252,7 +253,7 @@ def test_hashes_are_of_the_files_as_written(runs, made, model):
 def test_the_output_is_published_whole(runs, model):
     out = runs[model]
     names = {path.name for path in (out / "dsd").iterdir()}
-    assert {"report.json", "recipe.yaml", "log.jsonl", "predictions.parquet", "phases"} <= names
+    assert {"report.json", "report.html", "recipe.yaml", "log.jsonl", "predictions.parquet", "phases"} <= names
     assert {path.name for path in (out / "dsd/phases").iterdir()} == {"1-sparse", "2-dense"}
     assert (out / "README.md").is_file()
     assert not out.with_name("out.partial").exists()
@@ -344,7 +345,7 @@ def test_the_card_keeps_the_sources_text(go, made, tmp_path):
     (source / "pytorch_model.bin").write_bytes(b"stale")
     out = go(source)
     card = (out / "README.md").read_text()
-    assert card.startswith("---\nlicense: mit\n---\n")
+    assert card.startswith("---\nlicense: mit\n")
     assert "# Our model\n\nKnows two things." in card
     assert report_of(out)["verdict"] in card
     assert (out / "notes.txt").read_text() == "kept"

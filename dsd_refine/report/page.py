@@ -1,0 +1,167 @@
+"""report.html: one file that needs nothing but itself. No script, no request: its own policy forbids both.
+
+What is drawn and said is made here and in `figures` and `words`; the template places it. Everything in it is escaped by
+Jinja, since names of models, classes, files and arguments come from outside.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from dsd_refine.report import figures, words
+from dsd_refine.report.report import WORDS
+
+SHOWN_ROWS = 20  # skipped rows and class names that are listed; the rest is counted
+EXPLAINED = {
+    "start": "the source",
+    "pruned": "just masked",
+    "after S": "end of sparse phase",
+    "unmasked": "start of dense phase",
+    "after re-D": "end of dense phase",
+}
+
+Means = Mapping[str, tuple[float, float]]
+
+
+def page(
+    report: Mapping[str, Any],
+    log: Iterable[Mapping[str, Any]],
+    pictures: Mapping[str, Sequence[Mapping[str, Any]]],
+    recipe_yaml: str,
+    means: Means | None = None,
+) -> str:
+    """report.html of a run. Equal inputs give equal text.
+
+    `report` is report.json, `log` the lines of log.jsonl (read once, as they come), `pictures` the histograms of
+    `dsd_refine.moments` by layer name, `means` each layer's mean |w| in the source and in the result.
+    """
+    recipe = _recipe(recipe_yaml)
+    metric = report["metric"]
+    margin = margin_of(report, recipe)
+    drawn = figures.curves(figures.read_log(log), metric["name"], metric["higher_is_better"])
+    text = _template().render(
+        report=report,
+        name=_name(report),
+        margin=margin,
+        forest=figures.forest(report["comparison"], margin),
+        spread=_spread_forest(report, margin),
+        flips=figures.flips(report),
+        curves=drawn,
+        histograms=figures.histograms(pictures),
+        layers=_layers(report, means or {}),
+        reasons=Counter(layer["excluded"] for layer in report["layers"] if layer["excluded"]),
+        parts=_parts(report),
+        labels=_labels(report),
+        command=["dsd-refine", *(shlex.quote(str(arg)) for arg in report["argv"])],
+        recipe_yaml=recipe_yaml,
+        environment=report["environment"],
+    )
+    return text.encode("utf-8", "replace").decode()  # a file name may hold what is no Unicode
+
+
+def margin_of(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> float:
+    """What counts as the same, in the metric's own unit: of a loss the recipe's margin is a share of the source's."""
+    margin = float(recipe.get("margin") or 0.0)
+    metric = report["metric"]["name"]
+    return margin * abs(report["arms"]["baseline"][metric]) if metric == "loss" else margin
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a log.jsonl, one at a time."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "signed": lambda value: _typeset(words.signed(value)),
+        "p": lambda value: _typeset(words.p_words(value)),
+        "interval": lambda found: _typeset(words.interval(found)),
+        "typeset": _typeset,
+        "arm": figures.css_arm,
+        "units": figures.number,
+        "share": _share,
+        "small": _small,
+        "rate": lambda value: "–" if value is None else f"{value:.3g}".replace("-", "−"),
+    }
+    environment.globals |= {"words": words, "verdicts": WORDS, "explained": EXPLAINED, "most": SHOWN_ROWS}
+    return environment.get_template("page.html.j2")
+
+
+def _recipe(text: str) -> Mapping[str, Any]:
+    found = yaml.safe_load(text)
+    return found if isinstance(found, dict) else {}
+
+
+def _name(report: Mapping[str, Any]) -> str:
+    """The source as a title: a directory by its last part, anything else as it was meant."""
+    source = report["source"]
+    return str(source["resolved"]) if source["revision"] else Path(source["resolved"]).name or str(source["model"])
+
+
+def _spread_forest(report: Mapping[str, Any], margin: float) -> figures.Forest | None:
+    seeds = report.get("seeds")
+    return figures.forest(seeds["comparison"], margin) if seeds else None
+
+
+def _layers(report: Mapping[str, Any], means: Means) -> list[dict[str, Any]]:
+    """The layer table's rows: report.json's entry with its means and their relative change."""
+    rows = []
+    for layer in report["layers"]:
+        before, after = means.get(layer["name"], (None, None))
+        change = after / before - 1 if before and after is not None else None
+        rows.append({**layer, "before": before, "after": after, "change": change})
+    return rows
+
+
+def _parts(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    names = {"train": "training", "holdout": "holdout", "eval": "evaluation"}
+    return [(shown, report["data"][part]) for part, shown in names.items() if report["data"].get(part)]
+
+
+def _labels(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The class names of a model that has any, the first few of them, and the rule that matched them."""
+    labels = report.get("labels")
+    if not labels or not labels.get("model"):
+        return None
+    names = [str(name) for name in labels["model"]]
+    return {"names": names[:SHOWN_ROWS], "more": max(0, len(names) - SHOWN_ROWS), "count": len(names), "rule": labels["rule"]}
+
+
+def _typeset(text: str) -> str:
+    """Our own sentences with real minus signs, and with numbers kept together with what belongs to them."""
+    text = re.sub(r"(?<![\w-])-(?=\d)", "−", text)
+    return re.sub(r"(?<=\bp) ([=<]) |(?<=95) (?=%)", lambda found: f"\u00a0{found[1]}\u00a0" if found[1] else "\u00a0", text)
+
+
+def _share(value: float) -> str:
+    """A share as per cent, with as many digits as tell it from 0 and from all."""
+    text = f"{100 * value:.1f}"
+    if value in (0, 1):
+        return f"{value:.0%}".replace("%", " %")
+    return f"{100 * value:.2g} %" if text in ("0.0", "100.0") else f"{text} %"
+
+
+def _small(value: float | None) -> str:
+    return "–" if value is None else f"{value:#.4g}".rstrip(".").replace("-", "−")
