@@ -7,7 +7,7 @@ ties are decided on the file's tensors, which is what the user sees; the mask th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -191,36 +191,42 @@ def stable_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
-@torch.no_grad()
 def apply_masks(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> None:
     """Set every masked weight to exactly +0.0, in place, leaving the bits of all others alone.
 
     The float32 weights are multiplied as integers by 0 or 1: exact for any value, NaN and -0.0 included, and several times
     faster than masked_fill_ on a CPU.
     """
-    _multiply([(parameters[key], mask) for key, mask in masks.items()])
+    masker(masks, parameters)()
 
 
-def _multiply(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def masker(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+    """`apply_masks` for every step: the views of the blocks are made once, for as long as masks and storages stay."""
+    return _multiplier([(parameters[key], mask) for key, mask in masks.items()])
+
+
+def _multiplier(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
     """Multiply float32 bits by masks that are laid out like them, in one call: on a CPU in blocks, elsewhere whole."""
     bits: list[torch.Tensor] = []
     flags: list[torch.Tensor] = []
     for values, mask in pairs:
         size = BLOCK * torch.get_num_threads() if values.device.type == "cpu" else values.numel()
-        bits += flat(values).view(torch.int32).split(size)
-        flags += flat(mask).view(torch.uint8).split(size)
-    if bits:
-        torch._foreach_mul_(bits, flags)
+        bits += torch.split(flat(values).view(torch.int32), size)
+        flags += torch.split(flat(mask).view(torch.uint8), size)
+
+    def multiply() -> None:
+        if bits:
+            torch._foreach_mul_(bits, flags)
+
+    return multiply
 
 
-@torch.no_grad()
 def mask_gradients(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> None:
     """Zero the gradients of masked weights, so that they do not count in a gradient norm."""
-    for key, mask in masks.items():
-        gradient = parameters[key].grad
-        if gradient is not None and gradient.stride() == mask.stride():
-            _multiply([(gradient, mask)])
-        elif gradient is not None:
+    found = [(parameters[key].grad, mask) for key, mask in masks.items()]
+    _multiplier([(gradient, mask) for gradient, mask in found if gradient is not None and gradient.stride() == mask.stride()])()
+    for gradient, mask in found:
+        if gradient is not None and gradient.stride() != mask.stride():
             gradient.view(torch.int32).mul_(mask)
 
 
@@ -242,7 +248,7 @@ def check_masks(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> None:
     """Raise RunError if any masked weight is not exactly 0."""
     for key, mask in masks.items():
         # what is kept becomes 0, so that what is not 0 is masked and wrong
-        blocks = zip(flat(parameters[key]).split(CHECKED), flat(mask).split(CHECKED), strict=True)
+        blocks = zip(torch.split(flat(parameters[key]), CHECKED), torch.split(flat(mask), CHECKED), strict=True)
         wrong = sum(int(torch.count_nonzero((bits.view(torch.int32) * ~flags).view(torch.float32))) for bits, flags in blocks)
         if wrong:
             raise RunError(f"{key}: {wrong} masked weights are not 0; the sparse phase is broken, nothing was published")
