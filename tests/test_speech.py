@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import builders
 import datasets
@@ -19,6 +20,7 @@ from test_run import report_of
 
 from dsd_refine.checkpoint.transformers import TransformersLibrary
 from dsd_refine.errors import CheckpointError, DataError
+from dsd_refine.method import Run
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks import Scores
 from dsd_refine.tasks.data import read_tables
@@ -498,9 +500,17 @@ def test_stopped_and_resumed(command, heard, tmp_path, model):
     same(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("model", ["group", "layer"])
-def test_two_processes_are_one_of_twice_the_batch(command, heard, tmp_path, model):
-    args = [heard / model, "--data", heard / "data", "--optimizer", "sgd", "--lr", "0.01", "--warmup-steps", "0", "--quiet",
+def test_the_margin_of_an_error_rate_is_absolute():
+    """Half a point, as of any fraction; only a loss's margin is relative."""
+    task = SimpleNamespace(metric="wer", higher_is_better=False, metrics=lambda scores: {"wer": 0.1})
+    run = SimpleNamespace(task=task, recipe=SimpleNamespace(margin=0.005), seeds={"baseline": [None]})
+    assert Run.margin.fget(run) == 0.005
+    run.task = SimpleNamespace(metric="loss", higher_is_better=False, metrics=lambda scores: {"loss": 2.0})
+    assert Run.margin.fget(run) == 0.01
+
+
+def test_two_processes_are_one_of_twice_the_batch(command, heard, tmp_path):
+    args = [heard / "group", "--data", heard / "data", "--optimizer", "sgd", "--lr", "0.01", "--warmup-steps", "0", "--quiet",
             "--sparse-steps", 3, "--dense-steps", 2, "--gate", "none", "--device", "cpu"]  # fmt: skip
     two = torchrun(*args, "-o", tmp_path / "two", "--batch-size", 4)
     assert two.returncode == 0, two.stderr
