@@ -363,8 +363,12 @@ def pack_optimizer(optimizer: Any) -> dict[str, torch.Tensor]:
 def unpack_optimizer(tensors: dict[str, torch.Tensor], optimizer: Any) -> None:
     """Put `pack_optimizer`'s tensors back, in place."""
     state: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, number, field = name.split(".", 2)
-            state.setdefault(int(number), {})[field] = value
+            # a fused step goes through memory: what belongs to a weight must lie like it
+            like = parameters[int(number)]
+            same = value.shape == like.shape
+            state.setdefault(int(number), {})[field] = torch.empty_like(like, device="cpu").copy_(value) if same else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dsd_refine.errors import Interrupted, RunError
-from dsd_refine.masks import Masks, apply_masks, check_masks, mask_gradients, stable_seed
+from dsd_refine.masks import Masks, check_masks, mask_gradients, masker, stable_seed
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.settings import train_mode
 from dsd_refine.tasks import Batch, Forward, Item, Scores, Task
@@ -55,7 +55,7 @@ class Loop:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch; the incomplete last group is a step of its own."""
-        micro = len(micro_batches(self.task.train.units, self.recipe.batch_size * self.world, self.has_batchnorm))
+        micro = micro_count(self.task.train.units, self.recipe.batch_size * self.world, self.has_batchnorm)
         return math.ceil(micro / self.recipe.gradient_accumulation_steps)
 
 
@@ -110,6 +110,12 @@ def micro_batches(units: int, size: int, has_batchnorm: bool) -> list[range]:
     return found
 
 
+def micro_count(units: int, size: int, has_batchnorm: bool) -> int:
+    """How many `micro_batches` makes, without making them: this is asked for at every step."""
+    joined = has_batchnorm and units > size and units % size == 1
+    return math.ceil(units / size) - joined
+
+
 def shares(micro: Any, size: int, world: int, has_batchnorm: bool) -> list[Any]:
     """The rows of a micro-batch that each process takes: in order, `size` each, the last what is left (perhaps none)."""
     size = max(size, 2) if has_batchnorm else size
@@ -136,7 +142,8 @@ class _Plan(Sampler[tuple[list[Item], bool]]):
     def __init__(self, loop: Loop, key: Key, first: int, total: int) -> None:
         self.loop, self.key, self.first, self.total = loop, key, first, total
 
-    def groups(self) -> Iterator[list[tuple[list[Item], bool]]]:
+    def groups(self) -> Iterator[list[tuple[np.ndarray[Any, Any], int]]]:
+        """Of each step its micro-batches over all processes: (rows, epoch)."""
         loop, recipe, units = self.loop, self.loop.recipe, self.loop.task.train.units
         micro = micro_batches(units, recipe.batch_size * loop.world, loop.has_batchnorm)
         size, per_epoch, epoch, order = recipe.gradient_accumulation_steps, loop.steps_per_epoch, -1, np.empty(0)
@@ -145,7 +152,7 @@ class _Plan(Sampler[tuple[list[Item], bool]]):
                 epoch = step // per_epoch
                 order = epoch_order(self.key, epoch, units)
             place = step % per_epoch
-            yield [self._mine(order[np.asarray(m)], epoch) for m in micro[place * size : (place + 1) * size]]
+            yield [(order[np.asarray(m)], epoch) for m in micro[place * size : (place + 1) * size]]
 
     def _mine(self, micro: np.ndarray[Any, Any], epoch: int) -> tuple[list[Item], bool]:
         loop, rank = self.loop, self.loop.accelerator.process_index
@@ -155,7 +162,7 @@ class _Plan(Sampler[tuple[list[Item], bool]]):
 
     def __iter__(self) -> Iterator[tuple[list[Item], bool]]:
         for group in self.groups():
-            yield from group
+            yield from (self._mine(rows, epoch) for rows, epoch in group)
 
 
 class _Loader(Dataset[Batch]):
@@ -180,7 +187,9 @@ def _loader(loop: Loop, part: Any, plan: Any) -> DataLoader[Batch]:
 def make_optimizer(loop: Loop, phase: Phase) -> AcceleratedOptimizer:
     """A new optimizer for a phase: SGD (no Nesterov) or AdamW, without decay on 1-D parameters.
 
-    Wrapped by hand: `accelerator.prepare` would hold every phase's optimizer, with its state, until the end of the run.
+    Fused: one pass over the weights in place of four to ten, on a CPU as well; but with a loss scale it would skip steps
+    without saying so. Wrapped by hand: `accelerator.prepare` would hold every phase's optimizer, with its state, until the
+    end of the run.
     """
     recipe = loop.recipe
     trained = [p for p in loop.model.parameters() if p.requires_grad]
@@ -189,12 +198,17 @@ def make_optimizer(loop: Loop, phase: Phase) -> AcceleratedOptimizer:
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    scaler = loop.accelerator.scaler
     optimizer: torch.optim.Optimizer
     if recipe.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=phase.lr)
+        optimizer = torch.optim.AdamW(groups, lr=phase.lr, fused=scaler is None)
     else:
-        optimizer = torch.optim.SGD(groups, lr=phase.lr, momentum=recipe.momentum)
-    return AcceleratedOptimizer(optimizer, device_placement=False, scaler=loop.accelerator.scaler)
+        optimizer = torch.optim.SGD(groups, lr=phase.lr, momentum=recipe.momentum, fused=scaler is None)
+    return AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+
+
+def _nothing() -> None:
+    pass
 
 
 def train_phase(
@@ -208,7 +222,7 @@ def train_phase(
     *,
     remask: Callable[[int], Masks],
     epoch_end: Callable[[int], None],
-    step_end: Callable[[], None] = lambda: None,
+    step_end: Callable[[], None] = _nothing,
 ) -> None:
     """Run a phase from `done.step` to its end: step, then mask (paper, section 3 and algorithm 1).
 
@@ -224,6 +238,7 @@ def train_phase(
     if done.step > done.ended and _ends_epoch(loop, done.step, total):  # a stop came between this step and its epoch's end
         _end_epoch(loop, done, epoch_end)
     train_mode(loop.model)
+    mask = masker(masks, loop.parameters)
     for group in plan.groups():
         started = time.perf_counter()
         step = done.step + 1
@@ -232,12 +247,15 @@ def train_phase(
             parameters["lr"] = rate
         anew = bool(phase.refresh) and step % int(phase.refresh or 1) == 0 and step < total
         free = anew and phase.criterion == "magnitude"  # what is masked may come back by its gradient
-        loss, samples, stop = _step(loop, [next(batches) for _ in group], key, step, optimizer, {} if free else masks)
+        loss, samples, stop = _step(
+            loop, [next(batches) for _ in group], key, step, optimizer, {} if free else masks, _nothing if free else mask
+        )
         if not math.isfinite(loss):
             raise RunError(f"{label}: the loss of step {step} of {total} is {loss}; try a lower --lr, or --max-grad-norm")
         if anew:
             masks.update(remask(step // int(phase.refresh or 1)))
-            apply_masks(masks, loop.parameters)
+            mask = masker(masks, loop.parameters)
+            mask()
         skipped = bool(optimizer.step_was_skipped)
         step_end()
         _count(done, step, rate, loss, samples, skipped, time.perf_counter() - started)
@@ -279,14 +297,17 @@ def _count(done: Progress, step: int, rate: float, loss: float, samples: int, sk
     done.seconds += seconds
 
 
-def _step(loop: Loop, group: list[Batch], key: Key, step: int, optimizer: Any, masks: Masks) -> tuple[float, int, bool]:
+def _step(
+    loop: Loop, group: list[Batch], key: Key, step: int, optimizer: Any, masks: Masks, mask: Callable[[], None]
+) -> tuple[float, int, bool]:
     """One optimizer step over a group of micro-batches: (mean loss, samples, should the run stop), over all processes.
 
     The loss is the sum over the group's real targets divided by their number, however they were split (rule 12).
     """
     device, rank = loop.accelerator.device, loop.accelerator.process_index
-    counts = torch.tensor([sum(b.count for b in group), sum(len(b.targets) for b in group if b.count)], device=device)
-    targets, samples = (int(n) for n in loop.accelerator.reduce(counts, "sum")) if loop.world > 1 else counts.tolist()
+    targets, samples = sum(b.count for b in group), sum(len(b.targets) for b in group if b.count)
+    if loop.world > 1:
+        targets, samples = loop.accelerator.reduce(torch.tensor([targets, samples], device=device), "sum").tolist()
     total = torch.zeros((), device=device)
     for number, batch in enumerate(group):
         last = number == len(group) - 1
@@ -302,12 +323,12 @@ def _step(loop: Loop, group: list[Batch], key: Key, step: int, optimizer: Any, m
         loop.accelerator.unscale_gradients(optimizer)
         nn.utils.clip_grad_norm_(loop.model.parameters(), loop.recipe.max_grad_norm)
     optimizer.step()
-    apply_masks(masks, loop.parameters)
+    mask()
     optimizer.zero_grad()
+    if loop.world == 1:
+        return float(total) / max(1, targets), samples, loop.stopping()
     sums = torch.stack([total, torch.tensor(float(loop.stopping()), device=device)])
-    if loop.world > 1:
-        sums = loop.accelerator.reduce(sums, "sum")
-    loss_sum, stop = sums.tolist()
+    loss_sum, stop = loop.accelerator.reduce(sums, "sum").tolist()
     return loss_sum / max(1, targets), samples, stop > 0
 
 
