@@ -18,12 +18,13 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
 from dsd_refine import masks as masking
+from dsd_refine import moments
 from dsd_refine import space
 from dsd_refine.average import Average
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_checkpoint
 from dsd_refine.compare import Comparison, compare, gate_passed, holm, verdict
 from dsd_refine.distill import distilled
-from dsd_refine.errors import Interrupted, UsageError
+from dsd_refine.errors import DsdError, Interrupted, UsageError
 from dsd_refine.layers import open_layers
 from dsd_refine.masks import Layer, Masks
 from dsd_refine.preflight import preflight
@@ -172,8 +173,11 @@ def one_phase(run: Run, phase: Phase, done: Progress, last: bool) -> None:
         at["stash"] = masking.masked_values(masks, parameters) if phase.refresh and phase.criterion == "random" else {}
         return masks
 
-    masks = at["masks"] = at["masks"] if at["masks"] is not None else make(0)
+    begun = at["masks"] is not None
+    look(run, "start" if not at["number"] else "unmasked" if phase.kind == "dense" else None, begun)
+    masks = at["masks"] = at["masks"] if begun else make(0)
     masking.apply_masks(masks, parameters)
+    look(run, "pruned" if masks else None, begun)
     optimizer = at["optimizer"] = make_optimizer(loop, phase)
     unpack_optimizer(at["saved"], optimizer)
 
@@ -190,7 +194,17 @@ def one_phase(run: Run, phase: Phase, done: Progress, last: bool) -> None:
                 step_end=average.step_end)  # fmt: skip
     settle(run, key, masks, done, average, last)
     masking.check_masks(masks, parameters)
+    look(run, "after S" if masks else "after re-D" if phase.kind == "dense" else None)
     leave(run, phase, done, masks, last)
+
+
+def look(run: Run, moment: str | None, begun: bool = False) -> None:
+    """Keep the refined arm's weight histograms at one of the paper's moments, for report.html; not again in a phase taken up."""
+    at = run.current
+    if moment is None or begun or at["arm"] != "refined":
+        return
+    book = run.state.setdefault("pictures", {}).setdefault(str(at["attempt"]), {})
+    moments.take(book, moments.choose(run.layers, run.loop.parameters), run.loop.parameters, moment)
 
 
 def settle(run: Run, key: Key, masks: Masks, done: Progress, average: Average, last: bool) -> None:
@@ -238,7 +252,7 @@ def _open(
     with accelerator.main_process_first():
         task = open_task(recipe, library.task, library, model, workspace.partial / "cache", options.download)
     loop = open_loop(checkpoint, task, recipe, options, accelerator, workspace, signals)
-    lost = unreached(loop)
+    lost = first_look(loop)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in lost)
     check_settings(model, recipe)
@@ -256,6 +270,23 @@ def _open(
         accelerator.scaler.load_state_dict(workspace.state["scaler"])
     loop.save = lambda: save(run)
     return run
+
+
+def first_look(loop: Loop) -> list[str]:
+    """`unreached`, where model and data meet for the first time: what does not fit shows before anything is trained.
+
+    Raises:
+        UsageError: the model cannot compute on these data.
+    """
+    try:
+        return unreached(loop)
+    except DsdError:
+        raise
+    except Exception as error:  # a model raises whatever inputs that it is not made for make it raise
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"the model cannot compute on these data: {text}. Do config and preprocessing belong to it?") from None
 
 
 def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
@@ -423,6 +454,7 @@ def leave(run: Run, phase: Phase, done: Progress, masks: Masks, last: bool) -> N
     )  # fmt: skip
     if at["arm"] == "refined" and sparse:
         run.state.setdefault("zeros", {}).setdefault(str(at["attempt"]), zeros)
+        run.state.setdefault("empty", {}).setdefault(str(at["attempt"]), masking.empty_filters(run.layers, run.loop.parameters))
     if at["arm"] == "refined" and run.options.save_phases and run.workspace.writes:
         folder = run.workspace.partial / "phases" / str(at["attempt"]) / f"{at['number'] + 1}-{phase.kind}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -227,4 +227,11 @@ def _warnings(run: Run) -> list[str]:
     lines = []
     if run.task.holdout is not None and len(run.tries) * len(run.arms) > 1 and len(run.task.holdout.rows) < 100:
         lines.append(f"the holdout has only {len(run.task.holdout.rows)} rows: what it selects is partly chance")
+    empty = run.state.get("empty", {}).get(str(run.selected("refined")["attempt"]), {})
+    if empty:
+        most = max(empty, key=lambda name: empty[name][0])
+        lines.append(
+            f"{sum(count for count, _ in empty.values()):,} filters held only zeros at the sparse phase's end, in {len(empty)} "
+            f"layers ({most}: {empty[most][0]} of {empty[most][1]}); --exclude leaves such layers out"
+        )
     return lines + few_maskable(run.layers)

@@ -337,3 +337,35 @@ def test_every_kind_of_phase_goes_on_after_a_stop(command, tmp_path, made, monke
         assert command(*args, "-o", tmp_path / f"out{at}", "--resume").code == 0
         for name in ("model.safetensors", "dsd/predictions.parquet"):
             assert (tmp_path / f"out{at}" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+# ---------------------------------------------------------------- pictures of the weights, empty filters
+
+
+def test_the_papers_five_moments_are_kept_and_a_stop_changes_none(command, made, tmp_path, monkeypatch):
+    import json
+
+    from test_resume import stop_after
+
+    args = [made / "timm", "--data", made / "pictures", *SHORT, "--sparsity", "0.5", "--quiet"]
+    with monkeypatch.context() as patched:
+        stop_after(patched, 4)
+        assert command(*args, "-o", tmp_path / "out").code == 4
+    state = json.loads((tmp_path / "out.partial/state.json").read_text())
+    (book,) = state["pictures"].values()
+    for pictures in book.values():
+        moments = {picture["moment"]: picture for picture in pictures}
+        assert list(moments) == ["start", "pruned", "after S", "unmasked"]
+        weights = sum(moments["start"]["counts"]) + moments["start"]["zeros"]
+        assert moments["pruned"]["zeros"] >= round(0.5 * weights)
+        assert moments["after S"] | {"moment": ""} == moments["unmasked"] | {"moment": ""}
+    assert command(*args, "-o", tmp_path / "out", "--resume").code == 0
+    assert "after re-D" in (tmp_path / "out/dsd/report.html").read_text()
+
+
+def test_empty_filters_are_warned_of(command, made, tmp_path):
+    args = [made / "timm", "--data", made / "pictures", *SHORT, "--quiet", "--sparsity"]
+    assert command(*args, "0.98", "-o", tmp_path / "a").code == 0
+    assert any("held only zeros" in line for line in report_of(tmp_path / "a")["warnings"])
+    assert command(*args, "0.1", "-o", tmp_path / "b").code == 0
+    assert not any("held only zeros" in line for line in report_of(tmp_path / "b")["warnings"])
