@@ -18,8 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
 from dsd_refine import masks as masking
-from dsd_refine import moments
-from dsd_refine import space
+from dsd_refine import moments, space
 from dsd_refine.average import Average
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_checkpoint
 from dsd_refine.compare import Comparison, compare, gate_passed, holm, verdict
@@ -199,7 +198,7 @@ def one_phase(run: Run, phase: Phase, done: Progress, last: bool) -> None:
 
 
 def look(run: Run, moment: str | None, begun: bool = False) -> None:
-    """Keep the refined arm's weight histograms at one of the paper's moments, for report.html; not again in a phase taken up."""
+    """Keep the refined arm's weight histograms at one of the paper's moments, for report.html; not in a phase taken up."""
     at = run.current
     if moment is None or begun or at["arm"] != "refined":
         return
