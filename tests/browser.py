@@ -39,9 +39,14 @@ class Browser:
     def __init__(self, driver: str, profile: Path) -> None:
         self.driver = driver
         options = {"binary": CHROMIUM, "args": [*QUIET, f"--user-data-dir={profile}"]}
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"performance": "ALL"}}
+        wanted = {
+            "browserName": "chrome",
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"performance": "ALL", "browser": "ALL"},
+        }
         self.session = ""
         self.session = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        self._call("POST", "/url", {"url": "about:blank"})
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
         place = f"/session/{self.session}" if self.session else ""
@@ -55,6 +60,7 @@ class Browser:
         self.devtools("Emulation.setDeviceMetricsOverride", **metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.devtools("Emulation.setEmulatedMedia", media=media, features=[scheme])
+        self.requests(), self.errors()
         self._call("POST", "/url", {"url": url})
 
     def run(self, script: str) -> Any:
@@ -64,9 +70,13 @@ class Browser:
         return self._call("POST", "/goog/cdp/execute", {"cmd": command, "params": params})
 
     def requests(self) -> list[str]:
-        """URLs that the page has asked for since the last look, itself included."""
+        """URLs that have been asked for since `open`, the page itself included."""
         entries = [json.loads(entry["message"])["message"] for entry in self._call("POST", "/se/log", {"type": "performance"})]
         return [e["params"]["request"]["url"] for e in entries if e["method"] == "Network.requestWillBeSent"]
+
+    def errors(self) -> list[str]:
+        """What the console says since `open`: scripts and requests that were refused, above all."""
+        return [entry["message"] for entry in self._call("POST", "/se/log", {"type": "browser"})]
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """A PNG of the whole page, or of what is in view."""

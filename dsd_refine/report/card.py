@@ -220,8 +220,8 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str 
         "",
         f"**Verdict: {report['verdict']}** ({WORDS[report['verdict']]}).{gate}",
         "",
-        " ".join(text for text in (words.measured(report), words.rows_words(report)) if text),
-        *(f"\n{sentence}" for sentence in words.credit(report)),
+        _plain(" ".join(text for text in (words.measured(report), words.rows_words(report)) if text)),
+        *(f"\n{_plain(sentence)}" for sentence in words.credit(report)),
         "",
         *_arms_table(report),
         "",
@@ -268,13 +268,13 @@ def _comparison_table(report: Mapping[str, Any]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [[_cell(text) for text in row] for row in (head, *rows)]
+    lines = [[_plain(text) for text in row] for row in (head, *rows)]
     marks = ["---", *["---:"] * (len(head) - 1)]
     return ["| " + " | ".join(line) + " |" for line in (lines[0], marks, *lines[1:])]
 
 
-def _cell(text: str) -> str:
-    """Text that is nothing but text in a Markdown table."""
+def _plain(text: str) -> str:
+    """Text that is nothing but text in Markdown, also in a table."""
     for sign, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(sign, entity)
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", " ".join(text.split()))
