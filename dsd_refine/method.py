@@ -245,7 +245,7 @@ def _open(
     workspace: Workspace,
     signals: Signals,
 ) -> Run:
-    seed_all(recipe.seed)
+    seed_all(recipe.seed, accelerator.device)
     checkpoint = open_checkpoint(source, library, allow_pickle=options.allow_pickle)
     model = checkpoint.model
     with accelerator.main_process_first():

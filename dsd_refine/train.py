@@ -311,7 +311,7 @@ def _step(
     total = torch.zeros((), device=device)
     for number, batch in enumerate(group):
         last = number == len(group) - 1
-        seed_all(stable_seed(*key, step, number, rank, "dropout"))
+        seed_all(stable_seed(*key, step, number, rank, "dropout"), device)
         with nullcontext() if last or loop.world == 1 else loop.accelerator.no_sync(loop.forward):
             with loop.accelerator.autocast():
                 loss = (loop.loss or loop.task.loss)(loop.forward, _on_device(loop, batch))
@@ -340,11 +340,17 @@ def _on_device(loop: Loop, batch: Batch) -> Batch:
     return batch
 
 
-def seed_all(seed: int) -> None:
-    """Re-seed python's, numpy's and torch's generators on every device."""
+def seed_all(seed: int, device: torch.device) -> None:
+    """Re-seed python's, numpy's and torch's generators. `device` is the one that is drawn on.
+
+    `torch.manual_seed` writes down a stack trace for each device that is not in use, at every step.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 @contextmanager
