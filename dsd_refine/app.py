@@ -219,10 +219,12 @@ def verify(source: str, output: str, trust_remote_code: bool, allow_pickle: bool
     from dsd_refine.checkpoint import verify as check
     from dsd_refine.checkpoint.layout import read_json
     from dsd_refine.checkpoint.verify import report_lines
+    from dsd_refine.recipe import TASKS
 
     if not Path(output, "dsd/report.json").is_file():
         raise UsageError(f"{output}: is no output of dsd-refine: it has no dsd/report.json")
     task = read_json(Path(output, "dsd/report.json")).get("task")
+    task = task if isinstance(task, str) and task in TASKS else None
     found = find_source(source, allow_pickle=allow_pickle)
     checkpoint = open_checkpoint(found, open_library(found, task, trust_remote_code), allow_pickle=allow_pickle)
     problems = check(checkpoint, Path(output))
@@ -235,7 +237,7 @@ def verify(source: str, output: str, trust_remote_code: bool, allow_pickle: bool
 def recipes(context: click.Context) -> None:
     """List the shipped recipes, or `show` one."""
     if context.invoked_subcommand is None:
-        from dsd_refine.recipe import shipped
+        from dsd_refine.shelf import shipped
 
         known = shipped()
         width = max(map(len, known))
@@ -248,14 +250,15 @@ def recipes(context: click.Context) -> None:
 @click.argument("name")
 def show(name: str) -> None:
     """Print a shipped recipe."""
-    from dsd_refine.recipe import find_recipe
+    from dsd_refine.shelf import find_recipe
 
     _result(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
 
 
 def _choose_recipe(library: Any, given: dict[str, Any], say: Callable[[str], None]) -> Recipe:
     """The recipe named, else the one that matches the model, else the task's; with --set and flags laid over it."""
-    from dsd_refine.recipe import apply_flags, find_recipe, match_recipe, read_recipe, set_field, validate
+    from dsd_refine.recipe import apply_flags, match_recipe, read_recipe, set_field, validate
+    from dsd_refine.shelf import find_recipe
 
     if given["recipe"]:
         path, why = find_recipe(given["recipe"]), "given"

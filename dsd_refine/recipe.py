@@ -1,6 +1,6 @@
 """A recipe: a list of phases and everything else that decides a result. Frozen, validated, written back out.
 
-Light on purpose: `recipes` and `--help` must not pay for torch, so nothing here imports more than pydantic and PyYAML.
+Light on purpose: a mistake in a recipe is said before anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dsd_refine.errors import RecipeError
+from dsd_refine.shelf import find_recipe, shipped
 
 TaskName = Literal["image-classification", "text-classification", "causal-lm", "masked-lm", "ctc-speech", "image-captioning"]
 TASKS: tuple[str, ...] = get_args(TaskName)
@@ -212,34 +213,6 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of fields such as `phases:`; see `dsd-refine recipes show`")
     return raw
-
-
-def recipes_folder() -> Path:
-    """Where the shipped recipes lie: inside the installed package, or beside it in a checkout."""
-    inside = Path(__file__).parent / "recipes"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
-
-
-def shipped() -> dict[str, Path]:
-    """Name -> file of every shipped recipe, sorted by name."""
-    return {path.stem: path for path in sorted(recipes_folder().rglob("*.yaml"))}
-
-
-def find_recipe(name: str) -> Path:
-    """The file of a recipe given by shipped name or by path.
-
-    Raises:
-        RecipeError: neither a shipped name nor a file.
-    """
-    known = shipped()
-    if name in known:
-        return known[name]
-    path = Path(name)
-    if path.is_file():
-        return path
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise RecipeError(f"no recipe {name!r}: not a file, and not one of {', '.join(known)}{hint}")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
