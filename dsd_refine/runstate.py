@@ -5,6 +5,7 @@ State is safetensors and JSON, never pickle; each save has a name of its own, is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from dsd_refine import space
+from dsd_refine.checkpoint.layout import sha256_file
 from dsd_refine.checkpoint.write import sync, sync_folder
 from dsd_refine.errors import RunError, UsageError
 
@@ -51,6 +53,7 @@ class Workspace:
         self.need = 0
         self.last_save = time.monotonic()
         self.unsaved = 0
+        self._log_hash = hashlib.sha256()
 
     @property
     def ready(self) -> Path:
@@ -156,16 +159,20 @@ class Workspace:
 
     def _cut_log(self) -> None:
         size = self.state.get("log_bytes", 0)
-        with self.log_file.open("ab") as file:
-            if file.tell() < size:
-                raise UsageError(f"{self.log_file}: is shorter than when it was saved; start anew with --overwrite")
+        with self.log_file.open("a+b") as file:
+            file.seek(0)
+            self._log_hash = hashlib.sha256(file.read(size))
+            if self._log_hash.hexdigest() != self.state.get("log_sha256", hashlib.sha256().hexdigest()):
+                raise _unusable(self.log_file, ValueError("it is not what was saved"))
             file.truncate(size)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to log.jsonl and flush it."""
         if self.writes:
-            with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            data = (json.dumps(line) + "\n").encode()
+            with self.log_file.open("ab") as file:
+                file.write(data)
+            self._log_hash.update(data)
 
     def save_due(self) -> bool:
         return time.monotonic() - self.last_save > self.save_every or self.unsaved >= space.UNSAVED
@@ -180,12 +187,12 @@ class Workspace:
     def _write_state(self, tensors: dict[str, torch.Tensor] | None) -> None:
         number = int(self.state.get("save", 0)) + 1
         self.state["save"] = number
-        self.state["log_bytes"] = self._sync_log()
+        self.state["log_bytes"], self.state["log_sha256"] = self._sync_log(), self._log_hash.hexdigest()
         self.state["tensors"] = None
         if tensors is not None:
             self.state["tensors"] = f"state-{number}.safetensors"
             self.write_tensors(self.state["tensors"], tensors)
-        replace_text(self.partial / "state.json", json.dumps(self.state))
+        replace_text(self.partial / "state.json", json.dumps(self.state | {"sha256": _digest(self.state)}))
         self._sweep()
 
     def _sync_log(self) -> int:
@@ -200,13 +207,16 @@ class Workspace:
         for path in [path for pattern in SWEPT for path in self.partial.glob(pattern)]:
             if path.name not in named:
                 path.unlink()
+                self.state.get("files", {}).pop(path.name, None)
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Write a safetensors file into OUT.partial/ whole or not at all (aliases are stored each by itself)."""
         self.unsaved += 1
         if self.writes:
             own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
-            replace_bytes(self.partial / name, save(own))
+            data = save(own)
+            self.state.setdefault("files", {})[name] = hashlib.sha256(data).hexdigest()
+            replace_bytes(self.partial / name, data)
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """What `write_tensors` wrote.
@@ -214,10 +224,13 @@ class Workspace:
         Raises:
             UsageError: it is not there, or not what was written.
         """
+        path, digest = self.partial / Path(name).name, self.state.get("files", {}).get(name)
         try:
-            return load_file(self.partial / Path(name).name)
+            if digest is not None and sha256_file(path) != digest:
+                raise ValueError("it is not what was saved")
+            return load_file(path)
         except Exception as error:  # safetensors has its own errors for a broken file
-            raise _unusable(self.partial / name, error) from None
+            raise _unusable(path, error) from None
 
     def publish(self) -> None:
         """Make OUT appear by one rename, then remove OUT.partial/.
@@ -273,11 +286,15 @@ def sync_file(path: Path) -> None:
 def _read_state(file: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
-            raise ValueError("it does not say what run it is of")
+        if not isinstance(state, dict) or state.pop("sha256", None) != _digest(state):
+            raise ValueError("it is not what was saved")
     except (OSError, ValueError, RecursionError) as error:
         raise _unusable(file, error) from None
     return state
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _unusable(file: Path, error: Exception) -> UsageError:

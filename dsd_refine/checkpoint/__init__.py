@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from dsd_refine.checkpoint.guard import bounded
 from dsd_refine.checkpoint.layout import (
     SINGLE,
     TRAINABLE,
@@ -21,16 +23,18 @@ from dsd_refine.checkpoint.layout import (
 )
 from dsd_refine.checkpoint.placement import Placement, place
 from dsd_refine.checkpoint.source import Source, find_source
-from dsd_refine.checkpoint.timm import TimmLibrary
-from dsd_refine.checkpoint.torchvision import TorchvisionLibrary
-from dsd_refine.checkpoint.transformers import TransformersLibrary
 from dsd_refine.checkpoint.verify import verify
 from dsd_refine.checkpoint.write import copy_file, write_weights, written_dtypes
 from dsd_refine.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Layout", "Source", "find_source", "open_checkpoint", "open_library", "verify"]
 
-Library = TimmLibrary | TorchvisionLibrary | TransformersLibrary
+if TYPE_CHECKING:
+    from dsd_refine.checkpoint.timm import TimmLibrary
+    from dsd_refine.checkpoint.torchvision import TorchvisionLibrary
+    from dsd_refine.checkpoint.transformers import TransformersLibrary
+
+Library: TypeAlias = "TimmLibrary | TorchvisionLibrary | TransformersLibrary"
 
 
 @dataclass(frozen=True)
@@ -92,16 +96,24 @@ def _part(tensor: torch.Tensor, elements: torch.Tensor, dtype: torch.dtype) -> t
 
 
 def open_library(source: Source, task: str | None = None, trust_remote_code: bool = False) -> Library:
-    """The adapter of the library that the source is for.
+    """The adapter of the library that the source is for: the others are not imported.
 
     Raises:
         CheckpointError: its config cannot be used, or is for another task than asked.
     """
     if source.library == "transformers":
+        from dsd_refine.checkpoint.transformers import TransformersLibrary
+
         return TransformersLibrary.open(source.folder, task, trust_remote_code)
     if task not in (None, "image-classification"):
         raise CheckpointError(f"{source.model}: a {source.library} model does image-classification, not {task}")
-    return TorchvisionLibrary.open(source.folder) if source.library == "torchvision" else TimmLibrary.open(source.folder)
+    if source.library == "torchvision":
+        from dsd_refine.checkpoint.torchvision import TorchvisionLibrary
+
+        return TorchvisionLibrary.open(source.folder)
+    from dsd_refine.checkpoint.timm import TimmLibrary
+
+    return TimmLibrary.open(source.folder)
 
 
 def open_checkpoint(source: Source, library: Library, *, allow_pickle: bool = False) -> Checkpoint:
@@ -113,7 +125,10 @@ def open_checkpoint(source: Source, library: Library, *, allow_pickle: bool = Fa
     layout = read_layout(source.folder, allow_pickle)
     tensors = {name: layout.tensor(name) for name in layout.names()}
     masters = {name: t.to(torch.float32) if t.dtype in TRAINABLE else t for name, t in tensors.items()}
-    model = library.load(masters, torch.float32)
+    with _bounded(layout):
+        if library.name != "transformers":  # which builds on the meta device first by itself
+            library.build_meta()
+        model = library.load(masters, torch.float32)
     state = model.state_dict()
     placement = place(layout, model, library.load, lambda name: _same(tensors[name], state[name]))
     _refuse_values(layout, placement, tensors)
@@ -128,16 +143,23 @@ def open_checkpoint(source: Source, library: Library, *, allow_pickle: bool = Fa
 
 def open_shapes(source: Source, library: Library, *, allow_pickle: bool = False) -> Checkpoint:
     """The same on the meta device, for `plan`: headers are read where the weights are here, no values either way."""
-    model = library.build_meta()
     try:
         layout = read_layout(source.folder, allow_pickle)
+        with _bounded(layout):
+            model = library.build_meta()
     except CheckpointError:
         if source.revision is None:
             raise
+        with bounded(None, None):
+            model = library.build_meta()
         head, entries = build_header(dict(model.state_dict()), {"format": "pt"})
         file = WeightFile(SINGLE, source.folder / SINGLE, head, None, entries)
         layout = Layout(source.folder, (file,), None, {e.name: (file, e) for e in entries})
     return Checkpoint(source, library, layout, model, place(layout, model, library.load, lambda name: True), ())
+
+
+def _bounded(layout: Layout) -> AbstractContextManager[None]:
+    return bounded(len(layout.where), sum(entry.numel for _, entry in layout.where.values()))
 
 
 def _same(filed: torch.Tensor, held: torch.Tensor) -> bool:

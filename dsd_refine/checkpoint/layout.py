@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 HEADER_LIMIT = 100_000_000  # the format's own limit
+BRACKETS = 1_000_000  # objects and lists in a header or config: three for each tensor
 BLOCK = 1 << 24
 
 
@@ -207,14 +209,27 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: cannot be read, an LFS pointer, not a JSON object.
     """
     try:
+        if path.stat().st_size > HEADER_LIMIT:
+            raise ValueError(f"it has more than {HEADER_LIMIT:,} bytes")
         raw = path.read_bytes()
         refuse_pointer(raw, path)
-        value = json.loads(raw)
+        value = json.loads(bounded_json(raw))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+        raise CheckpointError(f"{path}: not readable as JSON: {error!s:.300}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is not a JSON object")
     return value
+
+
+def bounded_json(raw: bytes) -> bytes:
+    """The same bytes, if no more comes of them than a checkpoint needs: an empty object takes 2 bytes here and 64 in memory.
+
+    Raises:
+        ValueError: too many objects, lists or values.
+    """
+    if raw.count(b"{") + raw.count(b"[") > BRACKETS or raw.count(b",") > 5 * BRACKETS:
+        raise ValueError("it holds more values than any checkpoint has")
+    return raw
 
 
 def refuse_pointer(start: bytes, path: Path) -> None:
@@ -239,11 +254,11 @@ def read_header(path: Path) -> WeightFile:
                 raise CheckpointError(f"{path}: not a safetensors file, or cut short (header of {length} bytes)")
             file.seek(0)
             head = file.read(8 + length)
-        header = json.loads(head[8:].decode("utf-8"), object_pairs_hook=_no_doubles)
+        header = json.loads(bounded_json(head[8:]).decode("utf-8"), object_pairs_hook=_no_doubles)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is broken: {error}") from None
+        raise CheckpointError(f"{path}: the safetensors header is broken: {error!s:.300}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not an object")
     metadata = header.pop("__metadata__", None)
@@ -346,8 +361,9 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the pickle makes it raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read weights-only, refused ({first[:200]})") from None
+        wanted = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text advises to load it unsafely
+        why = f"it wants {wanted[1]}, which is no tensor" if wanted else "it is no whole file of tensors"
+        raise CheckpointError(f"{path}: cannot be read weights-only, refused ({why})") from None
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]

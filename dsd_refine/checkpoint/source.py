@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsd_refine.checkpoint.guard import refuse_counts
 from dsd_refine.checkpoint.hub import ask_hub, check_blobs
 from dsd_refine.checkpoint.layout import INDEX, SINGLE, read_json
 from dsd_refine.errors import CheckpointError, UsageError
@@ -88,6 +89,7 @@ def _from_folder(model: str, folder: Path, resolved: str, revision: str | None) 
     if not config_file.is_file():
         raise CheckpointError(f"{resolved}: has no config.json, so neither timm's nor transformers' layout")
     config = read_json(config_file)
+    refuse_counts(config_file, config)
     if config.get("library") == "torchvision":
         return Source(model, resolved, revision, folder, "torchvision")
     if "architecture" in config or "pretrained_cfg" in config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,13 @@ import torch
 from timm.models._hub import load_model_config_from_path
 
 from dsd_refine.errors import CheckpointError
+
+# arguments of `timm.create_model` itself: what else to load, from where, and how
+OURS = set(inspect.signature(timm.create_model).parameters) | {
+    "pretrained_strict",
+    "pretrained_filter_fn",
+    "pretrained_custom_load",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,11 @@ class TimmLibrary:
             raise CheckpointError(f"{folder}/config.json: timm {timm.__version__} has no architecture {architecture!r}")
         if cfg["num_classes"] <= 0:
             raise CheckpointError(f"{folder}/config.json: a model without classifier (num_classes 0) has nothing to refine")
+        ours = sorted(OURS & set(args))
+        if ours:
+            raise CheckpointError(
+                f"{folder}/config.json: its model_args set {', '.join(ours)}, which is not theirs to set; refused"
+            )
         return cls(folder, architecture, cfg, dict(args))
 
     @property

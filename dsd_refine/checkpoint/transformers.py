@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from dsd_refine.checkpoint.layout import listed
+from dsd_refine.checkpoint.layout import listed, read_json
 from dsd_refine.errors import CheckpointError
 
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -69,6 +69,7 @@ class TransformersLibrary:
                     f"{folder}: needs code of its own; read that code, then give --trust-remote-code"
                 ) from None
             raise CheckpointError(f"{folder}/config.json: transformers cannot read it: {error!s:.300}") from None
+        _refuse_odd(folder, config, trust_remote_code)
         if getattr(config, "quantization_config", None):
             raise CheckpointError(f"{folder}: quantised weights cannot be refined; give the unquantised checkpoint")
         if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
@@ -125,7 +126,14 @@ class TransformersLibrary:
         return model
 
     def warnings(self, model: torch.nn.Module) -> list[str]:
-        """What is odd about the loaded model: a head that differs from the embedding that the config ties it to."""
+        """What is odd about the loaded model: code that came with it, a head that its config ties to another embedding."""
+        return [*self._code(), *self._untied(model)]
+
+    def _code(self) -> list[str]:
+        found = sorted(_code_files(self.folder)) if self.trust_remote_code else []
+        return [f"code that came with the model was run (--trust-remote-code): {listed(found)}"] if found else []
+
+    def _untied(self, model: torch.nn.Module) -> list[str]:
         get_in, get_out = getattr(model, "get_input_embeddings", None), getattr(model, "get_output_embeddings", None)
         if not (get_in and get_out and getattr(self.config, "tie_word_embeddings", False)):
             return []
@@ -141,6 +149,41 @@ class TransformersLibrary:
         config = copy.deepcopy(self.config)
         config.dtype = None
         return config
+
+
+def _refuse_odd(folder: Path, config: Any, trust_remote_code: bool) -> None:
+    """Refuse what the library takes as it comes: code named where a setting should be, names that are none."""
+    architectures, labels = config.architectures or [], getattr(config, "id2label", None)
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError(f"{folder}/config.json: `architectures` is not a list of class names")
+    if labels is not None and sorted(labels) != list(range(len(labels))):
+        raise CheckpointError(f"{folder}/config.json: `id2label` does not name the classes 0 to {len(labels) - 1}")
+    kernels = sorted(name for name in _implementations(read_json(folder / "config.json")) if "/" in name)
+    if kernels and not trust_remote_code:  # the library would fetch and run them
+        raise CheckpointError(
+            f"{folder}: wants the code of {listed(kernels)} from the Hub; look at it, then give --trust-remote-code"
+        )
+
+
+def _implementations(value: Any) -> Iterator[str]:
+    """The values of settings such as `attn_implementation`, which may name a kernel on the Hub."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if "implementation" in str(key):
+            yield from (text for text in (inner.values() if isinstance(inner, dict) else [inner]) if isinstance(text, str))
+        yield from _implementations(inner)
+
+
+def _code_files(folder: Path) -> set[str]:
+    """The modules that the folder's configs ask the library to run (`auto_map`)."""
+    found = set()
+    for path in folder.glob("*.json"):
+        try:
+            classes = read_json(path).get("auto_map")
+        except CheckpointError:
+            continue
+        for value in classes.values() if isinstance(classes, dict) else ():
+            found |= {str(name).rsplit(".", 1)[0] + ".py" for name in (value if isinstance(value, list) else [value]) if name}
+    return found
 
 
 def _infer(folder: Path, config: Any) -> str:

@@ -83,12 +83,17 @@ def _hashes(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str]
     if not (output / "dsd/report.json").is_file():
         yield "dsd/report.json is missing: nothing says what was written"
         return
-    report: dict[str, Any] = read_json(output / "dsd/report.json")
+    try:
+        report: dict[str, Any] = read_json(output / "dsd/report.json")
+        files = {side: {str(item["name"]): item["sha256"] for item in report[side]["files"]} for side in ("output", "source")}
+    except (CheckpointError, KeyError, TypeError) as error:
+        yield f"dsd/report.json is not a report with the hashes of output and source ({error!s:.200})"
+        return
     for side, root in (("output", folder), ("source", checkpoint.source.folder)):
-        for item in report[side]["files"]:
-            path = root / item["name"]
-            if not path.is_file() or sha256_file(path) != item["sha256"]:
-                yield f"{item['name']}: SHA-256 of the {side}'s file is not the one in the report"
+        for name, digest in files[side].items():
+            inside = "\0" not in name and ".." not in Path(name).parts and not Path(name).is_absolute()
+            if not inside or not (root / name).is_file() or sha256_file(root / name) != digest:
+                yield f"{name!s:.200}: SHA-256 of the {side}'s file is not the one in the report"
 
 
 def save_probe(path: Path, probes: Sequence[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
@@ -105,7 +110,11 @@ def _outputs(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str
     if not (output / PROBE).is_file():
         yield f"{PROBE} is missing: the outputs cannot be compared"
         return
-    probe = load_file(output / PROBE)
+    try:
+        probe = load_file(output / PROBE)
+    except Exception as error:  # safetensors has its own errors for a broken file
+        yield f"{PROBE} cannot be read: {error!s:.200}"
+        return
     model = checkpoint.library.load_plain(folder).eval()
     for name, expected in probe.items():
         number, _, kind = name.partition(".")
@@ -113,8 +122,12 @@ def _outputs(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str
             continue
         start = f"{number}.input."
         inputs = {key.removeprefix(start): value for key, value in probe.items() if key.startswith(start)}
-        with torch.no_grad():
-            found = logits_of(model, inputs)
+        try:
+            with torch.no_grad():
+                found = logits_of(model, inputs)
+        except Exception as error:  # a model raises whatever inputs that are none of its own make it raise
+            yield f"example {number}: the model cannot compute on its inputs ({' '.join(str(error).split())[:200]})"
+            continue
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=RELATIVE, atol=ABSOLUTE):
             yield f"example {number}: the model as loaded from the output computes something else than was evaluated"
 

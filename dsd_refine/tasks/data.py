@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
 import shutil
+import stat
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +25,7 @@ from dsd_refine.space import is_full
 SALT = b"dsd-refine holdout 1"
 EVAL_SHARE = 0.2
 HUB_LIMIT = 5 * 10**9
+LARGEST = 10**9  # bytes of one example
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
                "valid": "validation", "dev": "validation", "test": "test"}  # fmt: skip
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2"}
@@ -141,7 +145,7 @@ def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool])
 
 def _from_folder(path: Path, cache: Path) -> dict[str, Table]:
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        return _named_splits(_guarded(path, lambda: datasets.load_from_disk(str(path))), str(path))
+        return _named_splits(_guarded(path, lambda: _validated(datasets.load_from_disk(str(path)))), str(path))
     files = {SPLIT_NAMES[f.stem]: f for f in sorted(path.iterdir()) if f.stem in SPLIT_NAMES and f.suffix in TABLE_SUFFIXES}
     if files:
         return {split: _from_file(file, cache) for split, file in files.items()}
@@ -153,6 +157,13 @@ def _from_folder(path: Path, cache: Path) -> dict[str, Table]:
     return {
         SPLIT_NAMES[f.name.lower()]: _from_metadata(f, path, cache) if _metadata(f) else _class_folders(f, path) for f in parts
     }
+
+
+def _validated(found: Any) -> Any:
+    """The same, once its Arrow files are known to be what they say: a wrong offset asks for terabytes."""
+    for rows in found.values() if isinstance(found, dict) else [found]:
+        rows.data.validate(full=True)
+    return found
 
 
 def _class_folders(folder: Path, root: Path) -> Table:
@@ -178,9 +189,16 @@ def _from_metadata(folder: Path, root: Path, cache: Path) -> Table:
     if "file_name" not in rows.column_names:
         raise DataError(f"{file}: has no `file_name` column, only {', '.join(rows.column_names)}")
     names = [str(name) for name in rows["file_name"]]
+    outside = next((name for name in names if not _inside(root, folder, name)), None)
+    if outside is not None:
+        raise DataError(f"{file}: the file_name {outside!r:.100} leads out of {root}; give paths inside the folder")
     kind = "audio" if any(Path(name).suffix.lower() in AUDIO_SUFFIXES for name in names) else "image"
     rows = rows.remove_columns("file_name").add_column(kind, [str((folder / n).absolute()) for n in names])
     return Table(rows, [(folder / n).relative_to(root).as_posix() for n in names], folder)
+
+
+def _inside(root: Path, folder: Path, name: str) -> bool:
+    return "\0" not in name and Path(os.path.abspath(folder / name)).is_relative_to(root.absolute())
 
 
 def _from_file(path: Path, cache: Path) -> Table:
@@ -318,8 +336,26 @@ def raw_bytes(table: Table, name: str, row: int) -> bytes:
     """The file that a column holds or names. Raises OSError where it cannot be read, TypeError where there is none."""
     value = table.rows[row][name]
     if isinstance(value, dict):
-        return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
-    return Path((table.folder or Path()) / value).read_bytes()
+        held = value.get("bytes")
+        return _read(Path(value.get("path"))) if held is None else bytes(held)  # type: ignore[arg-type]
+    return _read(Path((table.folder or Path()) / value))
+
+
+def _read(path: Path) -> bytes:
+    """A regular file's bytes: a pipe would never end, and a device gives for ever.
+
+    Raises:
+        OSError: no regular file, one too large to be an example, or a name that can be none.
+    """
+    try:
+        found = path.stat()
+    except ValueError:
+        raise OSError(errno.EINVAL, "not a possible file name") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if found.st_size > LARGEST:
+        raise OSError(errno.EFBIG, f"larger than {LARGEST / 1e9:.0f} GB")
+    return path.read_bytes()
 
 
 def label_texts(table: Table, name: str) -> list[str | None]:

@@ -6,9 +6,11 @@ import hashlib
 import io
 import os
 import random
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,13 @@ from dsd_refine.tasks.data import Examined, Table, column, raw_bytes, undecoded
 IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "file", "path", "file_name")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category", "y")
 Pixels = Callable[[Image.Image], torch.Tensor]
+# what is opened at all: others bring programs along (PostScript) or documents, whatever the file's name says
+Image.init()
+_SAFE = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS: list[str] = [name for name in _SAFE if name in Image.OPEN]
+PIXELS, ELONGATED = 100_000_000, 200  # the most that is decoded; long side over short side
+LARGE = 16_000_000  # pixels from which pictures are decoded one at a time
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -109,19 +118,40 @@ def transformers_preprocessing(folder: Path, config: Any) -> Preprocessing:
         found: torch.Tensor = processor(image, return_tensors="pt", **options)["pixel_values"][0]
         return found
 
-    channels = int(getattr(config, "num_channels", 3))
-    probe = pixels(Image.new("RGB" if channels == 3 else "L", (64, 64)))
+    def normalise(image: Image.Image) -> torch.Tensor:
+        return pixels(image, do_resize=False, do_center_crop=False)
+
+    channels = getattr(config, "num_channels", 3)
+    size = _tried(folder, pixels, normalise, channels)
     return Preprocessing(
         channels=channels,
         evaluation=pixels,
         training=pixels,
-        normalise=lambda image: pixels(image, do_resize=False, do_center_crop=False),
-        size=(probe.shape[-2], probe.shape[-1]),
+        normalise=normalise,
+        size=size,
         interpolation=_interpolation(
             {0: "nearest", 1: "lanczos", 2: "bilinear"}.get(getattr(processor, "resample", 3), "bicubic")
         ),
         shown=_plain(processor.to_dict()),
     )
+
+
+def _tried(folder: Path, pixels: Pixels, normalise: Pixels, channels: Any) -> tuple[int, int]:
+    """The (height, width) that every picture comes out as, tried on two.
+
+    Raises:
+        CheckpointError: the processor cannot do it, or not to one size.
+    """
+    mode = "RGB" if channels == 3 else "L"
+    try:
+        found = [pixels(Image.new(mode, size)) for size in ((64, 64), (40, 90))]
+        normalise(Image.new(mode, (found[0].shape[-1], found[0].shape[-2])))
+        shapes = {tuple(each.shape) for each in found}
+        if len(shapes) != 1 or found[0].ndim != 3 or found[0].shape[0] != channels or not found[0].isfinite().all():
+            raise ValueError(f"it makes {' and '.join(map(str, sorted(shapes)))} of two pictures, for {channels} channels")
+    except Exception as error:  # transformers raises whatever a strange config makes it raise
+        raise CheckpointError(f"{folder}: its image processor is not usable: {' '.join(str(error).split())[:200]}") from None
+    return found[0].shape[-2], found[0].shape[-1]
 
 
 def _interpolation(name: str) -> InterpolationMode:
@@ -147,16 +177,28 @@ def decode(raw: bytes, channels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(io.BytesIO(raw))
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            return _converted(image, channels)
+            image: Image.Image = Image.open(io.BytesIO(raw), formats=FORMATS)
+            _refuse_bomb(*image.size)
+            with _one_at_a_time if image.width * image.height > LARGE else nullcontext():
+                image.load()
+                image = ImageOps.exif_transpose(image)
+                return _converted(image, channels)
     except DataError:
         raise
     except Image.DecompressionBombError:
         raise DataError("picture too large to decode safely") from None
+    except MemoryError:
+        raise DataError("picture too large for the memory that there is") from None
     except Exception as error:  # decoders raise whatever a broken file makes them raise
         raise DataError(f"unreadable picture ({' '.join(str(error).split())[:80] or type(error).__name__})") from None
+
+
+def _refuse_bomb(width: int, height: int) -> None:
+    """A picture is decoded whole, and resized by its shorter side: a long one grows with the square."""
+    if width * height > PIXELS:
+        raise DataError(f"picture of {width} x {height} pixels: too large to decode safely")
+    if max(width, height) > ELONGATED * min(width, height):
+        raise DataError(f"picture of {width} x {height} pixels: too elongated to resize safely")
 
 
 def _converted(image: Image.Image, channels: int) -> Image.Image:
@@ -166,7 +208,7 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
     if image.mode == "F":
         raise DataError("picture of floating-point pixels: their range is not known")
     if image.mode.startswith("I"):
-        wide = np.asarray(image, dtype=np.float64)
+        wide = np.asarray(image, dtype=np.float32)  # exact for 16 bits
         if wide.min() < 0 or wide.max() > 65535:
             raise DataError("picture of more than 16 bits: its range is not known")
         image = Image.fromarray(np.rint(wide / 257).astype(np.uint8), mode="L") if wide.ndim == 2 else image
@@ -208,10 +250,14 @@ def pixels(raw: bytes, preprocessing: Preprocessing, augment: Augment, seed: int
 
 
 def reseed(seed: int) -> None:
-    """Re-seed python's, numpy's and torch's generators: what augmentation draws is a function of the seed alone."""
+    """Re-seed python's, numpy's and torch's generators: what augmentation draws is a function of the seed alone.
+
+    Of torch's the one that augmentation draws from: `torch.manual_seed` writes down a stack trace for each device that is
+    not in use, which takes longer than decoding a small picture.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def prepare_images(

@@ -34,8 +34,10 @@ def open_tokenizer(folder: Path, config: Any, trust_remote_code: bool = False) -
         CheckpointError: the folder has no usable tokenizer, or one of more tokens.
     """
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    if len(tokenizer) > getattr(config.get_text_config(), "vocab_size", len(tokenizer)):
-        raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    size = getattr(config.get_text_config(), "vocab_size", highest + 1)
+    if highest >= size:
+        raise CheckpointError(f"{folder}: the tokenizer has ids up to {highest}, the model {size} tokens")
     return tokenizer
 
 
