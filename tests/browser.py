@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -97,9 +98,12 @@ class Browser:
 def browser(place: Path) -> Iterator[Browser]:
     """A browser with a new profile under `place`; it and its driver end with the block."""
     assert DRIVER
-    process = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        opened = Browser(f"http://127.0.0.1:{_port(process)}", place / "profile")
+        _await(port)
+        opened = Browser(f"http://127.0.0.1:{port}", place / "profile")
         try:
             yield opened
         finally:
@@ -109,14 +113,16 @@ def browser(place: Path) -> Iterator[Browser]:
         process.wait(timeout=30)
 
 
-def _port(process: subprocess.Popen[str]) -> int:
-    assert process.stdout
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
-        line = process.stdout.readline()
-        if "started successfully on port" in line:
-            return int(line.rstrip().rstrip(".").rsplit(" ", 1)[1])
-    raise TimeoutError("chromedriver did not start")
+def _await(port: int, seconds: float = 30.0) -> None:
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -462,6 +462,9 @@ def test_a_run_leaves_its_page(finished, made):
     assert reader.all("section", id="verdict")[0]["class"] == f"verdict {report['verdict']}"
     for layer in report["layers"]:
         assert layer["name"] in reader.text
+    cells = [each for name, each in reader.elements if name == "div" and each.get("class") == "cell"]
+    assert len(cells) == len(moments.MOMENTS) * moments.MOST
+    assert all(moment in reader.text for moment in moments.MOMENTS)
     source, found = (load_file(folder / "model.safetensors") for folder in (made / "timm", finished))
     name = next(layer["name"] for layer in report["layers"] if layer["excluded"] is None)
     for tensors in (source, found):
