@@ -6,12 +6,11 @@ import math
 from functools import cache
 
 import numpy as np
-from scipy.stats import binom, binomtest
+from scipy.stats import binom, binomtest, norm
 
 from dsd_refine.compare import ALPHA, Comparison
 
 POWER = 0.8
-Z_ALPHA, Z_POWER = 1.959964, 0.841621  # normal quantiles of 0.975 and 0.8
 
 
 @cache
@@ -37,15 +36,18 @@ def power(rows: int, gained: float, lost: float, alpha: float = ALPHA) -> float:
     return float(weights @ np.asarray(rejects))
 
 
-def rows_to_decide(found: Comparison, rows: int, margin: float) -> int | None:
+def rows_to_decide(found: Comparison, rows: int, margin: float, comparisons: int = 1) -> int | None:
     """Evaluation rows at which a comparison like this one would be decided four times of five.
 
-    Decided: the difference shows (if it is what was found), or the interval lies within the margin, whichever needs fewer
-    rows. Both from the normal approximation, scaled from the interval found over `rows` rows. None where nothing differs.
+    Decided: the difference shows (if it is what was found; at the level that Holm leaves the smallest p of so many
+    `comparisons`), or the interval lies within the margin, whichever needs fewer rows. Both from the normal approximation,
+    scaled from the interval found over `rows` rows. None where nothing differs.
     """
-    error = (found.ci95[1] - found.ci95[0]) / (2 * Z_ALPHA)
+    error = (found.ci95[1] - found.ci95[0]) / (2 * norm.ppf(1 - ALPHA / 2))
     if not error:
         return None
-    targets = (abs(found.delta), margin - abs(found.delta))
-    needed = [rows * ((Z_ALPHA + Z_POWER) * error / target) ** 2 for target in targets if target > 0]
+    targets = ((abs(found.delta), ALPHA / comparisons), (margin - abs(found.delta), ALPHA))
+    needed = [
+        rows * ((norm.ppf(1 - alpha / 2) + norm.ppf(POWER)) * error / target) ** 2 for target, alpha in targets if target > 0
+    ]
     return math.ceil(min(needed)) if needed else None

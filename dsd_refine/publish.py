@@ -173,7 +173,9 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
 
 def _rows_to_decide(run: Run, verdict: str) -> int | None:
     found = run.comparisons["refined_vs_baseline"]
-    return rows_to_decide(found, len(run.task.eval.rows), run.margin) if verdict == "inconclusive" else None
+    if verdict != "inconclusive":
+        return None
+    return rows_to_decide(found, len(run.task.eval.rows), run.margin, len(run.comparisons))
 
 
 def seeds_data(run: Run) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def test_that_many_rows_decide_four_times_of_five():
     found = Comparison(0.01, (-0.002, 0.022), 0.1, 0.1, 22, 12, "mcnemar-exact")
     rows = rows_to_decide(found, 1000, 0.0)
     assert power(rows, 0.022, 0.012) == pytest.approx(0.8, abs=0.04)
+    assert rows_to_decide(found, 1000, 0.0, comparisons=3) > rows
     assert rows_to_decide(found, 1000, 0.03) < rows  # the margin is nearer than 0
     same = Comparison(0.0, (0.0, 0.0), 1.0, 1.0, 0, 0, "mcnemar-exact")
     assert rows_to_decide(same, 1000, 0.005) is None
