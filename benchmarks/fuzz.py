@@ -80,12 +80,24 @@ class Campaign:
 
     def watched(self, args: list[Any], folder: Path) -> Any:
         """The work of a child that says which forbidden thing it does."""
-        allowed = (str(folder / "out"), str(self.place / "home"), str(folder / "tmp"), "/dev/", "/proc/", str(self.place / "log"))
+        allowed = (
+            str(folder / "out"),
+            str(self.place / "home"),
+            str(folder / "tmp"),
+            "/dev/",
+            "/proc/",
+            str(self.place / "log"),
+        )
 
         def hook(event: str, given: tuple[Any, ...]) -> None:
             if event.startswith(FORBIDDEN):
                 os.write(2, f"FORBIDDEN {event} {given!r:.300}\n".encode())
-            if event == "open" and isinstance(given[0], str) and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_CREAT):
+            if (
+                event == "open"
+                and isinstance(given[0], str)
+                and isinstance(given[2], int)
+                and given[2] & (os.O_WRONLY | os.O_CREAT)
+            ):
                 if not os.path.abspath(given[0]).startswith(allowed):
                     os.write(2, f"FORBIDDEN write {given[0]}\n".encode())
 

@@ -29,6 +29,9 @@ Positive = Annotated[int, Field(gt=0)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
+LONGEST = 100_000  # characters of a recipe: its loader is slow, and what is longer is none
+
+
 class Strict(BaseModel):
     """Unknown keys are refused, values are not coerced (`"0.3"` is no number), nothing changes after validation."""
 
@@ -206,6 +209,8 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     Raises:
         RecipeError: not YAML, not a mapping, a key twice, or an alias.
     """
+    if len(text) > LONGEST:
+        raise RecipeError(f"{where}: has {len(text):,} characters; a recipe has a few dozen lines")
     try:
         raw = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -222,7 +227,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         RecipeError: the file cannot be read or is not a YAML mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     raw = parse_yaml(text, str(path))

@@ -251,7 +251,9 @@ def a_index(draw: Random, folder: Path, made: Path) -> list[Any]:
     found = json.loads(index.read_text())
     names, how = list(found["weight_map"]), draw.randrange(7)
     if how == 0:
-        found["weight_map"][draw.choice(names)] = draw.choice(["../x.safetensors", "/etc/passwd", "..", "", "absent", "dir/x", "a\0b"])
+        found["weight_map"][draw.choice(names)] = draw.choice(
+            ["../x.safetensors", "/etc/passwd", "..", "", "absent", "dir/x", "a\0b"]
+        )
     elif how == 1:
         del found["weight_map"][draw.choice(names)]
     elif how == 2:
@@ -260,7 +262,9 @@ def a_index(draw: Random, folder: Path, made: Path) -> list[Any]:
         shutil.copy(source / "one.safetensors", source / "two.safetensors")
     elif how == 4:
         (source / "two.safetensors").unlink()
-        (source / "two.safetensors").symlink_to(draw.choice(["/dev/zero", "/etc/passwd", "one.safetensors", "two.safetensors", "absent"]))
+        (source / "two.safetensors").symlink_to(
+            draw.choice(["/dev/zero", "/etc/passwd", "one.safetensors", "two.safetensors", "absent"])
+        )
     elif how == 5:
         found = json_changed(draw, found)
     index.write_text(json.dumps(found))
@@ -413,7 +417,9 @@ def a_pickle(draw: Random, folder: Path, made: Path) -> list[Any]:
 def a_output(draw: Random, folder: Path, made: Path) -> list[Any]:
     """What `verify` is given."""
     out = Path(shutil.copytree(made / "finished", folder / "out"))
-    path = out / draw.choice(["dsd/report.json", "dsd/report.json", "dsd/probe.safetensors", "model.safetensors", "config.json"])
+    path = out / draw.choice(
+        ["dsd/report.json", "dsd/report.json", "dsd/probe.safetensors", "model.safetensors", "config.json"]
+    )
     spoil_json(draw, path) if path.suffix == ".json" else spoil(draw, path)
     return ["verify", made / "bert", out]
 
