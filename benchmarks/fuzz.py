@@ -92,14 +92,8 @@ class Campaign:
         def hook(event: str, given: tuple[Any, ...]) -> None:
             if event.startswith(FORBIDDEN):
                 os.write(2, f"FORBIDDEN {event} {given!r:.300}\n".encode())
-            if (
-                event == "open"
-                and isinstance(given[0], str)
-                and isinstance(given[2], int)
-                and given[2] & (os.O_WRONLY | os.O_CREAT)
-            ):
-                if not os.path.abspath(given[0]).startswith(allowed):
-                    os.write(2, f"FORBIDDEN write {given[0]}\n".encode())
+            if event == "open" and writes(given) and not os.path.abspath(given[0]).startswith(allowed):
+                os.write(2, f"FORBIDDEN write {given[0]}\n".encode())
 
         def work() -> None:
             (folder / "tmp").mkdir()
@@ -117,6 +111,11 @@ class Campaign:
         print(self.problems[-1], flush=True)
         if "KEEP" in os.environ:
             shutil.copytree(folder, Path(os.environ["KEEP"], f"{kind}-{number}"), symlinks=True, ignore=not_regular)
+
+
+def writes(given: tuple[Any, ...]) -> bool:
+    """Is this event the opening of a named file to write?"""
+    return isinstance(given[0], str) and isinstance(given[2], int) and bool(given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
 
 def stopped(*args: Any) -> None:

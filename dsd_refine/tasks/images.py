@@ -101,7 +101,7 @@ def torchvision_preprocessing(config: dict[str, Any]) -> Preprocessing:
     )
 
 
-def transformers_preprocessing(folder: Path, config: Any) -> Preprocessing:
+def transformers_preprocessing(folder: Path, config: Any, trust_remote_code: bool = False) -> Preprocessing:
     """What the checkpoint's image processor says.
 
     Raises:
@@ -110,7 +110,9 @@ def transformers_preprocessing(folder: Path, config: Any) -> Preprocessing:
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
+        processor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # transformers raises whatever a strange config makes it raise
         raise CheckpointError(f"{folder}: its image processor cannot be loaded: {error!s:.200}") from None
 

@@ -46,7 +46,7 @@ def _images(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables
         preprocessing, names = images.torchvision_preprocessing(library.preprocessing), _torchvision_names(library)
         return prepare_images(recipe, tables, evaluation, preprocessing, names, library.num_classes, "x")
     classes = int(library.config.num_labels)
-    preprocessing = images.transformers_preprocessing(library.folder, library.config)
+    preprocessing = images.transformers_preprocessing(library.folder, library.config, library.trust_remote_code)
     return prepare_images(recipe, tables, evaluation, preprocessing, _config_names(library.config), classes, "pixel_values")
 
 
@@ -86,7 +86,8 @@ def _speech(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables
     from dsd_refine.tasks.text import load_tokenizer
 
     words = open_words(load_tokenizer(library.folder, library.trust_remote_code), library.config)
-    return prepare_speech(recipe, tables, evaluation, open_hearing(library.folder, model), words, model)
+    hearing = open_hearing(library.folder, model, library.trust_remote_code)
+    return prepare_speech(recipe, tables, evaluation, hearing, words, model)
 
 
 def _captions(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
@@ -97,7 +98,7 @@ def _captions(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tabl
 
     config = library.config
     vision = getattr(config, "encoder", None) or getattr(config, "vision_config", config)
-    preprocessing = transformers_preprocessing(library.folder, vision)
+    preprocessing = transformers_preprocessing(library.folder, vision, library.trust_remote_code)
     tokenizer = open_tokenizer(library.folder, config, library.trust_remote_code)
     speaker = open_speaker(library.folder, tokenizer, model, recipe.max_length)
     return prepare_captions(recipe, tables, evaluation, preprocessing, speaker)

@@ -108,7 +108,7 @@ class SpecAugment:
         return torch.from_numpy(_compute_mask_indices((1, frames), self.share, self.length, min_masks=self.least)[0])
 
 
-def open_hearing(folder: Path, model: torch.nn.Module) -> Hearing:
+def open_hearing(folder: Path, model: torch.nn.Module, trust_remote_code: bool = False) -> Hearing:
     """The checkpoint's feature extractor, and what of it this model takes.
 
     Raises:
@@ -117,7 +117,9 @@ def open_hearing(folder: Path, model: torch.nn.Module) -> Hearing:
     from transformers import AutoFeatureExtractor
 
     try:
-        extractor = AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
+        extractor = AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         rate = int(extractor.sampling_rate)
         found = extractor(np.zeros(rate, dtype=np.float32), sampling_rate=rate, return_tensors="pt")
     except Exception as error:  # transformers raises whatever a strange config makes it raise
