@@ -271,6 +271,7 @@ def train_phase(
             raise Interrupted(f"stopped at step {step} of {total} of {label}; go on with --resume")
         if loop.save_due():
             loop.save()
+    optimizer.zero_grad()
 
 
 def _ends_epoch(loop: Loop, step: int, total: int) -> bool:
@@ -308,6 +309,8 @@ def _step(
     targets, samples = sum(b.count for b in group), sum(len(b.targets) for b in group if b.count)
     if loop.world > 1:
         targets, samples = loop.accelerator.reduce(torch.tensor([targets, samples], device=device), "sum").tolist()
+    # not at the step's end: there the memory would go back to the system, and every step would fetch it page by page
+    optimizer.zero_grad()
     total = torch.zeros((), device=device)
     for number, batch in enumerate(group):
         last = number == len(group) - 1
@@ -324,7 +327,6 @@ def _step(
         nn.utils.clip_grad_norm_(loop.model.parameters(), loop.recipe.max_grad_norm)
     optimizer.step()
     mask()
-    optimizer.zero_grad()
     if loop.world == 1:
         return float(total) / max(1, targets), samples, loop.stopping()
     sums = torch.stack([total, torch.tensor(float(loop.stopping()), device=device)])
