@@ -1,0 +1,221 @@
+"""What a mask costs a training step: `python benchmarks/step.py [--quick]`.
+
+Of each model a sparse step is held against a dense step of the same model in the same loop, ours and the peers', all with the
+same masks, the same fused SGD and no clipping. Ours against the bare masked loop and the peers is the whole sparse step.
+Memory: the most that is held during a sparse step above a dense one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from common import PEERS, ROOT, Peak, arguments, interleaved, machine, middle, missing, ratio, table, verdict
+from made import Fixed, layers_of, loop_of, phase_of, recipe_of, resnet50, small_bert, small_gpt2
+from torch import nn
+
+from dsd_refine.masks import Masks, make_masks, masker
+from dsd_refine.train import Key, _step, make_optimizer
+
+SPARSITY = 0.3
+MODELS = {"resnet50": resnet50, "bert": small_bert, "gpt2": small_gpt2}
+SHOWN = {
+    "resnet50": "ResNet-50, 128 px, batch 16",
+    "bert": "BERT 6 x 384, 48 tokens, batch 32",
+    "gpt2": "GPT-2 small of 2 layers, 256 tokens, batch 4",
+}
+QUICK: dict[str, dict[str, int]] = {
+    "resnet50": {"size": 64, "batch": 4}, "bert": {"batch": 4}, "gpt2": {"length": 32, "batch": 1},
+}  # fmt: skip
+Step = Callable[[], object]
+
+
+def masks_of(model: nn.Module) -> Masks:
+    first = ["conv1"] if hasattr(model, "conv1") else []
+    return make_masks(layers_of(model, first=first), dict(model.named_parameters()), SPARSITY)
+
+
+def ours(model: nn.Module, task: Fixed, masks: Masks) -> tuple[Step, Step]:
+    """Dense and sparse step of our loop, on one model and one optimizer."""
+    loop = loop_of(model, task, recipe_of(len(task.targets), 1))
+    optimizer = make_optimizer(loop, phase_of(1))
+    model.train()
+    batch, mask = [task.batch(task, [])], masker(masks, loop.parameters)
+    dense = lambda: _step(loop, batch, Key(0, 0), 1, optimizer, {}, lambda: None)  # noqa: E731
+    return dense, lambda: _step(loop, batch, Key(0, 0), 1, optimizer, masks, mask)
+
+
+def bare(model: nn.Module, task: Fixed, after: Callable[[], object] = lambda: None) -> Step:
+    """A step as one writes it: forward, backward, step, and what comes after."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=True)
+    batch = task.batch(task, [])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (task.loss(model, batch) / len(task.targets)).backward()
+        optimizer.step()
+        after()
+
+    return step
+
+
+def multiplied(model: nn.Module, masks: Masks) -> Callable[[], object]:
+    """What a bare masked loop does after its step."""
+    pairs = [(dict(model.named_parameters())[name], mask) for name, mask in masks.items()]
+
+    @torch.no_grad()
+    def apply() -> None:
+        for parameter, mask in pairs:
+            parameter.mul_(mask)
+
+    return apply
+
+
+def owners(model: nn.Module, masks: Masks) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    return [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], mask) for name, mask in masks.items()]
+
+
+def pruned(model: nn.Module, masks: Masks) -> nn.Module:
+    """torch.nn.utils.prune: weight = weight_orig * mask before every forward."""
+    from torch.nn.utils import prune
+
+    for module, name, mask in owners(model, masks):
+        prune.custom_from_mask(module, name, mask)
+    return model
+
+
+def sparsified(model: nn.Module, masks: Masks) -> nn.Module:
+    """torch.ao.pruning: a parametrization that multiplies by the mask; the sparsifier's own masks are replaced by ours."""
+    from torch.ao.pruning import WeightNormSparsifier
+
+    sparsifier = WeightNormSparsifier(sparsity_level=SPARSITY, sparse_block_shape=(1, 1), zeros_per_block=1)
+    sparsifier.prepare(model, [{"tensor_fqn": name} for name in masks])
+    for module, name, mask in owners(model, masks):
+        module.parametrizations[name][0].mask.copy_(mask)
+    return model
+
+
+Build = Callable[[nn.Module, Fixed, Masks], Step]
+BUILT: dict[str, tuple[Build, Build]] = {
+    "ours": (lambda model, task, masks: ours(model, task, {})[0], lambda model, task, masks: ours(model, task, masks)[1]),
+    "masked": (lambda m, task, _: bare(m, task), lambda m, task, masks: bare(m, task, multiplied(m, masks))),
+    "prune": (lambda m, task, _: bare(m, task), lambda m, task, masks: bare(pruned(m, masks), task)),
+    "ao": (lambda m, task, _: bare(m, task), lambda m, task, masks: bare(sparsified(m, masks), task)),
+}
+
+
+def extra(kind: str, way: str, quick: bool) -> str:
+    """Bytes per masked weight that a sparse step holds above a dense one, at the most; each with a model of its own."""
+    dense, sparse = (held(kind, build, way, quick, number) for number, build in enumerate(BUILT[way]))
+    return f"{(sparse[0] - dense[0]) / sparse[1]:.2f}"
+
+
+def held(kind: str, build: Build, way: str, quick: bool, masked: int) -> tuple[int, int]:
+    """(the most memory that a step holds, weights in masked layers). A peer that copies the masks does not count ours."""
+    model, task = MODELS[kind](**(QUICK[kind] if quick else {}))
+    masks = masks_of(model) if masked else {}
+    step, size = build(model, task, masks), sum(mask.numel() for mask in masks.values())
+    del masks
+    step()
+    with Peak() as peak:
+        step()
+    return peak.most, size
+
+
+def nncf(kind: str, quick: bool, rounds: int) -> None:
+    """In the peers' environment: the quartiles and the median of NNCF's sparse step over its dense step, as JSON."""
+    import nncf
+
+    model, task = MODELS[kind](**(QUICK[kind] if quick else {}))
+    plain = bare(copy.deepcopy(model), task)
+    scopes = {"patterns": ["^conv1.*"]} if kind == "resnet50" else {"types": ["embedding"]}
+    model.to(memory_format=torch.contiguous_format)  # it cannot select in channels-last weights
+    found = nncf.prune(
+        model, mode=nncf.PruneMode.UNSTRUCTURED_MAGNITUDE_LOCAL, ratio=SPARSITY, ignored_scope=nncf.IgnoredScope(**scopes),
+        examples_inputs=task.inputs["x"] if "x" in task.inputs else dict(task.inputs),
+    )  # fmt: skip
+    if kind == "resnet50":
+        found.to(memory_format=torch.channels_last)
+    times = interleaved({"dense": plain, "sparse": bare(found, task)}, rounds)
+    print(json.dumps({"ratio": ratio(times, "sparse", "dense"), "middle": middle(times, "sparse", "dense")}))
+
+
+def by_nncf(kind: str, given: argparse.Namespace) -> tuple[str, float | None]:
+    """NNCF's ratio from its own environment, or why there is none."""
+    if kind == "gpt2":
+        return "masks no Conv1D, and the tied embedding", None
+    if not list(PEERS.glob("lib/*/site-packages/nncf")):
+        return missing("nncf"), None
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CI": "true"}  # CI: it sends no usage reports
+    flags = [f"--{name}" for name in ("quick", "cpu") if getattr(given, name)]
+    command = [str(PEERS / "bin/python"), __file__, "--nncf", kind, "--rounds", str(given.rounds), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        return f"does not run: {done.stderr.strip().splitlines()[-1][:80]}", None
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found["ratio"], float(found["middle"])
+
+
+def measure(kind: str, given: argparse.Namespace) -> None:
+    """One model's table."""
+    quick, rounds = given.quick, given.rounds
+    model, task = MODELS[kind](**(QUICK[kind] if quick else {}))
+    masks = masks_of(model)
+    weights = sum(mask.numel() for mask in masks.values())
+    copies = {name: copy.deepcopy(model) for name in ("bare", "prune", "ao")}
+    ways: dict[str, Step] = {}
+    ways["dense"], ways["sparse"] = ours(model, task, masks)
+    apply = masker(masks, dict(model.named_parameters()))
+    ways["mask"] = apply
+    ways["bare dense"] = bare(copies["bare"], task)
+    ways["bare masked"] = bare(copies["bare"], task, multiplied(copies["bare"], masks))
+    ways["prune"] = bare(pruned(copies["prune"], masks), task)
+    ways["ao"] = bare(sparsified(copies["ao"], masks), task)
+    times = interleaved(ways, rounds)
+    nncf_ratio, nncf_middle = by_nncf(kind, given)
+
+    def line(name: str, way: str, base: str, memory: str) -> list[str]:
+        against = "" if way == "sparse" else ratio(times, "sparse", way)
+        return [name, ratio(times, way, base), against, memory]
+
+    table(
+        f"{SHOWN[kind]}: {weights / 1e6:.1f} M weights in masked layers, dense step {median(times['dense']):.2f} s",
+        ["", "sparse / own dense step", "ours / this one, sparse step", "extra bytes a weight"],
+        [
+            line("dsd-refine", "sparse", "dense", extra(kind, "ours", quick)),
+            line("bare masked loop", "bare masked", "bare dense", extra(kind, "masked", quick)),
+            line("torch.nn.utils.prune", "prune", "bare dense", extra(kind, "prune", quick)),
+            line("torch.ao.pruning", "ao", "bare dense", extra(kind, "ao", quick)),
+            ["NNCF magnitude", nncf_ratio, "", ""],
+        ],
+    )
+    mask = median(one / other for one, other in zip(times["mask"], times["dense"], strict=True))
+    print(f"  the pass over the masked weights alone takes {median(times['mask']) * 1e3:.1f} ms, {mask:.2%} of a dense step")
+    verdict("sparse / dense step", middle(times, "sparse", "dense"), 1.01)
+    for name, way in (("the bare masked loop", "bare masked"), ("torch.nn.utils.prune", "prune"), ("torch.ao.pruning", "ao")):
+        verdict(f"ours / {name}", middle(times, "sparse", way), 1.0)
+    if nncf_middle is not None:
+        verdict("sparse / dense against NNCF's", middle(times, "sparse", "dense") / nncf_middle, 1.0)
+
+
+def main() -> None:
+    given = arguments(__doc__, 11, models=("resnet50,bert,gpt2", "which, by comma"), nncf=(None, "in the peers' environment"))
+    if given.nncf:
+        nncf(given.nncf, given.quick, given.rounds)
+        return
+    print(machine())
+    for kind in given.models.split(","):
+        measure(kind, given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
