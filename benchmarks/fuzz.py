@@ -107,7 +107,10 @@ class Campaign:
     def keep(self, number: int, kind: str, wrong: list[str], args: list[Any], said: str, folder: Path) -> None:
         """Keep a case that went wrong, to be looked at."""
         shown = " ".join(map(str, args)).replace(f"{self.place}/", "")
-        self.problems.append(f"case {number} ({kind}): {', '.join(wrong)}\n  {shown}\n  " + "\n  ".join(said.splitlines()[-6:]))
+        self.problems.append(
+            f"case {number} ({kind}): {', '.join(wrong)}\n  {shown}\n  "
+            + "\n  ".join(line[:300] for line in said.splitlines()[-6:])
+        )
         print(self.problems[-1], flush=True)
         if "KEEP" in os.environ:
             shutil.copytree(folder, Path(os.environ["KEEP"], f"{kind}-{number}"), symlinks=True, ignore=not_regular)

@@ -404,6 +404,8 @@ def _guarded(args: list[str] | None) -> tuple[int, str]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
             return RunError.exit_code, f"Error: {error.filename or 'disk'}: {error.strerror}; go on with --resume when cured"
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return UsageError.exit_code, f"Error: {error.filename!s:.200}: {error.strerror}"
         return BUG, traceback.format_exc()
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":

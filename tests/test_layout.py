@@ -208,6 +208,12 @@ def test_index_that_climbs_out(tmp_path, name):
         read_layout(tmp_path)
 
 
+def test_index_that_names_what_can_be_no_file(tmp_path):
+    edit_index(sharded(tmp_path), b="A" * 10_000)
+    with pytest.raises(CheckpointError, match="a file of 10,000 letters"):
+        read_layout(tmp_path)
+
+
 @pytest.mark.parametrize("value", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "{"])
 def test_index_that_is_none(tmp_path, value):
     (tmp_path / layout.INDEX).write_text(value)

@@ -45,6 +45,7 @@ SINGLE = "model.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 HEADER_LIMIT = 100_000_000  # the format's own limit
 BRACKETS = 1_000_000  # objects and lists in a header or config: three for each tensor
+LONGEST_NAME = 255  # bytes of a file's name
 BLOCK = 1 << 24
 
 
@@ -198,7 +199,9 @@ def read_index(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: has no usable `weight_map`")
     for name in weight_map.values():
         if Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"{index}: names the file {name!r} outside its own folder; refused")
+            raise CheckpointError(f"{index}: names the file {name!r:.200} outside its own folder; refused")
+        if len(name.encode(errors="replace")) > LONGEST_NAME:
+            raise CheckpointError(f"{index}: names a file of {len(name):,} letters; refused")
     return weight_map
 
 

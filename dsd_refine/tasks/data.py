@@ -160,7 +160,7 @@ def _from_folder(path: Path, cache: Path) -> dict[str, Table]:
 
 
 def _validated(found: Any) -> Any:
-    """The same, once its Arrow files are known to be what they say: a wrong offset asks for terabytes."""
+    """The same, once its Arrow tables are known to be what they say: a wrong offset asks for terabytes, a text is UTF-8."""
     for rows in found.values() if isinstance(found, dict) else [found]:
         rows.data.validate(full=True)
     return found
@@ -214,7 +214,7 @@ def _from_file(path: Path, cache: Path) -> Table:
         raise DataError(f"{path}: a {kind or 'nameless'} file; known are {', '.join(sorted(TABLE_SUFFIXES))}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty")
-    rows = _guarded(path, readers[kind])
+    rows = _guarded(path, lambda: _validated(readers[kind]()))
     return Table(rows, None, path.parent)
 
 
@@ -274,7 +274,7 @@ def _from_hub(spec: str, download: Callable[[str, int], bool]) -> dict[str, Tabl
         except CheckpointError as error:
             if error.__cause__ is None:
                 raise
-        found = _checked(name, lambda: _guarded(Path(spec), lambda: datasets.load_dataset(name, config or None)))
+        found = _checked(name, lambda: _guarded(Path(spec), lambda: _validated(datasets.load_dataset(name, config or None))))
     except CheckpointError as error:
         raise DataError(str(error)) from None
     return _named_splits(found, spec)
