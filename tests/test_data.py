@@ -516,6 +516,13 @@ def test_a_data_set_of_declared_names_keeps_their_order():
     assert found.ids == {"pos": 0, "neg": 1}
 
 
+def test_declared_names_that_are_integers_are_the_ids():
+    names = sorted(map(str, range(12)))  # "10" stands third
+    found = match_labels(None, 12, {"2", "10"}, names)
+    assert found.ids == {str(n): n for n in range(12)}
+    assert "integers" in found.rule
+
+
 @pytest.mark.parametrize("labels", [{"0", "3"}, {"1", "2", "3"}, {"-1", "0", "1"}, {"0", "1"}])
 def test_ids_out_of_range_or_of_another_count_are_refused(labels):
     with pytest.raises(DataError, match="model"):

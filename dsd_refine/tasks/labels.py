@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dsd_refine.errors import DataError
@@ -31,10 +32,10 @@ def match_labels(
     """
     if aliases is not None:
         return _by_name(aliases, found)
-    if declared is not None:
+    if declared is not None and not _are_integers(declared):
         return _in_order(list(declared), classes, "the data set's own class ids (the model has no names)")
-    if all(text.lstrip("-").isdigit() for text in found):
-        return _as_ids(found, classes)
+    if _are_integers(found):
+        return _as_ids(found | set(declared or ()), classes)
     return _in_order(sorted(found), classes, "sorted order of the data's names (the model has no names)")
 
 
@@ -58,8 +59,12 @@ def _by_name(aliases: Sequence[Sequence[str]], found: set[str]) -> LabelMap:
     return LabelMap(shown, tuple(mapping), "by name", mapping)
 
 
+def _are_integers(names: Iterable[str]) -> bool:
+    return all(re.fullmatch("-?[0-9]+", name) for name in names)
+
+
 def _as_ids(found: set[str], classes: int) -> LabelMap:
-    numbers = sorted(int(text) for text in found)
+    numbers = sorted({int(text) for text in found})
     if numbers[0] < 0 or numbers[-1] >= classes:
         raise DataError(f"class ids in the data run from {numbers[0]} to {numbers[-1]}, the model has 0 to {classes - 1}")
     if len(numbers) != classes:
