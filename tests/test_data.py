@@ -299,6 +299,19 @@ def test_equal_rows_stay_together():
             assert not set(kept.digests) & set(carved.digests)
 
 
+def test_equal_rows_stay_together_across_classes():
+    contents, labels = names("x", 40) * 2 + names("y", 50), ["a"] * 40 + ["b"] * 90
+    kept, carved = carve(rows_of(contents, labels), 0.2)
+    assert len(kept) + len(carved) == len(contents)
+    assert len(carved) >= 26
+    assert not set(kept.digests) & set(carved.digests)
+    ranked = sorted(names("x", 40), key=lambda text: hashlib.sha256(SALT + digest(text)).digest())
+    mixed = rows_of([*names("x", 40), ranked[0]], ["a"] * 40 + ["b"])
+    kept, carved = carve(mixed, 0.2)  # the one row of b is the first that a would give
+    assert kept.labels.count("b") == 1
+    assert not set(kept.digests) & set(carved.digests)
+
+
 def test_carving_never_empties_a_class():
     kept, carved = carve(rows_of(["x"] * 5 + ["y"] * 5, ["a"] * 5 + ["b"] * 5), 0.5)
     assert (len(kept), len(carved)) == (10, 0)

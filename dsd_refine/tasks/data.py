@@ -358,6 +358,12 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def in_words(error: Exception) -> str:
+    """An error as one line that is the same in each run: without the addresses of python's objects."""
+    text = re.sub(r"<[\w.]+ object at 0x[0-9a-f]+>", "it", str(error))
+    return " ".join(text.split()) or type(error).__name__
+
+
 def label_texts(table: Table, name: str) -> list[str | None]:
     """The label column as texts; None where a row has no label.
 
@@ -449,12 +455,12 @@ def _why(rows: Rows | None) -> str:
 def carve(rows: Rows, share: float) -> tuple[Rows, Rows]:
     """(kept, carved): per class the round(share * n) rows with the smallest salted SHA-256 of content; no seed in it.
 
-    Equal rows stay together: a group at the border goes over whole, unless that would empty the class.
+    Equal rows stay together, under whatever labels: a group at the border goes over whole, unless that would empty a class.
     """
     by_class: dict[str, list[int]] = defaultdict(list)
     for i, label in enumerate(rows.labels):
         by_class[label].append(i)
-    taken: set[int] = set()
+    taken: set[bytes] = set()
     for members in by_class.values():
         keyed = sorted((hashlib.sha256(SALT + rows.digests[i]).digest(), i) for i in members)
         count = round(share * len(keyed))
@@ -462,6 +468,10 @@ def carve(rows: Rows, share: float) -> tuple[Rows, Rows]:
             count += 1
         if count == len(keyed):
             count = next((i for i, item in enumerate(keyed) if item[0] == keyed[-1][0]), 0)
-        taken.update(i for _, i in keyed[:count])
-    kept = [i for i in range(len(rows)) if i not in taken]
-    return rows.subset(kept, rows.skipped), rows.subset(sorted(taken))
+        taken.update(rows.digests[i] for _, i in keyed[:count])
+    for _, members in sorted(by_class.items()):
+        content = {rows.digests[i] for i in members}
+        if content <= taken:  # what other classes take may be all that this one has
+            taken.remove(max(content, key=lambda digest: hashlib.sha256(SALT + digest).digest()))
+    kept = [i for i, digest in enumerate(rows.digests) if digest not in taken]
+    return rows.subset(kept, rows.skipped), rows.subset([i for i, digest in enumerate(rows.digests) if digest in taken])
