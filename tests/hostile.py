@@ -14,6 +14,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -185,7 +186,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 Case = Callable[[Random, Path, Path], list[Any]]
 CASES: dict[str, Case] = {}
 FEW = ("--gate", "none", "--control", "none", "--device", "cpu", "--quiet", "--sparse-steps", "1", "--dense-steps", "0")
-DATA = {"timm": "pictures", "bert": "texts.csv", "gpt2": "documents.txt", "vit": "colours"}
+DATA = {"timm": "pictures", "bert": "texts.csv", "gpt2": "documents.txt", "vit": "colours", "ctc": "clips"}
 
 
 def case(function: Case) -> Case:
@@ -378,6 +379,59 @@ def a_picture(draw: Random, folder: Path, made: Path) -> list[Any]:
     return run(folder, made, model, data=data)
 
 
+def wav(rate: int, samples: bytes, claimed: int | None = None, channels: int = 1) -> bytes:
+    """A 16-bit WAV file that may claim another length than it has."""
+    size = len(samples) if claimed is None else claimed
+    form = struct.pack("<HHIIHH", 1, channels, rate, min(2 * rate * channels, 2**32 - 1), 2 * channels % 65536, 16)
+    return b"RIFF" + struct.pack("<I", (36 + size) % 2**32) + b"WAVEfmt " + struct.pack("<I", 16) + form + b"data" + struct.pack(
+        "<I", size % 2**32
+    ) + samples  # fmt: skip
+
+
+@cache
+def packed_silence(samples: int = 110_000_000) -> bytes:
+    """A FLAC of hours in a few hundred kilobytes."""
+    import numpy as np
+    import soundfile
+
+    out = io.BytesIO()
+    with soundfile.SoundFile(out, "w", 8000, 1, format="FLAC") as file:
+        for _ in range(10):
+            file.write(np.zeros(samples // 10, dtype=np.int16))
+    return out.getvalue()
+
+
+SOUND_BOMBS: dict[str, Callable[[], bytes]] = {
+    "a sample a second": lambda: wav(1, bytes(2_000_000)),
+    "two thousand million a second": lambda: wav(2**31 - 1, bytes(20_000)),
+    "no rate": lambda: wav(0, bytes(2000)),
+    "four gigabytes claimed": lambda: wav(8000, bytes(2000), 2**32 - 1),
+    "no samples": lambda: wav(8000, b""),
+    "no channels": lambda: wav(8000, bytes(2000), channels=0),
+    "a thousand channels": lambda: wav(8000, bytes(200_000), channels=1000),
+    "hours of silence": packed_silence,
+    "empty": lambda: b"",
+}
+
+
+@case
+def a_clip(draw: Random, folder: Path, made: Path) -> list[Any]:
+    data = Path(shutil.copytree(made / "clips", folder / "data"))
+    for path in draw.sample(sorted(data.rglob("*.wav")), 3):
+        if draw.random() < 0.3:
+            path.write_bytes(SOUND_BOMBS[draw.choice(sorted(SOUND_BOMBS))]())
+        else:
+            spoil(draw, path)
+    return run(folder, made, "ctc", data=data)
+
+
+@case
+def a_feature_extractor(draw: Random, folder: Path, made: Path) -> list[Any]:
+    source = copied(made, folder, "ctc")
+    spoil_json(draw, source / draw.choice(["config.json", next(source.glob("*processor*.json")).name]))
+    return run(folder, made, "ctc")
+
+
 @case
 def a_listing(draw: Random, folder: Path, made: Path) -> list[Any]:
     """Pictures that a metadata file names."""
@@ -448,8 +502,9 @@ def make_good(made: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    for name in ("timm", "bert", "gpt2", "vit"):
+    for name in ("timm", "bert", "gpt2", "vit", "ctc"):
         getattr(builders, f"{name}_checkpoint")(made / name)
+    builders.speech_folder(made / "clips")
     builders.image_folder(made / "pictures")
     builders.image_folder(made / "colours", channels=3)
     builders.image_folder(made / "few", per_class=6, splits=("train", "test"))

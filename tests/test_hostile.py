@@ -3,6 +3,7 @@
 The long campaign is benchmarks/fuzz.py, recorded in benchmarks/results/; here is its short form, and each fault that it found.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -162,6 +163,36 @@ def test_bombs_are_skipped_at_once(name, says):
     except DataError as error:
         said = str(error)
     assert says in said or (not said and "bomb" in name)  # a library may leave out the text that it cannot unpack
+    assert time.process_time() - started < 5
+
+
+def test_a_reason_is_the_same_in_each_run():
+    """Libraries put the address of the object that they were given into their words."""
+    from dsd_refine.tasks import sound
+
+    kept = [bytearray(100_000 + i) for i in range(3)]  # so that no two objects share an address
+    for read, raw in ((lambda raw: decode(raw, 3), b"no picture"), (sound.decode, b"no sound")):
+        reasons = []
+        for _ in range(3):
+            kept.append(io.BytesIO(raw))
+            with pytest.raises(DataError) as error:
+                read(raw)
+            reasons.append(str(error.value))
+        assert len(set(reasons)) == 1
+        assert "0x" not in reasons[0]
+
+
+@pytest.mark.parametrize("name", sorted(hostile.SOUND_BOMBS))
+def test_sounds_that_ask_for_memory_are_skipped_at_once(monkeypatch, name):
+    from dsd_refine.tasks import sound
+
+    monkeypatch.setattr(sound, "MOST_SAMPLES", 1_000_000)
+    raw = hostile.packed_silence(2_000_000) if name == "hours of silence" else hostile.SOUND_BOMBS[name]()
+    started = time.process_time()
+    with contextlib.suppress(DataError):
+        samples, rate = sound.decode(raw)
+        assert name in ("four gigabytes claimed", "a thousand channels")  # those have samples, at a rate that sound has
+        sound.resample(samples, rate, 16_000)
     assert time.process_time() - started < 5
 
 

@@ -25,7 +25,7 @@ from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.tasks import Batch, Item
 from dsd_refine.tasks.classify import Classification, LabelledPart, labelled_parts, overlap_warning, skip_warnings
-from dsd_refine.tasks.data import Examined, Table, column, raw_bytes, undecoded
+from dsd_refine.tasks.data import Examined, Table, column, in_words, raw_bytes, undecoded
 
 IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "file", "path", "file_name")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category", "y")
@@ -192,7 +192,7 @@ def decode(raw: bytes, channels: int) -> Image.Image:
     except MemoryError:
         raise DataError("picture too large for the memory that there is") from None
     except Exception as error:  # decoders raise whatever a broken file makes them raise
-        raise DataError(f"unreadable picture ({' '.join(str(error).split())[:80] or type(error).__name__})") from None
+        raise DataError(f"unreadable picture ({in_words(error)[:80]})") from None
 
 
 def _refuse_bomb(width: int, height: int) -> None:

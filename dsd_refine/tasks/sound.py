@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import io
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,13 @@ import torch
 
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.forward import logits_of
+from dsd_refine.tasks.data import in_words
 from dsd_refine.tasks.images import reseed
 
 PADDING_NOISE = 1e-4  # what rounding may do, as a share of the largest logit
+# silence packs well, and a sample a second would be resampled to thousands: a small file may ask for any memory
+MOST_SAMPLES, RATES = 100_000_000, (1_000, 400_000)
+_one_at_a_time = threading.Lock()
 LONGEST_PROBE = 1 << 20  # samples: a clip of a minute gives a frame in any model
 
 Samples = np.ndarray[Any, np.dtype[np.float32]]
@@ -29,19 +35,29 @@ def decode(raw: bytes) -> tuple[Samples, int]:
     """(samples in -1..1, their rate in Hz) of an audio file; channels are averaged.
 
     Raises:
-        DataError: not audio that libsndfile reads, without samples, or with values that are no numbers.
+        DataError: not audio that libsndfile reads, without samples, of no rate that sound has, too long to be an example, or
+            with values that are no numbers.
     """
     import soundfile
 
     try:
-        samples, rate = soundfile.read(io.BytesIO(raw), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(raw)) as file:
+            rate, most = int(file.samplerate), MOST_SAMPLES // int(file.channels)
+            if not RATES[0] <= rate <= RATES[1]:
+                raise DataError(f"audio of {rate:,} Hz; {RATES[0]:,} to {RATES[1]:,} are resampled")
+            with _one_at_a_time if file.frames > most // 10 else nullcontext():
+                samples = file.read(most + 1, dtype="float32", always_2d=True)
+    except DataError:
+        raise
     except Exception as error:  # libsndfile and its wrapper raise whatever a broken file makes them raise
-        raise DataError(f"unreadable audio ({' '.join(str(error).split())[-80:] or type(error).__name__})") from None
+        raise DataError(f"unreadable audio ({in_words(error)[-80:]})") from None
     if not len(samples):
         raise DataError("audio without samples")
+    if len(samples) > most:
+        raise DataError(f"audio of more than {most:,} samples: too long to be one example")
     if not np.isfinite(samples).all():
         raise DataError("audio with values that are not finite")
-    return samples.mean(axis=1, dtype=np.float32), int(rate)
+    return samples.mean(axis=1, dtype=np.float32), rate
 
 
 def resample(samples: Samples, rate: int, wanted: int) -> Samples:
