@@ -255,10 +255,12 @@ def test_nothing_left_is_refused():
 def test_overlap_is_counted_and_warned_of():
     found, _ = split(["a", "b", *TRAIN], test=["a", "b", "a", "new"], holdout=0)
     assert found.overlap == 3
+    found, _ = split(TRAIN, evaluation=TRAIN, holdout=0.25)  # a quarter of them is held out
+    assert found.overlap == 20
     train = table(text=["a cat", "a dog", "a bird", "a fish"], label=["neg", "pos"] * 2)
     test = table(text=["a dog", "the fish"], label=["pos", "neg"])
     task = texts({"train": train, "test": test}, holdout=0, keep="last")
-    assert any("1 of 2 evaluation rows have the content of a training row" in line for line in task.warnings)
+    assert any("1 of 2 evaluation rows have the content of a training or holdout row" in line for line in task.warnings)
 
 
 # ---------------------------------------------------------------- carving

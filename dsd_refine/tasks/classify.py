@@ -133,10 +133,11 @@ def _with_ids(rows: Rows | None, labels: LabelMap) -> LabelledPart | None:
 
 
 def overlap_warning(parts: Parts) -> list[str]:
-    """Evaluation rows that also train are counted and warned of."""
+    """Evaluation rows that also train or select are counted and warned of."""
     if not parts.overlap:
         return []
-    return [f"{parts.overlap} of {len(parts.eval)} evaluation rows have the content of a training row: the figures flatter"]
+    count = f"{parts.overlap} of {len(parts.eval)} evaluation rows"
+    return [f"{count} have the content of a training or holdout row: the figures flatter"]
 
 
 def skip_warnings(parts: Parts) -> list[str]:

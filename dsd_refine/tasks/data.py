@@ -111,7 +111,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Parts:
-    """The three parts of a run. `overlap` counts evaluation rows whose content also trains."""
+    """The three parts of a run. `overlap` counts evaluation rows whose content also trains or selects."""
 
     train: Rows
     holdout: Rows | None
@@ -440,7 +440,7 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
         raise DataError(f"too few rows: {len(train)} left for training, {len(judge)} for evaluation")
     if selecting is not None and not len(selecting):
         raise DataError("too few rows for a holdout; give more data, or --holdout 0 with --keep last")
-    seen = set(train.digests)
+    seen = {*train.digests, *(selecting.digests if selecting is not None else ())}
     unused = tuple(name for name, rows in tables.items() if rows.skipped and not len(rows))
     return Parts(train, selecting, judge, sum(digest in seen for digest in judge.digests), rule, unused)
 
