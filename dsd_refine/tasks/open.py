@@ -51,16 +51,14 @@ def _images(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables
 
 
 def _texts(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
-    from dsd_refine.tasks.text import longest, open_tokenizer, prepare_texts
+    from dsd_refine.tasks.text import fit_padding, longest, open_tokenizer, prepare_texts
 
     tokenizer = open_tokenizer(library.folder, library.config, library.trust_remote_code)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
     length = longest(tokenizer, library.config, "text-classification", recipe.max_length, model)
     names, classes = _config_names(library.config), int(library.config.num_labels)
-    return prepare_texts(recipe, tables, evaluation, tokenizer, length, names, classes)
+    task = prepare_texts(recipe, tables, evaluation, tokenizer, length, names, classes)
+    fit_padding(task, model)
+    return task
 
 
 def _documents(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:

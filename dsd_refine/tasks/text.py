@@ -22,6 +22,7 @@ from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, use_row
 from dsd_refine.tasks.images import LABEL_COLUMNS
 
 Ids = np.ndarray[Any, Any]
+PADDING_NOISE = 1e-4  # what rounding may do, as a share of the largest logit
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "tweet")
 # tokens, where neither tokenizer nor config name a limit
 LONGEST = {"text-classification": 512, "causal-lm": 1024, "masked-lm": 512}
@@ -80,18 +81,85 @@ class TextClassification(Classification):
     """`text-classification` for transformers models."""
 
     name = "text-classification"
-    tokens: list[np.ndarray[Any, Any]]
-    pad: int
     columns: tuple[str, ...]
     tokenizer: Any
     max_length: int
+    pad: int = 0  # the id that fills, and on which side: what `fit_padding` found
+    left: bool = False
+
+    def encode(self, part: LabelledPart, units: Sequence[int]) -> dict[str, list[list[int]]]:
+        """What the tokenizer makes of rows, each by itself."""
+        rows = part.rows.table.rows[[int(part.rows.at[unit]) for unit in units]]
+        texts = [[str(text) for text in rows[name]] for name in self.columns]
+        return dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length))
 
     def batch(self, part: LabelledPart, items: Sequence[Item]) -> Batch:
-        rows = part.rows.table.rows[[int(part.rows.at[unit]) for unit, _ in items]]
-        texts = [[str(text) for text in rows[name]] for name in self.columns]
-        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt")
+        fills = {"input_ids": self.pad, "token_type_ids": int(getattr(self.tokenizer, "pad_token_type_id", 0) or 0)}
+        side = "left" if self.left else "right"
+        inputs = {
+            name: torch.nn.utils.rnn.pad_sequence(
+                [torch.as_tensor(row, dtype=torch.int64) for row in rows],
+                batch_first=True,
+                padding_value=fills.get(name, 0),
+                padding_side=side,
+            )
+            for name, rows in self.encode(part, [unit for unit, _ in items]).items()
+        }
         targets = torch.as_tensor(part.ids[[unit for unit, _ in items]])
-        return Batch(dict(encoded), targets, len(items))
+        return Batch(inputs, targets, len(items))
+
+
+def fit_padding(task: TextClassification, model: Any) -> None:
+    """Fill rows so that the model answers each as it does by itself.
+
+    Models that read a row's answer at its last token take every id that equals the config's pad id for padding, also a
+    row's own. Without a pad id in the config nothing of a single row is padding: then the filler is an id that ends no row.
+
+    Raises:
+        DataError: each of the tokenizer's ids ends some row.
+    """
+    parts = [part for part in (task.train, task.holdout, task.eval) if part is not None]
+    configs = [model.config, model.config.get_text_config()]
+    known = next((c.pad_token_id for c in configs if getattr(c, "pad_token_id", None) is not None), None)
+    task.pad, task.left = 0 if known is None else int(known), task.tokenizer.padding_side == "left"
+    if next(model.parameters()).is_meta or model.training:
+        return
+    if known is None:
+        task.pad = _ends_no_row(task, parts)
+        for config in configs:
+            config.pad_token_id = task.pad
+    if _alone_as_together(task, model):
+        return
+    task.left = not task.left
+    if not _alone_as_together(task, model):
+        task.left = not task.left
+        task.warnings.append("the model answers a row that is padded to a longer one's length differently than by itself")
+
+
+def _ends_no_row(task: TextClassification, parts: Sequence[LabelledPart]) -> int:
+    ends = {task.tokenizer.eos_token_id}
+    for part in parts:
+        for start in range(0, part.units, 1000):
+            rows = task.encode(part, range(start, min(start + 1000, part.units)))["input_ids"]
+            ends |= {row[-1] for row in rows if row}
+    ids = sorted(set(task.tokenizer.get_vocab().values()))
+    free = [task.tokenizer.pad_token_id] if task.tokenizer.pad_token_id is not None else []
+    for number in [*free, *ids]:
+        if number not in ends:
+            return int(number)
+    raise DataError("the model's config has no pad_token_id, and each of the tokenizer's ids ends some row: none can fill")
+
+
+@torch.no_grad()
+def _alone_as_together(task: TextClassification, model: Any) -> bool:
+    """Are the answers to a few rows the same in one batch and one by one?"""
+    units = range(min(8, task.eval.units))
+    try:
+        together = logits_of(model, task.batch(task.eval, [(unit, None) for unit in units]).inputs)
+        alone = torch.cat([logits_of(model, task.batch(task.eval, [(unit, None)]).inputs) for unit in units])
+    except Exception:  # a model raises whatever inputs that it is not made for make it raise: `first_look` refuses it
+        return True
+    return bool((together - alone).abs().max() <= PADDING_NOISE * alone.abs().max() + PADDING_NOISE)
 
 
 def prepare_texts(
