@@ -486,6 +486,31 @@ def test_labels_go_by_name(labels, ids):
     assert found.model == ("tabby cat", "dog", "great_white")
 
 
+@pytest.mark.parametrize("library", ["timm", "transformers", "torchvision"])
+def test_imagenets_names_are_known_to_models_of_every_library(library):
+    from timm.data import ImageNetInfo
+    from torchvision.models._meta import _IMAGENET_CATEGORIES as SHORT
+
+    info = ImageNetInfo("imagenet-1k")
+    texts, synsets = ([str(of(i)) for i in range(1000)] for of in (info.index_to_description, info.index_to_label_name))
+    aliases = {
+        "timm": [[synset, text] for synset, text in zip(synsets, texts, strict=True)],
+        "transformers": [[text] for text in texts],
+        "torchvision": [[name] for name in SHORT],
+    }[library]
+    hub = [*texts[:517], "crane2", *texts[518:]]
+    assert (hub[134], len(set(hub))) == ("crane", 1000)
+    for data in (hub, synsets, list(SHORT)):
+        assert match_labels(aliases, 1000, set(data)).ids == {name: number for number, name in enumerate(data)}
+    few = match_labels(aliases, 1000, {"tench", "crane"}, hub)
+    assert few.ids == {"tench": 0, "crane": 134}
+    assert few.model[0] == aliases[0][0]
+    with pytest.raises(DataError, match="names of several of its classes: crane"):
+        match_labels(aliases, 1000, {"tench", "crane"})
+    with pytest.raises(DataError, match="tench"):
+        match_labels([[f"thing {i}"] for i in range(1000)], 1000, {"tench"})
+
+
 def test_names_that_do_not_match_show_both_lists():
     with pytest.raises(DataError) as error:
         match_labels(NAMED, 3, {"dog", "wolf", "lynx"})

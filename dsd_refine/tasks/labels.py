@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from dsd_refine.errors import DataError
@@ -31,7 +31,8 @@ def match_labels(
         DataError: names that do not match (both lists), unequal class counts, ids out of range.
     """
     if aliases is not None:
-        return _by_name(aliases, found)
+        shown = tuple(names[0] for names in aliases)
+        return _by_name(shown, _with_imagenet(aliases, found | set(declared or ())), found)
     if declared is not None and not _are_integers(declared):
         return _in_order(list(declared), classes, "the data set's own class ids (the model has no names)")
     if _are_integers(found):
@@ -39,24 +40,60 @@ def match_labels(
     return _in_order(sorted(found), classes, "sorted order of the data's names (the model has no names)")
 
 
-def _by_name(aliases: Sequence[Sequence[str]], found: set[str]) -> LabelMap:
-    ids: dict[str, int] = {}
-    ambiguous = set()
-    for number, names in enumerate(aliases):
-        for key in {_plain(name) for name in names}:
-            if ids.setdefault(key, number) != number:
-                ambiguous.add(key)
-    shown = tuple(names[0] for names in aliases)
-    unknown = sorted(text for text in found if _plain(text) not in ids or _plain(text) in ambiguous)
+def _with_imagenet(aliases: Sequence[Sequence[str]], spoken: set[str]) -> Sequence[Sequence[str]]:
+    """The names of each class, and where they are ImageNet-1k's 1000 the other names of these too.
+
+    Two classes are a "crane": in the Hub's data the first (the other is "crane2" there), in torchvision the second (the
+    first is "crane bird" there). Which is meant is known where the data, that have the names `spoken`, have that companion.
+    """
+    if len(aliases) != 1000:
+        return aliases
+    from timm.data import ImageNetInfo
+
+    info, bird, machine = ImageNetInfo("imagenet-1k"), 134, 517
+    known = []
+    for number in range(1000):
+        text = str(info.index_to_description(number))
+        known.append({str(info.index_to_label_name(number)), text, text.partition(", ")[0]})
+    known[bird].add("crane bird")
+    known[machine].add("crane2")
+    known[639] = known[639] - {"maillot"} | {"maillot tank suit"}  # class 638 is the maillot
+    if not all(
+        {_plain(name) for name in own} & {_plain(name) for name in more} for own, more in zip(aliases, known, strict=True)
+    ):
+        return aliases
+    names = [{*own, *more} for own, more in zip(aliases, known, strict=True)]
+    if ("crane2" in spoken) != ("crane bird" in spoken):
+        names[machine if "crane2" in spoken else bird].discard("crane")
+    return [sorted(each) for each in names]
+
+
+def _by_name(shown: tuple[str, ...], aliases: Sequence[Sequence[str]], found: set[str]) -> LabelMap:
+    exact, plain = _owners(aliases, str), _owners(aliases, _plain)
+    # as written first: "cardigan" is no "Cardigan", but "Tabby_Cat" may be the "tabby cat"
+    owners = {text: exact.get(text) or plain.get(_plain(text)) or set() for text in found}
+    unknown = sorted(text for text in found if len(owners[text]) != 1)
     if unknown:
+        fault = (
+            "no class names of the model" if not all(owners[text] for text in unknown) else "names of several of its classes"
+        )
         raise DataError(
-            f"labels of the data that are no class names of the model: {_some(unknown)}. "
+            f"labels of the data that are {fault}: {_some(unknown)}. "
             f"The model's classes are: {_some(shown)}. Rename the folders or labels to the model's names"
         )
-    mapping = {text: ids[_plain(text)] for text in sorted(found)}
+    mapping = {text: next(iter(owners[text])) for text in sorted(found)}
     if len(set(mapping.values())) < len(mapping):
         raise DataError(f"two labels of the data mean the same class of the model: {_some(sorted(found))}")
     return LabelMap(shown, tuple(mapping), "by name", mapping)
+
+
+def _owners(aliases: Sequence[Sequence[str]], form: Callable[[str], str]) -> dict[str, set[int]]:
+    """The classes that have each name, in this form."""
+    owners: dict[str, set[int]] = {}
+    for number, names in enumerate(aliases):
+        for name in names:
+            owners.setdefault(form(name), set()).add(number)
+    return owners
 
 
 def _are_integers(names: Iterable[str]) -> bool:
