@@ -1,7 +1,9 @@
 """Where rows come from, which of them train, select and judge, and what becomes of odd rows, pictures and labels."""
 
+import errno
 import hashlib
 import json
+import os
 
 import datasets
 import numpy as np
@@ -81,11 +83,13 @@ def test_class_folders(tmp_path, splits, found):
     assert train.name(2) == ("train/" if splits else "") + "b/000.png"
 
 
-def test_hidden_folders_and_other_files_are_no_classes(tmp_path):
+def test_hidden_folders_are_no_classes_and_hidden_files_no_rows(tmp_path):
     image_folder(tmp_path / "d", per_class=1, splits=[])
     (tmp_path / "d/.git").mkdir()
     (tmp_path / "d/.git/x.png").write_bytes(b"")
-    (tmp_path / "d/a/notes.txt").write_text("no picture")
+    (tmp_path / "d/a/.hidden").mkdir()
+    (tmp_path / "d/a/.hidden/x.png").write_bytes(b"")
+    (tmp_path / "d/a/.DS_Store").write_bytes(b"")
     assert sizes(read(tmp_path / "d", tmp_path / "cache")) == {"train": 3}
 
 
@@ -355,6 +359,32 @@ def test_rows_without_label_or_text_are_skipped_and_numbered(tmp_path):
     ]
     parts = (task.train, task.holdout, task.eval)
     assert sum(len(part.rows) for part in parts) == 20
+
+
+def test_pictures_of_any_suffix_are_rows_and_other_files_are_named(tmp_path):
+    image_folder(tmp_path / "d", per_class=4)
+    for number, suffix in enumerate(("jfif", "avif", "PNG.bak")):
+        (tmp_path / f"d/train/a/{number:03}.png").rename(tmp_path / f"d/train/a/picture.{suffix}")
+    (tmp_path / "d/train/a/notes").write_text("no picture")
+    task = pictures(tmp_path / "d", tmp_path / "c", holdout=0, keep="last")
+    assert [row["row"] for row in task.train.rows.skipped] == ["train/a/notes"]
+    used = [task.train.rows.name(row) for row in range(len(task.train.rows))]
+    assert len(used) == 12
+    assert sum("picture." in name for name in used) == 3
+
+
+def test_a_class_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    image_folder(tmp_path / "d", per_class=2, splits=[])
+    real = os.scandir
+
+    def locked(path="."):
+        if str(path).endswith("b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(DataError, match=r"d/b: cannot be listed \(Permission denied\)"):
+        read(tmp_path / "d", tmp_path / "c")
 
 
 def test_a_missing_picture_file_is_skipped(tmp_path):

@@ -28,7 +28,6 @@ HUB_LIMIT = 5 * 10**9
 LARGEST = 10**9  # bytes of one example
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
                "valid": "validation", "dev": "validation", "test": "test"}  # fmt: skip
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2"}
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".m4a"}
 TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt"}
 
@@ -168,7 +167,7 @@ def _validated(found: Any) -> Any:
 
 def _class_folders(folder: Path, root: Path) -> Table:
     classes = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-    files = [(file, c.name) for c in classes for file in sorted(c.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
+    files = [(file, c.name) for c in classes for file in _visible_files(c)]
     if not files:
         raise DataError(
             f"{folder}: no images in class folders here. Known forms: class folders, train/ and test/ of them, "
@@ -177,6 +176,23 @@ def _class_folders(folder: Path, root: Path) -> Table:
     rows = datasets.Dataset.from_dict({"image": [str(f.absolute()) for f, _ in files], "label": [c for _, c in files]})
     rows = rows.cast_column("image", datasets.Image(decode=False))
     return Table(rows, [f.relative_to(root).as_posix() for f, _ in files], folder)
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """Every file below, hidden ones left out: whether it is a picture is seen where it is decoded.
+
+    Raises:
+        DataError: a directory that cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror or error})")
+
+    found: list[Path] = []
+    for place, inner, names in os.walk(folder, onerror=refuse):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def _metadata(folder: Path) -> Path | None:
