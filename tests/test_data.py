@@ -586,6 +586,24 @@ def test_a_data_set_of_declared_names_keeps_their_order():
     assert found.ids == {"pos": 0, "neg": 1}
 
 
+def test_other_labels_than_the_declared_ones_are_refused_with_both_lists():
+    for declared in (["neg", "pos"], ["0", "1"]):
+        with pytest.raises(DataError, match=rf"training data: wolf\. .* are: {', '.join(declared)}"):
+            match_labels(None, 2, {*declared, "wolf"}, declared)
+    with pytest.raises(DataError, match="training data: 2"):
+        match_labels(None, 2, {"neg", "pos", "2"}, ["neg", "pos"])
+
+
+@pytest.mark.parametrize("aliases", [None, [["neg"], ["pos"]]])
+def test_integers_beside_declared_names_are_their_ids(aliases):
+    names = datasets.ClassLabel(names=["pos", "neg"])
+    data = {"text": [f"the {a} {b}" for a in WORDS[:4] for b in WORDS[4:9]], "label": [0, 1] * 10}
+    train = Table(datasets.Dataset.from_dict(data).cast_column("label", names))
+    judged = table(text=["red dog", "blue cat"], label=[0, 1])
+    task = texts({"train": train}, aliases=aliases, evaluation={"train": judged})
+    assert task.eval.ids.tolist() == ([0, 1] if aliases is None else [1, 0])
+
+
 def test_declared_names_that_are_integers_are_the_ids():
     names = sorted(map(str, range(12)))  # "10" stands third
     found = match_labels(None, 12, {"2", "10"}, names)

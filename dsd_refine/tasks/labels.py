@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsd_refine.errors import DataError
 
@@ -25,15 +25,35 @@ def match_labels(
     """Map the labels found in all splits together.
 
     `aliases` are the names of each class of the model (the first one is shown), None for a model without names;
-    `declared` are the data set's own class names in id order, where it has them.
+    `declared` are the data set's own class names in id order, where it has them: integers that are no names are its ids.
 
     Raises:
         DataError: names that do not match (both lists), unequal class counts, ids out of range.
     """
+    own = list(declared or ())
+    named = {_plain(name) for names in aliases or () for name in names} | {_plain(name) for name in own}
+    numbers = {text for text in found if _are_integers([text]) and _plain(text) not in named}
+    if _are_integers(own):  # names and numbers are the same
+        numbers = set()
+    said = {text: own[int(text)] for text in numbers if 0 <= int(text) < len(own)}
+    matched = _matched(aliases, classes, found - set(said) | set(said.values()), declared)
+    return replace(matched, ids=matched.ids | {text: matched.ids[name] for text, name in said.items()})
+
+
+def _matched(
+    aliases: Sequence[Sequence[str]] | None, classes: int, found: set[str], declared: Sequence[str] | None
+) -> LabelMap:
     if aliases is not None:
         shown = tuple(names[0] for names in aliases)
         return _by_name(shown, _with_imagenet(aliases, found | set(declared or ())), found)
-    if declared is not None and not _are_integers(declared):
+    integers = declared is not None and _are_integers(declared)
+    unknown = sorted(text for text in found - set(declared or found) if not (integers and _are_integers([text])))
+    if declared is not None and unknown:
+        raise DataError(
+            f"labels of the data that are no class names of the training data: {_some(unknown)}. "
+            f"The training data's classes are: {_some(declared)}. Rename the labels to these"
+        )
+    if declared is not None and not integers:
         return _in_order(list(declared), classes, "the data set's own class ids (the model has no names)")
     if _are_integers(found):
         return _as_ids(found | set(declared or ()), classes)
