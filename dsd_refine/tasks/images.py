@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.transforms import InterpolationMode, RandomHorizontalFlip, RandomResizedCrop
+from torchvision.transforms import Compose, InterpolationMode, Normalize, PILToTensor, RandomResizedCrop, functional
 
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Augment, Recipe
@@ -58,20 +58,24 @@ class Preprocessing:
 def timm_preprocessing(model: torch.nn.Module) -> Preprocessing:
     """What `pretrained_cfg` says: the test size for evaluation, the input size for training."""
     from timm.data import create_transform, resolve_data_config
-    from torchvision.transforms import Compose, Normalize, PILToTensor
 
     test = resolve_data_config({}, model=model, use_test_size=True)
     train = resolve_data_config({}, model=model, use_test_size=False)
-    normalise = Compose([PILToTensor(), lambda x: x.float().div(255), Normalize(test["mean"], test["std"])])
     return Preprocessing(
         channels=test["input_size"][0],
         evaluation=create_transform(**test, is_training=False),
         training=create_transform(**train, is_training=False),
-        normalise=normalise,
+        normalise=_normalising(test["mean"], test["std"]),
         size=tuple(train["input_size"][1:]),
         interpolation=_interpolation(train["interpolation"]),
         shown={"evaluation": _plain(test), "training": _plain(train)},
     )
+
+
+def _normalising(mean: Sequence[float], std: Sequence[float]) -> Pixels:
+    """From a cropped picture to floats, in place."""
+    found: Pixels = Compose([PILToTensor(), lambda x: x.float().div_(255), Normalize(mean, std, inplace=True)])
+    return found
 
 
 def torchvision_preprocessing(config: dict[str, Any]) -> Preprocessing:
@@ -80,7 +84,6 @@ def torchvision_preprocessing(config: dict[str, Any]) -> Preprocessing:
     Raises:
         CheckpointError: an unknown interpolation, or values that are no sizes.
     """
-    from torchvision.transforms import Compose, Normalize, PILToTensor
     from torchvision.transforms._presets import ImageClassification as Preset
 
     try:
@@ -94,7 +97,7 @@ def torchvision_preprocessing(config: dict[str, Any]) -> Preprocessing:
         channels=3,
         evaluation=transform,
         training=transform,
-        normalise=Compose([PILToTensor(), lambda x: x.float().div(255), Normalize(config["mean"], config["std"])]),
+        normalise=_normalising(config["mean"], config["std"]),
         size=(size, size),
         interpolation=mode,
         shown=_plain(config),
@@ -243,12 +246,12 @@ def pixels(raw: bytes, preprocessing: Preprocessing, augment: Augment, seed: int
     if seed is None:
         return preprocessing.evaluation(image)
     reseed(seed)
-    if augment.flip:
-        image = RandomHorizontalFlip(augment.flip)(image)
+    if augment.flip and torch.rand(1) < augment.flip:
+        image = functional.hflip(image)
     if augment.crop == "none":
         return preprocessing.training(image)
-    crop = RandomResizedCrop(preprocessing.size, augment.scale, augment.ratio, preprocessing.interpolation)
-    return preprocessing.normalise(crop(image))
+    place = RandomResizedCrop.get_params(image, augment.scale, augment.ratio)
+    return preprocessing.normalise(functional.resized_crop(image, *place, preprocessing.size, preprocessing.interpolation))
 
 
 def reseed(seed: int) -> None:
