@@ -121,6 +121,15 @@ def test_tables(tmp_path, form):
     assert tables["train"].name(2) == 2
 
 
+@pytest.mark.parametrize("saved", [{"columns": ["text"]}, {"type": "numpy"}, {"type": "pandas"}, {"type": "torch"}])
+def test_a_saved_format_is_not_kept(tmp_path, saved):
+    rows = datasets.Dataset.from_dict({"text": ["a cat", "a dog"], "label": [0, 1]})
+    rows.with_format(**saved).save_to_disk(tmp_path / "d")
+    train = read(tmp_path / "d", tmp_path / "c")["train"]
+    assert train.rows[0] == {"text": "a cat", "label": 0}
+    assert label_texts(train, "label") == ["0", "1"]
+
+
 def test_a_text_file_is_cut_at_blank_lines(tmp_path):
     path = tmp_path / "t.txt"
     path.write_bytes("\ufeffone\ntwo\r\n  \r\n\n three \n\n\n".encode())

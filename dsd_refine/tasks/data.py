@@ -11,7 +11,7 @@ import stat
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool])
         raise DataError(f"{spec}: no such file or directory, and not a Hub data set (org/name[:config])")
     if not any(len(table.rows) for table in tables.values()):
         raise DataError(f"{spec}: holds no rows")
-    return tables
+    return {split: replace(table, rows=table.rows.with_format(None)) for split, table in tables.items()}  # a saved format
 
 
 def _from_folder(path: Path, cache: Path) -> dict[str, Table]:
