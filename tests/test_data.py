@@ -153,6 +153,13 @@ def test_metadata_names_the_files(tmp_path, split, kind):
     assert all(path.endswith(row["file_name"]) for path, row in zip(train.rows["image"], rows, strict=True))
 
 
+def test_metadata_with_a_column_of_its_own_of_that_name(tmp_path):
+    image_folder(tmp_path / "d", per_class=1, splits=[])
+    (tmp_path / "d/metadata.csv").write_text("image,file_name,label\n7,a/000.png,a\n8,c/000.png,c\n")
+    train = read(tmp_path / "d", tmp_path / "cache")["train"]
+    assert [path.rsplit("/", 2)[1] for path in train.rows["image"]] == ["a", "c"]
+
+
 def test_metadata_without_file_names_is_refused(tmp_path):
     (tmp_path / "metadata.csv").write_text("name,label\nx.png,a\n")
     with pytest.raises(DataError, match=r"no `file_name` column, only name, label"):

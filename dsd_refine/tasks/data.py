@@ -209,7 +209,8 @@ def _from_metadata(folder: Path, root: Path, cache: Path) -> Table:
     if outside is not None:
         raise DataError(f"{file}: the file_name {outside!r:.100} leads out of {root}; give paths inside the folder")
     kind = "audio" if any(Path(name).suffix.lower() in AUDIO_SUFFIXES for name in names) else "image"
-    rows = rows.remove_columns("file_name").add_column(kind, [str((folder / n).absolute()) for n in names])
+    rows = rows.remove_columns([name for name in ("file_name", kind) if name in rows.column_names])
+    rows = rows.add_column(kind, [str((folder / n).absolute()) for n in names])
     return Table(rows, [(folder / n).relative_to(root).as_posix() for n in names], folder)
 
 
