@@ -403,6 +403,16 @@ def test_a_class_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch)
         read(tmp_path / "d", tmp_path / "c")
 
 
+def test_plain_bytes_are_pictures_too(tmp_path):
+    image_folder(tmp_path / "f", per_class=4, splits=[])
+    files = sorted((tmp_path / "f").rglob("*.png"))
+    rows = {"image": [file.read_bytes() for file in files], "label": [file.parent.name for file in files]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "d.parquet")
+    task = pictures(tmp_path / "d.parquet", tmp_path / "c", holdout=0, keep="last")
+    assert len(task.train.rows) + len(task.eval.rows) == 12
+    assert task.batch(task.train, [(0, None)]).inputs["x"].shape == (1, 1, 32, 32)
+
+
 def test_a_missing_picture_file_is_skipped(tmp_path):
     image_folder(tmp_path / "d", per_class=6, splits=[])
     lines = [f"{c}/{i:03}.png,{c}" for c in "abc" for i in range(7)]
@@ -421,7 +431,7 @@ def test_every_row_unusable_says_why(tmp_path):
     image_folder(tmp_path / "d", per_class=2, splits=[])
     for path in (tmp_path / "d").rglob("*.png"):
         path.write_bytes(b"x")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"no row can be used: 6 x unreadable picture"):
         pictures(tmp_path / "d", tmp_path / "c")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,7 +102,11 @@ def labelled_parts(
     everything = [*used.values(), *(judged or {}).values()]
     found = {label for rows in everything for label in rows.labels}
     if not found:
-        raise DataError("no row has a label")
+        reasons = Counter(item["reason"] for rows in everything for item in rows.skipped)
+        if set(reasons) <= {"no label"}:
+            raise DataError("no row has a label")
+        shown = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+        raise DataError(f"no row can be used: {shown}{', …' if len(reasons) > 5 else ''}")
     labels = match_labels(aliases, classes, found, _declared(tables, label_column))
     parts = divide(used, judged, holdout)
     return labels, [_with_ids(rows, labels) for rows in (parts.train, parts.holdout, parts.eval)], parts

@@ -355,6 +355,8 @@ def raw_bytes(table: Table, name: str, row: int) -> bytes:
     if isinstance(value, dict):
         held = value.get("bytes")
         return _read(Path(value.get("path"))) if held is None else bytes(held)  # type: ignore[arg-type]
+    if isinstance(value, bytes):
+        return value
     return _read(Path((table.folder or Path()) / value))
 
 
