@@ -93,6 +93,15 @@ def test_hidden_folders_are_no_classes_and_hidden_files_no_rows(tmp_path):
     assert sizes(read(tmp_path / "d", tmp_path / "cache")) == {"train": 3}
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    image_folder(tmp_path / "d", classes=["bus", "car", "train"], per_class=1, splits=[])
+    tables = read(tmp_path / "d", tmp_path / "cache")
+    assert tables["train"].rows["label"][:] == ["bus", "car", "train"]
+    image_folder(tmp_path / "e", per_class=2, splits=["train"])
+    (tmp_path / "e/notes").mkdir()
+    assert sizes(read(tmp_path / "e", tmp_path / "cache")) == {"train": 6}
+
+
 @pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "parquet", "disk", "dict", "split files"])
 def test_tables(tmp_path, form):
     rows = datasets.Dataset.from_dict({"text": ["a cat", "NA, null", "a dog"], "label": ["pos", "neg", "pos"]})

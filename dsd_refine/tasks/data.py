@@ -150,8 +150,9 @@ def _from_folder(path: Path, cache: Path) -> dict[str, Table]:
         return {split: _from_file(file, cache) for split, file in files.items()}
     if _metadata(path):
         return {"train": _from_metadata(path, path, cache)}
-    parts = [f for f in sorted(path.iterdir()) if f.is_dir() and f.name.lower() in SPLIT_NAMES]
-    if not parts:
+    folders = [f for f in sorted(path.iterdir()) if f.is_dir() and not f.name.startswith(".")]
+    parts = [f for f in folders if f.name.lower() in SPLIT_NAMES]
+    if not parts or (len(parts) == 1 < len(folders) and _is_a_class(parts[0])):
         return {"train": _class_folders(path, path)}
     return {
         SPLIT_NAMES[f.name.lower()]: _from_metadata(f, path, cache) if _metadata(f) else _class_folders(f, path) for f in parts
@@ -176,6 +177,11 @@ def _class_folders(folder: Path, root: Path) -> Table:
     rows = datasets.Dataset.from_dict({"image": [str(f.absolute()) for f, _ in files], "label": [c for _, c in files]})
     rows = rows.cast_column("image", datasets.Image(decode=False))
     return Table(rows, [f.relative_to(root).as_posix() for f, _ in files], folder)
+
+
+def _is_a_class(folder: Path) -> bool:
+    """A folder named like a split that has files and no folders, among others named otherwise: a train beside cars."""
+    return not _metadata(folder) and not any(f.is_dir() and not f.name.startswith(".") for f in folder.iterdir())
 
 
 def _visible_files(folder: Path) -> list[Path]:
