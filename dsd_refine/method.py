@@ -21,13 +21,14 @@ from dsd_refine import masks as masking
 from dsd_refine import moments, space
 from dsd_refine.average import Average
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_checkpoint
+from dsd_refine.checkpoint.verify import check_plain
 from dsd_refine.compare import Comparison, compare, gate_passed, holm, verdict
 from dsd_refine.distill import distilled
 from dsd_refine.errors import DsdError, Interrupted, UsageError
 from dsd_refine.layers import open_layers
 from dsd_refine.masks import Layer, Masks
 from dsd_refine.preflight import preflight
-from dsd_refine.publish import publish
+from dsd_refine.publish import probes, publish
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report import Report, environment
 from dsd_refine.runstate import Workspace, pack_masks, pack_optimizer, unpack_masks, unpack_optimizer
@@ -252,6 +253,8 @@ def _open(
         task = open_task(recipe, library.task, library, model, workspace.partial / "cache", options.download)
     loop = open_loop(checkpoint, task, recipe, options, accelerator, workspace, signals)
     lost = first_look(loop)
+    if accelerator.is_main_process:
+        check_plain(checkpoint, probes(loop, checkpoint))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in lost)
     check_settings(model, recipe)

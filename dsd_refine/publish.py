@@ -23,9 +23,10 @@ from dsd_refine.power import rows_to_decide
 from dsd_refine.report import Report, environment
 from dsd_refine.report.card import SourceCard, card, eval_results, read_card
 from dsd_refine.report.page import page, read_lines
-from dsd_refine.train import exact
+from dsd_refine.train import Loop, exact
 
 if TYPE_CHECKING:
+    from dsd_refine.checkpoint import Checkpoint
     from dsd_refine.method import Run
 
 SCHEMA = 1
@@ -95,15 +96,15 @@ def _write_dsd(run: Run, report: Report, ready: Path) -> None:
     if phases.is_dir():
         for file in (path for path in sorted(phases.rglob("*")) if path.is_file()):
             copy_file(file, dsd / "phases" / file.relative_to(phases))
-    run.loop.model.eval()
-    with exact(), run.checkpoint.rounded(run.loop.model):
-        save_probe(ready / PROBE, [_probe(run, unit) for unit in range(min(PROBES, run.task.eval.units))])
+    save_probe(ready / PROBE, probes(run.loop, run.checkpoint))
 
 
-def _probe(run: Run, unit: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Inputs and outputs of one evaluation example by itself, so that nothing hangs on padding."""
-    batch = run.task.batch(run.task.eval, [(unit, None)])
-    return batch.inputs, logits_of(run.loop.model, batch.to(run.loop.accelerator.device).inputs)
+def probes(loop: Loop, checkpoint: Checkpoint) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Inputs and outputs of a few evaluation examples, each by itself, so that nothing hangs on padding."""
+    loop.model.eval()
+    with exact(), checkpoint.rounded(loop.model):
+        batches = [loop.task.batch(loop.task.eval, [(unit, None)]) for unit in range(min(PROBES, loop.task.eval.units))]
+        return [(b.inputs, logits_of(loop.model, b.to(loop.accelerator.device).inputs)) for b in batches]
 
 
 def predictions(run: Run) -> pa.Table:

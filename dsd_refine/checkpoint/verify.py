@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,6 +131,40 @@ def _outputs(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str
             continue
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=RELATIVE, atol=ABSOLUTE):
             yield f"example {number}: the model as loaded from the output computes something else than was evaluated"
+
+
+def check_plain(checkpoint: Checkpoint, probes: Sequence[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
+    """Before the first step: the source as any user loads it answers as the model does that is to be trained.
+
+    What is written has the source's files, so what cannot be loaded from there cannot be loaded from the output. A pickle
+    source's output is another file than the source's, and is not opened twice.
+
+    Raises:
+        CheckpointError: the source's own library does not load it from its folder, or computes something else.
+    """
+    if checkpoint.layout.from_pickle:
+        return
+    source, names = checkpoint.source, ", ".join(checkpoint.weight_files)
+    with TemporaryDirectory() as place, torch.random.fork_rng(devices=[]):
+        folder = Path(place) / source.folder.name  # only what an output has: no pickles that lie beside the weights
+        for name in [*checkpoint.weight_files, *source.side_files(set(checkpoint.weight_files))[0]]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to((source.folder / name).resolve())
+        try:
+            model = checkpoint.library.load_plain(folder).eval()
+        except CheckpointError as error:
+            text = str(error).replace(str(folder), str(source.folder))
+            raise CheckpointError(
+                f"{text}\n{source.folder}: its own library must load it from {names}; nothing was trained"
+            ) from None
+        for inputs, expected in probes:
+            with torch.no_grad():
+                found, wanted = logits_of(model, inputs), expected.cpu().float()
+            if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=RELATIVE, atol=ABSOLUTE):
+                raise CheckpointError(
+                    f"{source.folder}: what its own library loads from {names} computes something else than these weights do; "
+                    "nothing was trained"
+                )
 
 
 def report_lines(problems: list[str], output: Path) -> str:
