@@ -182,11 +182,14 @@ def run(model: str, **given: Any) -> int:
 @click.argument("model")
 @RECIPE_OPTIONS
 @click.option("--measure", is_flag=True, help="Train a few real steps, for memory and time; needs the weights and the data.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="For --measure.")
+@RUN_OPTIONS
 @TRUST_OPTIONS
 @JSON_OPTION
 def plan(model: str, **given: Any) -> int:
-    """Show what a run would do: each layer, the steps, memory and disk. Fetches no weights, trains nothing."""
+    """Show what a run would do: each layer, the steps, memory and disk. Fetches no weights, trains nothing.
+
+    It takes the options of `run`, so that a command becomes its plan by one word.
+    """
     import json
 
     _check_task(given)
@@ -212,8 +215,12 @@ def plan(model: str, **given: Any) -> int:
 @click.argument("source")
 @click.argument("output")
 @TRUST_OPTIONS
-def verify(source: str, output: str, trust_remote_code: bool, allow_pickle: bool) -> int:
+@JSON_OPTION
+@click.option("--quiet", is_flag=True, help="The result alone (there is nothing else).")
+def verify(source: str, output: str, trust_remote_code: bool, allow_pickle: bool, as_json: bool, quiet: bool) -> int:
     """Prove that OUTPUT has SOURCE's shape, and that its report's hashes and outputs hold."""
+    import json
+
     _quiet_libraries()
     from dsd_refine.checkpoint import find_source, open_checkpoint, open_library
     from dsd_refine.checkpoint import verify as check
@@ -228,7 +235,7 @@ def verify(source: str, output: str, trust_remote_code: bool, allow_pickle: bool
     found = find_source(source, allow_pickle=allow_pickle)
     checkpoint = open_checkpoint(found, open_library(found, task, trust_remote_code), allow_pickle=allow_pickle)
     problems = check(checkpoint, Path(output))
-    _result(report_lines(problems, Path(output)))
+    _result(json.dumps({"ok": not problems, "problems": problems}) if as_json else report_lines(problems, Path(output)))
     return 3 if problems else 0
 
 
@@ -408,7 +415,7 @@ def _guarded(args: list[str] | None) -> tuple[int, str]:
             return UsageError.exit_code, f"Error: {error.filename!s:.200}: {error.strerror}"
         return BUG, traceback.format_exc()
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "allocate memory" in str(error):
             return RunError.exit_code, "Error: out of memory; try a smaller --batch-size with --gradient-accumulation-steps"
         if _lost_another(error):
             return RunError.exit_code, "Error: another process of this run has ended; see its message, then go on with --resume"

@@ -86,6 +86,7 @@ def few_maskable(layers: Sequence[Layer]) -> list[str]:
         if layer.excluded and not layer.excluded.startswith(("embedding", SAME)):
             others[layer.excluded] += layer.weights
     return [
-        f"a mask reaches only {share:.1%} of the weights outside embeddings (most of the others: {others.most_common(1)[0][0]}); "
+        f"a mask reaches only {share:.1%} of the weights outside embeddings "
+        f"(most of the others: {others.most_common(1)[0][0]}); "
         "`plan` lists every tensor with its reason, --include adds to what is masked"
     ]

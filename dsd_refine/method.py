@@ -6,6 +6,7 @@ The source is the finished first Dense phase. `refine` reads top to bottom; what
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -36,7 +37,18 @@ from dsd_refine.settings import check_settings, settings
 from dsd_refine.signals import Signals
 from dsd_refine.tasks import Scores, Task
 from dsd_refine.tasks.open import open_task
-from dsd_refine.train import Key, Loop, Progress, evaluate, make_optimizer, reestimate, seed_all, train_phase, unreached
+from dsd_refine.train import (
+    Key,
+    Loop,
+    Progress,
+    evaluate,
+    make_optimizer,
+    place_of,
+    reestimate,
+    seed_all,
+    train_phase,
+    unreached,
+)
 
 
 @dataclass(frozen=True)
@@ -228,13 +240,23 @@ def opened(source: Source, library: Library, recipe: Recipe, options: Options) -
         stack.enter_context(workspace.locked() if accelerator.is_main_process else nullcontext())
         accelerator.wait_for_everyone()
         try:
-            run = _open(source, library, recipe, options, accelerator, workspace, signals)
+            with _unreadable():
+                run = _open(source, library, recipe, options, accelerator, workspace, signals)
             signals.wait()
             yield run
         except BaseException as error:
             if full := space.is_full(error):
                 raise space.no_room(full, workspace.partial, workspace.need) from None
             raise
+
+
+@contextmanager
+def _unreadable() -> Iterator[None]:
+    """Before the first step, a file that cannot be read is the user's to cure: nothing was trained, nothing can be resumed."""
+    try:
+        yield
+    except (PermissionError, FileNotFoundError, IsADirectoryError) as error:
+        raise UsageError(f"{error.filename}: {error.strerror}; nothing was trained") from None
 
 
 def _open(
@@ -440,7 +462,7 @@ def leave(run: Run, phase: Phase, done: Progress, masks: Masks, last: bool) -> N
     at, sparse = run.current, phase.kind == "sparse"
     zeros = masking.count_zeros(run.layers, run.loop.parameters)
     if last and (run.recipe.keep != "best" or done.step == 0):
-        consider(run, 0, masks)
+        consider(run, math.ceil(done.step / run.loop.steps_per_epoch), masks)
     run.state.setdefault("phases", []).append(
         {
             "arm": at["arm"], "attempt": at["attempt"], "kind": phase.kind,
@@ -488,10 +510,9 @@ def measure_holdout(run: Run, masks: Masks, log: bool = True) -> dict[str, float
     found = run.task.metrics(evaluate(run.loop, run.task.holdout, masks))
     if log:
         step = run.current["progress"].step
-        arm, _, phase = run.current["label"].partition("/")
         epoch = step / run.loop.steps_per_epoch
         run.workspace.log(
-            {"event": "evaluation", "arm": arm, "phase": phase, "step": step, "epoch": epoch, "part": "holdout", **found}
+            {"event": "evaluation", **place_of(run.current["label"]), "step": step, "epoch": epoch, "part": "holdout", **found}
         )
     return found
 
@@ -577,9 +598,8 @@ def judge(run: Run, arm: str, seed: int = 0) -> None:
             run.options.say(f"warning: {line}")
     kept.append(scores)
     run.workspace.write_tensors(name, scores.pack())
-    run.workspace.log(
-        {"event": "evaluation", "arm": label, "phase": None, "step": None, "epoch": None, "part": "eval", **found}
-    )
+    place = {"arm": arm, "phase": None, "step": None, "epoch": None, **({"seed": seed + 1} if label != arm else {})}
+    run.workspace.log({"event": "evaluation", **place, "part": "eval", **found})
     run.options.say(f"{label}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in found.items()))
     run.state.setdefault("judged", []).append(label)
     run.workspace.save(None)

@@ -6,9 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_shapes
 from dsd_refine.layers import open_layers
 from dsd_refine.masks import Layer
+from dsd_refine.method import arm_phases
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.open import open_task
 from dsd_refine.train import micro_batches
@@ -65,13 +68,15 @@ def _steps(checkpoint: Checkpoint, library: Library, recipe: Recipe) -> dict[str
         task = open_task(recipe, library.task, library, checkpoint.model, Path(cache), lambda name, size: False)
         holdout = len(task.holdout.rows) if task.holdout else 0
         found = {"rows": f"{len(task.train.rows):,} train, {holdout:,} holdout, {len(task.eval.rows):,} evaluation"}
-        micro = len(micro_batches(task.train.units, recipe.batch_size, False))
+        batchnorm = any(isinstance(module, _BatchNorm) for module in checkpoint.model.modules())
+        micro = len(micro_batches(task.train.units, recipe.batch_size, batchnorm))
     per_epoch = -(-micro // recipe.gradient_accumulation_steps)
     for number, phase in enumerate(recipe.phases, 1):
         found[f"{number}-{phase.kind}"] = _phase(phase, per_epoch)
-    arms = (1 + len(recipe.control)) * len(recipe.sparsities)
-    total = arms * sum(phase.total_steps(per_epoch) for phase in recipe.phases)
-    return found | {"in all": f"{total:,} steps: {arms} runs of the phases ({', '.join(('refined', *recipe.control))})"}
+    names = ("refined", *recipe.control)
+    tries = [(arm, tried) for arm in names for tried in recipe.sparsities * recipe.seeds]
+    total = sum(phase.total_steps(per_epoch) for arm, tried in tries for phase in arm_phases(arm, recipe, tried))
+    return found | {"in all": f"{total:,} steps: {len(tries)} runs of the phases ({', '.join(names)})"}
 
 
 def _phase(phase: Phase, per_epoch: int) -> str:

@@ -120,6 +120,7 @@ def predictions(run: Run) -> pa.Table:
         arms |= {f"{arm}_seed{number}": one for arm in run.arms for number, one in enumerate(run.seeds[arm], 1)}
     for arm, scores in arms.items():
         shown = list(scores.text or (task.shown(int(p)) if p >= 0 else None for p in scores.prediction))
+        columns[f"loss_{arm}"] = scores.loss
         columns |= {f"prediction_{arm}": shown, f"score_{arm}": scores.score, f"count_{arm}": scores.count.astype(np.int64)}
         if scores.stats is not None:
             columns[f"stats_{arm}"] = list(scores.stats)

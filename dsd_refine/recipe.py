@@ -25,6 +25,7 @@ TASKS: tuple[str, ...] = get_args(TaskName)
 Rate = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
 Positive = Annotated[int, Field(gt=0)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -135,7 +136,7 @@ class Recipe(Strict):
     keep: Literal["best", "last", "sparse"] = "best"
     gate: Literal["none", "not-worse", "better", "beats-control"] = "not-worse"
     margin: Annotated[float, Field(ge=0)] = 0.005
-    seed: Count = 0
+    seed: Seed = 0
     seeds: Positive = 1
     expect: dict[str, float] = {}
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -275,7 +276,7 @@ def _mistakes(error: ValidationError) -> Iterator[str]:
         if item["type"] == "extra_forbidden":
             line = f"{place}: unknown key{_nearest(item['loc'])}"
         else:
-            message = item["msg"].removeprefix("Value error, ")
+            message = "a list is expected" if item["type"] == "tuple_type" else item["msg"].removeprefix("Value error, ")
             line = f"{place}: {message} (got {item['input']!r:.60})" if place else message
         if line not in seen:
             seen.add(line)
@@ -290,7 +291,9 @@ def _is_echo(item: Any, errors: list[Any]) -> bool:
     if item["type"] == "too_short":
         return any(other["loc"][: len(item["loc"])] == item["loc"] for other in errors if other is not item)
     is_list = isinstance(item["input"], list | tuple)
-    return (item["type"] == "tuple_type" and not is_list) or (item["type"] == "float_type" and is_list)
+    branch = str(item["loc"][-1]) if item["loc"] else ""
+    of_union = "[" in branch or branch in _UNIONS
+    return of_union and ((item["type"] == "tuple_type" and not is_list) or (item["type"] == "float_type" and is_list))
 
 
 def _nearest(loc: tuple[int | str, ...]) -> str:
@@ -342,6 +345,9 @@ def apply_flags(raw: dict[str, Any], flags: Mapping[str, Any]) -> None:
     `--lr` without `--dense-lr` sets the dense phases to a tenth of it (paper, section 3: re-Dense runs at 1/10).
     """
     flags = {key: value for key, value in flags.items() if value is not None and value != ()}
+    for kind in ("sparse", "dense"):
+        if f"{kind}_epochs" in flags and f"{kind}_steps" in flags:
+            raise RecipeError(f"--{kind}-epochs and --{kind}-steps: give one of them")
     dense_lr = flags.get("dense_lr", flags["lr"] / 10 if "lr" in flags else None)
     by_kind: dict[str, dict[str, Any]] = {
         "sparse": {"lr": flags.get("lr"), "sparsity": flags.get("sparsity")},

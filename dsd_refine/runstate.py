@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from dsd_refine.errors import RunError, UsageError
 REPORT = "dsd/report.json"
 MOVING = "moving"  # in OUT.partial/: out/ is whole and proven; where it is gone, it has become OUT
 KEPT = ("lock", "pid", "cache")  # what a new start leaves in OUT.partial/
+# every name that a run gives in OUT.partial/
+OURS = ("lock", "pid", "cache", MOVING, "out", "replaced", "phases", "log.jsonl", "state*", "best-*", "scores-*", "*.tmp")
 SWEPT = ("state-*.safetensors", "best-*.safetensors")
 
 
@@ -65,8 +68,8 @@ class Workspace:
         return self.partial / "log.jsonl"
 
     def finished(self) -> bool:
-        """Does OUT hold a finished run?"""
-        return (self.out / REPORT).is_file()
+        """Does OUT hold a finished run, by a report that is ours?"""
+        return is_ours(self.out)
 
     def check_target(self, source: Path, *, resume: bool, overwrite: bool) -> None:
         """Refuse an OUT that is the source, or that holds something, before anything is done.
@@ -75,6 +78,7 @@ class Workspace:
             UsageError: names the directory and what to do.
         """
         out, self.overwrite = self.out.resolve(), overwrite
+        self._refuse_strange()
         if out == source.resolve() or source.resolve() in out.parents or out in source.resolve().parents:
             raise UsageError(f"{self.out}: the output would lie in or over the source; give another --output-dir")
         if out.is_dir() and any(out.iterdir()):
@@ -88,6 +92,18 @@ class Workspace:
             raise UsageError(f"{self.out}: is a mount point, which no rename can replace; give a directory below it")
         if self.partial.exists() and not (resume or overwrite):
             raise UsageError(f"{self.partial}: an unfinished run is there; go on with --resume, or start anew with --overwrite")
+
+    def _refuse_strange(self) -> None:
+        """OUT.partial/ is emptied and removed as the run goes: nothing in it may be anybody else's.
+
+        Raises:
+            UsageError: names what is not ours.
+        """
+        found = sorted(path.name for path in self.partial.iterdir()) if self.partial.is_dir() else []
+        strange = [name for name in found if not any(fnmatchcase(name, pattern) for pattern in OURS)]
+        if strange or (self.partial.exists() and not self.partial.is_dir()):
+            what = f"holds {strange[0]!r}, which is" if strange else "is"
+            raise UsageError(f"{self.partial}: {what} not ours; move it, or give another --output-dir")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -262,6 +278,7 @@ class Workspace:
     def settle(self) -> bool:
         """Is OUT finished, with nothing of its run left to do? Removes an OUT.partial/ that outlived its run."""
         if self.finished() and self.partial.is_dir():
+            self._refuse_strange()
             moved = (self.partial / MOVING).is_file() and not self.ready.exists()
             if not moved and (self.partial / "state.json").is_file():
                 return False
@@ -270,6 +287,15 @@ class Workspace:
                 if self.writes:
                     self.discard()
         return self.finished()
+
+
+def is_ours(out: Path) -> bool:
+    """Is the directory an output of ours? A file of the name dsd/report.json alone does not make it one."""
+    try:
+        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(report, dict) and {"schema", "verdict", "output", "source", "arms"} <= report.keys()
 
 
 def remove(path: Path) -> None:

@@ -260,7 +260,7 @@ def train_phase(
         step_end()
         _count(done, step, rate, loss, samples, skipped, time.perf_counter() - started)
         epoch = step / loop.steps_per_epoch
-        loop.log({"event": "step", **_place(label), "step": step, "epoch": epoch, "lr": rate, "loss": loss,
+        loop.log({"event": "step", **place_of(label), "step": step, "epoch": epoch, "lr": rate, "loss": loss,
                   "samples": samples, "skipped": skipped})  # fmt: skip
         loop.progress(label, step, total)
         if _ends_epoch(loop, step, total) and not stop:
@@ -283,9 +283,11 @@ def _end_epoch(loop: Loop, done: Progress, epoch_end: Callable[[int], None]) -> 
     done.ended = done.step
 
 
-def _place(label: str) -> dict[str, str]:
+def place_of(label: str) -> dict[str, Any]:
+    """A label such as `refined try 2/1-sparse` as fields of a log line."""
     arm, _, phase = label.partition("/")
-    return {"arm": arm, "phase": phase}
+    arm, _, number = arm.partition(" try ")
+    return {"arm": arm, "phase": phase, **({"try": int(number)} if number else {})}
 
 
 def _count(done: Progress, step: int, rate: float, loss: float, samples: int, skipped: bool, seconds: float) -> None:

@@ -154,7 +154,7 @@ def test_the_holdout_picks_the_seed_that_is_written(seeded):
     report = report_of(seeded)
     chosen = [p for p in report["phases"] if p["arm"] == "refined" and p["kind"] == "dense"]
     tries = [(p["seed"], s) for p, s in zip(chosen, [0.3, 0.5] * 3, strict=True)]
-    number = int(best["arm"].split()[-1]) - 1
+    number = best["try"] - 1
     assert (report["selected"]["seed"], report["selected"]["sparsity"]) == tries[number]
 
 

@@ -130,3 +130,20 @@ def test_every_shipped_recipe_validates_and_says_what_it_is():
 def test_an_unknown_recipe_is_refused_with_the_nearest():
     with pytest.raises(RecipeError, match="did you mean 'digits'"):
         find_recipe("digts")
+
+
+@pytest.mark.parametrize("wrong", [{"control": "random"}, {"include": "x"}, {"phases": 3}, {"augment": {"scale": 0.5}}])
+def test_one_value_where_a_list_belongs_is_said(wrong):
+    with pytest.raises(RecipeError, match=f"{next(iter(wrong))}.*a list is expected"):
+        validate(fresh(**wrong))
+
+
+@pytest.mark.parametrize("wrong", [{"seed": 2**63}, {"holdout": 0}])
+def test_a_mistake_of_the_whole_and_a_seed_too_large_are_said(wrong):
+    with pytest.raises(RecipeError, match=next(iter(wrong))):
+        validate(fresh(**wrong))
+
+
+def test_epochs_and_steps_of_one_kind_are_refused():
+    with pytest.raises(RecipeError, match="give one"):
+        apply_flags(fresh(), {"sparse_epochs": 1.0, "sparse_steps": 3})

@@ -117,7 +117,9 @@ MODELS = pytest.mark.parametrize("model", list(DATA))
 @MODELS
 def test_the_report_has_the_contracts_fields(runs, model):
     report = report_of(runs[model])
-    assert list(report) == [*FIELDS, "rows_to_decide", "seeds"]
+    fields = [name for name in report if name != "preprocessing"]
+    assert fields == [*FIELDS, "rows_to_decide", "seeds"]
+    assert ("preprocessing" in report) == (model in ("timm", "vit"))
     assert list(report["environment"]) == ENVIRONMENT
     assert list(report["source"]) == ["model", "resolved", "revision", "library", "files"]
     assert list(report["output"]) == ["path", "files"]
@@ -659,3 +661,16 @@ def test_a_models_own_placeholder_names_need_equal_counts(go, tmp_path):
     report = report_of(go(source))
     assert report["labels"]["model"] == ["a", "b", "c"]
     assert "sorted" in report["labels"]["rule"]
+
+
+def test_the_epoch_that_was_kept_is_reported_and_log_lines_name_the_arm(go):
+    out = go("timm", "--keep", "last", "--sparsity", "0.3,0.5", "--dense-steps", "7")
+    report = report_of(out)
+    steps = -(-report["data"]["train"]["rows"] // 8)
+    assert report["selected"]["epoch"] == -(-7 // steps) > 1
+    lines = [json.loads(line) for line in (out / "dsd/log.jsonl").read_text().splitlines()]
+    assert {line["arm"] for line in lines} == {"baseline", "refined", "dense"}
+    assert {line.get("try") for line in lines if line["event"] == "step"} == {1, 2}
+    table = pq.read_table(out / "dsd/predictions.parquet").to_pydict()
+    for arm, found in report["arms"].items():
+        assert sum(table[f"loss_{arm}"]) / len(table["row"]) == pytest.approx(found["loss"])

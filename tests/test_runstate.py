@@ -131,7 +131,7 @@ def test_a_target_over_the_source_is_refused(tmp_path, out):
 def test_publishing_replaces_only_a_finished_run_of_ours(tmp_path):
     out = tmp_path / "out"
     (out / "dsd").mkdir(parents=True)
-    (out / "dsd/report.json").write_text("{}")
+    (out / "dsd/report.json").write_text(json.dumps(dict.fromkeys(("schema", "verdict", "output", "source", "arms"))))
     workspace = Workspace(out)
     workspace.check_target(tmp_path / "source", resume=False, overwrite=True)
     (workspace.ready / "dsd").mkdir(parents=True)
@@ -139,3 +139,20 @@ def test_publishing_replaces_only_a_finished_run_of_ours(tmp_path):
     workspace.publish()
     assert (out / "dsd/report.json").read_text() == "new"
     assert not workspace.partial.exists()
+
+
+def test_a_file_named_like_our_report_makes_nothing_ours(tmp_path):
+    (tmp_path / "out/dsd").mkdir(parents=True)
+    (tmp_path / "out/dsd/report.json").write_text("{}")
+    (tmp_path / "out/thesis.txt").write_text("years")
+    with pytest.raises(UsageError, match="no report of ours"):
+        Workspace(tmp_path / "out").check_target(tmp_path / "source", resume=False, overwrite=True)
+
+
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}, {}])
+def test_a_partial_that_is_not_ours_is_not_touched(tmp_path, options):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/thesis.txt").write_text("years")
+    with pytest.raises(UsageError, match=r"'thesis.txt', which is not ours"):
+        Workspace(tmp_path / "out").check_target(tmp_path / "source", **{"resume": False, "overwrite": False, **options})
+    assert (tmp_path / "out.partial/thesis.txt").read_text() == "years"

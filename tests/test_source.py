@@ -108,3 +108,7 @@ def test_a_busy_hub_is_asked_again(tmp_path, monkeypatch):
 
     assert hub.ask_hub("org/tiny", call) == "here"
     assert waited == [1.0, 7]
+
+
+def test_a_tag_that_timm_does_not_have_names_those_that_it_has(refused):
+    assert "resnet18.a1_in1k" in refused("plan", "resnet18.nope")

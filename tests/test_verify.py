@@ -57,3 +57,15 @@ def test_what_is_wrong_is_said_with_exit_code_3(command, output, what):
 
 def test_something_else_is_no_output(refused, tmp_path, output):
     assert "no output of dsd-refine" in refused("verify", source_of(output), tmp_path)
+
+
+def test_weights_beside_those_written_and_an_emptied_list_are_seen(command, output):
+    import json
+
+    (output / "pytorch_model.bin").write_bytes(b"x")
+    assert "holds weights that the run did not write" in verified(command, output).out
+    (output / "pytorch_model.bin").unlink()
+    report = json.loads((output / "dsd/report.json").read_text())
+    report["output"]["files"] = []
+    (output / "dsd/report.json").write_text(json.dumps(report))
+    assert "does not list it" in verified(command, output).out

@@ -115,7 +115,12 @@ def _from_timm_name(model: str, name: str, weights: bool, allow_pickle: bool) ->
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise CheckpointError(f"{model}: not a directory, not a Hub repository (org/name), not a timm model{hint}")
-    cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    try:
+        cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except (RuntimeError, KeyError, ValueError):
+        base = name.split(".")[0]
+        known = ", ".join(timm.list_pretrained(f"{base}.*")) or "none"
+        raise CheckpointError(f"{model}: timm has no such weights of {base}; it has {known}") from None
     if cfg is None or not cfg.hf_hub_id:
         raise CheckpointError(f"{model}: timm knows the architecture but no released weights of it on the Hub")
     try:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from dsd_refine.checkpoint.layout import Layout, read_json, read_layout, sha256_file
+from dsd_refine.checkpoint.source import is_weights
 from dsd_refine.errors import CheckpointError
 from dsd_refine.forward import logits_of
 
@@ -90,6 +91,13 @@ def _hashes(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str]
     except (CheckpointError, KeyError, TypeError) as error:
         yield f"dsd/report.json is not a report with the hashes of output and source ({error!s:.200})"
         return
+    expected = {*checkpoint.weight_files, *checkpoint.source.side_files(set(checkpoint.weight_files))[0]}
+    if not checkpoint.layout.from_pickle:
+        for name in sorted(expected - set(files["output"])):
+            yield f"{name}: the report does not list it among the output's files"
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and is_weights(path.name) and path.name not in files["output"]:
+            yield f"{path.name}: holds weights that the run did not write"
     for side, root in (("output", folder), ("source", checkpoint.source.folder)):
         for name, digest in files[side].items():
             inside = "\0" not in name and ".." not in Path(name).parts and not Path(name).is_absolute()

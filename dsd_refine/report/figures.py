@@ -216,7 +216,8 @@ def read_log(lines: Iterable[Mapping[str, Any]]) -> Tries:
     for entry in lines:
         if entry.get("phase") is None:
             continue
-        track = tries.setdefault(str(entry["arm"]), {}).setdefault(str(entry["phase"]), Track())
+        label = f"{entry['arm']} try {entry['try']}" if "try" in entry else str(entry["arm"])
+        track = tries.setdefault(label, {}).setdefault(str(entry["phase"]), Track())
         if entry["event"] == "step":
             track.steps.append(entry["step"])
             track.loss.append(_real(entry["loss"]))
