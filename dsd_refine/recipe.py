@@ -24,9 +24,10 @@ TASKS: tuple[str, ...] = get_args(TaskName)
 
 Rate = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=0)]
+# beyond these no run ends: a slip of the finger, or a file from a stranger
+Count = Annotated[int, Field(ge=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=10**9)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
@@ -59,7 +60,7 @@ class Phase(Strict):
     """
 
     kind: Literal["sparse", "dense"]
-    epochs: Annotated[float, Field(ge=0)] | None = None
+    epochs: Annotated[float, Field(ge=0, le=10**6)] | None = None
     steps: Count | None = None
     lr: Rate
     schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
@@ -137,7 +138,7 @@ class Recipe(Strict):
     gate: Literal["none", "not-worse", "better", "beats-control"] = "not-worse"
     margin: Annotated[float, Field(ge=0)] = 0.005
     seed: Seed = 0
-    seeds: Positive = 1
+    seeds: Annotated[int, Field(gt=0, le=1000)] = 1
     expect: dict[str, float] = {}
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     image_column: str | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import pkgutil
 import resource
 import signal
 import sys
@@ -32,8 +33,10 @@ def preload() -> None:
     from dsd_refine import app
 
     os.environ |= app.ENVIRONMENT
-    for name in ("accelerate.optimizer", "datasets", "pyarrow.parquet", "timm", "dsd_refine.method", "dsd_refine.plan"):
-        importlib.import_module(name)
+    ours = [found.name for found in pkgutil.walk_packages([str(ROOT / "dsd_refine")], "dsd_refine.")]
+    for name in ("accelerate.optimizer", "datasets", "pyarrow.parquet", "timm", *ours):
+        if not name.endswith("__main__"):
+            importlib.import_module(name)
     import torch
     import transformers
 
