@@ -177,7 +177,7 @@ def timm_folder(folder: Path, arch: str, classes: int, size: int) -> Path:
 
     overlay = {
         "input_size": (3, size, size), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bilinear",
-        "tag": None, "hf_hub_id": None,
+        "test_input_size": (3, size, size), "test_crop_pct": 1.0, "tag": None, "hf_hub_id": None,
     }  # fmt: skip
     torch.manual_seed(0)
     model = timm.create_model(arch, num_classes=classes, pretrained_cfg_overlay=overlay)

@@ -1,0 +1,128 @@
+"""What our evaluation costs: `python benchmarks/evaluate.py [--quick] [--workers N]`.
+
+Per-row scores of ResNet-50 at 128 px on JPEG files and of a BERT of 6 layers on a CSV, batch 32, against a bare loop over our
+own DataLoader that counts hits, and for pictures against timm's validation with its own dataset and loader. Rows a second.
+
+timm's `validate.py` is in neither its wheel nor its source archive: what stands for it is the loop of that script made of
+timm's own dataset, loader, accuracy and meters.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import arguments, interleaved, machine, middle, place, ratio, table, verdict
+from made import bert_folder, pictures, text_table, timm_folder
+from throughput import BATCH, BERT, LENGTH, SIZE, run_of
+from torch import nn
+
+from dsd_refine.method import Run
+from dsd_refine.train import _loader, evaluate
+
+
+def ours(run: Run) -> Callable[[], object]:
+    def score() -> None:
+        torch.use_deterministic_algorithms(True, warn_only=True)  # as every run of ours on a CPU
+        evaluate(run.loop, run.task.eval)
+        torch.use_deterministic_algorithms(False)
+
+    return score
+
+
+def bare(run: Run) -> Callable[[], object]:
+    """The loop that one writes by hand, over our DataLoader."""
+    model, part = run.loop.model, run.task.eval
+    plan = [([(unit, None) for unit in range(i, min(i + BATCH, part.units))], True) for i in range(0, part.units, BATCH)]
+
+    @torch.no_grad()
+    def score() -> None:
+        model.eval()
+        hits, loss = 0, 0.0
+        for batch in _loader(run.loop, part, plan):
+            inputs = dict(batch.inputs)
+            if "x" in inputs:
+                logits = model(inputs["x"].contiguous(memory_format=torch.channels_last))
+            else:
+                logits = model(**inputs).logits
+            loss += float(nn.functional.cross_entropy(logits, batch.targets, reduction="sum"))
+            hits += int((logits.argmax(1) == batch.targets).sum())
+
+    return score
+
+
+def timm_validation(run: Run, data: Path, workers: int) -> Callable[[], object]:
+    """The loop of timm's validate.py for one device: forward, loss, two accuracies, meters."""
+    from timm.data import create_dataset, create_loader, resolve_data_config
+    from timm.utils import AverageMeter, accuracy
+
+    model = run.loop.model
+    config = resolve_data_config({}, model=model, use_test_size=True)
+    loader = create_loader(
+        create_dataset("", root=str(data)), input_size=config["input_size"], batch_size=BATCH, use_prefetcher=False,
+        interpolation=config["interpolation"], mean=config["mean"], std=config["std"], crop_pct=config["crop_pct"],
+        num_workers=workers, pin_memory=False, persistent_workers=False,
+    )  # fmt: skip
+    loss_of = nn.CrossEntropyLoss()
+
+    @torch.no_grad()
+    def score() -> None:
+        model.eval()
+        losses, first, five, seconds, began = AverageMeter(), AverageMeter(), AverageMeter(), AverageMeter(), time.time()
+        for x, y in loader:
+            logits = model(x.contiguous(memory_format=torch.channels_last))
+            loss = loss_of(logits, y)
+            one, fifth = accuracy(logits.detach(), y, topk=(1, 5))
+            losses.update(loss.item(), x.size(0))
+            first.update(one.item(), x.size(0))
+            five.update(fifth.item(), x.size(0))
+            seconds.update(time.time() - began)
+            began = time.time()
+
+    return score
+
+
+def images(given: Any, folder: Path) -> None:
+    rows = (2 if given.quick else 8) * BATCH
+    pictures(folder / "data/train", 100, 160)
+    pictures(folder / "data/test", rows, 160, seed=1)
+    model = timm_folder(folder / "model", "resnet50", 10, SIZE)
+    with run_of(model, folder / "data", folder / "out", 1, given.workers) as run:
+        ways = {"ours": ours(run), "bare": bare(run), "timm": timm_validation(run, folder / "data/test", given.workers)}
+        times = interleaved(ways, given.rounds)
+    report(f"ResNet-50, {SIZE} px, JPEG files", times, rows, {"bare": ("bare loop", 0.98), "timm": ("timm's validation", 1.0)})
+
+
+def texts(given: Any, folder: Path) -> None:
+    rows = (2 if given.quick else 20) * BATCH
+    data = text_table(folder / "data/train.csv", 60, LENGTH).parent
+    text_table(data / "test.csv", rows, LENGTH, seed=1)
+    with run_of(bert_folder(folder / "model", LENGTH, **BERT), data, folder / "out", 1, given.workers) as run:
+        times = interleaved({"ours": ours(run), "bare": bare(run)}, given.rounds)
+    report(f"BERT 6 x 384, {LENGTH} tokens, CSV", times, rows, {"bare": ("bare loop", 0.98)})
+
+
+def report(title: str, times: dict[str, list[float]], count: int, peers: dict[str, tuple[str, float]]) -> None:
+    """Rows a second of each, and ours over each peer's."""
+    rows = [["dsd-refine", f"{count / median(times['ours']):.1f}", ""]]
+    rows += [[shown, f"{count / median(times[name]):.1f}", ratio(times, name, "ours")] for name, (shown, _) in peers.items()]
+    table(f"{title}, batch {BATCH}, {count} rows", ["", "rows/s", "ours / this one"], rows)
+    for name, (shown, limit) in peers.items():
+        verdict(f"rows a second, ours / {shown}", middle(times, name, "ours"), limit, at_least=True)
+
+
+def main() -> None:
+    given = arguments(__doc__, 9, workers=(0, "loading processes of everybody"))
+    print(machine())
+    for kind in (images, texts):
+        with place() as folder:
+            kind(given, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

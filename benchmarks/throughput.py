@@ -1,0 +1,219 @@
+"""What our loop costs over a phase with data loading: `python benchmarks/throughput.py [--quick] [--workers N]`.
+
+Pictures: ResNet-18 at 128 px on JPEG files, random crops and flips, batch 32, SGD; against a bare loop over our own DataLoader
+and against timm's training. Texts: a BERT of 6 layers, tokenized as they are read, batch 32, AdamW; against a bare loop over
+our own DataLoader and against Hugging Face's Trainer. Everybody's optimizer is fused, nobody clips. Samples a second.
+
+timm's `train.py` is in neither its wheel nor its source archive: what stands for it is the loop of that script made of
+timm's own dataset, loader, optimizer, schedule and meters. Trainer is timed from its first step's end: without its set-up.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from common import CLOCK, arguments, interleaved, machine, middle, place, ratio, table, verdict
+from made import bert_folder, pictures, text_table, timm_folder
+from torch import nn
+
+from dsd_refine.checkpoint import find_source, open_library
+from dsd_refine.method import Options, Run, enter, opened
+from dsd_refine.recipe import Recipe
+from dsd_refine.train import Key, Progress, _loader, _Plan, make_optimizer, train_phase
+
+BATCH, LENGTH, SIZE = 32, 48, 128
+CROP = {"crop": "random-resized", "scale": (0.35, 1.0), "ratio": (0.75, 4 / 3), "flip": 0.5}
+BERT = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
+
+
+@contextmanager
+def run_of(folder: Path, data: Path, out: Path, steps: int, workers: int, **recipe: Any) -> Iterator[Run]:
+    """An open run of the command's own kind: log file, saved state and signals included."""
+    phases = [{"kind": "dense", "steps": steps, "lr": 1e-4, "schedule": "constant"}]
+    wanted = Recipe.model_validate({"data": str(data), "phases": phases, "batch_size": BATCH, "holdout": 0.1, **recipe})
+    source = find_source(str(folder))
+    options = Options(output_dir=out, device="cpu", workers=workers)
+    with opened(source, open_library(source), wanted, options) as run:
+        enter(run, "refined", 0, 0, wanted.phases[0])
+        yield run
+
+
+def ours(run: Run) -> Callable[[], None]:
+    phase = run.recipe.phases[0]
+    optimizer = make_optimizer(run.loop, phase)
+
+    def train() -> None:
+        torch.use_deterministic_algorithms(True, warn_only=True)  # as every run of ours on a CPU
+        train_phase(
+            run.loop, phase, Key(0, 0), "refined/1-dense", {}, Progress(), optimizer,
+            remask=lambda refresh: {}, epoch_end=lambda epoch: None,
+        )  # fmt: skip
+        torch.use_deterministic_algorithms(False)
+
+    return train
+
+
+def bare(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Callable[[], None]:
+    """The loop that one writes by hand, over our DataLoader."""
+
+    def train() -> None:
+        model.train()
+        for batch in _loader(run.loop, run.task.train, _Plan(run.loop, Key(0, 0), 0, steps)):
+            optimizer.zero_grad()
+            inputs = dict(batch.inputs)
+            if "x" in inputs:
+                logits = model(inputs["x"].contiguous(memory_format=torch.channels_last))
+            else:
+                logits = model(**inputs).logits
+            nn.functional.cross_entropy(logits, batch.targets).backward()
+            optimizer.step()
+
+    return train
+
+
+def timm_training(model: nn.Module, data: Path, steps: int, workers: int) -> Callable[[], None]:
+    """The loop of timm's train.py for one device: zero, forward, backward, step, meters and schedule."""
+    from timm.data import create_dataset, create_loader
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import CosineLRScheduler
+    from timm.utils import AverageMeter
+
+    dataset = create_dataset("", root=str(data), is_training=True)
+    loader = create_loader(
+        dataset, input_size=(3, SIZE, SIZE), batch_size=BATCH, is_training=True, use_prefetcher=False, no_aug=False,
+        scale=CROP["scale"], ratio=CROP["ratio"], hflip=CROP["flip"], color_jitter=0.0, re_prob=0.0, interpolation="bilinear",
+        mean=(0.5,) * 3, std=(0.5,) * 3, num_workers=workers, pin_memory=False, persistent_workers=False,
+    )  # fmt: skip
+    optimizer = create_optimizer_v2(model, opt="momentum", lr=1e-4, weight_decay=0.0, momentum=0.9, fused=True)
+    schedule = CosineLRScheduler(optimizer, t_initial=10**6, t_in_epochs=False)
+    loss_of = nn.CrossEntropyLoss()
+
+    def train() -> None:
+        model.train()
+        losses, seconds, began = AverageMeter(), AverageMeter(), time.time()
+        for number, (x, y) in zip(range(steps), loader, strict=False):
+            x = x.contiguous(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            loss = loss_of(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.update(loss.item(), x.size(0))
+            schedule.step_update(num_updates=number, metric=losses.avg)
+            seconds.update(time.time() - began)
+            began = time.time()
+
+    return train
+
+
+def trainer(model: nn.Module, folder: Path, run: Run, steps: int, workers: int, place: Path) -> tuple[Any, list[float]]:
+    """Hugging Face's Trainer over the same rows, tokenized by its collator, and the times of its steps' ends."""
+    from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+    part, task, tokenizer = run.task.train, run.task, AutoTokenizer.from_pretrained(folder)
+    ends: list[float] = []
+
+    class Rows(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return part.units
+
+        def __getitem__(self, unit: int) -> dict[str, Any]:
+            return {"text": part.rows.table.rows[int(part.rows.at[unit])]["text"], "label": int(part.ids[unit])}
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        texts = [row["text"] for row in rows]
+        found = tokenizer(texts, padding=True, truncation=True, max_length=task.max_length, return_tensors="pt")
+        return {**found, "labels": torch.tensor([row["label"] for row in rows])}
+
+    class Ends(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(CLOCK[-1]())
+
+    arguments = TrainingArguments(
+        output_dir=str(place), per_device_train_batch_size=BATCH, max_steps=steps + 1, learning_rate=1e-4, max_grad_norm=0.0,
+        lr_scheduler_type="constant", save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        dataloader_num_workers=workers, dataloader_pin_memory=False, remove_unused_columns=False, logging_strategy="no",
+    )  # fmt: skip
+    return Trainer(model=model, args=arguments, train_dataset=Rows(), data_collator=collate, callbacks=[Ends()]), ends
+
+
+def images(given: Any, folder: Path) -> None:
+    """ResNet-18 on JPEG files."""
+    steps = 2 if given.quick else 8
+    pictures(folder / "data/train", (steps + 2) * BATCH * 10 // 9, 160)
+    pictures(folder / "data/test", 40, 160, seed=1)
+    model = timm_folder(folder / "model", given.arch, 10, SIZE)
+    with run_of(model, folder / "data", folder / "out", steps, given.workers, augment=CROP) as run:
+        import timm
+
+        def copied() -> nn.Module:
+            found = timm.create_model(given.arch, num_classes=10).to(memory_format=torch.channels_last)
+            found.load_state_dict(run.start)
+            return found
+
+        one, other = copied(), copied()
+        plain = torch.optim.SGD(one.parameters(), lr=1e-4, momentum=0.9, fused=True)
+        ways = {
+            "ours": ours(run),
+            "bare": bare(run, one, plain, steps),
+            "timm": timm_training(other, folder / "data/train", steps, given.workers),
+        }
+        times = interleaved(ways, given.rounds)
+    report(
+        f"{given.arch}, {SIZE} px, batch {BATCH}, JPEG files",
+        times,
+        steps,
+        {"bare": ("bare loop", 0.98), "timm": ("timm's training", 1.0)},
+    )
+
+
+def texts(given: Any, folder: Path) -> None:
+    """A BERT on a CSV."""
+    steps = 2 if given.quick else 10
+    data = text_table(folder / "train.csv", (steps + 3) * BATCH * 100 // 70, LENGTH)
+    model = bert_folder(folder / "model", LENGTH, **BERT)
+    with run_of(model, data, folder / "out", steps, given.workers, optimizer="adamw") as run:
+        from transformers import AutoModelForSequenceClassification
+
+        one, other = (AutoModelForSequenceClassification.from_pretrained(model) for _ in range(2))
+        plain = torch.optim.AdamW(one.parameters(), lr=1e-4, fused=True)
+        train, ends = trainer(other, model, run, steps, given.workers, folder / "trainer")
+        ways = {"ours": ours(run), "bare": bare(run, one, plain, steps), "trainer": train.train}
+        times = interleaved(ways, given.rounds)
+        # a step more than the others: from the end of its first step
+        spans = [ends[i + steps] - ends[i] for i in range(0, len(ends), steps + 1)]
+        times["trainer"] = spans[-given.rounds :]
+    report(
+        f"BERT 6 x 384, {LENGTH} tokens, batch {BATCH}, CSV",
+        times,
+        steps,
+        {"bare": ("bare loop", 0.98), "trainer": ("Trainer", 1.05)},
+    )
+
+
+def report(title: str, times: dict[str, list[float]], steps: int, peers: dict[str, tuple[str, float]]) -> None:
+    """Samples a second of each, and ours over each peer's."""
+    rate = {name: steps * BATCH / median(found) for name, found in times.items()}
+    rows = [["dsd-refine", f"{rate['ours']:.1f}", ""]]
+    rows += [[shown, f"{rate[name]:.1f}", ratio(times, name, "ours")] for name, (shown, _) in peers.items()]
+    table(title, ["", "samples/s", "ours / this one"], rows)
+    for name, (shown, limit) in peers.items():
+        verdict(f"samples a second, ours / {shown}", middle(times, name, "ours"), limit, at_least=True)
+
+
+def main() -> None:
+    given = arguments(__doc__, 9, workers=(0, "loading processes of everybody"), arch=("resnet18", "the picture model"))
+    print(machine())
+    for kind in (images, texts):
+        with place() as folder:
+            kind(given, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
