@@ -338,6 +338,17 @@ def test_verify_names_what_is_wrong_with_an_output(command, made, finished, tmp_
         assert "Traceback" not in found.err + found.out
 
 
+def test_verify_does_not_load_what_is_not_the_source_s(command, made, finished, tmp_path, monkeypatch):
+    from dsd_refine.checkpoint.timm import TimmLibrary
+
+    out = copy_folder(finished, tmp_path / "out")
+    (out / "config.json").write_text(json.dumps(json.loads((out / "config.json").read_text()) | {"num_classes": 10**9}))
+    monkeypatch.setattr(TimmLibrary, "load_plain", lambda *_: pytest.fail("the output's config was loaded"))
+    found = command("verify", made / "timm", out)
+    assert found.code == 3, found.err
+    assert "config.json: differs from the source's" in found.out
+
+
 def test_a_saved_state_that_is_not_what_was_saved_is_refused(command, made, tmp_path):
     from dsd_refine import train
 

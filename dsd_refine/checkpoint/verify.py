@@ -33,7 +33,7 @@ def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
 
     Checked: the files' headers (names, shapes, dtypes, order, metadata) and shard map, every tensor that is not the
     model's, every side file, the report's hashes of both sides, and the outputs of the model, as its library loads it,
-    on the batch that the run left with what it computed there.
+    on the batch that the run left with what it computed there. A config, or code, that is not the source's is not loaded.
     """
     folder = weights_folder(output)
     try:
@@ -43,10 +43,10 @@ def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
     problems = [*_headers(checkpoint.layout, written)]
     if not problems:
         problems += _foreign(checkpoint, written)
-        problems += _side_files(checkpoint, folder)
-        problems += _hashes(checkpoint, output, folder)
+        strange = [*_side_files(checkpoint, folder)]
+        problems += [*strange, *_hashes(checkpoint, output, folder)]
         try:
-            problems += _outputs(checkpoint, output, folder)
+            problems += [] if strange else _outputs(checkpoint, output, folder)
         except CheckpointError as error:
             problems.append(f"its own library does not load it: {error}")
     return problems
