@@ -8,7 +8,7 @@ import os
 import random
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -227,6 +227,9 @@ class ImageClassification(Classification):
     preprocessing: Preprocessing
     augment: Augment
     image_column: str
+
+    def report(self) -> Mapping[str, Any]:
+        return {**super().report(), "preprocessing": self.preprocessing.shown}
 
     def batch(self, part: LabelledPart, items: Sequence[Item]) -> Batch:
         pixels = torch.stack([self._pixels(part, unit, seed) for unit, seed in items])
