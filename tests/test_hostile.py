@@ -219,12 +219,11 @@ def test_what_is_no_regular_file_is_skipped(command, made, tmp_path):
     os.mkfifo(data / "train/a/pipe.png")
     (data / "train/a/zero.png").symlink_to("/dev/zero")
     (data / "train/a/loop.png").symlink_to("loop.png")
-    (data / "train/a/folder.png").mkdir()
     found = command(made / "timm", "--data", data, "-o", tmp_path / "out", *SHORT, "--quiet")
     assert found.code == 0, found.err
     skipped = json.loads((tmp_path / "out/dsd/report.json").read_text())["data"]["train"]["skipped"]
     reasons = {item["row"].rsplit("/", 1)[-1]: item["reason"] for item in skipped}
-    assert reasons["pipe.png"] == reasons["zero.png"] == reasons["folder.png"] == "unreadable file (not a regular file)"
+    assert reasons["pipe.png"] == reasons["zero.png"] == "unreadable file (not a regular file)"
     assert "loop.png" in reasons
 
 
@@ -307,6 +306,17 @@ def test_a_model_that_cannot_compute_on_the_data_is_refused_before_it_trains(ref
     message = refused(source, "--data", made / "colours", "-o", tmp_path / "out")
     assert "the model cannot compute on these data" in message
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_tokenizer_that_contradicts_itself_is_refused_in_one_line(refused, made, tmp_path, capfd):
+    """Its Rust code panics, which is no Exception in Python and writes past sys.stderr."""
+    source = copy_folder(made / "gpt2", tmp_path / "gpt2")
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    single = [{"SpecialToken": {"id": "[GONE]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokenizer["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(source, "--data", made / "documents.txt", "-o", tmp_path / "out")
+    assert "panicked" not in capfd.readouterr().err
 
 
 def test_a_tokenizer_with_ids_beyond_the_model_is_refused(refused, made, tmp_path):

@@ -51,7 +51,8 @@ def _images(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables
 
 
 def _texts(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
-    from dsd_refine.tasks.text import fit_padding, longest, open_tokenizer, prepare_texts
+    from dsd_refine.tasks.text import fit_padding, longest, prepare_texts
+    from dsd_refine.tasks.tokens import open_tokenizer
 
     tokenizer = open_tokenizer(library.folder, library.config, library.trust_remote_code)
     length = longest(tokenizer, library.config, "text-classification", recipe.max_length, model)
@@ -62,7 +63,8 @@ def _texts(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables,
 
 
 def _documents(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
-    from dsd_refine.tasks.text import longest, open_tokenizer, prepare_documents
+    from dsd_refine.tasks.text import longest, prepare_documents
+    from dsd_refine.tasks.tokens import open_tokenizer
 
     tokenizer = open_tokenizer(library.folder, library.config, library.trust_remote_code)
     length = longest(tokenizer, library.config, "causal-lm", recipe.max_length, model)
@@ -71,7 +73,8 @@ def _documents(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tab
 
 def _masked(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
     from dsd_refine.tasks.masked import prepare_masked
-    from dsd_refine.tasks.text import longest, open_tokenizer
+    from dsd_refine.tasks.text import longest
+    from dsd_refine.tasks.tokens import open_tokenizer
 
     tokenizer = open_tokenizer(library.folder, library.config, library.trust_remote_code)
     length = longest(tokenizer, library.config, "masked-lm", recipe.max_length, model)
@@ -81,7 +84,7 @@ def _masked(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables
 def _speech(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
     from dsd_refine.tasks.sound import open_hearing
     from dsd_refine.tasks.speech import open_words, prepare_speech
-    from dsd_refine.tasks.text import load_tokenizer
+    from dsd_refine.tasks.tokens import load_tokenizer
 
     words = open_words(load_tokenizer(library.folder, library.trust_remote_code), library.config)
     hearing = open_hearing(library.folder, model, library.trust_remote_code)
@@ -92,7 +95,7 @@ def _captions(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tabl
     from dsd_refine.tasks.captions import prepare_captions
     from dsd_refine.tasks.images import transformers_preprocessing
     from dsd_refine.tasks.speaker import open_speaker
-    from dsd_refine.tasks.text import open_tokenizer
+    from dsd_refine.tasks.tokens import open_tokenizer
 
     config = library.config
     vision = getattr(config, "encoder", None) or getattr(config, "vision_config", config)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dsd_refine.errors import CheckpointError, DataError
+from dsd_refine.tasks.tokens import tokenized
 
 NEW_TOKENS = 20  # where the checkpoint's generation config has no limit: what transformers does then
 
@@ -40,7 +41,7 @@ class Speaker:
         """Start, the tokenizer's ids, end (if the tokenizer sets none, for a model must learn to stop): `longest` of them and
         the start. Ids are exactly the tokenizer's; nothing is told from the pad token.
         """
-        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
+        ids = list(tokenized(self.tokenizer, text, verbose=False)["input_ids"])
         firsts = (self.tokenizer.cls_token_id, self.tokenizer.bos_token_id)
         if not self.keeps_first and ids and ids[0] in firsts:
             ids = ids[1:]

@@ -24,6 +24,7 @@ from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, ratio, require
 from dsd_refine.tasks.classify import overlap_warning, skip_warnings
 from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, raw_bytes, undecoded, use_rows
 from dsd_refine.tasks.sound import Hearing, Lengths, SpecAugment, count_frames, decode, lengths_of, resample, spec_augment
+from dsd_refine.tasks.tokens import tokenized
 
 AUDIO_COLUMNS = ("audio", "speech", "clip", "file", "path", "file_name")
 TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence", "normalized_text", "raw_transcription")
@@ -47,7 +48,7 @@ class Words:
 
     def labels(self, text: str) -> list[int | None]:
         """The tokenizer's ids of a text."""
-        return list(self.tokenizer(text, verbose=False)["input_ids"])
+        return list(tokenized(self.tokenizer, text, verbose=False)["input_ids"])
 
     def text(self, frames: Sequence[int]) -> str:
         """Greedy CTC decoding: the best label of each frame, repeats collapsed, blanks taken out."""

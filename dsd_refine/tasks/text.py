@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,51 +12,20 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dsd_refine.errors import CheckpointError, DataError
+from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, ratio
 from dsd_refine.tasks.classify import Classification, LabelledPart, labelled_parts, overlap_warning, skip_warnings
 from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, use_rows
 from dsd_refine.tasks.images import LABEL_COLUMNS
+from dsd_refine.tasks.tokens import tokenized
 
 Ids = np.ndarray[Any, Any]
 PADDING_NOISE = 1e-4  # what rounding may do, as a share of the largest logit
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "tweet")
 # tokens, where neither tokenizer nor config name a limit
 LONGEST = {"text-classification": 512, "causal-lm": 1024, "masked-lm": 512}
-
-
-def open_tokenizer(folder: Path, config: Any, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer, which knows no more tokens than the model. Nothing of it is written.
-
-    Raises:
-        CheckpointError: the folder has no usable tokenizer, or one of more tokens.
-    """
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    size = getattr(config.get_text_config(), "vocab_size", highest + 1)
-    if highest >= size:
-        raise CheckpointError(f"{folder}: the tokenizer has ids up to {highest}, the model {size} tokens")
-    return tokenizer
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder as it is.
-
-    Raises:
-        CheckpointError: the folder has no usable tokenizer.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises whatever a strange file makes it raise
-        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-    files = set(tokenizer.vocab_files_names.values())
-    if files and not any((folder / name).is_file() for name in files):  # transformers then makes up one that knows no word
-        raise CheckpointError(f"{folder}: has no tokenizer (none of {', '.join(sorted(files))} is there)")
-    return tokenizer
 
 
 def longest(tokenizer: Any, config: Any, task: str, asked: int | None, model: torch.nn.Module | None = None) -> int:
@@ -91,7 +59,7 @@ class TextClassification(Classification):
         """What the tokenizer makes of rows, each by itself."""
         rows = part.rows.table.rows[[int(part.rows.at[unit]) for unit in units]]
         texts = [[str(text) for text in rows[name]] for name in self.columns]
-        return dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length))
+        return tokenized(self.tokenizer, *texts, truncation=True, max_length=self.max_length)
 
     def batch(self, part: LabelledPart, items: Sequence[Item]) -> Batch:
         fills = {"input_ids": self.pad, "token_type_ids": int(getattr(self.tokenizer, "pad_token_type_id", 0) or 0)}
@@ -331,7 +299,7 @@ def cut_documents(
 
 
 def _tokens(tokenizer: Any, text: Any) -> Ids:
-    found = tokenizer(text, verbose=False)["input_ids"] if isinstance(text, str) and text else []
+    found = tokenized(tokenizer, text, verbose=False)["input_ids"] if isinstance(text, str) and text else []
     return np.asarray(found, dtype=np.int32)
 
 
