@@ -48,6 +48,7 @@ from dsd_refine.train import (
     seed_all,
     train_phase,
     unreached,
+    without_variance,
 )
 
 
@@ -300,9 +301,15 @@ def first_look(loop: Loop) -> list[str]:
     """`unreached`, where model and data meet for the first time: what does not fit shows before anything is trained.
 
     Raises:
-        UsageError: the model cannot compute on these data.
+        UsageError: the model cannot compute on these data, or BatchNorm not on batches of one row.
     """
     try:
+        lone = without_variance(loop) if loop.recipe.batch_size == 1 and loop.has_batchnorm else []
+        if lone:
+            raise UsageError(
+                f"--batch-size 1: {lone[0]} (BatchNorm) sees one value a channel, which has no variance; give 2 or more "
+                "(--gradient-accumulation-steps makes no difference to it)"
+            )
         return unreached(loop)
     except DsdError:
         raise

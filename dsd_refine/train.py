@@ -452,6 +452,25 @@ def _same_buffers(loop: Loop) -> None:
             buffer.copy_(broadcast(buffer.clone()))
 
 
+def without_variance(loop: Loop) -> list[str]:
+    """Names of the BatchNorm layers that see a single value of each channel in a row, as after a global pooling."""
+    found: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: found.append(name) if args[0].numel() == args[0].shape[1] else None
+        )
+        for name, module in loop.model.named_modules()
+        if isinstance(module, _BatchNorm)
+    ]
+    loop.model.eval()
+    batch = _on_device(loop, loop.task.batch(loop.task.train, [(0, None)]))
+    with torch.no_grad():
+        loop.task.loss(loop.model, batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def unreached(loop: Loop) -> list[str]:
     """Names of the parameters that the loss has no gradient for (or that never train), found on a few rows in evaluation mode.
 

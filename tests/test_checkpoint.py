@@ -185,6 +185,46 @@ def test_a_missing_timm_tensor_is_named(tmp_path):
         opened(folder)
 
 
+def test_missing_batchnorm_statistics_are_named(tmp_path):
+    """Where timm loads loosely by itself (dla, mobilenetv5), it would evaluate with a fresh layer's."""
+    folder = builders.timm_checkpoint(tmp_path / "t", arch="dla46_c")
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if n != "base_layer.1.running_var"}
+    builders.write_tensors(folder / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"base_layer\.1\.running_var"):
+        opened(folder)
+
+
+def test_a_timm_file_with_more_tensors_than_the_model_keeps_them(tmp_path):
+    folder = builders.timm_checkpoint(tmp_path / "t")
+    more = {"old.weight": torch.randn(3, 4), "old.count": torch.tensor(5)}
+    builders.write_tensors(folder / "model.safetensors", {**load_file(folder / "model.safetensors"), **more})
+    checkpoint = opened(folder)
+    assert any("old.weight, old.count" in warning for warning in checkpoint.warnings)
+    perturb(checkpoint.model)
+    layout = written(checkpoint, tmp_path / "out")
+    moved = dict(checkpoint.model.named_parameters())
+    for name in layout.names():
+        assert (raw(layout, name) != raw(checkpoint.layout, name)) is (name in moved), name
+
+
+def test_counts_under_old_names_are_written_as_counted(tmp_path):
+    """A file without the base model's prefix holds `num_batches_tracked` without it too: the model's, not foreign."""
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    folder = builders.save_transformers(transformers.ResNetForImageClassification(config), tmp_path / "r")
+    saved = {n.removeprefix("resnet."): t for n, t in load_file(folder / "model.safetensors").items()}
+    builders.write_tensors(folder / "model.safetensors", saved, {"format": "pt"})
+    checkpoint = opened(folder)
+    for name, buffer in checkpoint.model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.fill_(77)
+    layout = written(checkpoint, tmp_path / "out")
+    counts = [name for name in layout.names() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert {int(layout.tensor(name)) for name in counts} == {77}
+
+
 def test_the_worst_file_comes_back_with_every_untouched_byte_in_place(tmp_path):
     """Shards, an index, a redundant tied copy, three dtypes, legacy names, foreign tensors, metadata: all at once."""
     folder = builders.gpt2_checkpoint(tmp_path / "g")

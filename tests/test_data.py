@@ -551,6 +551,12 @@ def test_labels_go_by_name(labels, ids):
     assert found.model == ("tabby cat", "dog", "great_white")
 
 
+def test_names_of_digits_may_have_lost_their_zeros():
+    """A table's reader takes 01 for 1. As written comes first."""
+    assert match_labels((("01",), ("02",), ("10",)), 3, {"1", "2", "10"}).ids == {"1": 0, "2": 1, "10": 2}
+    assert match_labels((("01",), ("1",)), 2, {"01", "1"}).ids == {"01": 0, "1": 1}
+
+
 @pytest.mark.parametrize("library", ["timm", "transformers", "torchvision"])
 def test_imagenets_names_are_known_to_models_of_every_library(library):
     from timm.data import ImageNetInfo

@@ -2,8 +2,10 @@
 
 import copy
 
+import builders
 import pytest
 import torch
+from conftest import SHORT
 from test_train import loop_of, masks_of, mlp, run, values
 from torch import nn
 
@@ -152,3 +154,11 @@ def test_tied_tensors_are_masked_and_counted_once():
     assert "same storage" in layers[1].excluded
     masked(model, 0.25)
     assert int((model["a"].weight == 0).sum()) == 16
+
+
+def test_batchnorm_of_a_single_value_is_refused_before_training(refused, made, tmp_path):
+    """Torch refuses it in the middle of a step: a pooled feature of one row has no variance. Elsewhere one row is enough."""
+    source = builders.timm_checkpoint(tmp_path / "levit", arch="levit_128s", in_chans=3, size=32)
+    told = refused(source, "--data", made / "colours", "-o", tmp_path / "out", *SHORT, "--batch-size", "1")
+    assert "(BatchNorm) sees one value a channel" in told
+    assert not (tmp_path / "out.partial").exists()

@@ -135,6 +135,9 @@ def open_checkpoint(source: Source, library: Library, *, allow_pickle: bool = Fa
     warnings = [*library.warnings(model)]
     if layout.from_pickle:
         warnings.append(f"the source's weights are a pickle; the output's are {SINGLE}")
+    unused = [name for name in layout.names() if name not in placement]
+    if unused:
+        warnings.append(f"the model does not use these tensors, which are kept as they are: {listed(unused)}")
     _, left = source.side_files(set(layout.read_from))
     if left:
         warnings.append(f"not copied (other copies of the weights, or ours to write): {listed(left, 20)}")

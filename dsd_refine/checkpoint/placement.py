@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from dsd_refine.checkpoint.layout import Layout, listed
+from dsd_refine.checkpoint.layout import Entry, Layout, listed
 from dsd_refine.errors import CheckpointError
 
 FIRST_ID = 1024  # above what initialisers write (0, 1, small noise), so that a re-made tensor is not taken for a moved one
@@ -79,7 +80,7 @@ def place(layout: Layout, model: torch.nn.Module, load: Load | None, same: Calla
         if name in state and tuple(state[name].shape) == layout.entry(name).shape and same(name):
             found[name] = (Part(name),)
     # an unplaced tensor may be foreign, or the model's under another name, also as a second copy of a tied one
-    unplaced = [n for n in layout.names() if n not in found and layout.entry(n).dtype.is_floating_point]
+    unplaced = [n for n in layout.names() if n not in found and _traceable(layout.entry(n))]
     if unplaced and load is not None:
         found.update(_trace(layout, load, [key for key in state if key not in found], found))
     _refuse_uncovered(model, found, state)
@@ -92,12 +93,17 @@ def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
 
+def _traceable(entry: Entry) -> bool:
+    """Weights and statistics, and single whole numbers, which count (`num_batches_tracked`); others are tables that stay."""
+    return entry.dtype.is_floating_point or (entry.dtype == torch.int64 and entry.numel == 1)
+
+
 def _trace(layout: Layout, load: Load, keys: Iterable[str], placed: Placement) -> Placement:
     numbered, starts, at = {}, {}, FIRST_ID
     for name in layout.names():
         entry = layout.entry(name)
-        if entry.dtype.is_floating_point:
-            ids = torch.arange(at, at + entry.numel, dtype=torch.float64)
+        if _traceable(entry):
+            ids = torch.arange(at, at + entry.numel, dtype=torch.float64 if entry.dtype.is_floating_point else torch.int64)
             numbered[name], starts[name] = ids.reshape(entry.shape), at
             at += entry.numel
         else:
@@ -135,6 +141,10 @@ def _refuse_uncovered(model: torch.nn.Module, found: Placement, state: dict[str,
     covered = {_identity(state[part.key]) for parts in found.values() for part in parts}
     # a parameter that never trains and is in no file is one the model computes itself (sinusoidal positions)
     lost = [n for n, p in model.named_parameters() if p.requires_grad and p.numel() and _identity(p) not in covered]
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            named = {f"{name}.{one}" for one in ("running_mean", "running_var")} & set(state)
+            lost += sorted(one for one in named if _identity(state[one]) not in covered)
     if lost:
         raise CheckpointError(
             f"these parameters are not in the file as they are in the model: {listed(lost)}. Either they are missing (a base "

@@ -74,17 +74,17 @@ class TimmLibrary:
         return model
 
     def load(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
-        """The model through timm's own loading (checkpoint filter included, strict), from given tensors.
+        """The model through timm's own loading (checkpoint filter included), from given tensors. Tensors too many pass.
 
         Raises:
-            CheckpointError: missing, unexpected or misshapen tensors, in timm's words.
+            CheckpointError: missing or misshapen tensors, in timm's words.
         """
         cfg = {**self._source_free(), "state_dict": dict(tensors)}
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with _building(self):
-                model: torch.nn.Module = timm.create_model(self.architecture, pretrained=True, pretrained_cfg=cfg, **self.args)
+                model = _created(self.architecture, pretrained_cfg=cfg, **self.args)
         finally:
             torch.set_default_dtype(default)
         del model.pretrained_cfg["state_dict"]  # type: ignore[union-attr, operator]
@@ -93,7 +93,7 @@ class TimmLibrary:
     def load_plain(self, folder: Path) -> torch.nn.Module:
         """The model as any user loads it: `timm.create_model("local-dir:…", pretrained=True)`."""
         with _building(self):
-            model: torch.nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            model = _created(f"local-dir:{folder}")
         return model.to(torch.float32)
 
     def _source_free(self) -> dict[str, Any]:
@@ -101,6 +101,18 @@ class TimmLibrary:
 
     def warnings(self, model: torch.nn.Module) -> list[str]:
         return []
+
+
+def _created(name: str, **options: Any) -> torch.nn.Module:
+    """timm's model with weights. Strictly, unless the file has more tensors than the model and lacks none."""
+    try:
+        model: torch.nn.Module = timm.create_model(name, pretrained=True, **options)
+    except RuntimeError as error:
+        said = str(error)
+        if "Unexpected key(s)" not in said or "Missing key(s)" in said or "size mismatch" in said:
+            raise
+        model = timm.create_model(name, pretrained=True, pretrained_strict=False, **options)
+    return model
 
 
 @contextmanager

@@ -139,6 +139,7 @@ def _in_order(names: list[str], classes: int, rule: str) -> LabelMap:
 
 
 def _plain(name: str) -> str:
+    name = re.sub("^0+(?=[0-9]+$)", "", name)  # a table's reader takes 01 for 1
     return " ".join(name.replace("_", " ").casefold().split())
 
 
