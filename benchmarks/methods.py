@@ -20,18 +20,19 @@ import yaml
 from dsd_refine.compare import over_seeds
 
 ROOT = Path(__file__).parent.parent
-SEEDS, EPOCHS, RATE = 5, 4.0, 15.0  # epochs in all, and the factor on the recipes' rates
+SEEDS, EPOCHS, RATE = 5, 16.0, 15.0  # epochs in all, and the factor on the recipes' rates
 PLAIN = (
     "--weight-decay", "0.0005", "--batch-size", "64", "--set", "augment={crop: none, flip: 0.0}", "--gate", "none",
-    "--control", "none", "--seeds", str(SEEDS), "--quiet", "--overwrite",
+    "--warmup-steps", "20", "--holdout", "0", "--control", "none", "--seeds", str(SEEDS), "--quiet", "--overwrite",
 )  # fmt: skip
 
 
 def scaled(recipe: Path) -> list[str]:
-    """The recipe's phases with the common budget, as --set."""
-    phases = yaml.safe_load(recipe.read_text())["phases"]
+    """The recipe's phases with the common budget, as --set. Nothing is selected: each run's end counts."""
+    found = yaml.safe_load(recipe.read_text())
+    phases = found["phases"]
     share = EPOCHS / sum(phase["epochs"] for phase in phases)
-    sets = []
+    sets = [] if "keep" in found else ["--keep", "last"]
     for number, phase in enumerate(phases):
         sets += ["--set", f"phases.{number}.epochs={phase['epochs'] * share:g}"]
         sets += ["--set", f"phases.{number}.lr={phase['lr'] * RATE:g}"]

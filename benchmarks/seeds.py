@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = (
-    "--control", "dense", "--control", "random", "--seeds", "5", "--sparsity", "0.3,0.5", "--sparse-epochs", "4",
-    "--dense-epochs", "4", "--lr", "0.15", "--weight-decay", "0.0005", "--warmup-steps", "0", "--set",
+    "--control", "dense", "--control", "random", "--seeds", "5", "--sparsity", "0.3,0.5", "--sparse-epochs", "8",
+    "--dense-epochs", "8", "--lr", "0.15", "--weight-decay", "0.0005", "--warmup-steps", "20", "--set",
     "augment={crop: none, flip: 0.0}", "--gate", "none",
 )  # fmt: skip
 

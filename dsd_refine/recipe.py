@@ -361,8 +361,9 @@ def apply_flags(raw: dict[str, Any], flags: Mapping[str, Any]) -> None:
                 fields.update({unit: flags[f"{kind}_{unit}"], other: _REMOVE})
     phases = raw.get("phases")
     for phase in phases if isinstance(phases, list) else []:
-        if isinstance(phase, dict) and phase.get("kind") in by_kind:
-            _update(phase, by_kind[phase["kind"]])
+        named = phase.get("kind") if isinstance(phase, dict) else None
+        if isinstance(named, str) and named in by_kind:  # what else stands there is refused by the schema
+            _update(phase, by_kind[named])
     plain = set(Recipe.model_fields) - {"phases"}
     raw.update({key: value for key, value in flags.items() if key in plain})
 

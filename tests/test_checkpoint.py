@@ -330,3 +330,19 @@ def test_side_files_are_copied_other_weights_are_not_and_modes_follow_the_umask(
     assert (tmp_path / "out/extra/notes.txt").read_bytes() == b"\x00\xff"
     assert {stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) for name in found} == {0o640}
     assert any("pytorch_model.bin" in warning and "model.onnx" in warning for warning in opened(folder).warnings)
+
+
+@pytest.mark.parametrize("build", [builders.timm_checkpoint, builders.bert_checkpoint, builders.gpt2_checkpoint])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_opened_model_is_float32_and_no_longer_hangs_on_its_file(tmp_path, build, dtype):
+    """It is read through a view of the file, which a download into the same place would change under the training."""
+    folder = build(tmp_path / "m")
+    path = folder / "model.safetensors"
+    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in load_file(path).items()}
+    builders.write_tensors(path, tensors, {"format": "pt"})
+    model = opened(folder).model
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with path.open("r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert {t.dtype for t in model.parameters()} == {torch.float32}
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

@@ -250,6 +250,7 @@ def changed(made, tmp_path, model, file="config.json", **values):
     [
         ("bert", {"num_labels": 10**9}, "num_labels is 1.0e+09, more than any model has"),
         ("bert", {"num_hidden_layers": 10**8}, "num_hidden_layers is 1.0e+08"),
+        ("bert", {"num_hidden_layers": 10**400}, "num_hidden_layers is beyond 1e300"),
         ("bert", {"num_hidden_layers": 50_000}, "modules, which its weights could not fill"),
         ("bert", {"hidden_size": 2 * 10**6}, "elements with"),
         ("bert", {"vocab_size": 10**9}, "elements with"),
@@ -297,6 +298,22 @@ def test_a_preprocessing_that_cannot_be_done_is_refused(refused, made, tmp_path)
     ):
         source = changed(made, tmp_path / str(number), "vit", name, **values)
         assert "its image processor" in refused(source, "--data", made / "colours", "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize("values", [{"mean": ["0.5"]}, {"std": [0.5, 0.5]}, {"crop_pct": "all"}, {"interpolation": 7}], ids=str)
+def test_a_timm_preprocessing_that_cannot_be_done_is_refused(refused, made, tmp_path, values):
+    config = json.loads((made / "timm/config.json").read_text())["pretrained_cfg"]
+    source = changed(made, tmp_path, "timm", "config.json", pretrained_cfg={**config, **values})
+    assert "preprocessing" in refused(source, "--data", made / "pictures", "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", [[], {}, 3, None, True])
+def test_a_phase_of_a_kind_that_is_no_word_is_refused(refused, made, tmp_path, kind):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({"phases": [{"kind": kind, "steps": 1, "lr": 0.1}]}))
+    assert "kind" in refused(
+        made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", "--recipe", recipe, "--lr", "1"
+    )
 
 
 def test_a_model_that_cannot_compute_on_the_data_is_refused_before_it_trains(refused, made, tmp_path):

@@ -16,10 +16,12 @@ from dsd_refine.checkpoint.layout import (
     TRAINABLE,
     Layout,
     WeightFile,
+    all_finite,
     build_header,
     listed,
     read_layout,
     sha256_file,
+    sha256_files,
 )
 from dsd_refine.checkpoint.placement import Placement, place
 from dsd_refine.checkpoint.source import Source, find_source
@@ -27,7 +29,7 @@ from dsd_refine.checkpoint.verify import verify
 from dsd_refine.checkpoint.write import copy_file, write_weights, written_dtypes
 from dsd_refine.errors import CheckpointError
 
-__all__ = ["Checkpoint", "Layout", "Source", "find_source", "open_checkpoint", "open_library", "verify"]
+__all__ = ["Checkpoint", "Layout", "Source", "find_source", "open_checkpoint", "open_library", "open_shapes", "verify"]
 
 if TYPE_CHECKING:
     from dsd_refine.checkpoint.timm import TimmLibrary
@@ -51,7 +53,7 @@ class Checkpoint:
     def hashes(self) -> dict[str, str]:
         """File name -> SHA-256 of every source file that counts, weights first."""
         names = [*self.weight_files, *self.source.side_files(set(self.weight_files))[0]]
-        return {name: sha256_file(self.source.folder / name) for name in names}
+        return dict(zip(names, sha256_files(self.source.folder / name for name in names), strict=True))
 
     @property
     def weight_files(self) -> list[str]:
@@ -123,12 +125,11 @@ def open_checkpoint(source: Source, library: Library, *, allow_pickle: bool = Fa
         CheckpointError: anything missing, misshapen, re-initialised, quantised, not finite, or not writable back.
     """
     layout = read_layout(source.folder, allow_pickle)
-    tensors = {name: layout.tensor(name) for name in layout.names()}
-    masters = {name: t.to(torch.float32) if t.dtype in TRAINABLE else t for name, t in tensors.items()}
+    tensors = {name: tensor for file in layout.files for name, tensor in file.mapped().items()}
     with _bounded(layout):
         if library.name != "transformers":  # which builds on the meta device first by itself
             library.build_meta()
-        model = library.load(masters, torch.float32)
+        model = _owned(library.load(tensors, torch.float32), tensors)
     state = model.state_dict()
     placement = place(layout, model, library.load, lambda name: _same(tensors[name], state[name]))
     _refuse_values(layout, placement, tensors)
@@ -161,6 +162,18 @@ def open_shapes(source: Source, library: Library, *, allow_pickle: bool = False)
     return Checkpoint(source, library, layout, model, place(layout, model, library.load, lambda name: True), ())
 
 
+def _owned(model: torch.nn.Module, mapped: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The model in float32 and in memory of its own: a library may have put what it was given into it."""
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in mapped.values()}
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.dtype in TRAINABLE:
+                tensor.data = tensor.data.to(torch.float32)
+            if tensor.untyped_storage().data_ptr() in theirs:
+                tensor.data = tensor.data.clone()
+    return model
+
+
 def _bounded(layout: Layout) -> AbstractContextManager[None]:
     return bounded(len(layout.where), sum(entry.numel for _, entry in layout.where.values()))
 
@@ -174,5 +187,5 @@ def _refuse_values(layout: Layout, placement: Placement, tensors: dict[str, torc
         tensor = tensors[name]
         if tensor.is_floating_point() and tensor.dtype not in TRAINABLE:
             raise CheckpointError(f"{name}: is {tensor.dtype}; only float32, float16 and bfloat16 weights can be refined")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise CheckpointError(f"{layout.folder}: {name} holds values that are not finite; the checkpoint is broken")

@@ -36,7 +36,8 @@ def refuse_counts(path: Path, config: Any, key: str = "") -> None:
         for value in config:
             refuse_counts(path, value, key)
     elif isinstance(config, int) and abs(config) > MOST and COUNT.search(key):
-        raise CheckpointError(f"{path}: {key} is {config:.1e}, more than any model has; refused")
+        shown = f"{config:.1e}" if abs(config) < 10**300 else "beyond 1e300"
+        raise CheckpointError(f"{path}: {key} is {shown}, more than any model has; refused")
 
 
 @contextmanager

@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
+import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +90,19 @@ class WeightFile:
         """One tensor in the file's dtype, in memory of its own."""
         return from_bytes(self.raw(entry), entry.dtype, entry.shape)
 
+    def mapped(self) -> dict[str, torch.Tensor]:
+        """Every tensor as a view of the file, which takes no memory; what is written there stays out of the file."""
+        with self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < max((entry.end for entry in self.entries), default=0):
+                raise CheckpointError(f"{self.path}: has become shorter; was it changed meanwhile?")
+            held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return {entry.name: self._view(entry, held) for entry in self.entries}
+
+    def _view(self, entry: Entry, held: mmap.mmap) -> torch.Tensor:
+        if not entry.numel or entry.begin % entry.dtype.itemsize:
+            return self.tensor(entry)
+        return torch.frombuffer(held, dtype=entry.dtype, count=entry.numel, offset=entry.begin).reshape(entry.shape)
+
 
 @dataclass(frozen=True)
 class PickleFile(WeightFile):
@@ -100,6 +116,9 @@ class PickleFile(WeightFile):
 
     def tensor(self, entry: Entry) -> torch.Tensor:
         return self.held[entry.name].clone()
+
+    def mapped(self) -> dict[str, torch.Tensor]:
+        return dict(self.held)
 
 
 @dataclass(frozen=True)
@@ -142,9 +161,19 @@ def from_bytes(raw: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> to
 
 
 def to_bytes(tensor: torch.Tensor) -> bytearray:
-    """A tensor's elements in logical order as little-endian bytes."""
+    """A tensor's elements in logical order as little-endian bytes, copied."""
+    return bytearray(memory(tensor))
+
+
+def memory(tensor: torch.Tensor) -> memoryview:
+    """The same without a copy, where the elements lie so already; good for as long as they are not changed."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return bytearray(flat.view(torch.uint8).numpy().data) if flat.numel() else bytearray()
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Is there neither NaN nor infinity? One pass that makes nothing: NaN is at both ends of any range."""
+    return not tensor.numel() or all(math.isfinite(end) for end in torch.stack(tensor.aminmax()).tolist())
 
 
 def read_layout(folder: Path, allow_pickle: bool = False) -> Layout:
@@ -391,6 +420,12 @@ def build_header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> 
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
     return head, tuple(Entry(n, t.dtype, tuple(t.shape), len(head) + a, len(head) + b) for n, t, a, b in spans)
+
+
+def sha256_files(paths: Iterable[Path]) -> list[str]:
+    """`sha256_file` of each, several at once: hashing lets go of the interpreter."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return list(pool.map(sha256_file, paths))
 
 
 def sha256_file(path: Path) -> str:

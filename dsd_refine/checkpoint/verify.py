@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save
 
-from dsd_refine.checkpoint.layout import Layout, read_json, read_layout, sha256_file
+from dsd_refine.checkpoint.layout import Layout, all_finite, memory, read_json, read_layout, sha256_file
 from dsd_refine.checkpoint.source import is_weights
 from dsd_refine.errors import CheckpointError
 from dsd_refine.forward import logits_of
@@ -31,6 +33,7 @@ def weights_folder(output: Path) -> Path:
 def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
     """Everything that is wrong with an output of `checkpoint`; empty when it is what it claims to be.
 
+    `checkpoint` may be opened by `open_shapes`: its values are not asked for.
     Checked: the files' headers (names, shapes, dtypes, order, metadata) and shard map, every tensor that is not the
     model's, every side file, the report's hashes of both sides, and the outputs of the model, as its library loads it,
     on the batch that the run left with what it computed there. A config, or code, that is not the source's is not loaded.
@@ -41,15 +44,17 @@ def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     problems = [*_headers(checkpoint.layout, written)]
-    if not problems:
+    if problems:
+        return problems
+    with ThreadPoolExecutor(os.cpu_count() or 1) as beside:  # hashing takes longest, and lets go of the interpreter
+        hashed = _hashing(checkpoint, output, folder, beside)
         problems += _foreign(checkpoint, written)
         strange = [*_side_files(checkpoint, folder)]
-        problems += [*strange, *_hashes(checkpoint, output, folder)]
         try:
-            problems += [] if strange else _outputs(checkpoint, output, folder)
+            computed = [] if strange else [*_outputs(checkpoint, output, folder)]
         except CheckpointError as error:
-            problems.append(f"its own library does not load it: {error}")
-    return problems
+            computed = [f"its own library does not load it: {error}"]
+        return problems + strange + hashed() + computed
 
 
 def _headers(source: Layout, written: Layout) -> Iterator[str]:
@@ -62,13 +67,13 @@ def _headers(source: Layout, written: Layout) -> Iterator[str]:
 
 
 def _foreign(checkpoint: Checkpoint, written: Layout) -> Iterator[str]:
-    for name in written.names():
-        file, entry = written.where[name]
-        source_file, source_entry = checkpoint.layout.where[name]
-        if name not in checkpoint.placement and file.raw(entry) != source_file.raw(source_entry):
-            yield f"{name}: is not the model's, yet its bytes differ from the source's"
-        if name in checkpoint.placement and entry.dtype.is_floating_point and not bool(file.tensor(entry).isfinite().all()):
-            yield f"{name}: holds values that are not finite"
+    for file, theirs in zip(written.files, checkpoint.layout.files, strict=True):
+        found, source = file.mapped(), theirs.mapped()
+        for name, tensor in found.items():
+            if name not in checkpoint.placement and memory(tensor) != memory(source[name]):
+                yield f"{name}: is not the model's, yet its bytes differ from the source's"
+            if name in checkpoint.placement and tensor.is_floating_point() and not all_finite(tensor):
+                yield f"{name}: holds values that are not finite"
 
 
 def _side_files(checkpoint: Checkpoint, folder: Path) -> Iterator[str]:
@@ -81,28 +86,48 @@ def _side_files(checkpoint: Checkpoint, folder: Path) -> Iterator[str]:
             yield f"{name}: differs from the source's"
 
 
-def _hashes(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str]:
+def _hashing(checkpoint: Checkpoint, output: Path, folder: Path, beside: ThreadPoolExecutor) -> Callable[[], list[str]]:
+    """Begins to hash the files that the report lists, and returns what ends it and tells what is wrong."""
     if not (output / "dsd/report.json").is_file():
-        yield "dsd/report.json is missing: nothing says what was written"
-        return
+        return lambda: ["dsd/report.json is missing: nothing says what was written"]
     try:
         report: dict[str, Any] = read_json(output / "dsd/report.json")
         files = {side: {str(item["name"]): item["sha256"] for item in report[side]["files"]} for side in ("output", "source")}
     except (CheckpointError, KeyError, TypeError) as error:
-        yield f"dsd/report.json is not a report with the hashes of output and source ({error!s:.200})"
-        return
+        problem = f"dsd/report.json is not a report with the hashes of output and source ({error!s:.200})"
+        return lambda: [problem]
+    places = {"output": folder, "source": checkpoint.source.folder}
+    listed = [(side, name) for side in places for name in files[side]]
+    found = {
+        (side, name): beside.submit(sha256_file, places[side] / name)
+        for side, name in listed
+        if _inside(name) and (places[side] / name).is_file()
+    }
+
+    def ended() -> list[str]:
+        wrong = [key for key in listed if key not in found or found[key].result() != files[key[0]][key[1]]]
+        return [
+            *_unlisted(checkpoint, folder, set(files["output"])),
+            *(f"{name!s:.200}: SHA-256 of the {side}'s file is not the one in the report" for side, name in wrong),
+        ]
+
+    return ended
+
+
+def _unlisted(checkpoint: Checkpoint, folder: Path, listed: set[str]) -> Iterator[str]:
+    """Files of the output that the report does not know."""
     expected = {*checkpoint.weight_files, *checkpoint.source.side_files(set(checkpoint.weight_files))[0]}
     if not checkpoint.layout.from_pickle:
-        for name in sorted(expected - set(files["output"])):
+        for name in sorted(expected - listed):
             yield f"{name}: the report does not list it among the output's files"
     for path in sorted(folder.iterdir()):
-        if path.is_file() and is_weights(path.name) and path.name not in files["output"]:
+        if path.is_file() and is_weights(path.name) and path.name not in listed:
             yield f"{path.name}: holds weights that the run did not write"
-    for side, root in (("output", folder), ("source", checkpoint.source.folder)):
-        for name, digest in files[side].items():
-            inside = "\0" not in name and ".." not in Path(name).parts and not Path(name).is_absolute()
-            if not inside or not (root / name).is_file() or sha256_file(root / name) != digest:
-                yield f"{name!s:.200}: SHA-256 of the {side}'s file is not the one in the report"
+
+
+def _inside(name: str) -> bool:
+    """Does a name out of a report stay in its folder?"""
+    return "\0" not in name and ".." not in Path(name).parts and not Path(name).is_absolute()
 
 
 def save_probe(path: Path, probes: Sequence[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:

@@ -6,35 +6,34 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from dsd_refine.checkpoint.layout import Entry, Layout, WeightFile, from_bytes, to_bytes
+from dsd_refine.checkpoint.layout import Entry, Layout, WeightFile, all_finite, memory
 from dsd_refine.checkpoint.placement import Placement, gather
 from dsd_refine.errors import RunError
 
 
-def entry_bytes(file: WeightFile, entry: Entry, placement: Placement, state: Mapping[str, torch.Tensor]) -> bytearray:
-    """The bytes that one tensor of the file is written with.
+def entry_value(start: torch.Tensor, entry: Entry, placement: Placement, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What one tensor of the file is written as; `start` is the source's.
 
-    A tensor that the model does not own, or whose values did not change, keeps the source's bytes (so that -0.0 and the
+    A tensor that the model does not own, or whose values did not change, is the source's own (so that -0.0 and the
     bits of foreign tensors survive).
 
     Raises:
         RunError: a trained value is not finite, or overflows the file's dtype.
     """
-    raw = file.raw(entry)
     if entry.name not in placement:
-        return raw
-    start = from_bytes(raw, entry.dtype, entry.shape)
+        return start
     value = gather(placement[entry.name], start, state).to("cpu", entry.dtype)
     if torch.equal(value, start):
-        return raw
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        return start
+    if value.is_floating_point() and not all_finite(value):
         raise RunError(f"{entry.name}: holds values that {entry.dtype} cannot; nothing was published")
-    return to_bytes(value)
+    return value
 
 
 def write_weights(layout: Layout, placement: Placement, state: Mapping[str, torch.Tensor], folder: Path) -> dict[str, str]:
@@ -44,18 +43,26 @@ def write_weights(layout: Layout, placement: Placement, state: Mapping[str, torc
     """
     hashes = {}
     for file in layout.files:
-        digest = hashlib.sha256(file.head)
         with (folder / file.name).open("wb") as out:
-            out.write(file.head)
-            for entry in file.entries:
-                data = entry_bytes(file, entry, placement, state)
-                digest.update(data)
-                out.write(data)
+            hashes[file.name] = _write(file, placement, state, out)
             sync(out)
-        hashes[file.name] = digest.hexdigest()
     if layout.index is not None:
         copy_file(layout.index, folder / layout.index.name)
     return hashes
+
+
+def _write(file: WeightFile, placement: Placement, state: Mapping[str, torch.Tensor], out: IO[bytes]) -> str:
+    """Head and tensors; the SHA-256 is made beside, which takes longer than to write, and is one tensor behind at most."""
+    digest, starts = hashlib.sha256(file.head), file.mapped()
+    out.write(file.head)
+    with ThreadPoolExecutor(1) as beside:
+        hashed = beside.submit(lambda: None)
+        for entry in file.entries:
+            data = memory(entry_value(starts[entry.name], entry, placement, state))
+            hashed.result()
+            hashed = beside.submit(digest.update, data)
+            out.write(data)
+    return digest.hexdigest()
 
 
 def copy_file(source: Path, target: Path) -> None:

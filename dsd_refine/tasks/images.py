@@ -56,7 +56,22 @@ class Preprocessing:
 
 
 def timm_preprocessing(model: torch.nn.Module) -> Preprocessing:
-    """What `pretrained_cfg` says: the test size for evaluation, the input size for training."""
+    """What `pretrained_cfg` says: the test size for evaluation, the input size for training.
+
+    Raises:
+        CheckpointError: nothing that can be done to a picture.
+    """
+    try:
+        found = _timm_preprocessing(model)
+        for transform in (found.evaluation, found.training):
+            transform(Image.new("RGB" if found.channels == 3 else "L", (40, 64)))
+    except Exception as error:  # timm and torchvision raise whatever a strange config makes them raise
+        text = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the preprocessing of config.json (pretrained_cfg) is not usable: {text}") from None
+    return found
+
+
+def _timm_preprocessing(model: torch.nn.Module) -> Preprocessing:
     from timm.data import create_transform, resolve_data_config
 
     test = resolve_data_config({}, model=model, use_test_size=True)
