@@ -58,11 +58,11 @@ class Fixed:
         return {}
 
 
-def loop_of(model: nn.Module, task: Any, recipe: Recipe, workers: int = 0) -> Loop:
+def loop_of(model: nn.Module, task: Any, recipe: Recipe, accelerator: Accelerator | None = None) -> Loop:
     """Our loop around a model and a task, without a checkpoint or a workspace; log lines go nowhere."""
     convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
     return Loop(
-        accelerator=Accelerator(cpu=True),
+        accelerator=accelerator or Accelerator(cpu=True),
         model=model,
         forward=model,
         task=task,
@@ -73,7 +73,7 @@ def loop_of(model: nn.Module, task: Any, recipe: Recipe, workers: int = 0) -> Lo
         stopping=lambda: False,
         save=lambda: None,
         save_due=lambda: False,
-        workers=workers,
+        workers=0,
         has_batchnorm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()),
         channels_last=convolutional,
         parameters=dict(model.named_parameters(remove_duplicate=False)),

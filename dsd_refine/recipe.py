@@ -31,6 +31,7 @@ Positive = Annotated[int, Field(gt=0, le=10**9)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
+MOST_MISTAKES = 9  # lines that are shown: who made more reads the file anew
 LONGEST = 100_000  # characters of a recipe: its loader is slow, and what is longer is none
 
 
@@ -262,7 +263,9 @@ def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(dict(raw))
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{where}: {line}" for line in _mistakes(error))) from None
+        lines = [f"{where}: {line}" for line in _mistakes(error)]
+        more = [f"{where}: and {len(lines) - MOST_MISTAKES} more mistakes"] if len(lines) > MOST_MISTAKES else []
+        raise RecipeError("\n".join([*lines[:MOST_MISTAKES], *more])) from None
 
 
 def _mistakes(error: ValidationError) -> Iterator[str]:

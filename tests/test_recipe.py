@@ -37,6 +37,14 @@ def test_all_mistakes_come_at_once_with_the_nearest_key():
         assert part in text
 
 
+def test_a_thousand_mistakes_are_counted():
+    with pytest.raises(RecipeError) as error:
+        validate(fresh(phases=[0] * 1000))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 10
+    assert lines[-1].endswith("and 991 more mistakes")
+
+
 @pytest.mark.parametrize("text", ["a: 1\na: 2", "phases:\n- {kind: x, kind: y}", "x: &a 1\ny: *a", "- 1", "{", "1: 2", "\t"])
 def test_yaml_that_is_no_recipe_is_refused(text):
     with pytest.raises(RecipeError):

@@ -556,6 +556,20 @@ def test_missing_packages_are_named(refused, heard, monkeypatch):
     assert message == "ctc-speech needs soundfile and jiwer: pip install 'dsd-refine[speech]'"
 
 
+@pytest.mark.parametrize("rate", [0, -8000, 10**9, "fast"])
+def test_a_feature_extractor_of_no_rate_that_sound_has_is_refused(heard, tmp_path, rate):
+    import transformers
+
+    folder = builders.copy_folder(heard / "group", tmp_path / "m")
+    for path in folder.glob("*processor*.json"):
+        config = json.loads(path.read_text())
+        at = config.get("feature_extractor", config)
+        at["sampling_rate"] = rate
+        path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="feature extractor cannot be used"):
+        open_hearing(folder, transformers.AutoModelForCTC.from_pretrained(folder).eval())
+
+
 def test_a_folder_without_feature_extractor_is_refused(heard, tmp_path):
     import transformers
 

@@ -137,6 +137,8 @@ def open_hearing(folder: Path, model: torch.nn.Module, trust_remote_code: bool =
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
         rate = int(extractor.sampling_rate)
+        if not RATES[0] <= rate <= RATES[1]:
+            raise ValueError(f"a sampling_rate of {rate:,} Hz")
         found = extractor(np.zeros(rate, dtype=np.float32), sampling_rate=rate, return_tensors="pt")
     except Exception as error:  # transformers raises whatever a strange config makes it raise
         raise CheckpointError(f"{folder}: its feature extractor cannot be used: {' '.join(str(error).split())[:200]}") from None
