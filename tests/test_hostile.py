@@ -307,6 +307,16 @@ def test_a_timm_preprocessing_that_cannot_be_done_is_refused(refused, made, tmp_
     assert "preprocessing" in refused(source, "--data", made / "pictures", "-o", tmp_path / "out")
 
 
+def test_values_that_json_has_not_are_words_in_the_report(command, made, tmp_path):
+    """Unread keys of a processor's config are shown too: a NaN there ended a run where its report was written."""
+    name = next((made / "vit").glob("*processor*.json")).name
+    source = changed(made, tmp_path, "vit", name, extra=float("nan"), more=[float("inf"), None, {"a": float("-inf")}])
+    found = command(source, "--data", made / "colours", "-o", tmp_path / "out", *SHORT)
+    assert found.code in (0, 3), found.err
+    shown = json.loads((tmp_path / "out/dsd/report.json").read_text())["preprocessing"]
+    assert (shown["extra"], shown["more"]) == ("nan", ["inf", None, {"a": "-inf"}])
+
+
 @pytest.mark.parametrize("kind", [[], {}, 3, None, True])
 def test_a_phase_of_a_kind_that_is_no_word_is_refused(refused, made, tmp_path, kind):
     recipe = tmp_path / "r.yaml"

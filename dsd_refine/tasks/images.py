@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import random
 import threading
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import datasets
@@ -178,12 +180,18 @@ def _interpolation(name: str) -> InterpolationMode:
     return InterpolationMode(name if name in {mode.value for mode in InterpolationMode} else "bicubic")
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: list(v) if isinstance(v, tuple) else v
-        for k, v in config.items()
-        if isinstance(v, str | int | float | bool | list | tuple | dict)
-    }
+def _plain(value: Any) -> Any:
+    """A config's values as JSON has them. NaN and infinity, which it has not, are words."""
+    if isinstance(value, dict):
+        return {str(name): _plain(one) for name, one in value.items() if isinstance(one, _PLAIN)}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return (
+        value if isinstance(value, str | int | NoneType) or (isinstance(value, float) and math.isfinite(value)) else str(value)
+    )
+
+
+_PLAIN = (str, int, float, list, tuple, dict)
 
 
 def decode(raw: bytes, channels: int) -> Image.Image:
