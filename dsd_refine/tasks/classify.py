@@ -17,6 +17,8 @@ from dsd_refine.tasks import Batch, Forward, Score, Scores, ratio
 from dsd_refine.tasks.data import Examined, MissingColumn, Parts, Rows, Table, divide, label_texts, use_rows
 from dsd_refine.tasks.labels import LabelMap, match_labels
 
+LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category", "y")
+
 
 @dataclass(frozen=True)
 class LabelledPart:

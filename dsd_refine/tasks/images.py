@@ -26,11 +26,17 @@ from torchvision.transforms import Compose, InterpolationMode, Normalize, PILToT
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.tasks import Batch, Item
-from dsd_refine.tasks.classify import Classification, LabelledPart, labelled_parts, overlap_warning, skip_warnings
+from dsd_refine.tasks.classify import (
+    LABEL_COLUMNS,
+    Classification,
+    LabelledPart,
+    labelled_parts,
+    overlap_warning,
+    skip_warnings,
+)
 from dsd_refine.tasks.data import Examined, Table, column, in_words, raw_bytes, undecoded
 
 IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "file", "path", "file_name")
-LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category", "y")
 Pixels = Callable[[Image.Image], torch.Tensor]
 # what is opened at all: others bring programs along (PostScript) or documents, whatever the file's name says
 Image.init()

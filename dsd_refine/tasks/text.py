@@ -16,9 +16,15 @@ from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, ratio
-from dsd_refine.tasks.classify import Classification, LabelledPart, labelled_parts, overlap_warning, skip_warnings
+from dsd_refine.tasks.classify import (
+    LABEL_COLUMNS,
+    Classification,
+    LabelledPart,
+    labelled_parts,
+    overlap_warning,
+    skip_warnings,
+)
 from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, use_rows
-from dsd_refine.tasks.images import LABEL_COLUMNS
 from dsd_refine.tasks.tokens import tokenized
 
 Ids = np.ndarray[Any, Any]
