@@ -1,4 +1,6 @@
-"""Feed the command broken and hostile files: `python benchmarks/fuzz.py [N] [SEED] [KIND …]`.
+"""Feed the command broken and hostile files: `python benchmarks/fuzz.py [N] [SEED] [KIND … | NUMBER …]`.
+
+KINDs: of these files alone. NUMBERs: of the N cases these alone, again.
 
 Each case is a seeded mutation of good files, or a file made to harm (tests/hostile.py), in a process of its own. Held against:
 exit code 0 or 2 (3 for `verify`, 5 where the weights themselves cannot be computed with), never a traceback, 30 s of computing,
@@ -158,14 +160,15 @@ def not_regular(folder: str, names: list[str]) -> list[str]:
 def main() -> None:
     given = sys.argv[1:]
     wanted, seed = (int(text) for text in [*given[:2], *["5000", "0"][len(given[:2]) :]])
-    kinds = given[2:] or list(CASES)
+    again = [int(text) for text in given[2:] if text.isdigit()]
+    kinds = [text for text in given[2:] if not text.isdigit()] or list(CASES)
     with tempfile.TemporaryDirectory() as place:
         campaign = Campaign(Path(place), seed)
         alone(Path(place, "home"))
         campaign.prepare()
-        for number in range(wanted):
+        for number in again or range(wanted):
             campaign.one(number, kinds[number % len(kinds)])
-    print(f"{wanted} cases (seed {seed}), {len(campaign.problems)} gone wrong; the most that one took: "
+    print(f"{len(again) or wanted} cases (seed {seed}), {len(campaign.problems)} gone wrong; the most that one took: "
           f"{campaign.most['seconds']:.1f} s of computing, {campaign.most['memory'] / 2**20:.0f} MiB")  # fmt: skip
     for kind, codes in sorted(campaign.codes.items()):
         print(f"  {kind}: " + ", ".join(f"{count} x exit {code}" for code, count in sorted(codes.items())))
