@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+# What `make bench` measures, one table each in benchmarks/results/; alone on the machine, about an hour on two cores.
+BENCHES := step throughput evaluate masks checkpoint start growth
+
+.PHONY: demo test check bench format clean
 
 demo: $(STAMP)
 	$(BIN)/dsd-refine run recipes/demo/checkpoint --recipe digits --output-dir demo-output --overwrite
@@ -16,6 +19,11 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(STAMP)
+	benchmarks/peers.sh $(BIN)/python
+	set -e; for name in $(BENCHES); do $(BIN)/python benchmarks/$$name.py > benchmarks/results/$$name.part; \
+		mv benchmarks/results/$$name.part benchmarks/results/$$name.txt; cat benchmarks/results/$$name.txt; done
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
