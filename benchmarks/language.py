@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
+import platform
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -58,6 +61,8 @@ def first_dense(train: list[str], folder: Path, epochs: int = 6) -> None:
 
 
 def main() -> None:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "transformers"))
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}", flush=True)
     texts, out = Path(sys.argv[1]), Path(sys.argv[2])
     out.mkdir(parents=True, exist_ok=True)
     parts = paragraphs(texts)

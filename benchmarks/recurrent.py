@@ -6,8 +6,11 @@ refines it, and prints the summary for benchmarks/results/recurrent.txt.
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import timm
@@ -52,6 +55,8 @@ def first_dense(folder: Path, epochs: int = 12) -> None:
 
 
 def main() -> None:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "transformers"))
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}", flush=True)
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     first_dense(out / "sequencer2d")

@@ -191,7 +191,7 @@ def _infer(folder: Path, config: Any) -> str:
         for ending, task in ENDINGS.items():
             if architecture.endswith(ending):
                 return task
-    named = ", ".join(config.architectures or []) or "nothing"
+    named = ", ".join(config.architectures or [])[:200] or "nothing"
     raise CheckpointError(
         f"{folder}: its config names {named} as architecture, which has no task's head; give --task if the weights have one"
     )
