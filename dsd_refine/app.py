@@ -233,7 +233,7 @@ def verify(source: str, output: str, trust_remote_code: bool, allow_pickle: bool
     task = read_json(Path(output, "dsd/report.json")).get("task")
     task = task if isinstance(task, str) and task in TASKS else None
     found = find_source(source, allow_pickle=allow_pickle)
-    checkpoint = open_shapes(found, open_library(found, task, trust_remote_code), allow_pickle=allow_pickle)
+    checkpoint = open_shapes(found, open_library(found, task, trust_remote_code), allow_pickle=allow_pickle, fetched=True)
     problems = check(checkpoint, Path(output))
     _result(json.dumps({"ok": not problems, "problems": problems}) if as_json else report_lines(problems, Path(output)))
     return 3 if problems else 0

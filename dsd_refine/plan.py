@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dsd_refine import space
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_shapes
 from dsd_refine.layers import open_layers
 from dsd_refine.masks import Layer
@@ -38,7 +39,9 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
     return {
         "model": source.model, "resolved": source.resolved, "revision": source.revision, "library": source.library,
         "task": library.task, "recipe": recipe.name, "layers": rows,
-        "totals": _totals(checkpoint, layers, rows, shares) | _steps(checkpoint, library, recipe) | _sizes(layers, recipe),
+        "totals": _totals(checkpoint, layers, rows, shares)
+        | _steps(checkpoint, library, recipe)
+        | _sizes(checkpoint, layers, recipe),
     }  # fmt: skip
 
 
@@ -83,12 +86,13 @@ def _phase(phase: Phase, per_epoch: int) -> str:
     return f"{phase.total_steps(per_epoch):,} steps ({per_epoch:,} an epoch), peak rate {phase.lr:g}, {phase.schedule}"
 
 
-def _sizes(layers: list[Layer], recipe: Recipe) -> dict[str, str]:
+def _sizes(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe) -> dict[str, str]:
     """Memory without activations (weights, gradients, optimizer state, a copy of the source, masks), and disk."""
     weights = sum(layer.weights for layer in layers if not (layer.excluded or "").startswith("the same storage"))
     maskable = sum(layer.weights for layer in layers if layer.excluded is None)
     moments = 2 if recipe.optimizer == "adamw" else int(recipe.momentum > 0)
-    memory = FLOAT * weights * (3 + moments) + maskable
-    arms = 1 + len(recipe.control)
-    disk = FLOAT * weights * (1 + moments + 2 * arms + 1)
+    teacher = int(any(phase.distill for phase in recipe.phases))
+    averages = int(any(phase.average != "none" for phase in recipe.phases))
+    memory = FLOAT * weights * (3 + moments + teacher + averages) + maskable
+    disk = space.of_run(checkpoint, layers, recipe)  # what a run looks for before it begins
     return {"memory": f"{memory / 1e9:.2f} GB and the activations", "disk": f"{disk / 1e9:.2f} GB at most while running"}

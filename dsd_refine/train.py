@@ -455,17 +455,21 @@ def _same_buffers(loop: Loop) -> None:
 def without_variance(loop: Loop) -> list[str]:
     """Names of the BatchNorm layers that see a single value of each channel in a row, as after a global pooling."""
     found: list[str] = []
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda _, args, name=name: found.append(name) if args[0].numel() == args[0].shape[1] else None
-        )
-        for name, module in loop.model.named_modules()
-        if isinstance(module, _BatchNorm)
-    ]
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            values = [*args, *kwargs.values()][0]
+            if values.numel() == values.shape[1]:
+                found.append(name)
+
+        return hook
+
+    norms = [(name, module) for name, module in loop.model.named_modules() if isinstance(module, _BatchNorm)]
+    hooks = [module.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, module in norms]
     loop.model.eval()
-    batch = _on_device(loop, loop.task.batch(loop.task.train, [(0, None)]))
     with torch.no_grad():
-        loop.task.loss(loop.model, batch)
+        for seed in (None, 0):  # as evaluation sees the row, and as training does, which may be smaller
+            loop.task.loss(loop.model, _on_device(loop, loop.task.batch(loop.task.train, [(0, seed)])))
     for hook in hooks:
         hook.remove()
     return found

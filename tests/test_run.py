@@ -673,3 +673,10 @@ def test_the_epoch_that_was_kept_is_reported_and_log_lines_name_the_arm(go):
     table = pq.read_table(out / "dsd/predictions.parquet").to_pydict()
     for arm, found in report["arms"].items():
         assert sum(table[f"loss_{arm}"]) / len(table["row"]) == pytest.approx(found["loss"])
+
+
+def test_a_plan_s_disk_is_what_a_run_looks_for(command, made):
+    """More seeds keep more weights."""
+    told = [command("plan", made / "timm", "--seeds", seeds, "--json").out for seeds in ("1", "50")]
+    one, fifty = (json.loads(text)["totals"]["disk"] for text in told)
+    assert float(fifty.split()[0]) > float(one.split()[0])

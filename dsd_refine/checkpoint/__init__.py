@@ -21,7 +21,6 @@ from dsd_refine.checkpoint.layout import (
     listed,
     read_layout,
     sha256_file,
-    sha256_files,
 )
 from dsd_refine.checkpoint.placement import Placement, place
 from dsd_refine.checkpoint.source import Source, find_source
@@ -53,7 +52,7 @@ class Checkpoint:
     def hashes(self) -> dict[str, str]:
         """File name -> SHA-256 of every source file that counts, weights first."""
         names = [*self.weight_files, *self.source.side_files(set(self.weight_files))[0]]
-        return dict(zip(names, sha256_files(self.source.folder / name for name in names), strict=True))
+        return {name: sha256_file(self.source.folder / name) for name in names}
 
     @property
     def weight_files(self) -> list[str]:
@@ -145,14 +144,14 @@ def open_checkpoint(source: Source, library: Library, *, allow_pickle: bool = Fa
     return Checkpoint(source, library, layout, model.eval(), placement, tuple(warnings))
 
 
-def open_shapes(source: Source, library: Library, *, allow_pickle: bool = False) -> Checkpoint:
-    """The same on the meta device, for `plan`: headers are read where the weights are here, no values either way."""
+def open_shapes(source: Source, library: Library, *, allow_pickle: bool = False, fetched: bool = False) -> Checkpoint:
+    """The same on the meta device: no values; headers where the weights are here (`fetched`: they must be)."""
     try:
         layout = read_layout(source.folder, allow_pickle)
         with _bounded(layout):
             model = library.build_meta()
     except CheckpointError:
-        if source.revision is None:
+        if source.revision is None or fetched:
             raise
         with bounded(None, None):
             model = library.build_meta()

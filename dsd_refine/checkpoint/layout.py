@@ -13,8 +13,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -420,12 +419,6 @@ def build_header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> 
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
     return head, tuple(Entry(n, t.dtype, tuple(t.shape), len(head) + a, len(head) + b) for n, t, a, b in spans)
-
-
-def sha256_files(paths: Iterable[Path]) -> list[str]:
-    """`sha256_file` of each, several at once: hashing lets go of the interpreter."""
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return list(pool.map(sha256_file, paths))
 
 
 def sha256_file(path: Path) -> str:

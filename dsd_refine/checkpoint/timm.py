@@ -111,7 +111,10 @@ def _created(name: str, **options: Any) -> torch.nn.Module:
         said = str(error)
         if "Unexpected key(s)" not in said or "Missing key(s)" in said or "size mismatch" in said:
             raise
-        model = timm.create_model(name, pretrained=True, pretrained_strict=False, **options)
+        try:
+            model = timm.create_model(name, pretrained=True, pretrained_strict=False, **options)
+        except Exception:  # some builders set that argument themselves
+            raise error from None
     return model
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save
 
-from dsd_refine.checkpoint.layout import Layout, all_finite, memory, read_json, read_layout, sha256_file
+from dsd_refine.checkpoint.layout import TRAINABLE, Layout, all_finite, memory, read_json, read_layout, sha256_file
 from dsd_refine.checkpoint.source import is_weights
 from dsd_refine.errors import CheckpointError
 from dsd_refine.forward import logits_of
@@ -46,15 +44,14 @@ def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
     problems = [*_headers(checkpoint.layout, written)]
     if problems:
         return problems
-    with ThreadPoolExecutor(os.cpu_count() or 1) as beside:  # hashing takes longest, and lets go of the interpreter
-        hashed = _hashing(checkpoint, output, folder, beside)
-        problems += _foreign(checkpoint, written)
-        strange = [*_side_files(checkpoint, folder)]
-        try:
-            computed = [] if strange else [*_outputs(checkpoint, output, folder)]
-        except CheckpointError as error:
-            computed = [f"its own library does not load it: {error}"]
-        return problems + strange + hashed() + computed
+    problems += _foreign(checkpoint, written)
+    strange = [*_side_files(checkpoint, folder)]
+    problems += [*strange, *_hashes(checkpoint, output, folder)]
+    try:
+        problems += [] if strange else _outputs(checkpoint, output, folder)
+    except CheckpointError as error:
+        problems.append(f"its own library does not load it: {error}")
+    return problems
 
 
 def _headers(source: Layout, written: Layout) -> Iterator[str]:
@@ -72,7 +69,7 @@ def _foreign(checkpoint: Checkpoint, written: Layout) -> Iterator[str]:
         for name, tensor in found.items():
             if name not in checkpoint.placement and memory(tensor) != memory(source[name]):
                 yield f"{name}: is not the model's, yet its bytes differ from the source's"
-            if name in checkpoint.placement and tensor.is_floating_point() and not all_finite(tensor):
+            if name in checkpoint.placement and tensor.dtype in TRAINABLE and not all_finite(tensor):
                 yield f"{name}: holds values that are not finite"
 
 
@@ -86,32 +83,21 @@ def _side_files(checkpoint: Checkpoint, folder: Path) -> Iterator[str]:
             yield f"{name}: differs from the source's"
 
 
-def _hashing(checkpoint: Checkpoint, output: Path, folder: Path, beside: ThreadPoolExecutor) -> Callable[[], list[str]]:
-    """Begins to hash the files that the report lists, and returns what ends it and tells what is wrong."""
+def _hashes(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str]:
     if not (output / "dsd/report.json").is_file():
-        return lambda: ["dsd/report.json is missing: nothing says what was written"]
+        yield "dsd/report.json is missing: nothing says what was written"
+        return
     try:
         report: dict[str, Any] = read_json(output / "dsd/report.json")
         files = {side: {str(item["name"]): item["sha256"] for item in report[side]["files"]} for side in ("output", "source")}
     except (CheckpointError, KeyError, TypeError) as error:
-        problem = f"dsd/report.json is not a report with the hashes of output and source ({error!s:.200})"
-        return lambda: [problem]
-    places = {"output": folder, "source": checkpoint.source.folder}
-    listed = [(side, name) for side in places for name in files[side]]
-    found = {
-        (side, name): beside.submit(sha256_file, places[side] / name)
-        for side, name in listed
-        if _inside(name) and (places[side] / name).is_file()
-    }
-
-    def ended() -> list[str]:
-        wrong = [key for key in listed if key not in found or found[key].result() != files[key[0]][key[1]]]
-        return [
-            *_unlisted(checkpoint, folder, set(files["output"])),
-            *(f"{name!s:.200}: SHA-256 of the {side}'s file is not the one in the report" for side, name in wrong),
-        ]
-
-    return ended
+        yield f"dsd/report.json is not a report with the hashes of output and source ({error!s:.200})"
+        return
+    yield from _unlisted(checkpoint, folder, set(files["output"]))
+    for side, root in (("output", folder), ("source", checkpoint.source.folder)):
+        for name, digest in files[side].items():
+            if not _inside(name) or not (root / name).is_file() or sha256_file(root / name) != digest:
+                yield f"{name!s:.200}: SHA-256 of the {side}'s file is not the one in the report"
 
 
 def _unlisted(checkpoint: Checkpoint, folder: Path, listed: set[str]) -> Iterator[str]:

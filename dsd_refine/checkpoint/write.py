@@ -62,6 +62,7 @@ def _write(file: WeightFile, placement: Placement, state: Mapping[str, torch.Ten
             hashed.result()
             hashed = beside.submit(digest.update, data)
             out.write(data)
+        hashed.result()
     return digest.hexdigest()
 
 
