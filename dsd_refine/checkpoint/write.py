@@ -53,12 +53,12 @@ def write_weights(layout: Layout, placement: Placement, state: Mapping[str, torc
 
 def _write(file: WeightFile, placement: Placement, state: Mapping[str, torch.Tensor], out: IO[bytes]) -> str:
     """Head and tensors; the SHA-256 is made beside, which takes longer than to write, and is one tensor behind at most."""
-    digest, starts = hashlib.sha256(file.head), file.mapped()
+    digest = hashlib.sha256(file.head)
     out.write(file.head)
     with ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(lambda: None)
         for entry in file.entries:
-            data = memory(entry_value(starts[entry.name], entry, placement, state))
+            data = memory(entry_value(file.tensor(entry), entry, placement, state))
             hashed.result()
             hashed = beside.submit(digest.update, data)
             out.write(data)
