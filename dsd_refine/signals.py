@@ -33,7 +33,13 @@ class Signals:
             signal.signal(number, handler)
 
     def wait(self) -> None:
-        """From here on there is something to finish and to save: whoever works asks `asked`."""
+        """From here on there is something to finish and to save: whoever works asks `asked`.
+
+        Raises:
+            KeyboardInterrupt: a signal came before, in a destructor, where Python only prints what is raised.
+        """
+        if self.asked:
+            raise KeyboardInterrupt
         self._at_once = False
 
     def _ask(self, number: int, _: object) -> None:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
 import psutil
@@ -15,6 +16,9 @@ from conftest import ROOT, environment
 from forked import Child, preload, watched
 from forked import command as run_command
 from test_resume import same
+
+from dsd_refine.signals import Signals
+from dsd_refine.tasks.data import in_threads
 
 STEPS = ("--gate", "none", "--batch-size", "8", "--device", "cpu", "--quiet", "--sparse-steps", "6", "--dense-steps", "3")
 
@@ -127,6 +131,35 @@ def test_a_signal_ends_what_takes_long_within_seconds(child, made, tmp_path, pla
         assert (tmp_path / "out.partial/state.json").is_file() == saved
     if saved is False:
         assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_signal_while_rows_are_handed_out_does_not_wait_for_them_all(monkeypatch):
+    """It may come while the threads have begun and most rows are still to be handed to them."""
+    submit, given, begun = ThreadPoolExecutor.submit, [], []
+
+    def interrupted(pool, *args):
+        given.append(args)
+        if len(given) == 50:
+            raise KeyboardInterrupt
+        return submit(pool, *args)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        in_threads(lambda row: begun.append(time.sleep(0.05)), 1000)
+    assert len(given) == 50
+    assert len(begun) < 25
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_came_where_nothing_can_be_raised_ends_the_run_before_its_first_step():
+    class Lost:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with Signals() as signals:
+        Lost()
+        with pytest.raises(KeyboardInterrupt):
+            signals.wait()
 
 
 def test_a_second_signal_ends_at_once(child, made, tmp_path):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -20,7 +18,7 @@ from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, ratio, require
 from dsd_refine.tasks.classify import overlap_warning, skip_warnings
-from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, raw_bytes, undecoded, use_rows
+from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, in_threads, raw_bytes, undecoded, use_rows
 from dsd_refine.tasks.images import IMAGE_COLUMNS, Preprocessing, decode, pixels
 from dsd_refine.tasks.speaker import Speaker
 
@@ -206,8 +204,7 @@ def _examine(table: Table, image: str, texts: Sequence[Any], channels: int) -> l
             return Examined(b"", reason=str(error) if isinstance(error, DataError) else "no picture")
         return Examined(hashlib.sha256(raw).digest(), texts=captions)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return list(pool.map(one, range(len(texts))))
+    return in_threads(one, len(texts))
 
 
 def _captions(value: Any) -> tuple[str, ...]:

@@ -11,9 +11,10 @@ import stat
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -21,6 +22,8 @@ import numpy as np
 from dsd_refine.checkpoint.hub import ask_hub, check_blobs, is_of_the_hub
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.space import is_full
+
+Found = TypeVar("Found")
 
 SALT = b"dsd-refine holdout 1"
 EVAL_SHARE = 0.2
@@ -417,6 +420,15 @@ def _class_name(kind: Any, table: Table, row: int, value: int | None) -> str | N
     if not 0 <= value < kind.num_classes:
         raise DataError(f"row {table.name(row)}: class id {value} is outside 0..{kind.num_classes - 1}")
     return str(kind.names[value])
+
+
+def in_threads(one: Callable[[int], Found], rows: int) -> list[Found]:
+    """`one(row)` of every row, in order. A signal (KeyboardInterrupt) waits for the rows at work, not for those to come."""
+    pool = ThreadPoolExecutor(os.cpu_count() or 1)
+    try:
+        return list(pool.map(one, range(rows)))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def use_rows(table: Table, examined: Sequence[Examined]) -> Rows:

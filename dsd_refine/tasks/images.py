@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 import random
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,7 @@ from dsd_refine.tasks.classify import (
     overlap_warning,
     skip_warnings,
 )
-from dsd_refine.tasks.data import Examined, Table, column, in_words, raw_bytes, undecoded
+from dsd_refine.tasks.data import Examined, Table, column, in_threads, in_words, raw_bytes, undecoded
 
 IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "file", "path", "file_name")
 Pixels = Callable[[Image.Image], torch.Tensor]
@@ -323,8 +321,7 @@ def prepare_images(
         def one(row: int) -> Examined:
             return _examine(table, image, row, labels[row], preprocessing.channels)
 
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            return list(pool.map(one, range(len(labels))))
+        return in_threads(one, len(labels))
 
     matched, parts, divided = labelled_parts(tables, evaluation, label, examine, aliases, classes, recipe.holdout)
     train, holdout, judge = parts

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any
@@ -22,7 +20,7 @@ from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, ratio, require
 from dsd_refine.tasks.classify import overlap_warning, skip_warnings
-from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, raw_bytes, undecoded, use_rows
+from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, in_threads, raw_bytes, undecoded, use_rows
 from dsd_refine.tasks.sound import Hearing, Lengths, SpecAugment, count_frames, decode, lengths_of, resample, spec_augment
 from dsd_refine.tasks.tokens import tokenized
 
@@ -264,8 +262,7 @@ def _examine(
             return Examined(b"", reason=str(error) if isinstance(error, DataError) else "no audio"), None
         return Examined(hashlib.sha256(raw).digest(), texts=(said[row],)), clip
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return list(pool.map(one, range(len(texts))))
+    return in_threads(one, len(texts))
 
 
 def _clip(raw: bytes, labels: list[int | None], hearing: Hearing, words: Words, lengths: tuple[Lengths, Lengths]) -> Clip:
