@@ -194,10 +194,13 @@ def test_missing_batchnorm_statistics_are_named(tmp_path):
         opened(folder)
 
 
-def test_a_timm_file_with_more_tensors_than_the_model_keeps_them(tmp_path):
-    folder = builders.timm_checkpoint(tmp_path / "t")
-    more = {"old.weight": torch.randn(3, 4), "old.count": torch.tensor(5)}
-    builders.write_tensors(folder / "model.safetensors", {**load_file(folder / "model.safetensors"), **more})
+MORE = {"old.weight": torch.ones(3, 4), "old.count": torch.tensor(5)}
+
+
+@pytest.mark.parametrize("arch", ["test_resnet", "mobilenetv3_small_050"])  # whose builder sets pretrained_strict itself
+def test_a_timm_file_with_more_tensors_than_the_model_keeps_them(tmp_path, arch):
+    folder = builders.timm_checkpoint(tmp_path / "t", arch=arch)
+    builders.write_tensors(folder / "model.safetensors", {**load_file(folder / "model.safetensors"), **MORE})
     checkpoint = opened(folder)
     assert any("old.weight, old.count" in warning for warning in checkpoint.warnings)
     perturb(checkpoint.model)
@@ -205,6 +208,21 @@ def test_a_timm_file_with_more_tensors_than_the_model_keeps_them(tmp_path):
     moved = dict(checkpoint.model.named_parameters())
     for name in layout.names():
         assert (raw(layout, name) != raw(checkpoint.layout, name)) is (name in moved), name
+    plain = checkpoint.library.load_plain(tmp_path / "out").state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in checkpoint.model.state_dict().items())
+    with pytest.raises(RuntimeError, match="Unexpected"):  # a model that was let off keeps no such leave
+        checkpoint.model.load_state_dict({**plain, **MORE})
+
+
+@pytest.mark.parametrize("arch", ["test_resnet", "mobilenetv3_small_050"])
+def test_tensors_too_many_do_not_stand_in_for_missing_ones(tmp_path, arch):
+    folder = builders.timm_checkpoint(tmp_path / "t", arch=arch)
+    tensors = {**load_file(folder / "model.safetensors"), **MORE}
+    lost = [name for name in tensors if name.endswith(("running_var", "conv1.weight", "conv_stem.weight"))][:2]
+    builders.write_tensors(folder / "model.safetensors", {n: t for n, t in tensors.items() if n not in lost})
+    with pytest.raises(CheckpointError) as refused:
+        opened(folder)
+    assert all(name in str(refused.value) for name in lost)
 
 
 def test_counts_under_old_names_are_written_as_counted(tmp_path):

@@ -12,6 +12,8 @@ from typing import Any
 import timm
 import torch
 from timm.models._hub import load_model_config_from_path
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from dsd_refine.errors import CheckpointError
 
@@ -104,18 +106,43 @@ class TimmLibrary:
 
 
 def _created(name: str, **options: Any) -> torch.nn.Module:
-    """timm's model with weights. Strictly, unless the file has more tensors than the model and lacks none."""
+    """timm's model with weights, strictly. Where the file only has more tensors than the model, these are left out."""
     try:
-        model: torch.nn.Module = timm.create_model(name, pretrained=True, **options)
+        return _pretrained(name, **options)
     except RuntimeError as error:
         said = str(error)
         if "Unexpected key(s)" not in said or "Missing key(s)" in said or "size mismatch" in said:
             raise
-        try:
-            model = timm.create_model(name, pretrained=True, pretrained_strict=False, **options)
-        except Exception:  # some builders set that argument themselves
-            raise error from None
+    with _leaving_out():
+        return _pretrained(name, **options)
+
+
+def _pretrained(name: str, **options: Any) -> torch.nn.Module:
+    model: torch.nn.Module = timm.create_model(name, pretrained=True, **options)
     return model
+
+
+@contextmanager
+def _leaving_out() -> Iterator[None]:
+    """Within, what is built has no unexpected tensors when it is loaded; everything else stays as strict as it is.
+
+    `pretrained_strict=False` would let tensors be missing too, and some builders (mobilenetv3) set it themselves.
+    """
+    handles: dict[torch.nn.Module, RemovableHandle] = {}
+
+    def forgive(_: torch.nn.Module, keys: Any) -> None:
+        keys.unexpected_keys.clear()
+
+    def told(parent: torch.nn.Module, *_: Any) -> None:
+        if parent not in handles:  # the root is none's child, so that it is met as a parent only
+            handles[parent] = parent.register_load_state_dict_post_hook(forgive)  # type: ignore[no-untyped-call]
+
+    building = register_module_module_registration_hook(told)
+    try:
+        yield
+    finally:
+        for handle in (building, *handles.values()):
+            handle.remove()
 
 
 @contextmanager
