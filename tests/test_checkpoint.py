@@ -7,6 +7,7 @@ import builders
 import pytest
 import torch
 import transformers
+from conftest import hashes
 from safetensors.torch import load_file
 
 from dsd_refine.checkpoint import find_source, open_checkpoint, open_library
@@ -51,6 +52,19 @@ def test_nothing_changed_gives_every_file_byte_for_byte(tmp_path):
         layout = written(opened(made), tmp_path / f"out-{made.name}")
         for path in made.iterdir():
             assert (layout.folder / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_hashes_that_writing_returns_are_those_of_the_files(tmp_path):
+    folder = builders.gpt2_checkpoint(tmp_path / "g")
+    tensors = list(load_file(folder / "model.safetensors").items())
+    tensors += [("foreign.empty", torch.empty(0, 3)), ("foreign.odd", torch.ones(3, dtype=torch.uint8))]
+    builders.write_shards(folder, {f"model-{i}.safetensors": dict(tensors[i::2]) for i in range(2)})
+    checkpoint = opened(folder)
+    perturb(checkpoint.model)
+    (tmp_path / "out").mkdir()
+    told = checkpoint.write(checkpoint.model, tmp_path / "out")
+    assert told == hashes(tmp_path / "out")
+    assert {name for name, digest in told.items() if digest != checkpoint.hashes()[name]} == set(checkpoint.weight_files[:2])
 
 
 def test_legacy_names_come_back_under_their_own_spelling(tmp_path):

@@ -302,11 +302,20 @@ def test_a_preprocessing_that_cannot_be_done_is_refused(refused, made, tmp_path)
         assert "its image processor" in refused(source, "--data", made / "colours", "-o", tmp_path / "out")
 
 
-@pytest.mark.parametrize("values", [{"mean": ["0.5"]}, {"std": [0.5, 0.5]}, {"crop_pct": "all"}, {"interpolation": 7}], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"mean": ["0.5"]}, {"crop_pct": "all"}, {"interpolation": 7}),
+        *({"std": [0.5, 0.5]}, {"std": [0.0]}, {"crop_pct": -1}),  # which only a picture tells
+    ],
+    ids=str,
+)
 def test_a_timm_preprocessing_that_cannot_be_done_is_refused(refused, made, tmp_path, values):
     config = json.loads((made / "timm/config.json").read_text())["pretrained_cfg"]
     source = changed(made, tmp_path, "timm", "config.json", pretrained_cfg={**config, **values})
-    assert "preprocessing" in refused(source, "--data", made / "pictures", "-o", tmp_path / "out")
+    message = refused(source, "--data", made / "pictures", "-o", tmp_path / "out")
+    assert message.startswith("the preprocessing of config.json (pretrained_cfg) is not usable: ")
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_values_that_json_has_not_are_words_in_the_report(command, made, tmp_path):

@@ -1,9 +1,16 @@
 """`verify` says what is wrong with an output, and nothing about a right one."""
 
+import hashlib
 import json
+import struct
+from pathlib import Path
 
 import pytest
-from builders import copy_folder
+import torch
+from builders import copy_folder, write_tensors
+from safetensors.torch import load_file
+
+from dsd_refine.checkpoint.layout import read_header
 
 
 @pytest.fixture
@@ -24,6 +31,15 @@ def test_a_right_output_passes(command, output):
     found = verified(command, output)
     assert found.code == 0, found.out
     assert "same files" in found.out
+
+
+def rehashed(output):
+    """Let the report be right about the weight files as they are now, so that no hash tells what was done to them."""
+    report = json.loads((output / "dsd/report.json").read_text())
+    for side, root in (("output", output), ("source", Path(report["source"]["resolved"]))):
+        for item in report[side]["files"]:
+            item["sha256"] = hashlib.sha256((root / item["name"]).read_bytes()).hexdigest()
+    (output / "dsd/report.json").write_text(json.dumps(report))
 
 
 def flip(path, at):
@@ -55,13 +71,49 @@ def test_what_is_wrong_is_said_with_exit_code_3(command, output, what):
     assert said in found.out
 
 
+@pytest.fixture
+def foreign(output, tmp_path):
+    """An output, right in itself, of a source with a tensor that the model has not, the last of the file."""
+    source = copy_folder(Path(source_of(output)), tmp_path / "source")
+    report = json.loads((output / "dsd/report.json").read_text())
+    report["source"]["resolved"] = str(source)
+    (output / "dsd/report.json").write_text(json.dumps(report))
+    for folder in (source, output):
+        path = folder / "model.safetensors"
+        write_tensors(path, {**load_file(path), "old.weight": torch.tensor([1.0, float("nan")])})
+    rehashed(output)
+    return output
+
+
+def test_a_tensor_that_is_not_the_model_s_is_held_against_the_source_whatever_the_hashes_say(command, foreign):
+    found = verified(command, foreign)
+    assert found.code == 0, found.out  # NaN is the source's own, and none of ours
+    flip(foreign / "model.safetensors", -1)
+    rehashed(foreign)
+    found = verified(command, foreign)
+    assert found.code == 3
+    assert found.out.count("\n  - ") == 1
+    assert "old.weight: is not the model's, yet its bytes differ from the source's" in found.out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named_whatever_the_hashes_say(command, output, value):
+    path = output / "model.safetensors"
+    at = next(entry.begin for entry in read_header(path).entries if entry.name == "fc.bias")
+    data = bytearray(path.read_bytes())
+    data[at : at + 4] = struct.pack("<f", value)
+    path.write_bytes(data)
+    rehashed(output)
+    found = verified(command, output)
+    assert found.code == 3
+    assert "fc.bias: holds values that are not finite" in found.out
+
+
 def test_something_else_is_no_output(refused, tmp_path, output):
     assert "no output of dsd-refine" in refused("verify", source_of(output), tmp_path)
 
 
 def test_weights_beside_those_written_and_an_emptied_list_are_seen(command, output):
-    import json
-
     (output / "pytorch_model.bin").write_bytes(b"x")
     assert "holds weights that the run did not write" in verified(command, output).out
     (output / "pytorch_model.bin").unlink()
