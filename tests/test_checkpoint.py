@@ -239,12 +239,44 @@ def test_tensors_too_many_do_not_stand_in_for_missing_ones(tmp_path, arch):
     assert all(name in str(refused.value) for name in lost)
 
 
-def test_counts_under_old_names_are_written_as_counted(tmp_path):
-    """A file without the base model's prefix holds `num_batches_tracked` without it too: the model's, not foreign."""
+def resnet(folder):
+    """transformers' own, which has BatchNorm."""
     config = transformers.ResNetConfig(
         num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
     )
-    folder = builders.save_transformers(transformers.ResNetForImageClassification(config), tmp_path / "r")
+    return builders.save_transformers(transformers.ResNetForImageClassification(config), folder)
+
+
+def test_a_file_without_counts_starts_them_at_0_and_comes_back_without(tmp_path):
+    """As those written before BatchNorm counted: neither a missing parameter, nor a tensor to be added."""
+    folder = resnet(tmp_path / "r")
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if not n.endswith("num_batches_tracked")}
+    builders.write_tensors(folder / "model.safetensors", tensors)
+    checkpoint = opened(folder)
+    counts = {int(value) for name, value in checkpoint.model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert counts == {0}
+    perturb(checkpoint.model)
+    for buffer in checkpoint.model.buffers():
+        buffer.add_(1)
+    layout = written(checkpoint, tmp_path / "out")
+    assert layout.files[0].head == checkpoint.layout.files[0].head
+    assert all(torch.equal(layout.tensor(name), checkpoint.model.state_dict()[name]) for name in tensors)
+    assert set(tensors) == set(layout.names())
+
+
+def test_a_missing_statistic_beside_missing_counts_is_still_named(tmp_path):
+    folder = resnet(tmp_path / "r")
+    lost = "resnet.embedder.embedder.normalization.running_var"
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if not n.endswith("_tracked") and n != lost}
+    builders.write_tensors(folder / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"running_var\. ") as refused:
+        opened(folder)
+    assert "num_batches_tracked" not in str(refused.value)
+
+
+def test_counts_under_old_names_are_written_as_counted(tmp_path):
+    """A file without the base model's prefix holds `num_batches_tracked` without it too: the model's, not foreign."""
+    folder = resnet(tmp_path / "r")
     saved = {n.removeprefix("resnet."): t for n, t in load_file(folder / "model.safetensors").items()}
     builders.write_tensors(folder / "model.safetensors", saved, {"format": "pt"})
     checkpoint = opened(folder)

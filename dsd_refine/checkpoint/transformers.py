@@ -42,6 +42,8 @@ ENDINGS = {
     "VisionEncoderDecoderModel": "image-captioning",
     "ForConditionalGeneration": "image-captioning",
 }
+# BatchNorm's counter, which older files have not: it starts at 0, as the library lets it
+UNCOUNTED = ".num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class TransformersLibrary:
             model, info = cls.from_pretrained(  # type: ignore[attr-defined]
                 None, config=self._config(), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
             )
-        lost = sorted({*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])})
+        missing = {key for key in info["missing_keys"] if not key.endswith(UNCOUNTED)}
+        lost = sorted({*missing, *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])})
         if lost:
             raise CheckpointError(
                 f"{self.folder}: the weights lack what {cls.__name__} needs, and nothing is ever made up: {listed(lost)}. "
