@@ -235,16 +235,12 @@ def train_phase(
     total = phase.total_steps(loop.steps_per_epoch)
     plan = _Plan(loop, key, done.step, total)
     batches = iter(_loader(loop, loop.task.train, plan))
-    if done.step > done.ended and _ends_epoch(loop, done.step, total):  # a stop came between this step and its epoch's end
-        _end_epoch(loop, done, epoch_end)
+    _end_epoch(loop, done, total, epoch_end)  # which a stop may have come before
     train_mode(loop.model)
     mask = masker(masks, loop.parameters)
     for group in plan.groups():
-        started = time.perf_counter()
-        step = done.step + 1
-        rate = learning_rate(phase, step, total)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = rate
+        started, step = time.perf_counter(), done.step + 1
+        rate = _set_rate(optimizer, learning_rate(phase, step, total))
         anew = bool(phase.refresh) and step % int(phase.refresh or 1) == 0 and step < total
         free = anew and phase.criterion == "magnitude"  # what is masked may come back by its gradient
         loss, samples, stop = _step(
@@ -259,28 +255,36 @@ def train_phase(
         skipped = bool(optimizer.step_was_skipped)
         step_end()
         _count(done, step, rate, loss, samples, skipped, time.perf_counter() - started)
-        epoch = step / loop.steps_per_epoch
-        loop.log({"event": "step", **place_of(label), "step": step, "epoch": epoch, "lr": rate, "loss": loss,
-                  "samples": samples, "skipped": skipped})  # fmt: skip
-        loop.progress(label, step, total)
-        if _ends_epoch(loop, step, total) and not stop:
-            _end_epoch(loop, done, epoch_end)
-            train_mode(loop.model)
+        _tell(loop, label, done, total, samples, skipped)
         if stop:
             loop.save()
             raise Interrupted(f"stopped at step {step} of {total} of {label}; go on with --resume")
+        _end_epoch(loop, done, total, epoch_end)
         if loop.save_due():
             loop.save()
     optimizer.zero_grad()
 
 
-def _ends_epoch(loop: Loop, step: int, total: int) -> bool:
-    return step % loop.steps_per_epoch == 0 or step == total
+def _set_rate(optimizer: AcceleratedOptimizer, rate: float) -> float:
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = rate
+    return rate
 
 
-def _end_epoch(loop: Loop, done: Progress, epoch_end: Callable[[int], None]) -> None:
-    epoch_end(math.ceil(done.step / loop.steps_per_epoch))
-    done.ended = done.step
+def _tell(loop: Loop, label: str, done: Progress, total: int, samples: int, skipped: bool) -> None:
+    """The log and whoever watches hear of the step that was counted last."""
+    epoch = done.step / loop.steps_per_epoch
+    loop.log({"event": "step", **place_of(label), "step": done.step, "epoch": epoch, "lr": done.lr_last,
+              "loss": done.loss_last, "samples": samples, "skipped": skipped})  # fmt: skip
+    loop.progress(label, done.step, total)
+
+
+def _end_epoch(loop: Loop, done: Progress, total: int, epoch_end: Callable[[int], None]) -> None:
+    """Attend to the end of an epoch or of the phase, if it is reached and has not been: evaluation leaves training mode."""
+    if done.step > done.ended and (done.step % loop.steps_per_epoch == 0 or done.step == total):
+        epoch_end(math.ceil(done.step / loop.steps_per_epoch))
+        done.ended = done.step
+        train_mode(loop.model)
 
 
 def place_of(label: str) -> dict[str, Any]:
