@@ -21,6 +21,7 @@ from dsd_refine.tasks.classify import overlap_warning, skip_warnings
 from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, in_threads, raw_bytes, undecoded, use_rows
 from dsd_refine.tasks.images import IMAGE_COLUMNS, Preprocessing, decode, pixels
 from dsd_refine.tasks.speaker import Speaker
+from dsd_refine.tasks.tokens import or_reason
 
 TEXT_COLUMNS = ("text", "caption", "captions", "sentence", "sentences", "description", "descriptions", "raw")
 ORDERS = 4  # BLEU counts n-grams of 1 to 4 words
@@ -179,7 +180,7 @@ def prepare_captions(
     def examined(table: Table) -> Rows:
         table = undecoded(table, image, datasets.Image)
         text = column(table, recipe.text_column, TEXT_COLUMNS, "text", "--text-column")
-        return use_rows(table, _examine(table, image, table.rows[text][:], preprocessing.channels))
+        return use_rows(table, _examine(table, image, table.rows[text][:], preprocessing.channels, speaker))
 
     used = {name: examined(table) for name, table in tables.items()}
     judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
@@ -190,11 +191,13 @@ def prepare_captions(
     return ImageCaptioning(train, holdout, judge, preprocessing, recipe.augment, speaker, image, warnings)  # type: ignore[arg-type]
 
 
-def _examine(table: Table, image: str, texts: Sequence[Any], channels: int) -> list[Examined]:
+def _examine(table: Table, image: str, texts: Sequence[Any], channels: int, speaker: Speaker) -> list[Examined]:
+    said = [_captions(text) for text in texts]
+    reasons = [_unwritable(captions, speaker) for captions in said]  # not in threads: tokenizers do not like them
+
     def one(row: int) -> Examined:
-        captions = _captions(texts[row])
-        if not captions:
-            return Examined(b"", reason="no text")
+        if reasons[row]:
+            return Examined(b"", reason=reasons[row])
         try:
             raw = raw_bytes(table, image, row)
             decode(raw, channels)
@@ -202,7 +205,7 @@ def _examine(table: Table, image: str, texts: Sequence[Any], channels: int) -> l
             return Examined(b"", reason=f"unreadable file ({error.strerror or error})")
         except (DataError, TypeError) as error:
             return Examined(b"", reason=str(error) if isinstance(error, DataError) else "no picture")
-        return Examined(hashlib.sha256(raw).digest(), texts=captions)
+        return Examined(hashlib.sha256(raw).digest(), texts=said[row])
 
     return in_threads(one, len(texts))
 
@@ -211,6 +214,12 @@ def _captions(value: Any) -> tuple[str, ...]:
     """A text, or a list of them, without surplus white space; empty ones are no captions."""
     values = value if isinstance(value, list | tuple | np.ndarray) else [value]
     return tuple(" ".join(one.split()) for one in values if isinstance(one, str) and one.strip())
+
+
+def _unwritable(captions: Sequence[str], speaker: Speaker) -> str | None:
+    """Why a row's captions cannot be learned."""
+    reasons = (or_reason(speaker.tokens, text)[1] for text in captions)
+    return next((reason for reason in reasons if reason), None) if captions else "no text"
 
 
 def _part(rows: Rows, speaker: Speaker) -> CaptionPart:

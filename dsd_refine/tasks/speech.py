@@ -22,7 +22,7 @@ from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, ratio, require
 from dsd_refine.tasks.classify import overlap_warning, skip_warnings
 from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, in_threads, raw_bytes, undecoded, use_rows
 from dsd_refine.tasks.sound import Hearing, Lengths, SpecAugment, count_frames, decode, lengths_of, resample, spec_augment
-from dsd_refine.tasks.tokens import tokenized
+from dsd_refine.tasks.tokens import or_reason, tokenized
 
 AUDIO_COLUMNS = ("audio", "speech", "clip", "file", "path", "file_name")
 TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence", "normalized_text", "raw_transcription")
@@ -65,7 +65,9 @@ class Words:
         return "its text holds the blank's token" if self.blank in labels else None
 
     def unknown(self, texts: set[str]) -> list[str]:
-        """The characters of the texts that the tokenizer does not know."""
+        """The characters of the texts that the tokenizer does not know: none where it has no token for such."""
+        if self.tokenizer.unk_token_id is None:
+            return []
         characters = sorted({one for text in texts for one in text if not one.isspace()})
         return [one for one in characters if self.tokenizer.unk_token_id in self.labels(one)]
 
@@ -248,14 +250,17 @@ def _examine(
 ) -> list[tuple[Examined, Clip | None]]:
     lengths = lengths_of(model)
     said = [" ".join(text.split()) if isinstance(text, str) else "" for text in texts]
-    labels = [words.labels(text) for text in said]  # not in threads: tokenizers do not like them
+    read = [or_reason(words.labels, text) for text in said]  # not in threads: tokenizers do not like them
 
     def one(row: int) -> tuple[Examined, Clip | None]:
         if not said[row]:
             return Examined(b"", reason="no text"), None
+        labels, reason = read[row]
+        if labels is None:
+            return Examined(b"", reason=reason), None
         try:
             raw = raw_bytes(table, audio, row)
-            clip = _clip(raw, labels[row], hearing, words, lengths)
+            clip = _clip(raw, labels, hearing, words, lengths)
         except OSError as error:
             return Examined(b"", reason=f"unreadable file ({error.strerror or error})"), None
         except (DataError, TypeError) as error:

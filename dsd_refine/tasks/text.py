@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -25,9 +25,10 @@ from dsd_refine.tasks.classify import (
     skip_warnings,
 )
 from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, use_rows
-from dsd_refine.tasks.tokens import tokenized
+from dsd_refine.tasks.tokens import or_reason, tokenized, unreadable
 
 Ids = np.ndarray[Any, Any]
+NONE: Ids = np.empty(0, dtype=np.int32)
 PADDING_NOISE = 1e-4  # what rounding may do, as a share of the largest logit
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "tweet")
 # tokens, where neither tokenizer nor config name a limit
@@ -145,7 +146,7 @@ def prepare_texts(
     aliases: Sequence[Sequence[str]] | None,
     classes: int,
 ) -> TextClassification:
-    """Match labels, skip rows without text or label, divide. `--text-column a,b` gives the tokenizer a pair.
+    """Match labels, skip rows without label or readable text, divide. `--text-column a,b` gives the tokenizer a pair.
 
     Raises:
         DataError: no text or label column, no usable rows, labels that do not match.
@@ -158,7 +159,13 @@ def prepare_texts(
 
     def examine(table: Table, labels: list[str | None]) -> list[Examined]:
         texts = [table.rows[column(table, name, (), "text", "--text-column")] for name in columns]
-        return [_examine(pair, text_label) for pair, text_label in zip(zip(*texts, strict=True), labels, strict=True)]
+        pairs = list(zip(*texts, strict=True))
+        found = [_examine(pair, text_label) for pair, text_label in zip(pairs, labels, strict=True)]
+        good = [number for number, row in enumerate(found) if row.reason is None]
+        problems = unreadable(tokenizer, [pairs[number] for number in good], truncation=True, max_length=max_length)
+        for number, problem in zip(good, problems, strict=True):
+            found[number] = replace(found[number], reason=problem)
+        return found
 
     matched, parts, divided = labelled_parts(tables, evaluation, label, examine, aliases, classes, recipe.holdout)
     train, holdout, judge = parts
@@ -291,8 +298,10 @@ def cut_documents(
     def examined(table: Table) -> Rows:
         name = column(table, recipe.text_column, TEXT_COLUMNS, "text", "--text-column")
         texts = table.rows[name][:]
-        ids[id(table)] = [_tokens(tokenizer, text) for text in texts]
-        return use_rows(table, [examine(t, i) for t, i in zip(texts, ids[id(table)], strict=True)])
+        read = [or_reason(_tokens, tokenizer, text) for text in texts]
+        ids[id(table)] = [NONE if one is None else one for one, _ in read]
+        rows = zip(texts, read, strict=True)
+        return use_rows(table, [Examined(b"", None, why) if found is None else examine(t, found) for t, (found, why) in rows])
 
     def cut(rows: Rows) -> WindowedPart:
         return _windows(rows, ids[id(rows.table)], max_length, counts)

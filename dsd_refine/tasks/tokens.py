@@ -1,15 +1,20 @@
-"""Tokenizers: the checkpoint's own, and calls of it that end in a value or in an error of ours."""
+"""Tokenizers: the checkpoint's own, and calls of it that end in a value or in an error of ours: its file's, or a text's."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dsd_refine.errors import CheckpointError
+from dsd_refine.errors import CheckpointError, DataError
+from dsd_refine.tasks.data import in_words
+
+T = TypeVar("T")
+BLOCK = 1000  # rows that are tokenized in one call
 
 
 def open_tokenizer(folder: Path, config: Any, trust_remote_code: bool = False) -> Any:
@@ -51,19 +56,45 @@ def tokenized(tokenizer: Any, *texts: Any, **options: Any) -> dict[str, Any]:
     """What a tokenizer makes of texts.
 
     Raises:
-        CheckpointError: it fails on them, as one whose file contradicts itself does.
+        DataError: it refuses them, as a closed vocabulary does words that it has not.
+        CheckpointError: it panics, as one whose file contradicts itself does.
     """
     try:
         return dict(tokenizer(*texts, **options))
+    except Exception as error:  # tokenizers raise whatever a strange text makes them raise
+        raise DataError(f"unreadable text (the tokenizer: {in_words(error)[:120]})") from None
     except BaseException as error:
         raise _broken(error, f"{tokenizer.name_or_path}: its tokenizer fails on a text") from None
+
+
+def or_reason(read: Callable[..., T], *texts: Any) -> tuple[T | None, str | None]:
+    """(what is read, None), or (None, why a row of such texts is to be skipped)."""
+    try:
+        return read(*texts), None
+    except DataError as error:
+        return None, str(error)
+
+
+def unreadable(tokenizer: Any, rows: Sequence[Sequence[str]], **options: Any) -> list[str | None]:
+    """Why rows of one or more texts each cannot be tokenized; None where they can. One by one only where a block fails."""
+    read = partial(tokenized, tokenizer, **options)
+    found: list[str | None] = []
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start : start + BLOCK]
+        _, reason = or_reason(read, *map(list, zip(*block, strict=True)))
+        found += [or_reason(read, *row)[1] for row in block] if reason else [None] * len(block)
+    return found
 
 
 @contextmanager
 def _unheard() -> Iterator[None]:
     """Rust code that panics writes where it stood to descriptor 2, past `sys.stderr`."""
+    kept = _standard_error()
+    if kept is None:
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
         yield
@@ -72,6 +103,14 @@ def _unheard() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def _standard_error() -> int | None:
+    """Another descriptor of the standard error. None where it is closed: nobody hears, and its number may be any file's."""
+    try:
+        return None if sys.stderr is None else os.dup(2)
+    except OSError:
+        return None
 
 
 def _broken(error: BaseException, what: str) -> BaseException:
