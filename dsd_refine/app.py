@@ -15,6 +15,7 @@ import click
 from dsd_refine import __version__
 from dsd_refine.errors import DsdError, Interrupted, RunError, UsageError
 from dsd_refine.signals import Signals
+from dsd_refine.streams import fill_streams
 
 if TYPE_CHECKING:
     from dsd_refine.recipe import Recipe
@@ -373,6 +374,7 @@ def _result(text: str) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """The console script. Ends the process with the exit code of the contract."""
+    fill_streams()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _STDOUT.append(sys.stdout)
