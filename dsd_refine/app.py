@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -362,13 +362,14 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-_STDOUT: list[IO[str]] = []
+_STDOUT: list[TextIO] = []
 
 
 def _result(text: str) -> None:
     """The result goes to the real stdout; everything else, libraries' prints included, goes to stderr."""
     out = _STDOUT[-1] if _STDOUT else sys.stdout
-    out.write(text + "\n")
+    encoding = out.encoding or "utf-8"  # a name out of a file may have characters that it has not
+    out.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     out.flush()
 
 

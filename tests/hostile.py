@@ -467,6 +467,23 @@ def a_pickle(draw: Random, folder: Path, made: Path) -> list[Any]:
     return run(folder, made, "bert", *draw.choice([[], ["--allow-pickle"], ["--allow-pickle"]]))
 
 
+NAMES = (
+    "../x",
+    "/etc/passwd",
+    "/dev/zero",
+    "link",
+    "x" * 300,
+    "é" * 200,
+    "a/" * 3000,
+    "\ud800",
+    "a\x00b",
+    "",
+    ".",
+    "dsd",
+    10**400,
+)
+
+
 @case
 def a_output(draw: Random, folder: Path, made: Path) -> list[Any]:
     """What `verify` is given."""
@@ -474,7 +491,13 @@ def a_output(draw: Random, folder: Path, made: Path) -> list[Any]:
     path = out / draw.choice(
         ["dsd/report.json", "dsd/report.json", "dsd/probe.safetensors", "model.safetensors", "config.json"]
     )
-    spoil_json(draw, path) if path.suffix == ".json" else spoil(draw, path)
+    if path.name == "report.json" and draw.random() < 0.4:
+        report = json.loads(path.read_text())
+        draw.choice(report[draw.choice(["output", "source"])]["files"])["name"] = draw.choice([*NAMES, *NASTY])
+        path.write_text(json.dumps(report))
+        (out / "link").symlink_to(draw.choice(["link", "/etc/passwd", "/dev/zero", "model.safetensors"]))
+    else:
+        spoil_json(draw, path) if path.suffix == ".json" else spoil(draw, path)
     return ["verify", made / "bert", out]
 
 

@@ -5,9 +5,11 @@ import json
 import struct
 from pathlib import Path
 
+import hostile
 import pytest
 import torch
 from builders import copy_folder, write_tensors
+from conftest import process
 from safetensors.torch import load_file
 
 from dsd_refine.checkpoint.layout import read_header
@@ -107,6 +109,19 @@ def test_weights_that_are_not_finite_are_named_whatever_the_hashes_say(command, 
     found = verified(command, output)
     assert found.code == 3
     assert "fc.bias: holds values that are not finite" in found.out
+
+
+@pytest.mark.parametrize("side", ["output", "source"])
+def test_any_name_in_the_report_is_held_against_the_folder(output, side):
+    """In a process of its own: what stands in a name must come out of a real stdout."""
+    report = json.loads((output / "dsd/report.json").read_text())
+    report[side]["files"] += [{"name": name, "sha256": "0" * 64} for name in hostile.NAMES]
+    (output / "dsd/report.json").write_text(json.dumps(report))
+    (output / "link").symlink_to("link")
+    found = process("-m", "dsd_refine", "verify", source_of(output), output)
+    assert found.returncode == 3, found.stderr
+    assert found.stdout.count(f": SHA-256 of the {side}'s file is not the one in the report") == len(hostile.NAMES)
+    assert max(map(len, found.stdout.splitlines())) < 300
 
 
 def test_something_else_is_no_output(refused, tmp_path, output):

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save
 
-from dsd_refine.checkpoint.layout import TRAINABLE, Layout, all_finite, memory, read_json, read_layout, sha256_file
+from dsd_refine.checkpoint.layout import (
+    LONGEST_NAME,
+    TRAINABLE,
+    Layout,
+    all_finite,
+    memory,
+    read_json,
+    read_layout,
+    sha256_file,
+)
 from dsd_refine.checkpoint.source import is_weights
 from dsd_refine.errors import CheckpointError
 from dsd_refine.forward import logits_of
@@ -19,6 +28,7 @@ if TYPE_CHECKING:
     from dsd_refine.checkpoint import Checkpoint
 
 PROBE = "dsd/probe.safetensors"
+LONGEST_PATH = 1000  # letters of a name in the report: a system's limit is some thousand bytes, the folder's own path included
 # the same weights may be computed by other kernels (channels-last, threads, another machine): float32 noise is allowed
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 
@@ -112,8 +122,10 @@ def _unlisted(checkpoint: Checkpoint, folder: Path, listed: set[str]) -> Iterato
 
 
 def _inside(name: str) -> bool:
-    """Does a name out of a report stay in its folder?"""
-    return "\0" not in name and ".." not in Path(name).parts and not Path(name).is_absolute()
+    """Does a name out of a report stay in its folder, and is it short enough to be a file's?"""
+    parts = Path(name).parts
+    short = len(name) <= LONGEST_PATH and all(len(part.encode(errors="replace")) <= LONGEST_NAME for part in parts)
+    return short and "\0" not in name and ".." not in parts and not Path(name).is_absolute()
 
 
 def save_probe(path: Path, probes: Sequence[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
