@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -22,13 +21,9 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageDraw
+from taught import first_dense, refine
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dsd_refine.checkpoint.transformers import TransformersLibrary
-from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.tasks.open import open_task
-
-ROOT = Path(__file__).parent.parent
 SIZE, ROWS = 48, {"train": 2000, "test": 1000}
 COLOURS = {
     "red": (220, 50, 50),
@@ -121,52 +116,19 @@ def untrained(folder: Path) -> None:
         part.save_pretrained(folder)
 
 
-def first_dense(folder: Path, data: Path) -> None:
-    """A plain AdamW run, on the rows that the refinement trains on too."""
-    model = transformers.VisionEncoderDecoderModel.from_pretrained(folder)
-    recipe = Recipe(phases=(Phase(kind="dense", steps=1, lr=1.0),), data=str(data))
-    library = TransformersLibrary.open(folder)
-    task = open_task(recipe, "image-captioning", library, model, folder.parent / "cache", lambda name, size: False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.01)
-    steps = -(-task.train.units // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK, total_steps=EPOCHS * steps, pct_start=0.1)
-    model.train()
-    for epoch in range(EPOCHS):
-        losses = 0.0
-        for units in torch.randperm(task.train.units).split(BATCH):
-            batch = task.batch(task.train, [(int(unit), epoch) for unit in units])
-            optimizer.zero_grad()
-            loss = task.loss(model, batch) / batch.count
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses += float(loss.detach())
-        print(f"first Dense, epoch {epoch + 1}: loss {losses / steps:.3f}", file=sys.stderr, flush=True)
-    model.save_pretrained(folder)
-
-
-def refine(name: str, sparsity: str, out: Path) -> None:
-    """One run's summary on stdout."""
-    options = (*OPTIONS, "--sparsity", sparsity)
-    source, target = out / "vit-gpt2", out / f"refined-{sparsity}"
-    command = [sys.executable, str(ROOT / "cli.py"), str(source), "--data", str(out / "data"), "-o", str(target), *options]
-    print(f"{name}\n$ dsd-refine vit-gpt2 {' '.join(options)}\n", flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    print(done.stdout.replace(f"{out}/", "") if done.returncode == 0 else done.stderr, flush=True)
-
-
 def main() -> None:
     out, started = Path(sys.argv[1]).resolve(), time.time()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     draw_all(out / "data")
     untrained(out / "vit-gpt2")
-    first_dense(out / "vit-gpt2", out / "data")
+    model = transformers.VisionEncoderDecoderModel.from_pretrained(out / "vit-gpt2")
+    first_dense(out / "vit-gpt2", out / "data", model, "image-captioning", EPOCHS, PEAK, BATCH)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "sacrebleu"))
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, {versions}")
     print(f"{ROWS['train']} + {ROWS['test']} pictures; drawn and first Dense trained in {time.time() - started:.0f} s\n")
     for name, sparsity in RUNS.items():
-        refine(name, sparsity, out)
+        print(name)
+        refine(out, "vit-gpt2", f"refined-{sparsity}", (*OPTIONS, "--sparsity", sparsity))
     print(f"{time.time() - started:.0f} s in all")
 
 

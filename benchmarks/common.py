@@ -102,6 +102,26 @@ def verdict(what: str, value: float, limit: float, at_least: bool = False) -> No
     sys.stdout.flush()
 
 
+def rates(
+    title: str, unit: str, times: Mapping[str, Sequence[float]], count: int, peers: Mapping[str, tuple[str, float]]
+) -> None:
+    """Units a second of each way, which had `count` of them, and ours over each peer's: name -> (shown, what to reach)."""
+    rate = {name: count / median(found) for name, found in times.items()}
+    rows = [["dsd-refine", f"{rate['ours']:.1f}", ""]]
+    rows += [[shown, f"{rate[name]:.1f}", ratio(times, name, "ours")] for name, (shown, _) in peers.items()]
+    table(title, ["", f"{unit}/s", "ours / this one"], rows)
+    for name, (shown, limit) in peers.items():
+        verdict(f"{unit} a second, ours / {shown}", middle(times, name, "ours"), limit, at_least=True)
+
+
+def each_in_a_place(given: argparse.Namespace, *kinds: Callable[[argparse.Namespace, Path], None]) -> None:
+    """The machine, then every kind of measurement with a folder of its own."""
+    print(machine())
+    for kind in kinds:
+        with place() as folder:
+            kind(given, folder)
+
+
 def missing(peer: str) -> str:
     """Why a peer is not in the table: the last words of its installation, without places of this machine."""
     log = PEERS / f"{peer}.log"

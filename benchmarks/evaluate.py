@@ -13,11 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from common import arguments, interleaved, machine, middle, place, ratio, table, verdict
+from common import arguments, each_in_a_place, interleaved, rates
 from made import bert_folder, pictures, text_table, timm_folder
 from throughput import BATCH, BERT, LENGTH, SIZE, run_of
 from torch import nn
@@ -95,7 +94,8 @@ def images(given: Any, folder: Path) -> None:
     with run_of(model, folder / "data", folder / "out", 1, given.workers) as run:
         ways = {"ours": ours(run), "bare": bare(run), "timm": timm_validation(run, folder / "data/test", given.workers)}
         times = interleaved(ways, given.rounds)
-    report(f"ResNet-50, {SIZE} px, JPEG files", times, rows, {"bare": ("bare loop", 0.98), "timm": ("timm's validation", 1.0)})
+    peers = {"bare": ("bare loop", 0.98), "timm": ("timm's validation", 1.0)}
+    rates(f"ResNet-50, {SIZE} px, JPEG files, batch {BATCH}, {rows} rows", "rows", times, rows, peers)
 
 
 def texts(given: Any, folder: Path) -> None:
@@ -104,24 +104,13 @@ def texts(given: Any, folder: Path) -> None:
     text_table(data / "test.csv", rows, LENGTH, seed=1)
     with run_of(bert_folder(folder / "model", LENGTH, **BERT), data, folder / "out", 1, given.workers) as run:
         times = interleaved({"ours": ours(run), "bare": bare(run)}, given.rounds)
-    report(f"BERT 6 x 384, {LENGTH} tokens, CSV", times, rows, {"bare": ("bare loop", 0.98)})
-
-
-def report(title: str, times: dict[str, list[float]], count: int, peers: dict[str, tuple[str, float]]) -> None:
-    """Rows a second of each, and ours over each peer's."""
-    rows = [["dsd-refine", f"{count / median(times['ours']):.1f}", ""]]
-    rows += [[shown, f"{count / median(times[name]):.1f}", ratio(times, name, "ours")] for name, (shown, _) in peers.items()]
-    table(f"{title}, batch {BATCH}, {count} rows", ["", "rows/s", "ours / this one"], rows)
-    for name, (shown, limit) in peers.items():
-        verdict(f"rows a second, ours / {shown}", middle(times, name, "ours"), limit, at_least=True)
+    title = f"BERT 6 x 384, {LENGTH} tokens, CSV, batch {BATCH}, {rows} rows"
+    rates(title, "rows", times, rows, {"bare": ("bare loop", 0.98)})
 
 
 def main() -> None:
     given = arguments(__doc__, 9, workers=(0, "loading processes of everybody"))
-    print(machine())
-    for kind in (images, texts):
-        with place() as folder:
-            kind(given, folder)
+    each_in_a_place(given, images, texts)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,10 @@ import numpy as np
 import soundfile
 import torch
 import transformers
+from taught import first_dense, refine
 
-from dsd_refine.checkpoint.transformers import TransformersLibrary
-from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.tasks.open import open_task
 from dsd_refine.tasks.sound import decode, resample
 
-ROOT = Path(__file__).parent.parent
 RATE, ROWS = 8000, {"train": 1000, "test": 800}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VOICES = ("en-gb", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-029")
@@ -97,46 +94,13 @@ def untrained(folder: Path) -> None:
         part.save_pretrained(folder)
 
 
-def first_dense(folder: Path, data: Path) -> None:
-    """A plain AdamW run, on the rows that the refinement trains on too."""
-    model = transformers.ParakeetForCTC.from_pretrained(folder)
-    recipe = Recipe(phases=(Phase(kind="dense", steps=1, lr=1.0),), data=str(data))
-    library = TransformersLibrary.open(folder)
-    task = open_task(recipe, "ctc-speech", library, model.eval(), folder.parent / "cache", lambda name, size: False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.01)
-    steps = EPOCHS * -(-task.train.units // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK, total_steps=steps, pct_start=0.1)
-    model.train()
-    for epoch in range(EPOCHS):
-        losses = 0.0
-        for units in torch.randperm(task.train.units).split(BATCH):
-            batch = task.batch(task.train, [(int(unit), epoch) for unit in units])
-            optimizer.zero_grad()
-            loss = task.loss(model, batch) / batch.count
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses += float(loss.detach())
-        print(f"first Dense, epoch {epoch + 1}: loss {losses / -(-task.train.units // BATCH):.3f}", file=sys.stderr, flush=True)
-    model.save_pretrained(folder)
-
-
-def refine(name: str, out: Path) -> None:
-    """One run's summary on stdout."""
-    options = (*RUNS[name], *COMMON)
-    command = [sys.executable, str(ROOT / "cli.py"), str(out / "parakeet"), "--data", str(out / "data"), "-o", str(out / name)]
-    print(f"$ dsd-refine parakeet {' '.join(options)}\n", flush=True)
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
-    print(done.stdout.replace(f"{out}/", "") if done.returncode == 0 else done.stderr, flush=True)
-
-
 def main() -> None:
     out, started = Path(sys.argv[1]).resolve(), time.time()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     record(out / "data")
     untrained(out / "parakeet")
-    first_dense(out / "parakeet", out / "data")
+    model = transformers.ParakeetForCTC.from_pretrained(out / "parakeet")
+    first_dense(out / "parakeet", out / "data", model, "ctc-speech", EPOCHS, PEAK, BATCH)
     spoken = (
         subprocess.run(["espeak-ng", "--version"], capture_output=True, text=True, check=True).stdout.split("Data")[0].strip()
     )
@@ -144,7 +108,7 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, {versions}, {spoken}")
     print(f"{ROWS['train']} + {ROWS['test']} utterances; recorded and first Dense trained in {time.time() - started:.0f} s\n")
     for name in RUNS:
-        refine(name, out)
+        refine(out, "parakeet", name, (*RUNS[name], *COMMON))
     print(f"{time.time() - started:.0f} s in all")
 
 

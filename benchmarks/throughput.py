@@ -15,11 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from common import CLOCK, arguments, interleaved, machine, middle, place, ratio, table, verdict
+from common import CLOCK, arguments, each_in_a_place, interleaved, rates
 from made import bert_folder, pictures, text_table, timm_folder
 from torch import nn
 
@@ -165,12 +164,8 @@ def images(given: Any, folder: Path) -> None:
             "timm": timm_training(other, folder / "data/train", steps, given.workers),
         }
         times = interleaved(ways, given.rounds)
-    report(
-        f"{given.arch}, {SIZE} px, batch {BATCH}, JPEG files",
-        times,
-        steps,
-        {"bare": ("bare loop", 0.98), "timm": ("timm's training", 1.0)},
-    )
+    peers = {"bare": ("bare loop", 0.98), "timm": ("timm's training", 1.0)}
+    rates(f"{given.arch}, {SIZE} px, batch {BATCH}, JPEG files", "samples", times, steps * BATCH, peers)
 
 
 def texts(given: Any, folder: Path) -> None:
@@ -189,30 +184,13 @@ def texts(given: Any, folder: Path) -> None:
         # a step more than the others: from the end of its first step
         spans = [ends[i + steps] - ends[i] for i in range(0, len(ends), steps + 1)]
         times["trainer"] = spans[-given.rounds :]
-    report(
-        f"BERT 6 x 384, {LENGTH} tokens, batch {BATCH}, CSV",
-        times,
-        steps,
-        {"bare": ("bare loop", 0.98), "trainer": ("Trainer", 1.05)},
-    )
-
-
-def report(title: str, times: dict[str, list[float]], steps: int, peers: dict[str, tuple[str, float]]) -> None:
-    """Samples a second of each, and ours over each peer's."""
-    rate = {name: steps * BATCH / median(found) for name, found in times.items()}
-    rows = [["dsd-refine", f"{rate['ours']:.1f}", ""]]
-    rows += [[shown, f"{rate[name]:.1f}", ratio(times, name, "ours")] for name, (shown, _) in peers.items()]
-    table(title, ["", "samples/s", "ours / this one"], rows)
-    for name, (shown, limit) in peers.items():
-        verdict(f"samples a second, ours / {shown}", middle(times, name, "ours"), limit, at_least=True)
+    peers = {"bare": ("bare loop", 0.98), "trainer": ("Trainer", 1.05)}
+    rates(f"BERT 6 x 384, {LENGTH} tokens, batch {BATCH}, CSV", "samples", times, steps * BATCH, peers)
 
 
 def main() -> None:
     given = arguments(__doc__, 9, workers=(0, "loading processes of everybody"), arch=("resnet18", "the picture model"))
-    print(machine())
-    for kind in (images, texts):
-        with place() as folder:
-            kind(given, folder)
+    each_in_a_place(given, images, texts)
 
 
 if __name__ == "__main__":

@@ -69,10 +69,10 @@ def refused(command):
     return run
 
 
-def process(*args, **env):
+def process(*args, timeout=300, **env):
     """Run the command as a process of its own; returns subprocess.CompletedProcess."""
     return subprocess.run(
-        [sys.executable, *map(str, args)], cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, args)], cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout
     )
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import struct
 import subprocess
-import sys
 import time
 from random import Random
 
@@ -17,7 +16,7 @@ import hostile
 import pytest
 import torch
 from builders import copy_folder, image_folder, timm_checkpoint, write_tensors
-from conftest import ROOT, SHORT, environment
+from conftest import SHORT, process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -38,13 +37,7 @@ many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCh
 
 def test_the_short_campaign():
     """Whole commands on mutated files of every kind, each in a process of its own with its time, memory and writes watched."""
-    found = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/fuzz.py", "84", "11"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    found = process("benchmarks/fuzz.py", 84, 11, timeout=600)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "84 cases (seed 11), 0 gone wrong" in found.stdout
 

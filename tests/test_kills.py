@@ -4,15 +4,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
 import psutil
 import pytest
-from conftest import ROOT, environment
+from conftest import process
 from forked import Child, preload, watched
 from forked import command as run_command
 from test_resume import same
@@ -61,13 +59,7 @@ def logged(out, lines):
 
 def test_fifteen_kills():
     """The short form of benchmarks/kills.py, whose long one is recorded in benchmarks/results/."""
-    found = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/kills.py", "15", "3"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    found = process("benchmarks/kills.py", 15, 3)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "15 kills" in found.stdout
 
