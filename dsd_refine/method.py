@@ -51,6 +51,8 @@ from dsd_refine.train import (
     without_variance,
 )
 
+PRECISIONS = ("no", "fp16", "bf16")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -233,6 +235,7 @@ def settle(run: Run, key: Key, masks: Masks, done: Progress, average: Average, l
 def opened(source: Source, library: Library, recipe: Recipe, options: Options) -> Iterator[Run]:
     """Everything that must be right before the first step, and the clean-up after the last."""
     accelerator = open_accelerator(recipe, options)
+    recipe = recipe.model_copy(update={"mixed_precision": accelerator.mixed_precision})  # Accelerate's own, if none was given
     workspace = Workspace(options.output_dir, writes=accelerator.is_main_process, save_every=options.save_every)
     if accelerator.is_main_process:
         workspace.check_target(source.folder, resume=options.resume, overwrite=options.overwrite)
@@ -338,6 +341,12 @@ def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in kinds:
         raise UsageError(f"{accelerator.distributed_type}: sharded training is not supported; use plain data parallelism")
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise UsageError(
+            f"mixed precision {accelerator.mixed_precision} is not supported: --mixed-precision {'|'.join(PRECISIONS)}"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # where Accelerate leaves it out silently
+        raise UsageError("--mixed-precision fp16 is for a GPU; the CPU has bf16, or no")
     if accelerator.device.type == "cpu":
         # a few kernels add in an order that depends on timing unless told otherwise
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -395,7 +404,23 @@ def _wrap(run: Run) -> None:
     if loop.world > 1:
         loop.forward = loop.accelerator.prepare_model(loop.model)
     if run.options.compile:
+        check_compiler(loop.accelerator.device)
         loop.forward = torch.compile(loop.forward)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile a trifle: what torch.compile needs (a C++ compiler, Triton) would be missed in the first step otherwise.
+
+    Raises:
+        UsageError: it cannot compile here.
+    """
+    try:
+        torch.compile(lambda values: values * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # torch raises whatever its compilers say
+        text = str(error).strip().splitlines()[0][:300]
+        raise UsageError(
+            f"--compile: torch.compile does not work here ({text}); leave --compile out, or install that"
+        ) from None
 
 
 def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: Accelerator) -> dict[str, Any]:

@@ -1,0 +1,140 @@
+"""Autocast, torch.compile and channels-last: how steps are computed, which must not change what the method does."""
+
+import functools
+import json
+import os
+
+import pytest
+import torch
+from conftest import process
+from forked import Child, preload
+from forked import command as run_command
+from safetensors.torch import load_file
+
+SHORT = (
+    "--gate",
+    "none",
+    "--batch-size",
+    "8",
+    "--device",
+    "cpu",
+    "--quiet",
+    "--sparse-steps",
+    "4",
+    "--dense-steps",
+    "2",
+    "--control",
+    "none",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    preload()
+
+
+@pytest.fixture(scope="module")
+def plain(made, tmp_path_factory):
+    """The run without any of it."""
+    return run(made, tmp_path_factory.mktemp("plain"))
+
+
+def run(made, place, *more, before=lambda: None):
+    """OUT of a run in a process of its own: Accelerate sets a precision once."""
+
+    def work():
+        before()
+        run_command(made / "timm", "--data", made / "pictures", "-o", place / "out", "--save-phases", *SHORT, *more)()
+
+    child = Child(work, place / "log")
+    assert child.wait() == 0, child.said()
+    return place / "out"
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "dsd/log.jsonl").read_text().splitlines()]
+    return torch.tensor([line["loss"] for line in lines if "loss" in line and "step" in line])
+
+
+def zeros_are_exact(out):
+    layers = [layer for layer in json.loads((out / "dsd/report.json").read_text())["layers"] if layer["excluded"] is None]
+    assert len(layers) > 1
+    return all(layer["zeros_in_sparse"] == layer["masked"] for layer in layers)
+
+
+def test_autocast_trains_float32_masters(made, plain, tmp_path):
+    out = run(made, tmp_path, "--mixed-precision", "bf16")
+    assert zeros_are_exact(out)
+    assert not torch.equal(losses(out), losses(plain))  # it is at work
+    assert torch.allclose(losses(out), losses(plain), rtol=0.05)
+    weights = load_file(out / "model.safetensors")
+    for name, value in load_file(plain / "model.safetensors").items():
+        assert weights[name].dtype == value.dtype
+        assert value.numel() < 100 or not torch.equal(weights[name], weights[name].bfloat16().to(value.dtype))
+
+
+def test_a_precision_that_accelerate_decides_is_in_the_recipe(made, plain, tmp_path):
+    """The recipe in the output repeats the run, whatever is configured where it is given back."""
+
+    def configured():
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+
+    out = run(made, tmp_path, before=configured)
+    assert "mixed_precision: bf16" in (out / "dsd/recipe.yaml").read_text()
+    assert "mixed_precision: 'no'" in (plain / "dsd/recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("precision", "says"),
+    [("fp16", "--mixed-precision fp16 is for a GPU"), ("fp8", "accelerate refuses this device and precision")],
+)
+def test_a_precision_that_is_not_to_be_had_is_refused(made, tmp_path, precision, says):
+    """Accelerate itself computes in float32 where it is asked for fp16 on a CPU."""
+
+    def work():
+        os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+        run_command(made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *SHORT)()
+
+    child = Child(work, tmp_path / "log")
+    assert child.wait() == 2, child.said()
+    assert says in child.said()
+    assert "Traceback" not in child.said()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_compiled_steps_do_the_same(made, plain, tmp_path):
+    """Traced and run without a compiler, which takes minutes and a machine that has one."""
+
+    def traced():
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")
+
+    out = run(made, tmp_path, "--compile", before=traced)
+    assert zeros_are_exact(out)
+    assert torch.allclose(losses(out), losses(plain), rtol=1e-4)
+    weights = load_file(out / "model.safetensors")
+    assert all(
+        torch.allclose(weights[n], value, rtol=1e-3, atol=1e-5) for n, value in load_file(plain / "model.safetensors").items()
+    )
+
+
+def test_compile_without_a_compiler_is_refused_before_the_first_step(made, tmp_path):
+    args = (made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", "--compile", *SHORT)
+    done = process("cli.py", *args, CXX="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert "--compile: torch.compile does not work here" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_convolutions_compute_channels_last(made, command, tmp_path, monkeypatch):
+    seen, forward = [], torch.nn.Conv2d.forward
+
+    def spied(self, values):
+        if self.training and values.shape[1] > 1 and values.shape[2] > 1:  # elsewhere both orders are one
+            seen.append(values.is_contiguous(memory_format=torch.channels_last) and not values.is_contiguous())
+        return forward(self, values)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", spied)
+    assert command(made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *SHORT).code == 0
+    assert len(seen) > 6
+    assert all(seen)
