@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dsd_refine.checkpoint.layout import build_header, to_bytes
+from dsd_refine.checkpoint.layout import build_header, memory
 
 WORDS = "the a cat dog bird fish sees hears likes eats small large red blue old new good bad not and or here now then".split()  # noqa: SIM905
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -410,7 +410,7 @@ def caption_folder(
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """A safetensors file with exactly this order of tensors, aliases and duplicates included."""
     head, _ = build_header(dict(tensors), dict(metadata or {"format": "pt"}))
-    path.write_bytes(head + b"".join(to_bytes(tensor) for tensor in tensors.values()))
+    path.write_bytes(head + b"".join(memory(tensor) for tensor in tensors.values()))
     return path
 
 

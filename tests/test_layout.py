@@ -11,7 +11,7 @@ from builders import write_shards, write_tensors
 from safetensors.torch import load, load_file, save_file
 
 from dsd_refine.checkpoint import layout
-from dsd_refine.checkpoint.layout import build_header, read_header, read_index, read_layout, to_bytes
+from dsd_refine.checkpoint.layout import build_header, memory, read_header, read_index, read_layout
 from dsd_refine.errors import CheckpointError
 
 TWO = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.int64)}
@@ -265,12 +265,12 @@ def test_built_header_is_one_that_safetensors_reads():
     tensors["tied"] = tensors["z"]
     tensors |= {str(dtype): torch.ones(3).to(dtype) for dtype in layout.NAMES}
     head, entries = build_header(tensors, {"format": "pt"})
-    found = load(head + b"".join(to_bytes(t) for t in tensors.values()))
+    found = load(head + b"".join(memory(t) for t in tensors.values()))
     assert [e.name for e in entries] == list(tensors)
     assert set(found) == set(tensors)
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
-        assert bytes(to_bytes(found[name])) == bytes(to_bytes(tensor))
+        assert bytes(memory(found[name])) == bytes(memory(tensor))
     assert len(head) % 8 == 0
 
 

@@ -21,6 +21,7 @@ from dsd_refine.checkpoint.layout import (
     listed,
     read_layout,
     sha256_file,
+    sha256_files,
 )
 from dsd_refine.checkpoint.placement import Placement, place
 from dsd_refine.checkpoint.source import Source, find_source
@@ -51,8 +52,13 @@ class Checkpoint:
 
     def hashes(self) -> dict[str, str]:
         """File name -> SHA-256 of every source file that counts, weights first."""
-        names = [*self.weight_files, *self.source.side_files(set(self.weight_files))[0]]
-        return {name: sha256_file(self.source.folder / name) for name in names}
+        hashed = sha256_files(self.source.folder / name for name in self.counted)
+        return {name: hashed[self.source.folder / name] for name in self.counted}
+
+    @property
+    def counted(self) -> list[str]:
+        """The source's files that count, by name: those of the weights first."""
+        return [*self.weight_files, *self.source.side_files(set(self.weight_files))[0]]
 
     @property
     def weight_files(self) -> list[str]:

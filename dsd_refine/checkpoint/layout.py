@@ -13,14 +13,19 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import numpy as np
 import torch
 
 from dsd_refine.errors import CheckpointError
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -48,7 +53,7 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 HEADER_LIMIT = 100_000_000  # the format's own limit
 BRACKETS = 1_000_000  # objects and lists in a header or config: three for each tensor
 LONGEST_NAME = 255  # bytes of a file's name
-BLOCK = 1 << 24
+BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,12 @@ class WeightFile:
     metadata: dict[str, str] | None
     entries: tuple[Entry, ...]
 
-    def raw(self, entry: Entry) -> bytearray:
+    def raw(self, entry: Entry) -> Bytes:
         """The bytes of one tensor as they stand in the file."""
-        buffer = bytearray(entry.end - entry.begin)
+        buffer = np.empty(entry.end - entry.begin, dtype=np.uint8)
         with self.path.open("rb") as file:
             file.seek(entry.begin)
-            if file.readinto(buffer) != len(buffer):
+            if file.readinto(buffer.data) != len(buffer):
                 raise CheckpointError(f"{self.path}: ends before {entry.name!r} does; was it changed meanwhile?")
         return buffer
 
@@ -110,8 +115,8 @@ class PickleFile(WeightFile):
     held: dict[str, torch.Tensor] = field(default_factory=dict)
     read: tuple[str, ...] = ()
 
-    def raw(self, entry: Entry) -> bytearray:
-        return to_bytes(self.held[entry.name])
+    def raw(self, entry: Entry) -> Bytes:
+        return np.frombuffer(memory(self.held[entry.name]), dtype=np.uint8)
 
     def tensor(self, entry: Entry) -> torch.Tensor:
         return self.held[entry.name].clone()
@@ -152,20 +157,13 @@ class Layout:
         return (entry.name for file in self.files for entry in file.entries)
 
 
-def from_bytes(raw: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+def from_bytes(raw: Bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     """Little-endian bytes as a tensor that shares their memory."""
-    if not raw:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(raw, dtype=dtype).reshape(shape)
-
-
-def to_bytes(tensor: torch.Tensor) -> bytearray:
-    """A tensor's elements in logical order as little-endian bytes, copied."""
-    return bytearray(memory(tensor))
+    return torch.from_numpy(raw).view(dtype).reshape(shape) if len(raw) else torch.empty(shape, dtype=dtype)
 
 
 def memory(tensor: torch.Tensor) -> memoryview:
-    """The same without a copy, where the elements lie so already; good for as long as they are not changed."""
+    """A tensor's elements in logical order as little-endian bytes: a view where they lie so already, else a copy."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
@@ -423,11 +421,26 @@ def build_header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> 
 
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_files([path])[path]
+
+
+def sha256_files(paths: Iterable[Path]) -> dict[Path, str]:
+    """Path -> hex SHA-256 of the file's bytes, several files at a time. A signal waits for the blocks at work alone."""
+    asked, stopped = [*paths], Event()
+
+    def digest(path: Path) -> str:
+        found, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
+        with path.open("rb", buffering=0) as file:
+            while not stopped.is_set() and (count := file.readinto(block)):
+                found.update(block[:count])
+        return found.hexdigest()
+
+    pool = ThreadPoolExecutor(os.cpu_count() or 1)
+    try:
+        return dict(zip(asked, pool.map(digest, asked), strict=True))
+    finally:
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def listed(names: list[str], most: int = 5) -> str:

@@ -19,6 +19,7 @@ from dsd_refine.checkpoint.layout import (
     read_json,
     read_layout,
     sha256_file,
+    sha256_files,
 )
 from dsd_refine.checkpoint.source import is_weights
 from dsd_refine.errors import CheckpointError
@@ -55,8 +56,9 @@ def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
     if problems:
         return problems
     problems += _foreign(checkpoint, written)
-    strange = [*_side_files(checkpoint, folder)]
-    problems += [*strange, *_hashes(checkpoint, output, folder)]
+    hashed = _hashed(checkpoint, folder)
+    strange = [*_side_files(checkpoint, folder, hashed)]
+    problems += [*strange, *_hashes(checkpoint, output, folder, hashed)]
     try:
         problems += [] if strange else _outputs(checkpoint, output, folder)
     except CheckpointError as error:
@@ -83,17 +85,22 @@ def _foreign(checkpoint: Checkpoint, written: Layout) -> Iterator[str]:
                 yield f"{name}: holds values that are not finite"
 
 
-def _side_files(checkpoint: Checkpoint, folder: Path) -> Iterator[str]:
-    copied, _ = checkpoint.source.side_files(set(checkpoint.weight_files))
-    index = [checkpoint.layout.index.name] if checkpoint.layout.index else []
-    for name in [*index, *copied]:
+def _hashed(checkpoint: Checkpoint, folder: Path) -> dict[Path, str]:
+    """The hash of every file that counts, of both sides, where it is there."""
+    sides = [root / name for name in checkpoint.counted for root in (folder, checkpoint.source.folder)]
+    return sha256_files(path for path in sides if path.is_file())
+
+
+def _side_files(checkpoint: Checkpoint, folder: Path, hashed: dict[Path, str]) -> Iterator[str]:
+    weights = {file.name for file in checkpoint.layout.files}
+    for name in (name for name in checkpoint.counted if name not in weights):
         if not (folder / name).is_file():
             yield f"{name}: the source has it, the output does not"
-        elif sha256_file(folder / name) != sha256_file(checkpoint.source.folder / name):
+        elif hashed[folder / name] != hashed[checkpoint.source.folder / name]:
             yield f"{name}: differs from the source's"
 
 
-def _hashes(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str]:
+def _hashes(checkpoint: Checkpoint, output: Path, folder: Path, hashed: dict[Path, str]) -> Iterator[str]:
     if not (output / "dsd/report.json").is_file():
         yield "dsd/report.json is missing: nothing says what was written"
         return
@@ -106,13 +113,14 @@ def _hashes(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str]
     yield from _unlisted(checkpoint, folder, set(files["output"]))
     for side, root in (("output", folder), ("source", checkpoint.source.folder)):
         for name, digest in files[side].items():
-            if not _inside(name) or not (root / name).is_file() or sha256_file(root / name) != digest:
+            path = root / name
+            if not _inside(name) or not path.is_file() or (hashed.get(path) or sha256_file(path)) != digest:
                 yield f"{name!s:.200}: SHA-256 of the {side}'s file is not the one in the report"
 
 
 def _unlisted(checkpoint: Checkpoint, folder: Path, listed: set[str]) -> Iterator[str]:
     """Files of the output that the report does not know."""
-    expected = {*checkpoint.weight_files, *checkpoint.source.side_files(set(checkpoint.weight_files))[0]}
+    expected = {*checkpoint.counted}
     if not checkpoint.layout.from_pickle:
         for name in sorted(expected - listed):
             yield f"{name}: the report does not list it among the output's files"
@@ -178,7 +186,7 @@ def check_plain(checkpoint: Checkpoint, probes: Sequence[tuple[dict[str, torch.T
     source, names = checkpoint.source, ", ".join(checkpoint.weight_files)
     with TemporaryDirectory() as place, torch.random.fork_rng(devices=[]):
         folder = Path(place) / source.folder.name  # only what an output has: no pickles that lie beside the weights
-        for name in [*checkpoint.weight_files, *source.side_files(set(checkpoint.weight_files))[0]]:
+        for name in checkpoint.counted:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to((source.folder / name).resolve())
         try:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from dsd_refine.checkpoint.layout import Entry, Layout, WeightFile, all_finite, memory
+from dsd_refine.checkpoint.layout import Entry, Layout, all_finite, memory
 from dsd_refine.checkpoint.placement import Placement, gather
 from dsd_refine.errors import RunError
+
+AHEAD = 1 << 24  # bytes written before the disk is asked to write them
 
 
 def entry_value(start: torch.Tensor, entry: Entry, placement: Placement, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -42,27 +44,37 @@ def write_weights(layout: Layout, placement: Placement, state: Mapping[str, torc
     Header and metadata are the source's bytes; the files are synced before this returns.
     """
     hashes = {}
-    for file in layout.files:
-        with (folder / file.name).open("wb") as out:
-            hashes[file.name] = _write(file, placement, state, out)
-            sync(out)
+    with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
+        for file in layout.files:
+            with (folder / file.name).open("wb") as out:
+                values = (memory(entry_value(file.tensor(entry), entry, placement, state)) for entry in file.entries)
+                hashes[file.name] = _write(file.head, values, out, hashing, syncing)
+                sync(out)
     if layout.index is not None:
         copy_file(layout.index, folder / layout.index.name)
     return hashes
 
 
-def _write(file: WeightFile, placement: Placement, state: Mapping[str, torch.Tensor], out: IO[bytes]) -> str:
-    """Head and tensors; the SHA-256 is made beside, which takes longer than to write, and is one tensor behind at most."""
-    digest = hashlib.sha256(file.head)
-    out.write(file.head)
-    with ThreadPoolExecutor(1) as beside:
-        hashed = beside.submit(lambda: None)
-        for entry in file.entries:
-            data = memory(entry_value(file.tensor(entry), entry, placement, state))
-            hashed.result()
-            hashed = beside.submit(digest.update, data)
-            out.write(data)
+def _write(head: bytes, values: Iterable[memoryview], out: IO[bytes], hashing: Executor, syncing: Executor) -> str:
+    """Head and tensors; returns their SHA-256, which takes longer than to write and is made beside, one tensor behind.
+
+    The disk is asked to write all the while: at the end it would have everything to do and nothing beside.
+    """
+    digest = hashlib.sha256(head)
+    out.write(head)
+    hashed: Future[Any] = hashing.submit(int)
+    synced: Future[Any] = syncing.submit(int)
+    ahead = 0
+    for data in values:
         hashed.result()
+        hashed = hashing.submit(digest.update, data)
+        out.write(data)
+        ahead += len(data)
+        if ahead >= AHEAD and synced.done():
+            synced.result()
+            synced, ahead = syncing.submit(os.fsync, out.fileno()), 0
+    hashed.result()
+    synced.result()
     return digest.hexdigest()
 
 
