@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import process
 from forked import Child, preload
 from forked import command as run_command
@@ -43,6 +44,7 @@ def run(made, place, *more, before=lambda: None):
     """OUT of a run in a process of its own: Accelerate sets a precision once."""
 
     def work():
+        AcceleratorState._reset_state(reset_partial_state=True)  # what a test before has set, and the fork with it
         before()
         run_command(made / "timm", "--data", made / "pictures", "-o", place / "out", "--save-phases", *SHORT, *more)()
 
@@ -92,6 +94,7 @@ def test_a_precision_that_is_not_to_be_had_is_refused(made, tmp_path, precision,
     """Accelerate itself computes in float32 where it is asked for fp16 on a CPU."""
 
     def work():
+        AcceleratorState._reset_state(reset_partial_state=True)
         os.environ["ACCELERATE_MIXED_PRECISION"] = precision
         run_command(made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *SHORT)()
 
