@@ -116,7 +116,10 @@ class Augment(Strict):
 
 
 class Recipe(Strict):
-    """Everything that decides a result. `dsd/recipe.yaml` of an output is one of these, and repeats the run."""
+    """Everything that decides a result. `dsd/recipe.yaml` of an output is one of these, and repeats the run.
+
+    `label_names` are the names of integer labels, in order, for data that have none of their own: a list, or `imagenet-1k`.
+    """
 
     name: str = "recipe"
     task: TaskName | None = None
@@ -144,9 +147,18 @@ class Recipe(Strict):
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     image_column: str | None = None
     label_column: str | None = None
+    label_names: Literal["imagenet-1k"] | Names | None = None
     text_column: str | None = None
     audio_column: str | None = None
     max_length: Annotated[int, Field(gt=1)] | None = None
+
+    @field_validator("label_names", mode="before")
+    @classmethod
+    def _distinct_names(cls, value: Any) -> Any:
+        listed = isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value)
+        if value not in (None, "imagenet-1k") and not (listed and len(set(value)) == len(value)):
+            raise ValueError("expected `imagenet-1k`, or a list of names, no two of them the same")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

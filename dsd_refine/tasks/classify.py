@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from dsd_refine.tasks import Batch, Forward, Score, Scores, ratio
 from dsd_refine.tasks.data import Examined, MissingColumn, Parts, Rows, Table, divide, label_texts, use_rows
 from dsd_refine.tasks.labels import LabelMap, match_labels
 
-LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category", "y")
+LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category", "y", "cls")
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ def labelled_parts(
         shown = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
         raise DataError(f"no row can be used: {shown}{', …' if len(reasons) > 5 else ''}")
     labels = match_labels(aliases, classes, found, _declared(tables, label_column))
+    if any(table.classes for table in (*tables.values(), *(evaluation or {}).values())):
+        labels = replace(labels, rule=f"{labels.rule}, integers by the names that the recipe or the data set's own name gives")
     parts = divide(used, judged, holdout)
     return labels, [_with_ids(rows, labels) for rows in (parts.train, parts.holdout, parts.eval)], parts
 
@@ -129,7 +131,7 @@ def _examined(table: Table, label_column: Callable[[Table], str], examine: Exami
 
 def _declared(tables: dict[str, Table], label_column: Callable[[Table], str]) -> list[str] | None:
     table = tables.get("train") or next(iter(tables.values()))
-    names = getattr(table.rows.features[label_column(table)], "names", None)
+    names = getattr(table.rows.features[label_column(table)], "names", None) or table.classes
     return list(names) if names else None
 
 

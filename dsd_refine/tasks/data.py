@@ -22,6 +22,7 @@ import numpy as np
 from dsd_refine.checkpoint.hub import ask_hub, check_blobs, is_of_the_hub
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.space import is_full
+from dsd_refine.tasks import imagenet
 
 Found = TypeVar("Found")
 
@@ -43,12 +44,14 @@ class MissingColumn(DataError):
 class Table:
     """One split as read. `names` are file names relative to the data, None for a table (rows are numbered from 0).
 
-    `folder` is what relative file names in columns count from.
+    `folder` is what relative file names in columns count from. `classes` are the names of integer labels, in order, where
+    somebody said them whom the table itself does not: the recipe, or we who know the data set.
     """
 
     rows: datasets.Dataset
     names: list[str] | None = None
     folder: Path | None = None
+    classes: tuple[str, ...] | None = None
 
     def name(self, row: int) -> str | int:
         return self.names[row] if self.names is not None else row
@@ -303,7 +306,13 @@ def _from_hub(spec: str, download: Callable[[str, int], bool]) -> dict[str, Tabl
         found = _checked(name, lambda: _guarded(Path(spec), lambda: _validated(datasets.load_dataset(name, config or None))))
     except CheckpointError as error:
         raise DataError(str(error)) from None
-    return _named_splits(found, spec)
+    tables = _named_splits(found, spec)
+    return named(tables, imagenet.synsets()) if name in imagenet.NUMBERED else tables
+
+
+def named(tables: dict[str, Table], classes: tuple[str, ...] | None) -> dict[str, Table]:
+    """The same, with `classes` for the integers of the tables that have no names for them yet."""
+    return {split: replace(table, classes=table.classes or classes) for split, table in tables.items()}
 
 
 def _checked(name: str, load: Callable[[], Any]) -> Any:
@@ -354,7 +363,7 @@ def undecoded(table: Table, name: str, feature: Any) -> Table:
     if name not in table.rows.column_names:
         raise DataError(f"a split has no column {name!r}, only {', '.join(table.rows.column_names)}")
     if isinstance(table.rows.features[name], feature):
-        return Table(table.rows.cast_column(name, feature(decode=False)), table.names, table.folder)
+        return replace(table, rows=table.rows.cast_column(name, feature(decode=False)))
     return table
 
 
@@ -393,14 +402,15 @@ def in_words(error: Exception) -> str:
 
 
 def label_texts(table: Table, name: str) -> list[str | None]:
-    """The label column as texts; None where a row has no label.
+    """The label column as texts; None where a row has no label. Integers are their names, where those are known.
 
     Raises:
-        DataError: several labels a row, numbers that are no classes, a class id out of range.
+        DataError: several labels a row, numbers that are no classes, a class id out of range or of another class than the
+            row's file name says.
     """
     kind, values = table.rows.features[name], table.rows.with_format(None)[name]
     if isinstance(kind, datasets.ClassLabel):
-        return [_class_name(kind, table, row, value) for row, value in enumerate(values)]
+        return [_class_name(kind.names, table, row, value) for row, value in enumerate(values)]
     texts = []
     for row, value in enumerate(values):
         if isinstance(value, list | dict | np.ndarray):
@@ -411,15 +421,31 @@ def label_texts(table: Table, name: str) -> list[str | None]:
             raise DataError(f"row {table.name(row)}: the label {value} is no class; regression is not supported")
         missing = value is None or value != value or value == ""
         texts.append(None if missing else str(int(value)) if isinstance(value, float) else str(value))
-    return texts
+    return texts if table.classes is None else _with_names(table, table.classes, texts)
 
 
-def _class_name(kind: Any, table: Table, row: int, value: int | None) -> str | None:
+def _class_name(names: Sequence[str], table: Table, row: int, value: int | None) -> str | None:
     if value is None or value == -1:  # -1 is how data sets hide the labels of a test split
         return None
-    if not 0 <= value < kind.num_classes:
-        raise DataError(f"row {table.name(row)}: class id {value} is outside 0..{kind.num_classes - 1}")
-    return str(kind.names[value])
+    if not 0 <= value < len(names):
+        raise DataError(f"row {table.name(row)}: class id {value} is outside 0..{len(names) - 1}")
+    return str(names[value])
+
+
+def _with_names(table: Table, names: tuple[str, ...], texts: list[str | None]) -> list[str | None]:
+    """Integers as the names that they are said to be, held against the rows' own file names where these say a class."""
+    found = [
+        _class_name(names, table, row, int(text)) if text is not None and re.fullmatch("-?[0-9]+", text) else text
+        for row, text in enumerate(texts)
+    ]
+    files = imagenet.spoken(table.rows) if names == imagenet.synsets() else ()
+    for row, (name, said) in enumerate(zip(found, files, strict=False)):
+        if name is not None and said and name not in said:
+            raise DataError(
+                f"row {table.name(row)}: its label {texts[row]} would be {name}, its file is of {' '.join(sorted(said))}: "
+                "these integers are not ImageNet-1k's. Leave out label_names: imagenet-1k, or give the labels as names"
+            )
+    return found
 
 
 def in_threads(one: Callable[[int], Found], rows: int) -> list[Found]:

@@ -34,7 +34,7 @@ from dsd_refine.tasks.classify import (
 )
 from dsd_refine.tasks.data import Examined, Table, column, in_threads, in_words, raw_bytes, undecoded
 
-IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "file", "path", "file_name")
+IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "file", "path", "file_name", "jpg", "jpeg", "png", "webp")
 Pixels = Callable[[Image.Image], torch.Tensor]
 # what is opened at all: others bring programs along (PostScript) or documents, whatever the file's name says
 Image.init()

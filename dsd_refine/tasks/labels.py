@@ -100,6 +100,7 @@ def _by_name(shown: tuple[str, ...], aliases: Sequence[Sequence[str]], found: se
         raise DataError(
             f"labels of the data that are {fault}: {_some(unknown)}. "
             f"The model's classes are: {_some(shown)}. Rename the folders or labels to the model's names"
+            + (", or say the integers' names in order: --set 'label_names=[…]' (imagenet-1k)" if _are_integers(unknown) else "")
         )
     mapping = {text: next(iter(owners[text])) for text in sorted(found)}
     if len(set(mapping.values())) < len(mapping):

@@ -11,7 +11,8 @@ import torch
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks import Task
-from dsd_refine.tasks.data import Table, read_tables
+from dsd_refine.tasks.data import Table, named, read_tables
+from dsd_refine.tasks.imagenet import synsets
 
 
 def open_task(
@@ -25,8 +26,9 @@ def open_task(
     """
     if recipe.data is None:
         raise DataError("no data: give --data (a directory, a file, or a Hub data set org/name), or a recipe that names one")
-    tables = read_tables(recipe.data, cache, download=download)
-    evaluation = read_tables(recipe.eval_data, cache, download=download) if recipe.eval_data else None
+    classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
+    tables = named(read_tables(recipe.data, cache, download=download), classes)
+    evaluation = named(read_tables(recipe.eval_data, cache, download=download), classes) if recipe.eval_data else None
     return _OPENERS[name](recipe, library, model, tables, evaluation)
 
 
