@@ -44,7 +44,7 @@ def open_layers(checkpoint: Checkpoint, recipe: Recipe, lost: list[str]) -> list
 def _without_frozen(checkpoint: Checkpoint, recipe: Recipe, layers: list[Layer]) -> list[Layer]:
     """What a sparse phase freezes is not masked in any: it could not come back."""
     patterns = {pattern for phase in recipe.phases if phase.kind == "sparse" for pattern in phase.frozen}
-    frozen = frozen_names(checkpoint.model, patterns)
+    frozen = frozen_names(checkpoint.model, patterns, checkpoint.filled)
     found = [
         replace(layer, excluded="frozen in a sparse phase")
         if layer.excluded is None and any(spot.key in frozen for spot in layer.spots)

@@ -145,7 +145,7 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
                     if passed(run, arm, attempt, number):
                         continue
                     done = enter(run, arm, attempt, number, phase)
-                    with settings(run.loop.model, phase):
+                    with settings(run.loop.model, phase, run.checkpoint.filled):
                         one_phase(run, phase, done, last=number == len(phases) - 1)
         for arm in run.arms:
             for seed in range(recipe.seeds):
@@ -283,7 +283,7 @@ def _open(
         check_plain(checkpoint, probes(loop, checkpoint))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in lost)
-    check_settings(model, recipe)
+    check_settings(model, recipe, checkpoint.filled)
     layers = open_layers(checkpoint, recipe, lost)
     hashes = checkpoint.hashes()
     workspace.need = space.of_run(checkpoint, layers, recipe, save_phases=options.save_phases)

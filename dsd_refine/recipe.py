@@ -57,7 +57,8 @@ class Phase(Strict):
     unmasked one, so that a masked weight can come back by its gradient (iterative hard thresholding, Jin et al. 2016); by
     chance, the masked weights return as they were and others go (DropConnect, Wan et al. 2013).
     `average`: the phase gives the mean of its epochs' ends (`swa`, Izmailov et al. 2018) or a moving one of its steps (`ema`).
-    `dropout` sets every nn.Dropout of the model; `frozen` names parameters that are neither trained nor masked.
+    `dropout` sets the rate of every dropout that the model was built with (`dsd_refine.dropout`; stochastic depth is none);
+    `frozen` names parameters, as in model or file, that are neither trained nor masked.
     """
 
     kind: Literal["sparse", "dense"]

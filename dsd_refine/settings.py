@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
+from dsd_refine.dropout import dropout_of, dropouts
 from dsd_refine.errors import UsageError
 from dsd_refine.recipe import Phase, Recipe
 
+Filled = Mapping[str, set[str]]  # a file's tensor -> the names in the model that it fills
+ITSELF: Filled = {}  # the file's names are the model's
 
-def frozen_names(model: nn.Module, patterns: Iterable[str]) -> set[str]:
-    """Names of the model's parameters that the globs match.
+
+def frozen_names(model: nn.Module, patterns: Iterable[str], filled: Filled = ITSELF) -> set[str]:
+    """Names of the model's parameters that the globs match, by these names or by those of the file's tensors.
 
     Raises:
-        UsageError: a glob that matches nothing.
+        UsageError: a glob that matches nothing, or one that matches some of the tensors that one parameter is made of.
     """
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     found: set[str] = set()
+    chosen: set[str] = set()
     for pattern in patterns:
+        tensors = {tensor for tensor, keys in filled.items() if fnmatchcase(tensor, pattern) and keys.intersection(names)}
         hits = {name for name in names if fnmatchcase(name, pattern)}
-        if not hits:
+        if not hits and not tensors:
             raise UsageError(f"frozen: {pattern!r} matches no parameter of the model, such as {names[0]}")
-        found |= hits
-    return found
+        found, chosen = found | hits, chosen | tensors
+    by_file = {key for tensor in chosen for key in filled[tensor]}.intersection(names)
+    for tensor, keys in filled.items():
+        if tensor not in chosen and (torn := keys & (by_file - found)):
+            raise UsageError(
+                f"frozen: the model holds {tensor} in one parameter with others that are matched ({min(torn)}), "
+                "and a parameter is frozen whole: match all of them, or none"
+            )
+    return found | by_file
 
 
-def dropouts(model: nn.Module) -> list[_DropoutNd]:
-    """The modules that `dropout` sets."""
-    return [module for module in model.modules() if isinstance(module, _DropoutNd)]
-
-
-def check_settings(model: nn.Module, recipe: Recipe) -> None:
+def check_settings(model: nn.Module, recipe: Recipe, filled: Filled = ITSELF) -> None:
     """Refuse what a phase asks for and the model does not have.
 
     Raises:
@@ -42,29 +49,25 @@ def check_settings(model: nn.Module, recipe: Recipe) -> None:
     """
     for number, phase in enumerate(recipe.phases):
         if phase.dropout is not None and not dropouts(model):
-            raise UsageError(f"phases.{number}.dropout: the model has no dropout layer to set")
-        frozen = frozen_names(model, phase.frozen)
+            raise UsageError(f"phases.{number}.dropout: the model has no dropout to set (stochastic depth is none)")
+        frozen = frozen_names(model, phase.frozen, filled)
         if phase.total_steps(1) and all(name in frozen or not p.requires_grad for name, p in model.named_parameters()):
             raise UsageError(f"phases.{number}.frozen: leaves nothing to train")
 
 
 @contextmanager
-def settings(model: nn.Module, phase: Phase) -> Iterator[None]:
+def settings(model: nn.Module, phase: Phase, filled: Filled = ITSELF) -> Iterator[None]:
     """Within, the phase's `frozen` parameters do not train and its `dropout` holds."""
-    frozen = frozen_names(model, phase.frozen)
+    frozen = frozen_names(model, phase.frozen, filled)
     kept = [p for name, p in model.named_parameters(remove_duplicate=False) if name in frozen and p.requires_grad]
-    rates = [(module, module.p) for module in dropouts(model)] if phase.dropout is not None else []
     try:
         for parameter in kept:
             parameter.requires_grad_(False)
-        for module, _ in rates:
-            module.p = float(phase.dropout or 0.0)
-        yield
+        with dropout_of(model, phase.dropout):
+            yield
     finally:
         for parameter in kept:
             parameter.requires_grad_(True)
-        for module, rate in rates:
-            module.p = rate
 
 
 def train_mode(model: nn.Module) -> None:

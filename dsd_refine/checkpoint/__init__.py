@@ -65,6 +65,11 @@ class Checkpoint:
         """The source's weight files and index, by name."""
         return self.layout.read_from
 
+    @property
+    def filled(self) -> dict[str, set[str]]:
+        """Tensor of the file -> the names of the model's tensors that it fills, wholly or in part."""
+        return {name: {part.key for part in parts} for name, parts in self.placement.items()}
+
     @contextmanager
     def rounded(self, model: torch.nn.Module) -> Iterator[None]:
         """Within, the model computes with the weights as they would be written: rounded to the file's dtypes."""
