@@ -10,10 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsd_refine import space
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_shapes
-from dsd_refine.layers import open_layers
+from dsd_refine.layers import few_maskable, open_layers
 from dsd_refine.masks import Layer
 from dsd_refine.method import arm_phases
 from dsd_refine.recipe import Phase, Recipe
+from dsd_refine.settings import check_settings
 from dsd_refine.tasks.open import open_task
 from dsd_refine.train import micro_batches
 
@@ -21,12 +22,13 @@ FLOAT = 4  # bytes of a float32
 
 
 def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle: bool = False) -> dict[str, Any]:
-    """Every layer with its masked counts (one a sparsity) or its reason, totals, steps, memory and disk.
+    """Every layer with its masked counts (one a sparsity) or its reason, totals, steps, memory, disk, and a run's warnings.
 
     Raises:
         UsageError: as a run would, for what can be seen without weights.
     """
     checkpoint = open_shapes(source, library, allow_pickle=allow_pickle)
+    check_settings(checkpoint.model, recipe, checkpoint.filled)
     layers = open_layers(checkpoint, recipe, [])
     shares = [_first_sparsity(recipe, tried) for tried in recipe.sparsities]
     rows = [
@@ -42,6 +44,7 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
         "totals": _totals(checkpoint, layers, rows, shares)
         | _steps(checkpoint, library, recipe)
         | _sizes(checkpoint, layers, recipe),
+        "warnings": few_maskable(layers),
     }  # fmt: skip
 
 

@@ -99,4 +99,5 @@ def plan_text(plan: Mapping[str, Any]) -> str:
             f"  {layer['name'].ljust(width)}  {'x'.join(map(str, layer['shape'])):>18}  {layer['weights']:>12,}  {what}"
         )
     lines += ["", *(f"  {name.ljust(18)} {text}" for name, text in plan["totals"].items())]
+    lines += [f"  {'warning'.ljust(18)} {warning}" for warning in plan["warnings"]]
     return "\n".join(lines)
