@@ -41,6 +41,7 @@ def timm_checkpoint(
     args |= {"in_chans": in_chans}
     cfg: dict[str, Any] = {
         "input_size": (in_chans, size, size),
+        "test_input_size": (in_chans, size, size),
         "mean": (0.5,) * in_chans,
         "std": (0.5,) * in_chans,
         "interpolation": "bilinear",
