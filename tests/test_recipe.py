@@ -1,5 +1,8 @@
 """Recipes: refused with every mistake at once, overridden by flags, and equal after a round trip."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from dsd_refine.errors import RecipeError
@@ -133,6 +136,23 @@ def test_every_shipped_recipe_validates_and_says_what_it_is():
         if recipe.name in TASKS:  # the default of a task
             assert [phase.kind for phase in recipe.phases] == ["sparse", "dense"]
             assert recipe.phases[1].lr == pytest.approx(recipe.phases[0].lr / 10)
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_header_says_what_was_measured_and_its_figures_are_those_of_the_results(name):
+    lines = shipped()[name].read_text(encoding="utf-8").splitlines()
+    header = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+    assert re.search(r"[Mm]easured|measures|[Uu]ntested at scale", header)
+    results = re.findall(r"benchmarks/results/\w+\.txt", header)
+    measured = "".join((ROOT / file).read_text(encoding="utf-8") for file in results)
+    figures = re.findall(r"\b\d\.\d{4}\b", header)  # as a summary prints them
+    assert all(figure in measured for figure in figures), figures
+    scripts = re.findall(r"python (benchmarks/\w+\.py)", header)
+    assert all((ROOT / script).is_file() for script in scripts)
+    assert len(scripts) == 1 or not figures
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest():
