@@ -1,8 +1,12 @@
-"""The paired tests against scipy and against numbers worked out by hand; the verdict; the gates."""
+"""The paired tests against scipy, statsmodels and numbers worked out by hand; the verdict; the gates."""
 
 import numpy as np
 import pytest
-from scipy.stats import beta, binom
+from scipy.stats import beta, binom, t
+from scipy.stats import bootstrap as scipy_bootstrap
+from statsmodels.stats import contingency_tables
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from dsd_refine.compare import Comparison, bootstrap, compare, gate_passed, holm, mcnemar, verdict
 
@@ -26,6 +30,15 @@ def test_mcnemar_is_the_exact_binomial_test(gained, lost):
     assert (found.gained, found.lost, found.delta) == (gained, lost, pytest.approx((gained - lost) / n))
 
 
+@pytest.mark.parametrize(("gained", "lost"), [(9, 0), (8, 20), (15, 14), (40, 12)])
+def test_mcnemar_is_statsmodels(gained, lost):
+    found = mcnemar(*rows(gained, lost, 200, 150))
+    assert found.p_value == pytest.approx(contingency_tables.mcnemar([[150, gained], [lost, 50]], exact=True).pvalue)
+    low, high = proportion_confint(gained, gained + lost, method="beta")
+    n = 200 + gained + lost
+    assert found.ci95 == pytest.approx(tuple((2 * share - 1) * (gained + lost) / n for share in (low, high)))
+
+
 def test_arms_that_agree_everywhere_are_the_same():
     found = mcnemar(*rows(0, 0, 50, 30))
     assert (found.delta, found.p_value, found.ci95) == (0.0, 1.0, (0.0, 0.0))
@@ -43,21 +56,22 @@ def test_a_lower_loss_is_a_positive_delta_and_the_bootstrap_is_seeded():
     assert found == compare(worse - 1, worse, count, higher_is_better=False)
 
 
-def test_the_bootstrap_interval_is_near_the_normal_one():
+def test_the_bootstrap_is_scipy_s_of_many_rows():
     generator = np.random.default_rng(1)
-    first, second = generator.normal(0, 1, 400), generator.normal(0, 1, 400)
-    found = bootstrap(first, second, np.ones(400), higher_is_better=True)
-    width = 1.96 * (first - second).std() / 20
-    assert found.ci95 == pytest.approx((found.delta - width, found.delta + width), abs=0.015)
+    first, second = generator.normal(0.1, 1, 500), generator.exponential(size=500)
+    found = bootstrap(first, second, np.ones(500), higher_is_better=True)
+    told = scipy_bootstrap((first - second,), np.mean, method="percentile", n_resamples=9999, rng=2).confidence_interval
+    assert found.delta == pytest.approx((first - second).mean())
+    assert found.ci95 == pytest.approx((told.low, told.high), abs=0.03 * (told.high - told.low))
 
 
-def test_true_nulls_are_called_different_in_about_one_of_twenty():
-    generator = np.random.default_rng(2)
-    called = 0
-    for _ in range(400):
-        first, second = (generator.random((2, 300)) < 0.7).astype(float)
-        called += mcnemar(first, second).p_value < 0.05
-    assert called / 400 < 0.07
+@pytest.mark.parametrize("changed", [6, 15, 200])
+def test_of_few_rows_that_differ_the_interval_is_student_s(changed):
+    """However many rows there are that do not."""
+    difference = np.concatenate([np.random.default_rng(changed).normal(0.2, 1, changed), np.zeros(1000 - changed)])
+    found = bootstrap(difference, np.zeros(1000), np.ones(1000), higher_is_better=True)
+    spread = difference.std() * np.sqrt(changed / (changed - 1)) * t.isf(0.025, changed - 1)
+    assert np.diff(found.ci95) == pytest.approx(2 * spread / np.sqrt(1000), rel=0.15)
 
 
 def some(p, delta=0.01, ci=(-0.02, 0.04)):
@@ -67,6 +81,14 @@ def some(p, delta=0.01, ci=(-0.02, 0.04)):
 def test_holm_steps_down():
     found = holm({"a": some(0.01), "b": some(0.04), "c": some(0.03)})
     assert {name: one.p_adjusted for name, one in found.items()} == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_holm_is_statsmodels():
+    generator = np.random.default_rng(0)
+    for size in (1, 2, 3, 3, 6):
+        values = generator.choice([0.001, 0.01, 0.02, 0.05, 0.3, 1.0, *generator.random(3) / 10], size)
+        found = holm({str(number): some(p) for number, p in enumerate(values)})
+        assert [one.p_adjusted for one in found.values()] == pytest.approx(multipletests(values, method="holm")[1])
 
 
 @pytest.mark.parametrize(

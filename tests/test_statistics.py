@@ -1,0 +1,186 @@
+"""On data made with a known effect: the tests err as often as they say and find as often as was computed.
+
+The long form is benchmarks/errors.py, recorded in benchmarks/results/. It shows too that 1,000 draws of the bootstrap, which these
+tests make, call as many differences as the 10,000 of a run.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, nct, t
+
+from dsd_refine import compare
+from dsd_refine.compare import Comparison, bootstrap, bootstrap_corpus, holm, mcnemar, over_seeds, verdict
+from dsd_refine.power import critical, power, rows_to_decide
+from dsd_refine.tasks.captions import bleu
+
+SETS = 1000
+MOST = 0.05 + 3 * math.sqrt(0.05 * 0.95 / SETS)  # what a rate of 5 % stays below
+
+
+@pytest.fixture
+def fewer_draws(monkeypatch):
+    monkeypatch.setattr(compare, "DRAWS", 1000)
+
+
+def right_wrong(generator, rows, gained, lost):
+    """Paired 0/1 scores of two arms with given shares of rows that change each way."""
+    drawn = generator.random(rows)
+    first = np.where(drawn < gained, 1, np.where(drawn < gained + lost, 0, 1))
+    return first, np.where(drawn < gained, 0, 1)
+
+
+def lognormal(generator, rows):
+    return generator.lognormal(size=rows)
+
+
+def judged(difference, seed):
+    return bootstrap(difference, np.zeros(len(difference)), np.ones(len(difference)), higher_is_better=True, seed=seed)
+
+
+def excludes_zero(found):
+    return found.ci95[0] > 0 or found.ci95[1] < 0
+
+
+# ---------------------------------------------------------------- arms that are alike
+
+
+@pytest.mark.parametrize(("rows", "share"), [(20, 0.2), (60, 0.1), (300, 0.02), (300, 0.2)])
+def test_mcnemar_calls_no_effect_one_at_most_once_in_twenty(rows, share):
+    generator = np.random.default_rng(1)
+    calls = sum(mcnemar(*right_wrong(generator, rows, share, share)).p_value < 0.05 for _ in range(SETS))
+    assert calls / SETS <= MOST
+
+
+ALIKE = {
+    "normal": lambda generator, rows: generator.normal(size=rows) - generator.normal(size=rows),
+    "exponential": lambda generator, rows: generator.exponential(size=rows) - generator.exponential(size=rows),
+    "lognormal": lambda generator, rows: lognormal(generator, rows) - lognormal(generator, rows),
+    "few differ": lambda generator, rows: (
+        (generator.random(rows) < 0.2) * (lognormal(generator, rows) - lognormal(generator, rows))
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "rows"), [*((kind, rows) for kind in ALIKE for rows in (20, 60)), ("few differ", 300)])
+def test_the_bootstrap_calls_no_effect_one_at_most_once_in_twenty(fewer_draws, kind, rows):
+    generator = np.random.default_rng(7)
+    found = [judged(ALIKE[kind](generator, rows), seed) for seed in range(SETS)]
+    assert sum(one.p_value < 0.05 for one in found) / SETS <= MOST
+    assert all((one.p_value < 0.05) == excludes_zero(one) for one in found)
+
+
+def test_p_and_interval_agree_at_the_border_and_for_few_rows(fewer_draws):
+    """The p of each is near 0.05, where rounding would show, or its rows are few and all of one sign."""
+    generator = np.random.default_rng(3)
+    found = []
+    for seed in range(400):
+        difference = generator.normal(size=30)
+        difference += -difference.mean() + difference.std(ddof=1) / math.sqrt(30) * t.isf(0.025, 29) * generator.normal(1, 0.02)
+        found.append(judged(difference, seed))
+    for rows in range(1, 12):
+        found.append(judged(np.repeat([1.0, 0.0], [rows, 100]), rows))
+    assert {one.p_value < 0.05 for one in found[:400]} == {True, False}
+    assert {one.p_value < 0.05 for one in found[400:]} == {True, False}
+    assert all((one.p_value < 0.05) == excludes_zero(one) for one in found)
+
+
+def captions(generator, hard):
+    """BLEU's sums of captions of 12 words, each word found with a row's own chance."""
+    written = [np.full(len(hard), 12 - order) for order in range(4)]
+    found = [generator.binomial(total, hard ** (order + 1)) for order, total in enumerate(written)]
+    return np.stack([written[0], written[0], *found, *written], axis=1)
+
+
+@pytest.mark.parametrize("rows", [20, 60])
+def test_the_bootstrap_of_bleu_calls_no_effect_one_at_most_once_in_twenty(fewer_draws, rows):
+    generator, found = np.random.default_rng(5), []
+    for seed in range(SETS):
+        hard = generator.uniform(0.4, 0.9, rows)
+        found.append(
+            bootstrap_corpus(captions(generator, hard), captions(generator, hard), bleu, higher_is_better=True, seed=seed)
+        )
+    assert sum(one.p_value < 0.05 for one in found) / SETS <= MOST
+    assert all((one.p_value < 0.05) == excludes_zero(one) for one in found)
+
+
+@pytest.mark.parametrize(("score", "right"), [(lognormal, False), (lambda generator, rows: generator.random(rows) < 0.7, True)])
+def test_of_a_run_s_three_comparisons_any_errs_at_most_once_in_twenty(fewer_draws, score, right):
+    """Four arms alike, each with the refined one: Holm, and the verdict with it."""
+    generator, any_called, said = np.random.default_rng(11), 0, 0
+    for seed in range(SETS):
+        refined, *others = (score(generator, 40).astype(float) for _ in range(4))
+        pairs = {
+            str(i): compare.compare(refined, o, np.ones(40), higher_is_better=right, seed=seed) for i, o in enumerate(others)
+        }
+        found = holm(pairs)
+        any_called += any(one.p_adjusted < 0.05 for one in found.values())
+        said += verdict(found["0"], 0.0) in ("better", "worse")
+    assert said <= any_called
+    assert any_called / SETS <= MOST
+
+
+# ---------------------------------------------------------------- a known effect
+
+
+def test_a_known_effect_is_found_as_often_as_computed():
+    generator = np.random.default_rng(0)
+    found = [mcnemar(*right_wrong(generator, 800, 0.03, 0.012)) for _ in range(SETS)]
+    hits = sum(one.p_value < 0.05 and one.delta > 0 for one in found)
+    chance = power(800, 0.03, 0.012)
+    assert abs(hits / SETS - chance) < 4 * math.sqrt(chance * (1 - chance) / SETS)
+    covered = sum(one.ci95[0] <= 0.018 <= one.ci95[1] for one in found)
+    assert covered / SETS >= 0.94
+
+
+@pytest.mark.parametrize(("rows", "effect"), [(20, 0.66), (60, 0.37)])
+def test_the_bootstrap_finds_and_covers_a_known_effect_as_often_as_student_s_t(fewer_draws, rows, effect):
+    """Of normal differences, for which t is exact."""
+    generator = np.random.default_rng(1)
+    found = [judged(generator.normal(effect, 1, rows), seed) for seed in range(SETS)]
+    chance = nct.sf(t.isf(0.025, rows - 1), rows - 1, effect * math.sqrt(rows))
+    hits = sum(one.p_value < 0.05 and one.delta > 0 for one in found)
+    assert abs(hits / SETS - chance) < 4 * math.sqrt(chance * (1 - chance) / SETS)
+    covered = sum(one.ci95[0] <= effect <= one.ci95[1] for one in found)
+    assert abs(covered / SETS - 0.95) < 4 * math.sqrt(0.05 * 0.95 / SETS)
+
+
+def test_the_rows_that_decide_a_bootstrap_do_so_four_times_of_five(fewer_draws):
+    error = 1 / math.sqrt(100)  # of 100 rows with deviation 1
+    rows = rows_to_decide(Comparison(0.4, (0.4 - 1.96 * error, 0.4 + 1.96 * error), 0, 0, None, None, ""), 100, 0.0)
+    generator = np.random.default_rng(2)
+    hits = sum(judged(generator.normal(0.4, 1, rows), seed).p_value < 0.05 for seed in range(SETS))
+    assert hits / SETS == pytest.approx(0.8, abs=0.05)
+
+
+def test_the_critical_value_is_the_exact_test_s():
+    for changed in range(0, 60):
+        at = critical(changed)
+        assert at < 0 or binomtest(at, changed, 0.5).pvalue < 0.05
+        assert not changed or binomtest(at + 1, changed, 0.5).pvalue >= 0.05
+
+
+def test_that_many_rows_decide_four_times_of_five():
+    found = Comparison(0.01, (-0.002, 0.022), 0.1, 0.1, 22, 12, "mcnemar-exact")
+    rows = rows_to_decide(found, 1000, 0.0)
+    assert power(rows, 0.022, 0.012) == pytest.approx(0.8, abs=0.04)
+    assert rows_to_decide(found, 1000, 0.0, comparisons=3) > rows
+    assert rows_to_decide(found, 1000, 0.03) < rows  # the margin is nearer than 0
+    same = Comparison(0.0, (0.0, 0.0), 1.0, 1.0, 0, 0, "mcnemar-exact")
+    assert rows_to_decide(same, 1000, 0.005) is None
+
+
+def test_seeds_and_rows_both_widen_the_interval():
+    generator = np.random.default_rng(3)
+    count, base = np.ones(200), generator.random(200) < 0.8
+    steady = [base.astype(float)] * 4
+    delta, interval, deviation = over_seeds(steady, [np.zeros(200)] * 4, count, higher_is_better=True)
+    assert (delta, deviation) == (pytest.approx(base.mean()), 0.0)
+    assert interval[0] < delta < interval[1]
+    wild = [np.full(200, value) for value in (0.0, 0.2, 0.4, 0.6)]
+    delta, interval, deviation = over_seeds(wild, [np.zeros(200)] * 4, count, higher_is_better=True)
+    assert delta == pytest.approx(0.3)
+    assert deviation == pytest.approx(np.std([0, 0.2, 0.4, 0.6], ddof=1))
+    assert interval[1] - interval[0] > 0.3
+    assert over_seeds(wild, [np.zeros(200)] * 4, count, higher_is_better=False)[0] == pytest.approx(-0.3)
