@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import yaml
 from scipy.stats import binomtest
 
+from dsd_refine.claims import Claim, claims
+from dsd_refine.compare import ALPHA
 from dsd_refine.errors import UsageError
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks import Task
+from dsd_refine.report.card import evaluated_on
+from dsd_refine.tasks import Guess, Task
 
-Figure = tuple[str, str, float]  # data set, metric, value
 UNBOUNDED = ("loss", "perplexity")  # every other metric is a fraction
 
 
 def preflight(task: Task, found: Mapping[str, float], recipe: Recipe, source: Path) -> list[str]:
-    """Compare the baseline's metrics with what the user expects, what the source's card says, and chance; the warnings.
+    """Compare the baseline's metrics with what the user expects, what the source's card says, and guessing; the warnings.
 
     Raises:
         UsageError: an expected figure is not reproduced within the margin, or is of a metric that the task does not have.
@@ -33,7 +32,7 @@ def preflight(task: Task, found: Mapping[str, float], recipe: Recipe, source: Pa
                 f"{len(task.eval.rows):,} rows, not within the margin of {recipe.margin:g}. Probably the preprocessing or "
                 "the labels differ from those that it was measured with, or the rows do; nothing was trained"
             )
-    return [*_card_warnings(task, found, recipe, source), *_chance_warnings(task, found)]
+    return [*_card_warnings(task, found, recipe, source), *_chance_warnings(task, found, recipe.margin)]
 
 
 def near(value: float, expected: float, task: Task, metric: str, margin: float) -> bool:
@@ -44,77 +43,40 @@ def near(value: float, expected: float, task: Task, metric: str, margin: float) 
 
 def _card_warnings(task: Task, found: Mapping[str, float], recipe: Recipe, source: Path) -> list[str]:
     lines = []
-    for data, metric, value in card_figures(source):
-        if metric not in found or not _same_data(data, recipe):
+    data = evaluated_on(recipe.model_dump())
+    for claim in claims(source):
+        metric = _metric(claim, task, found)
+        if metric is None or not claim.is_of(data):
             continue
-        value = value / 100 if metric not in UNBOUNDED and value > 1 else value
+        value = claim.value / 100 if metric not in UNBOUNDED and claim.value > 1 else claim.value
         if not near(found[metric], value, task, metric, recipe.margin):
             lines.append(
-                f"the source's card says {metric} {value:.4f} on {data}, measured here is {found[metric]:.4f}: "
+                f"the source's card says {metric} {value:.4f} on {claim.shown}, measured here is {found[metric]:.4f}: "
                 "do preprocessing, labels and rows agree?"
             )
-    return lines
+    return list(dict.fromkeys(lines))  # a card of ours says it twice, in its two places
 
 
-def _chance_warnings(task: Task, found: Mapping[str, float]) -> list[str]:
-    chance = getattr(task, "chance", None)
-    rows = len(task.eval.rows)
-    if chance is None:
-        return []
-    value = found[task.metric]
-    if task.higher_is_better:
-        beaten = binomtest(round(value * rows), rows, chance, alternative="greater").pvalue < 0.05
-    else:
-        beaten = value < chance
-    if beaten:
-        return []
+def _metric(claim: Claim, task: Task, found: Mapping[str, float]) -> str | None:
+    """Which of our metrics a claim is of, if any. One without a name is of the task's where that is a fraction."""
+    if claim.metric is not None:
+        return claim.metric if claim.metric in found else None
+    said = claim.notes.split(" ", 1)[0]  # as our own card has it
+    return said if said in found else task.metric if task.metric not in UNBOUNDED else None
+
+
+def _chance_warnings(task: Task, found: Mapping[str, float], margin: float) -> list[str]:
+    """One for the first guess that the source does not beat."""
     return [
-        f"the source's {task.metric} of {value:.4f} cannot be told from guessing ({chance:.4f}): "
-        "are these the labels and the preprocessing that it was trained with?"
-    ]
+        f"the source's {guess.metric} of {found[guess.metric]:.4f} cannot be told from {guess.how} ({guess.value:.4f}): "
+        "are these the data, the labels and the preprocessing that it was trained with?"
+        for guess in task.guesses
+        if not _beats(found[guess.metric], guess, margin)
+    ][:1]
 
 
-def card_figures(source: Path) -> list[Figure]:
-    """The evaluation results in a card's `model-index` and in `.eval_results/`; what is not readable is left out."""
-    texts = [_front_matter(source / "README.md"), *(_text(path) for path in sorted((source / ".eval_results").glob("*.yaml")))]
-    figures: list[Figure] = []
-    for text in texts:
-        try:
-            figures += list(_figures(yaml.safe_load(text)))
-        except (yaml.YAMLError, ValueError, RecursionError):
-            continue
-    return figures
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")[:1_000_000] if path.is_file() else ""
-
-
-def _front_matter(path: Path) -> str:
-    found = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", _text(path), re.DOTALL)
-    return found[1] if found else ""
-
-
-def _figures(value: Any, data: str = "") -> Iterator[Figure]:
-    """Walk whatever a card holds: a mapping with `dataset` names it for the metrics below; a metric has `type` and `value`."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _figures(item, data)
-    elif isinstance(value, dict):
-        dataset = value.get("dataset")
-        if isinstance(dataset, dict):
-            data = str(dataset.get("type") or dataset.get("id") or dataset.get("name") or "")
-        metric, number = value.get("type") or value.get("metric"), value.get("value")
-        if data and isinstance(metric, str) and isinstance(number, int | float) and not isinstance(number, bool):
-            yield data, metric.lower(), float(number)
-        for item in value.values():
-            yield from _figures(item, data)
-
-
-def _same_data(data: str, recipe: Recipe) -> bool:
-    own = [name for name in (recipe.eval_data, recipe.data) if name]
-    return any(_plain(data) in (_plain(name.split(":")[0]), _plain(Path(name).stem), _plain(Path(name).name)) for name in own)
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+def _beats(value: float, guess: Guess, margin: float) -> bool:
+    """Surely more rows right than a guess has; by more than the margin, where the metric is no count of rows."""
+    if guess.rows is not None:
+        return bool(binomtest(round(value * guess.rows), guess.rows, guess.value, alternative="greater").pvalue < ALPHA)
+    return value > guess.value if guess.higher_is_better else value < guess.value * (1 - margin)

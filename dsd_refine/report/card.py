@@ -22,6 +22,7 @@ from dsd_refine.report.report import WORDS
 LIMIT = 1_000_000  # characters of front matter; cards with hundreds of results in their model-index have a few hundred thousand
 FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
 PAPER = "[Han et al., ICLR 2017](https://arxiv.org/abs/1607.04381)"
+LOCAL = "local:"  # before the name of data of one's own, which no data set of the Hub has
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "eval", "evaluation", "dev")
 # task -> (the Hub's pipeline tag, transformers' class, what prepares the inputs)
 TASKS = {
@@ -91,10 +92,8 @@ def read_card(folder: Path) -> SourceCard:
 
 def _front(block: str) -> tuple[dict[str, Any], str | None]:
     """(the block as a mapping that can be written again, what is wrong with it)."""
-    if len(block) > LIMIT:
-        return {}, f"it has {len(block):,} characters"
     try:
-        found = yaml.load(block, Loader=_Loader)
+        found = read_plain(block)
         if found is None:
             return {}, None
         if not isinstance(found, dict):
@@ -104,6 +103,17 @@ def _front(block: str) -> tuple[dict[str, Any], str | None]:
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         return {}, f"{' '.join(str(error).split()):.200}"
     return front, None
+
+
+def read_plain(text: str) -> Any:
+    """A stranger's YAML as `read_card` reads it.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: it is none, has aliases, or is too long to be a card's.
+    """
+    if len(text) > LIMIT:
+        raise ValueError(f"it has {len(text):,} characters")
+    return yaml.load(text, Loader=_Loader)
 
 
 def _dump(value: Any) -> str:
@@ -190,7 +200,7 @@ def eval_results(report: Mapping[str, Any], recipe_yaml: str) -> dict[str, str]:
     """
     data, metric = evaluated_on(yaml.safe_load(recipe_yaml)), report["metric"]["name"]
     entry = EvalResultEntry(
-        dataset_id=data.hub or f"local:{data.name}",
+        dataset_id=data.hub or f"{LOCAL}{data.name}",
         task_id=data.config or "default",
         value=report["arms"]["refined"][metric],
         notes=f"{metric} on {report['data']['eval']['rows']} rows, measured by dsd-refine",

@@ -114,6 +114,20 @@ class Scores:
         return cls(**arrays, text=texts)
 
 
+@dataclass(frozen=True)
+class Guess:
+    """What who knows nothing reaches: `value` of `metric`, and how. A source that does no better is probably used wrongly.
+
+    `rows`: the metric is the share of so many rows that are right (None: it is no count of rows).
+    """
+
+    metric: str
+    value: float
+    how: str
+    rows: int | None = None
+    higher_is_better: bool = False
+
+
 class Part(Protocol):
     """One part of the data, as a task prepared it: `units` examples, each belonging to a row of `rows`."""
 
@@ -141,6 +155,11 @@ class Task(Protocol):
 
     @property
     def eval(self) -> Part: ...
+
+    @property
+    def guesses(self) -> Sequence[Guess]:
+        """What the source must do better than on the evaluation rows, the plainest guess first."""
+        ...
 
     def batch(self, part: Any, items: Sequence[Item]) -> Batch:
         """Load, transform and collate; runs in worker processes."""

@@ -16,12 +16,13 @@ from torch.nn import functional as F
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Augment, Recipe
-from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, ratio, require
+from dsd_refine.tasks import Batch, Forward, Guess, Item, Score, Scores, ratio, require
 from dsd_refine.tasks.classify import overlap_warning, skip_warnings
 from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, in_threads, raw_bytes, undecoded, use_rows
 from dsd_refine.tasks.images import IMAGE_COLUMNS, Preprocessing, decode, pixels
 from dsd_refine.tasks.speaker import Speaker
 from dsd_refine.tasks.tokens import or_reason
+from dsd_refine.tasks.text import guess_token
 
 TEXT_COLUMNS = ("text", "caption", "captions", "sentence", "sentences", "description", "descriptions", "raw")
 ORDERS = 4  # BLEU counts n-grams of 1 to 4 words
@@ -70,6 +71,11 @@ class ImageCaptioning:
     name: str = "image-captioning"
     metric: str = "bleu4"
     higher_is_better: bool = True
+
+    @property
+    def guesses(self) -> tuple[Guess, ...]:
+        nothing = Guess("bleu4", 0.0, "writing nothing", higher_is_better=True)
+        return (guess_token(len(self.speaker.tokenizer)), nothing)
 
     def batch(self, part: CaptionPart, items: Sequence[Item]) -> Batch:
         rows, table = [part.row_of(unit) for unit, _ in items], part.rows.table

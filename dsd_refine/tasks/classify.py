@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of, weighted_logits
-from dsd_refine.tasks import Batch, Forward, Score, Scores, ratio
+from dsd_refine.tasks import Batch, Forward, Guess, Score, Scores, ratio
 from dsd_refine.tasks.data import Examined, MissingColumn, Parts, Rows, Table, divide, label_texts, use_rows
 from dsd_refine.tasks.labels import LabelMap, match_labels
 
@@ -48,9 +48,15 @@ class Classification:
     higher_is_better: bool = True
 
     @property
-    def chance(self) -> float:
-        """The accuracy of guessing."""
-        return 1 / len(self.labels.model)
+    def guesses(self) -> tuple[Guess, ...]:
+        classes, rows = len(self.labels.model), len(self.eval.ids)
+        counts = np.bincount(self.eval.ids, minlength=classes)
+        most = int(counts.argmax())
+        always = f"always naming {self.labels.model[most]!r}, the commonest class here,"
+        return (
+            Guess("accuracy", 1 / classes, "guessing", rows, higher_is_better=True),
+            Guess("accuracy", float(counts[most] / rows), always, rows, higher_is_better=True),
+        )
 
     def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Rows x classes."""

@@ -123,4 +123,4 @@ def prepare_masked(
         return bool(masking.can_hide(window).any())
 
     parts, warnings = cut_documents(recipe, tables, evaluation, tokenizer, max_length, examine, counts)
-    return MaskedLM(*parts, warnings, masking=masking)
+    return MaskedLM(*parts, warnings, masking=masking, vocabulary=len(tokenizer))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, ratio, require
+from dsd_refine.tasks import Batch, Forward, Guess, Item, Score, Scores, ratio, require
 from dsd_refine.tasks.classify import overlap_warning, skip_warnings
 from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, in_threads, raw_bytes, undecoded, use_rows
 from dsd_refine.tasks.sound import Hearing, Lengths, SpecAugment, count_frames, decode, lengths_of, resample, spec_augment
@@ -116,6 +116,7 @@ class CTCSpeech:
     name: str = "ctc-speech"
     metric: str = "wer"
     higher_is_better: bool = False
+    guesses: tuple[Guess, ...] = (Guess("wer", 1.0, "hearing nothing"),)
 
     def batch(self, part: SpeechPart, items: Sequence[Item]) -> Batch:
         clips = [part.clips[unit] for unit, _ in items]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, ratio
+from dsd_refine.tasks import Batch, Forward, Guess, Item, Score, Scores, ratio
 from dsd_refine.tasks.classify import (
     LABEL_COLUMNS,
     Classification,
@@ -225,6 +226,11 @@ class CausalLM:
     name: str = "causal-lm"
     metric: str = "loss"
     higher_is_better: bool = False
+    vocabulary: int = field(kw_only=True)  # tokens that the tokenizer knows
+
+    @property
+    def guesses(self) -> tuple[Guess, ...]:
+        return (guess_token(self.vocabulary),)
 
     def batch(self, part: WindowedPart, items: Sequence[Item]) -> Batch:
         windows = [torch.as_tensor(part.tokens[part.start[u] : part.stop[u]].astype(np.int64)) for u, _ in items]
@@ -274,7 +280,12 @@ def prepare_documents(
     """
     # the first token of a window is no target: a last window of one token has none
     parts, warnings = cut_documents(recipe, tables, evaluation, tokenizer, max_length, _document, lambda ids: len(ids) > 1)
-    return CausalLM(*parts, warnings)
+    return CausalLM(*parts, warnings, vocabulary=len(tokenizer))
+
+
+def guess_token(vocabulary: int) -> Guess:
+    """The mean loss of holding every token for equally likely."""
+    return Guess("loss", math.log(vocabulary), f"guessing among the tokenizer's {vocabulary:,} tokens")
 
 
 def cut_documents(
