@@ -6,6 +6,8 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,17 +15,17 @@ from typing import Any
 import torch
 
 from dsd_refine.checkpoint import Library, Source
-from dsd_refine.masks import Masks
-from dsd_refine.method import Options, Run, arm_phases, enter, opened
+from dsd_refine.method import Options, Run, arm_phases, enter, opened, trained
 from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.train import Key, evaluate, make_optimizer, train_phase
+from dsd_refine.settings import settings
+from dsd_refine.train import evaluate
 
-STEPS = 3  # the first one warms up and is not counted
+STEPS = 4  # of each phase; the first one warms up and is not counted
 PART = 4  # micro-batches that are evaluated
 
 
 def measure(source: Source, library: Library, recipe: Recipe, device: str, allow_pickle: bool) -> dict[str, str]:
-    """Train STEPS steps of the first phase and evaluate a few batches, beside any output; nothing of it is kept.
+    """Train STEPS steps of each phase and evaluate a few batches, beside any output; nothing of it is kept.
 
     Raises:
         UsageError: as a run would.
@@ -31,46 +33,49 @@ def measure(source: Source, library: Library, recipe: Recipe, device: str, allow
     with tempfile.TemporaryDirectory() as place:
         options = Options(output_dir=Path(place) / "out", device=device, allow_pickle=allow_pickle)
         with opened(source, library, recipe, options) as run:
-            step = _step_seconds(run)
+            phases = arm_phases("refined", recipe, recipe.sparsities[0])
+            steps = _by_phase(run, phases)
             row = _row_seconds(run)
-            total = _run_seconds(run, step, row)
+            each = {f"{s:.3f} s a {phase.kind} step": None for s, phase in zip(steps, phases, strict=True) if s}
+            rows = recipe.batch_size * recipe.gradient_accumulation_steps
             return {
-                "measured": f"{step:.3f} s a step of {recipe.batch_size * recipe.gradient_accumulation_steps} rows, "
-                f"{row * 1000:.2f} ms a row of evaluation, on {run.loop.accelerator.device}",
+                "measured": f"{', '.join(each) or 'no step'} ({rows} rows), {row * 1000:.2f} ms a row of evaluation, "
+                f"on {run.loop.accelerator.device}",
                 "peak memory": f"{peak_memory(run) / 1e9:.2f} GB ({'device' if _on_gpu(run) else 'process'})",
-                "whole run": f"about {_clock(total)} with all arms",
+                "whole run": f"about {_clock(whole_run(run, steps, row))} with all arms",
             }
 
 
-def _step_seconds(run: Run) -> float:
-    phase = arm_phases("refined", run.recipe, run.recipe.sparsities[0])[0]
-    short = phase.model_copy(update={"epochs": None, "steps": STEPS, "warmup_steps": 0, "lr": 0.0, "refresh": None})
-    seconds: list[float] = []
-    ended = [time.perf_counter()]
+def _by_phase(run: Run, phases: Sequence[Phase]) -> list[float]:
+    """Seconds a step of each phase; 0 for one without steps. Phases that cost the same are measured once."""
+    known: dict[Phase, float] = {}
+    found = []
+    for number, phase in enumerate(phases):
+        if not phase.total_steps(run.loop.steps_per_epoch):
+            found.append(0.0)
+            continue
+        short = phase.model_copy(update={"epochs": None, "steps": STEPS, "warmup_steps": 0, "schedule": "constant", "lr": 0.0})
+        if short not in known:
+            known[short] = _step_seconds(run, number, short)
+        found.append(known[short])
+    return found
 
-    def step_end() -> None:
+
+def _step_seconds(run: Run, number: int, phase: Phase) -> float:
+    """Median of the phase's steps, taken as `refine` takes them. What a run logs of each step marks its end."""
+    ended: list[float] = []
+
+    def log(event: dict[str, Any]) -> None:
         if _on_gpu(run):
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - ended[-1])
         ended.append(time.perf_counter())
 
-    done = enter(run, "refined", 0, 0, phase)
-    masks = _masks(run, short)
-    train_phase(
-        run.loop, short, Key(run.recipe.seed, 0), "measure/1", masks, done, make_optimizer(run.loop, short),
-        remask=lambda refresh: {}, epoch_end=lambda epoch: None, step_end=step_end,
-    )  # fmt: skip
-    return median(seconds[1:])
-
-
-def _masks(run: Run, phase: Phase) -> Masks:
-    from dsd_refine.masks import apply_masks, make_masks
-
-    if phase.kind == "dense" or not isinstance(phase.sparsity, float | int):
-        return {}
-    masks = make_masks(run.layers, run.loop.parameters, float(phase.sparsity))
-    apply_masks(masks, run.loop.parameters)
-    return masks
+    run.loop.log = log
+    done = enter(run, "refined", 0, number, phase)
+    with settings(run.loop.model, phase):
+        trained(run, phase, done, last=False)
+    run.loop.loss = None
+    return median(after - before for before, after in pairwise(ended))
 
 
 def _row_seconds(run: Run) -> float:
@@ -82,15 +87,23 @@ def _row_seconds(run: Run) -> float:
     return (time.perf_counter() - started) / units
 
 
-def _run_seconds(run: Run, step: float, row: float) -> float:
-    """All arms, tries and seeds: their steps, an evaluation of the holdout an epoch and phase, and the final evaluations."""
-    recipe, tries, arms = run.recipe, len(run.tries), len(run.arms)
-    phases = recipe.phases_at(recipe.sparsities[0])
-    steps = sum(phase.total_steps(run.loop.steps_per_epoch) for phase in phases)
-    holdouts = len(phases) + -(-phases[-1].total_steps(run.loop.steps_per_epoch) // run.loop.steps_per_epoch)
-    rows = (run.task.holdout.units if run.task.holdout else 0) * holdouts * tries * arms
-    rows += run.task.eval.units * (1 + arms * recipe.seeds)
-    return steps * tries * arms * step + rows * row
+def whole_run(run: Run, steps: Sequence[float], row: float) -> float:
+    """Seconds of all arms, tries and seeds, and the final evaluations: `steps` a step of each phase, `row` a row evaluated."""
+    recipe = run.recipe
+    tries = [arm_phases(arm, recipe, sparsity) for arm in run.arms for sparsity in run.tries]
+    rows = run.task.eval.units * (1 + len(run.arms) * recipe.seeds)
+    return sum(_try_seconds(run, phases, steps, row) for phases in tries) + rows * row
+
+
+def _try_seconds(run: Run, phases: Sequence[Phase], steps: Sequence[float], row: float) -> float:
+    """The steps of a try; the holdout after each phase and at each end that is a candidate; BatchNorm's looks at the rows."""
+    loop, best = run.loop, run.recipe.keep == "best"
+    lengths = [phase.total_steps(loop.steps_per_epoch) for phase in phases]
+    ends = max(1, -(-lengths[-1] // loop.steps_per_epoch)) if best else 1
+    averages = sum(phase.average != "none" for phase in phases) + (ends if best and phases[-1].average != "none" else 0)
+    units = (len(phases) + ends) * run.task.holdout.units if run.task.holdout else 0
+    units += averages * run.task.train.units if loop.has_batchnorm else 0
+    return sum(length * seconds for length, seconds in zip(lengths, steps, strict=True)) + units * row
 
 
 def _on_gpu(run: Run) -> bool:

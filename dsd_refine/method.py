@@ -174,8 +174,17 @@ def arm_phases(arm: str, recipe: Recipe, sparsity: float | None) -> tuple[Phase,
 
 def one_phase(run: Run, phase: Phase, done: Progress, last: bool) -> None:
     """Sparse: mask by |w| of the weights now held, then train under the mask. Dense: train all, restored ones from 0."""
+    masks = trained(run, phase, done, last)
+    settle(run, masks, done, last)
+    masking.check_masks(masks, run.loop.parameters)
+    look(run, "after S" if masks else "after re-D" if phase.kind == "dense" else None)
+    leave(run, phase, done, masks, last)
+
+
+def trained(run: Run, phase: Phase, done: Progress, last: bool) -> Masks:
+    """A phase's mask and its steps, from what `enter` left and within `settings`; returns the mask that held last."""
     loop, parameters, at = run.loop, run.loop.parameters, run.current
-    key = Key(at["seed"], at["number"])
+    key = phase_key(run)
     average = at["average"] = Average(phase, parameters, at["saved"])
 
     def make(refresh: int) -> Masks:
@@ -190,7 +199,8 @@ def one_phase(run: Run, phase: Phase, done: Progress, last: bool) -> None:
 
     begun = at["masks"] is not None
     look(run, "start" if not at["number"] else "unmasked" if phase.kind == "dense" else None, begun)
-    masks = at["masks"] = at["masks"] if begun else make(0)
+    masks: Masks = at["masks"] if begun else make(0)
+    at["masks"] = masks
     masking.apply_masks(masks, parameters)
     look(run, "pruned" if masks else None, begun)
     optimizer = at["optimizer"] = make_optimizer(loop, phase)
@@ -207,10 +217,12 @@ def one_phase(run: Run, phase: Phase, done: Progress, last: bool) -> None:
     loop.loss = distilled(run.task, run.teacher, phase.distill) if phase.distill and run.teacher else None
     train_phase(loop, phase, key, at["label"], masks, done, optimizer, remask=make, epoch_end=epoch_end,
                 step_end=average.step_end)  # fmt: skip
-    settle(run, key, masks, done, average, last)
-    masking.check_masks(masks, parameters)
-    look(run, "after S" if masks else "after re-D" if phase.kind == "dense" else None)
-    leave(run, phase, done, masks, last)
+    return masks
+
+
+def phase_key(run: Run) -> Key:
+    """What the order, augmentation and dropout of the phase that runs are functions of."""
+    return Key(run.current["seed"], run.current["number"])
 
 
 def look(run: Run, moment: str | None, begun: bool = False) -> None:
@@ -222,13 +234,13 @@ def look(run: Run, moment: str | None, begun: bool = False) -> None:
     moments.take(book, moments.choose(run.layers, run.loop.parameters), run.loop.parameters, moment)
 
 
-def settle(run: Run, key: Key, masks: Masks, done: Progress, average: Average, last: bool) -> None:
+def settle(run: Run, masks: Masks, done: Progress, last: bool) -> None:
     """What follows a phase's last step: the mean takes the weights' place; BatchNorm looks again where nothing trained."""
     run.state["masked_only"] = not done.step and (bool(masks) or run.state.get("masked_only", False))
-    reason = "averaged weights" if average.settle() else None
+    reason = "averaged weights" if run.current["average"].settle() else None
     if last and run.state["masked_only"]:
         reason = "masked without training after"
-    run.current["statistics"] = reason if reason and reestimate(run.loop, key) else None
+    run.current["statistics"] = reason if reason and reestimate(run.loop, phase_key(run)) else None
 
 
 @contextmanager
