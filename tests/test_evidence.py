@@ -1,4 +1,4 @@
-"""Was it better, and was it the mask? Statistics on data made with a known effect, seeds, preflight, and made cases."""
+"""Was it better, and was it the mask? The report recomputed from the predictions, seeds, and made cases."""
 
 import json
 import math
@@ -11,130 +11,117 @@ import pytest
 import torch
 from conftest import ROOT, SHORT
 from safetensors.torch import load_file, save_file
-from scipy.stats import binomtest
+from scipy.stats import beta, binomtest, norm
+from scipy.stats import t as student
 from test_run import report_of
-
-from dsd_refine.compare import Comparison, bootstrap, mcnemar, over_seeds
-from dsd_refine.power import critical, power, rows_to_decide
-from dsd_refine.preflight import card_figures
 
 DEMO = ROOT / "recipes/demo"
 
 
-# ---------------------------------------------------------------- statistics
+# ---------------------------------------------------------------- recomputed from the predictions
 
 
-def right_wrong(generator, rows, gained, lost):
-    """Paired 0/1 scores of two arms with given shares of rows that change each way."""
-    drawn = generator.random(rows)
-    first = np.where(drawn < gained, 1, np.where(drawn < gained + lost, 0, 1))
-    return first, np.where(drawn < gained, 0, 1)
-
-
-def test_a_known_effect_is_found_as_often_as_computed():
-    generator, draws = np.random.default_rng(0), 1000
-    found = [mcnemar(*right_wrong(generator, 800, 0.03, 0.012)) for _ in range(draws)]
-    hits = sum(one.p_value < 0.05 and one.delta > 0 for one in found)
-    chance = power(800, 0.03, 0.012)
-    assert abs(hits / draws - chance) < 4 * math.sqrt(chance * (1 - chance) / draws)
-    covered = sum(one.ci95[0] <= 0.018 <= one.ci95[1] for one in found)
-    assert covered / draws >= 0.94
-
-
-@pytest.mark.parametrize("share", [0.01, 0.05, 0.2])
-def test_no_effect_is_called_one_at_most_once_in_twenty(share):
-    generator, draws = np.random.default_rng(1), 1000
-    calls = sum(mcnemar(*right_wrong(generator, 500, share, share)).p_value < 0.05 for _ in range(draws))
-    assert calls / draws <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / draws)
-
-
-def test_the_bootstrap_calls_no_effect_one_about_once_in_twenty():
-    generator, draws = np.random.default_rng(7), 200
-    count = np.ones(60)
-    calls = 0
-    for number in range(draws):
-        first, second = generator.exponential(size=(2, 60))
-        calls += bootstrap(first, second, count, higher_is_better=False, seed=number).p_value < 0.05
-    assert calls / draws <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / draws)
-
-
-def test_the_critical_value_is_the_exact_test_s():
-    for changed in range(0, 60):
-        at = critical(changed)
-        assert at < 0 or binomtest(at, changed, 0.5).pvalue < 0.05
-        assert not changed or binomtest(at + 1, changed, 0.5).pvalue >= 0.05
-
-
-def test_that_many_rows_decide_four_times_of_five():
-    found = Comparison(0.01, (-0.002, 0.022), 0.1, 0.1, 22, 12, "mcnemar-exact")
-    rows = rows_to_decide(found, 1000, 0.0)
-    assert power(rows, 0.022, 0.012) == pytest.approx(0.8, abs=0.04)
-    assert rows_to_decide(found, 1000, 0.0, comparisons=3) > rows
-    assert rows_to_decide(found, 1000, 0.03) < rows  # the margin is nearer than 0
-    same = Comparison(0.0, (0.0, 0.0), 1.0, 1.0, 0, 0, "mcnemar-exact")
-    assert rows_to_decide(same, 1000, 0.005) is None
-
-
-def test_seeds_and_rows_both_widen_the_interval():
-    generator = np.random.default_rng(3)
-    count, base = np.ones(200), generator.random(200) < 0.8
-    steady = [base.astype(float)] * 4
-    delta, interval, deviation = over_seeds(steady, [np.zeros(200)] * 4, count, higher_is_better=True)
-    assert (delta, deviation) == (pytest.approx(base.mean()), 0.0)
-    assert interval[0] < delta < interval[1]
-    wild = [np.full(200, value) for value in (0.0, 0.2, 0.4, 0.6)]
-    delta, interval, deviation = over_seeds(wild, [np.zeros(200)] * 4, count, higher_is_better=True)
-    assert delta == pytest.approx(0.3)
-    assert deviation == pytest.approx(np.std([0, 0.2, 0.4, 0.6], ddof=1))
-    assert interval[1] - interval[0] > 0.3
-    assert over_seeds(wild, [np.zeros(200)] * 4, count, higher_is_better=False)[0] == pytest.approx(-0.3)
-
-
-# ---------------------------------------------------------------- seeds, recomputed from the predictions
-
-
-@pytest.fixture(scope="module")
-def seeded(made, tmp_path_factory):
+def finished_run(out, *args):
     from dsd_refine.app import main
 
-    out = tmp_path_factory.mktemp("seeded") / "out"
-    args = [made / "timm", "--data", made / "pictures", "-o", out, *SHORT, "--seeds", "3", "--sparsity", "0.3,0.5", "--quiet"]
     with pytest.raises(SystemExit) as ended:
-        main([str(arg) for arg in [*args, "--control", "dense", "--control", "random", "--lr", "0.05", "--holdout", "0.3"]])
+        main([str(arg) for arg in [*args, "-o", out, *SHORT, "--control", "dense", "--control", "random", "--quiet"]])
     assert ended.value.code == 0
     return out
 
 
-def recomputed(table, arm):
+@pytest.fixture(scope="module")
+def seeded(made, tmp_path_factory):
+    """OUT of a classification run with three seeds and two sparsities."""
+    more = ["--seeds", "3", "--sparsity", "0.3,0.5", "--lr", "0.05", "--holdout", "0.3"]
+    return finished_run(tmp_path_factory.mktemp("seeded") / "out", made / "timm", "--data", made / "pictures", *more)
+
+
+@pytest.fixture(scope="module")
+def by_loss(made, tmp_path_factory):
+    """OUT of a run that is judged by its loss, with two seeds."""
+    place = tmp_path_factory.mktemp("by_loss")
+    documents = builders.text_file(place / "documents.txt", 120)
+    more = ["--seeds", "2", "--optimizer", "adamw", "--lr", "1e-4", "--sparsity", "0.2"]
+    return finished_run(place / "out", made / "gpt2", "--data", documents, *more)
+
+
+def ratio(table, arm):
     return sum(table[f"score_{arm}"]) / sum(table[f"count_{arm}"])
 
 
-def test_the_figures_follow_from_the_predictions(seeded):
-    """An independent look: nothing but the table, the report and scipy."""
-    report, table = report_of(seeded), pq.read_table(seeded / "dsd/predictions.parquet").to_pydict()
-    for arm, found in report["arms"].items():
-        assert recomputed(table, arm) == pytest.approx(found["accuracy"])
-        hits = [p == t for p, t in zip(table[f"prediction_{arm}"], table["target"], strict=True)]
-        assert hits == [bool(score) for score in table[f"score_{arm}"]]
+def told(mine, other, count, right_wrong):
+    """(delta, low, high, p) of two arms, from the contract's words and scipy. A lower loss is a positive delta."""
+    if right_wrong:
+        gained, lost = int((mine > other).sum()), int((mine < other).sum())
+        if gained + lost == 0:
+            return 0.0, 0.0, 0.0, 1.0
+        low = beta.ppf(0.025, gained, lost + 1) if gained else 0.0
+        high = beta.ppf(0.975, gained + 1, lost) if lost else 1.0
+        ends = [(2 * share - 1) * (gained + lost) / len(mine) for share in (low, high)]
+        return (gained - lost) / len(mine), *ends, binomtest(gained, gained + lost).pvalue
+    drawn = np.random.default_rng(1).integers(0, len(mine), (10_000, len(mine)))
+    deltas = (other - mine)[drawn].sum(1) / count[drawn].sum(1)
+    m = int((mine != other).sum())
+    wide = math.sqrt(m / (m - 1))
+    share = norm.cdf(wide * student.ppf(0.025, m - 1))
+    nearest = min((deltas <= 0).mean(), (deltas >= 0).mean())
+    p = min(1.0, max(2 * student.cdf(norm.ppf(max(nearest, 1e-4)) / wide, m - 1), 2 * 0.5**m))
+    return (other - mine).sum() / count.sum(), *np.quantile(deltas, [share, 1 - share]), p
+
+
+@pytest.mark.parametrize("run", ["seeded", "by_loss"])
+def test_the_comparisons_follow_from_the_predictions(run, request):
+    """An independent look: nothing but the table, the report's names, and scipy."""
+    out = request.getfixturevalue(run)
+    report, table = report_of(out), pq.read_table(out / "dsd/predictions.parquet").to_pydict()
+    metric, better = report["metric"]["name"], report["metric"]["higher_is_better"]
+    score = {arm: np.array(table[f"score_{arm}"]) for arm in report["arms"]}
+    others = {name: name.removeprefix("refined_vs_") for name in report["comparison"]}
+    mine = {
+        name: told(score["refined"], score[other], np.array(table["count_refined"]), better) for name, other in others.items()
+    }
+    ps = [p for *_, p in mine.values()]
+    holm = {name: max(min(1, q * sum(r >= q for r in ps)) for q in ps if q <= p) for name, (*_, p) in mine.items()}
+    chance = {"rel": 0.2, "abs": 0.005} if metric == "loss" else {}  # the draws are others than the run's
     for name, found in report["comparison"].items():
-        mine, other = table["score_refined"], table[f"score_{name.removeprefix('refined_vs_')}"]
-        gained = sum(a > b for a, b in zip(mine, other, strict=True))
-        lost = sum(a < b for a, b in zip(mine, other, strict=True))
-        assert (found["gained"], found["lost"]) == (gained, lost)
-        assert found["delta"] == pytest.approx((gained - lost) / len(mine))
-        p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-        assert found["p_value"] == pytest.approx(p)
+        delta, low, high, p = mine[name]
+        assert found["delta"] == pytest.approx(delta)
+        assert found["ci95"] == pytest.approx([low, high], abs=0.05 * (high - low) if chance else 1e-9)
+        assert found["p_value"] == pytest.approx(p, **chance)
+        assert found["p_adjusted"] == pytest.approx(holm[name], **chance)
+    delta, low, high, _ = mine["refined_vs_baseline"]
+    margin = 0.005 * (ratio(table, "baseline") if metric == "loss" else 1)
+    same = "same" if -margin <= low and high <= margin else "inconclusive"
+    verdict = same if holm["refined_vs_baseline"] >= 0.05 else "better" if delta > 0 else "worse"
+    assert report["verdict"] == verdict
+
+
+@pytest.mark.parametrize("run", ["seeded", "by_loss"])
+def test_the_arms_and_their_seeds_follow_from_the_predictions(run, request):
+    out = request.getfixturevalue(run)
+    report, table = report_of(out), pq.read_table(out / "dsd/predictions.parquet").to_pydict()
+    metric, seeds = report["metric"]["name"], range(1, report["seeds"]["n"] + 1)
+    for arm, found in report["arms"].items():
+        assert ratio(table, arm) == pytest.approx(found[metric])
+        if metric == "accuracy":
+            hits = [p == t for p, t in zip(table[f"prediction_{arm}"], table["target"], strict=True)]
+            assert hits == [bool(score) for score in table[f"score_{arm}"]]
     for arm, spread in report["seeds"]["arms"].items():
-        values = [recomputed(table, f"{arm}_seed{number}") for number in (1, 2, 3)]
-        assert spread["accuracy"]["values"] == pytest.approx(values)
-        assert spread["accuracy"]["mean"] == pytest.approx(np.mean(values))
-        assert spread["accuracy"]["deviation"] == pytest.approx(np.std(values, ddof=1))
-        assert report["arms"][arm]["accuracy"] in [pytest.approx(value) for value in values]
+        values = [ratio(table, f"{arm}_seed{number}") for number in seeds]
+        assert spread[metric]["values"] == pytest.approx(values)
+        assert spread[metric]["mean"] == pytest.approx(np.mean(values))
+        assert spread[metric]["deviation"] == pytest.approx(np.std(values, ddof=1))
+        assert report["arms"][arm][metric] in [pytest.approx(value) for value in values]
+    sign = 1 if report["metric"]["higher_is_better"] else -1
+    means = {arm: found[metric]["mean"] for arm, found in report["seeds"]["arms"].items()}
+    means["baseline"] = report["arms"]["baseline"][metric]
     for name, found in report["seeds"]["comparison"].items():
-        other = report["seeds"]["arms"].get(name.removeprefix("refined_vs_"))
-        base = other["accuracy"]["mean"] if other else report["arms"]["baseline"]["accuracy"]
-        assert found["delta"] == pytest.approx(report["seeds"]["arms"]["refined"]["accuracy"]["mean"] - base)
+        assert found["delta"] == pytest.approx(sign * (means["refined"] - means[name.removeprefix("refined_vs_")]))
         assert found["ci95"][0] <= found["delta"] <= found["ci95"][1]
+
+
+# ---------------------------------------------------------------- seeds
 
 
 def test_every_arm_gets_as_many_tries_and_arms_share_the_seeds(seeded):
@@ -156,78 +143,6 @@ def test_the_holdout_picks_the_seed_that_is_written(seeded):
     tries = [(p["seed"], s) for p, s in zip(chosen, [0.3, 0.5] * 3, strict=True)]
     number = best["try"] - 1
     assert (report["selected"]["seed"], report["selected"]["sparsity"]) == tries[number]
-
-
-# ---------------------------------------------------------------- preflight
-
-
-def test_an_expected_figure_that_is_not_reached_stops_the_run(refused, command, made, tmp_path):
-    args = [made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *SHORT, "--quiet"]
-    message = refused(*args, "--expect", "accuracy=0.98")
-    assert "accuracy=0.98" in message
-    assert "preprocessing or the labels" in message.replace("\n", " ")
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
-    baseline = command(*args, "--json")
-    value = json.loads(baseline.out)["arms"]["baseline"]["accuracy"]
-    again = [*args[:3], "-o", tmp_path / "again", *SHORT, "--quiet"]
-    assert command(*again, "--expect", f"accuracy={value:.4f}").code == 0
-
-
-@pytest.mark.parametrize(
-    ("given", "says"), [("top1=0.5", "measures accuracy"), ("accuracy", "METRIC=VALUE"), ("accuracy=x", "METRIC=")]
-)
-def test_an_expectation_that_is_none_is_refused(refused, made, tmp_path, given, says):
-    message = refused(made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *SHORT, "--expect", given)
-    assert says in message
-
-
-CARD = """---
-model-index:
-- name: x
-  results:
-  - task: {type: image-classification}
-    dataset: {name: Pictures!, type: pictures}
-    metrics:
-    - {type: accuracy, value: 99.5}
----
-# Card
-"""
-
-
-def test_a_card_that_says_otherwise_and_a_baseline_at_chance_are_warned_of(command, made, tmp_path):
-    source = builders.copy_folder(made / "timm", tmp_path / "timm")
-    (source / "README.md").write_text(CARD)
-    found = command(source, "--data", made / "pictures", "-o", tmp_path / "out", *SHORT)
-    assert found.code == 0, found.err
-    warnings = " ".join(report_of(tmp_path / "out")["warnings"])
-    assert "card says accuracy 0.9950" in warnings
-    assert "cannot be told from guessing" in warnings
-    assert "warning: " in found.err
-
-
-@pytest.mark.parametrize("text", ["---\n- a\n---\n", "---\na: [\n---\n", "no front matter", "---\nmodel-index: 3\n---\n", ""])
-def test_a_card_that_cannot_be_read_says_nothing(tmp_path, text):
-    (tmp_path / "README.md").write_text(text)
-    assert card_figures(tmp_path) == []
-
-
-def test_figures_of_a_card(tmp_path):
-    (tmp_path / "README.md").write_text(CARD)
-    assert card_figures(tmp_path) == [("pictures", "accuracy", 99.5)]
-
-
-# ---------------------------------------------------------------- plan --measure
-
-
-def test_measuring_leaves_nothing_and_says_time_and_memory(command, made, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    found = command("plan", made / "timm", "--data", made / "pictures", "--measure", "--device", "cpu", "--json")
-    assert found.code == 0, found.err
-    totals = json.loads(found.out)["totals"]
-    assert {"measured", "peak memory", "whole run"} <= totals.keys()
-    assert float(totals["measured"].split()[0]) > 0
-    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- made cases
