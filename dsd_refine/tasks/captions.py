@@ -21,8 +21,8 @@ from dsd_refine.tasks.classify import overlap_warning, skip_warnings
 from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, in_threads, raw_bytes, undecoded, use_rows
 from dsd_refine.tasks.images import IMAGE_COLUMNS, Preprocessing, decode, pixels
 from dsd_refine.tasks.speaker import Speaker
-from dsd_refine.tasks.tokens import or_reason
 from dsd_refine.tasks.text import guess_token
+from dsd_refine.tasks.tokens import or_reason
 
 TEXT_COLUMNS = ("text", "caption", "captions", "sentence", "sentences", "description", "descriptions", "raw")
 ORDERS = 4  # BLEU counts n-grams of 1 to 4 words
