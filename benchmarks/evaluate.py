@@ -21,7 +21,7 @@ from made import bert_folder, pictures, text_table, timm_folder
 from throughput import BATCH, BERT, LENGTH, SIZE, run_of
 from torch import nn
 
-from dsd_refine.method import Run
+from dsd_refine.run import Run
 from dsd_refine.train import _loader, evaluate
 
 

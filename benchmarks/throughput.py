@@ -23,8 +23,10 @@ from made import bert_folder, pictures, text_table, timm_folder
 from torch import nn
 
 from dsd_refine.checkpoint import find_source, open_library
-from dsd_refine.method import Options, Run, enter, opened
+from dsd_refine.method import enter
+from dsd_refine.opening import opened
 from dsd_refine.recipe import Recipe
+from dsd_refine.run import Options, Run
 from dsd_refine.train import Key, Progress, _loader, _Plan, make_optimizer, train_phase
 
 BATCH, LENGTH, SIZE = 32, 48, 128

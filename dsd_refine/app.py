@@ -154,8 +154,9 @@ def run(model: str, **given: Any) -> int:
         return 0
     _quiet_libraries()
     from dsd_refine.checkpoint import find_source, open_library
-    from dsd_refine.method import Options, refine
+    from dsd_refine.method import refine
     from dsd_refine.report import summary
+    from dsd_refine.run import Options
 
     source = find_source(model, allow_pickle=given["allow_pickle"])
     library = open_library(source, given["task"], given["trust_remote_code"])

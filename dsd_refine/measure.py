@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from dsd_refine.checkpoint import Library, Source
-from dsd_refine.method import Options, Run, arm_phases, enter, opened, trained
+from dsd_refine.method import arm_phases, enter, trained
+from dsd_refine.opening import opened
 from dsd_refine.recipe import Phase, Recipe
+from dsd_refine.run import Options, Run
 from dsd_refine.settings import settings
 from dsd_refine.train import evaluate
 
@@ -72,7 +74,7 @@ def _step_seconds(run: Run, number: int, phase: Phase) -> float:
 
     run.loop.log = log
     done = enter(run, "refined", 0, number, phase)
-    with settings(run.loop.model, phase):
+    with settings(run.loop.model, phase, run.checkpoint.filled):
         trained(run, phase, done, last=False)
     run.loop.loss = None
     return median(after - before for before, after in pairwise(ended))

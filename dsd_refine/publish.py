@@ -27,7 +27,7 @@ from dsd_refine.train import Loop, exact
 
 if TYPE_CHECKING:
     from dsd_refine.checkpoint import Checkpoint
-    from dsd_refine.method import Run
+    from dsd_refine.run import Run
 
 SCHEMA = 1
 GATE_EXIT = 3

@@ -41,7 +41,7 @@ def frozen_names(model: nn.Module, patterns: Iterable[str], filled: Filled = ITS
     return found | by_file
 
 
-def check_settings(model: nn.Module, recipe: Recipe, filled: Filled = ITSELF) -> None:
+def check_settings(model: nn.Module, recipe: Recipe, filled: Filled) -> None:
     """Refuse what a phase asks for and the model does not have.
 
     Raises:
@@ -56,7 +56,7 @@ def check_settings(model: nn.Module, recipe: Recipe, filled: Filled = ITSELF) ->
 
 
 @contextmanager
-def settings(model: nn.Module, phase: Phase, filled: Filled = ITSELF) -> Iterator[None]:
+def settings(model: nn.Module, phase: Phase, filled: Filled) -> Iterator[None]:
     """Within, the phase's `frozen` parameters do not train and its `dropout` holds."""
     frozen = frozen_names(model, phase.frozen, filled)
     kept = [p for name, p in model.named_parameters(remove_duplicate=False) if name in frozen and p.requires_grad]

@@ -110,8 +110,8 @@ def state_of(model):
 @pytest.mark.parametrize("name", ALL)
 def test_every_dropout_of_a_forward_has_the_phase_s_rate(name, heard):
     model, forward = opened(name)
-    check_settings(model, recipe(0.25))
-    with settings(model, phase(0.25)):
+    check_settings(model, recipe(0.25), {})
+    with settings(model, phase(0.25), {}):
         forward()
     constant = {0.0} if name == "falcon" else set()  # written into the code of its attention
     assert heard
@@ -123,11 +123,11 @@ def test_at_rate_0_training_draws_nothing_and_at_a_half_it_does(name):
     model, forward = opened(name)
     before = state_of(model)
     for rate, same in ((0.0, True), (0.5, False)):
-        with settings(model, phase(rate)):
+        with settings(model, phase(rate), {}):
             one, two = forward(), forward()
         assert torch.equal(one, two) == same
     assert state_of(model) == before
-    with pytest.raises(KeyError), settings(model, phase(0.5)):
+    with pytest.raises(KeyError), settings(model, phase(0.5), {}):
         raise KeyError
     assert state_of(model) == before
 
@@ -141,10 +141,10 @@ def test_stochastic_depth_is_left_alone():
     paths = [module for module in model.modules() if hasattr(module, "drop_prob")]
     rates = [module.drop_prob for module in paths]
     assert max(rates) > 0.29
-    with settings(model, phase(0.7)):
+    with settings(model, phase(0.7), {}):
         assert [module.drop_prob for module in paths] == rates
     with pytest.raises(UsageError, match=r"phases.0.dropout: the model has no dropout to set \(stochastic depth is none\)"):
-        check_settings(nn.Sequential(nn.Linear(2, 2), *paths), recipe(0.2))
+        check_settings(nn.Sequential(nn.Linear(2, 2), *paths), recipe(0.2), {})
 
 
 def test_levit_s_drop_rate_is_stochastic_depth():

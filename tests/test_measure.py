@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dsd_refine import measure, method
+from dsd_refine import measure, opening
 from dsd_refine.recipe import Phase, Recipe
 
 
@@ -35,14 +35,14 @@ def test_measuring_leaves_nothing_and_says_time_and_memory(planned, tmp_path):
 
 def test_a_teacher_is_asked_in_the_steps_that_are_measured(planned, monkeypatch):
     asked = []
-    make = method._teacher
+    make = opening._teacher
 
     def counted(*args):
         teacher = make(*args)
         teacher.register_forward_hook(lambda *call: asked.append(1))
         return teacher
 
-    monkeypatch.setattr(method, "_teacher", counted)
+    monkeypatch.setattr(opening, "_teacher", counted)
     planned("--set", "phases.1.distill={weight: 0.5}")
     assert len(asked) == measure.STEPS  # the sparse phase has none
 
@@ -98,3 +98,12 @@ def test_the_total_counts_seeds_sparsities_and_averages():
     whole = measure.whole_run(run_of(Recipe(phases=phases, seeds=3)), step, row)
     looks = 1000 * 4 * row  # BatchNorm goes over the training rows at three ends, and for the mean that stays
     assert whole == pytest.approx(2 * 6 * (320 + 5 * 100 * row + looks) + (1 + 2 * 3) * 50 * row)
+
+
+def test_what_the_file_calls_otherwise_is_frozen_in_the_measured_steps_too(command, made, tmp_path, monkeypatch):
+    """ViT's tensors have one name in the file and another in the model."""
+    monkeypatch.chdir(tmp_path)
+    args = ("--measure", "--batch-size", "8", "--device", "cpu", "--set", "phases.0.frozen=['vit.encoder.layer.0.*']")
+    found = command("plan", made / "vit", "--data", made / "colours", *args)
+    assert found.code == 0, found.err
+    assert "a sparse step" in found.out

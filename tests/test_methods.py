@@ -295,7 +295,7 @@ def test_frozen_parameters_do_not_train_nor_count_in_the_norm():
     model = mlp(nn.BatchNorm1d(16))
     before = values(model)
     loop = loop_of(model, momentum=0.9, weight_decay=0.1, max_grad_norm=0.01)
-    with settings(model, phase(frozen=["0.*", "1.*"])):
+    with settings(model, phase(frozen=["0.*", "1.*"]), {}):
         run(loop, steps=1, lr=1.0)
         assert not model[1].training  # its statistics are part of it
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
@@ -309,7 +309,9 @@ def test_a_pattern_that_freezes_nothing_or_everything_is_refused():
     with pytest.raises(UsageError, match="matches no parameter"):
         frozen_names(mlp(), ["encoder.*"])
     with pytest.raises(UsageError, match="nothing to train"):
-        check_settings(mlp(), Recipe.model_validate({"phases": [{"kind": "dense", "steps": 1, "lr": 0.1, "frozen": ["*"]}]}))
+        check_settings(
+            mlp(), Recipe.model_validate({"phases": [{"kind": "dense", "steps": 1, "lr": 0.1, "frozen": ["*"]}]}), {}
+        )
 
 
 @pytest.mark.parametrize("pattern", ["vit.encoder.layer.0.*", "vit.layers.0.*"])

@@ -20,8 +20,8 @@ from test_run import report_of
 
 from dsd_refine.checkpoint.transformers import TransformersLibrary
 from dsd_refine.errors import CheckpointError, DataError
-from dsd_refine.method import Run
 from dsd_refine.recipe import Phase, Recipe
+from dsd_refine.run import Run
 from dsd_refine.tasks import Scores
 from dsd_refine.tasks.data import read_tables
 from dsd_refine.tasks.open import open_task

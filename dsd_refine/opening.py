@@ -1,0 +1,242 @@
+"""Everything that must be right before the first step: model, data, device, output, and a look at what they do together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from torch import nn
+
+from dsd_refine import space
+from dsd_refine.checkpoint import Checkpoint, Library, Source, open_checkpoint
+from dsd_refine.checkpoint.verify import check_plain
+from dsd_refine.errors import DsdError, UsageError
+from dsd_refine.layers import open_layers
+from dsd_refine.publish import probes
+from dsd_refine.recipe import Recipe
+from dsd_refine.report import environment
+from dsd_refine.run import Options, Run
+from dsd_refine.runstate import Workspace
+from dsd_refine.settings import check_settings
+from dsd_refine.signals import Signals
+from dsd_refine.tasks import Task
+from dsd_refine.tasks.open import open_task
+from dsd_refine.train import Loop, seed_all, unreached, without_variance
+
+PRECISIONS = ("no", "fp16", "bf16")
+
+
+@contextmanager
+def opened(source: Source, library: Library, recipe: Recipe, options: Options) -> Iterator[Run]:
+    """Everything that must be right before the first step, and the clean-up after the last."""
+    accelerator = open_accelerator(recipe, options)
+    recipe = recipe.model_copy(update={"mixed_precision": accelerator.mixed_precision})  # Accelerate's own, if none was given
+    workspace = Workspace(options.output_dir, writes=accelerator.is_main_process, save_every=options.save_every)
+    if accelerator.is_main_process:
+        workspace.check_target(source.folder, resume=options.resume, overwrite=options.overwrite)
+    with ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        stack.enter_context(workspace.locked() if accelerator.is_main_process else nullcontext())
+        accelerator.wait_for_everyone()
+        try:
+            with _unreadable():
+                run = _open(source, library, recipe, options, accelerator, workspace, signals)
+            signals.wait()
+            yield run
+        except BaseException as error:
+            if full := space.is_full(error):
+                raise space.no_room(full, workspace.partial, workspace.need) from None
+            raise
+
+
+@contextmanager
+def _unreadable() -> Iterator[None]:
+    """Before the first step, a file that cannot be read is the user's to cure: nothing was trained, nothing can be resumed."""
+    try:
+        yield
+    except (PermissionError, FileNotFoundError, IsADirectoryError) as error:
+        raise UsageError(f"{error.filename}: {error.strerror}; nothing was trained") from None
+
+
+def _open(
+    source: Source,
+    library: Library,
+    recipe: Recipe,
+    options: Options,
+    accelerator: Accelerator,
+    workspace: Workspace,
+    signals: Signals,
+) -> Run:
+    seed_all(recipe.seed, accelerator.device)
+    checkpoint = open_checkpoint(source, library, allow_pickle=options.allow_pickle)
+    model = checkpoint.model
+    with accelerator.main_process_first():
+        task = open_task(recipe, library.task, library, model, workspace.partial / "cache", options.download)
+    loop = open_loop(checkpoint, task, recipe, options, accelerator, workspace, signals)
+    lost = first_look(loop)
+    if accelerator.is_main_process:
+        check_plain(checkpoint, probes(loop, checkpoint))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name not in lost)
+    check_settings(model, recipe, checkpoint.filled)
+    layers = open_layers(checkpoint, recipe, lost)
+    hashes = checkpoint.hashes()
+    workspace.need = space.of_run(checkpoint, layers, recipe, save_phases=options.save_phases)
+    if workspace.writes:
+        space.check_room(workspace.partial, workspace.need)
+    workspace.begin(_identity(recipe, hashes, task, accelerator), options.resume)
+    accelerator.wait_for_everyone()
+    start = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+    run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, teacher=_teacher(recipe, task, model))
+    _wrap(run)
+    if accelerator.scaler is not None and workspace.state.get("scaler"):
+        accelerator.scaler.load_state_dict(workspace.state["scaler"])
+    return run
+
+
+def first_look(loop: Loop) -> list[str]:
+    """`unreached`, where model and data meet for the first time: what does not fit shows before anything is trained.
+
+    Raises:
+        UsageError: the model cannot compute on these data, or BatchNorm not on batches of one row.
+    """
+    try:
+        lone = without_variance(loop) if loop.recipe.batch_size == 1 and loop.has_batchnorm else []
+        if lone:
+            raise UsageError(
+                f"--batch-size 1: {lone[0]} (BatchNorm) sees one value a channel, which has no variance; give 2 or more "
+                "(--gradient-accumulation-steps makes no difference to it)"
+            )
+        return unreached(loop)
+    except DsdError:
+        raise
+    except Exception as error:  # a model raises whatever inputs that it is not made for make it raise
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"the model cannot compute on these data: {text}. Do config and preprocessing belong to it?") from None
+
+
+def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
+    """Accelerate's view of devices and processes; where a flag says nothing, its own configuration decides.
+
+    Raises:
+        UsageError: a device that is not there, a precision it lacks, or sharded training.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here")
+    if options.device == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: torch sees no MPS device here")
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    try:
+        accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=options.device == "cpu", kwargs_handlers=[unused])
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"accelerate refuses this device and precision: {error}") from None
+    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in kinds:
+        raise UsageError(f"{accelerator.distributed_type}: sharded training is not supported; use plain data parallelism")
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise UsageError(
+            f"mixed precision {accelerator.mixed_precision} is not supported: --mixed-precision {'|'.join(PRECISIONS)}"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # where Accelerate leaves it out silently
+        raise UsageError("--mixed-precision fp16 is for a GPU; the CPU has bf16, or no")
+    if accelerator.device.type == "cpu":
+        # a few kernels add in an order that depends on timing unless told otherwise
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return accelerator
+
+
+def open_loop(
+    checkpoint: Checkpoint,
+    task: Task,
+    recipe: Recipe,
+    options: Options,
+    accelerator: Accelerator,
+    workspace: Workspace,
+    signals: Signals,
+) -> Loop:
+    """The loop over a model on its device. Convolutional models run channels-last."""
+    model = checkpoint.model.to(accelerator.device)
+    convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    if convolutional:
+        model.to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+    return Loop(
+        accelerator=accelerator,
+        model=model,
+        forward=model,
+        task=task,
+        recipe=recipe,
+        as_written=checkpoint.rounded,
+        log=workspace.log,
+        progress=options.progress if accelerator.is_main_process else lambda label, step, total: None,
+        stopping=lambda: signals.asked,
+        save=lambda: None,
+        save_due=workspace.save_due,
+        workers=options.workers,
+        has_batchnorm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()),
+        channels_last=convolutional,
+        parameters=dict(model.named_parameters(remove_duplicate=False)),
+    )
+
+
+def _teacher(recipe: Recipe, task: Task, model: nn.Module) -> nn.Module | None:
+    """A copy of the source to learn from, where a phase asks for it."""
+    if not any(phase.distill for phase in recipe.phases):
+        return None
+    if not hasattr(task, "logits"):
+        raise UsageError(f"phases.*.distill: is not for {task.name}")
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _wrap(run: Run) -> None:
+    loop = run.loop
+    if loop.world > 1:
+        loop.forward = loop.accelerator.prepare_model(loop.model)
+    if run.options.compile:
+        check_compiler(loop.accelerator.device)
+        loop.forward = torch.compile(loop.forward)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile a trifle: what torch.compile needs (a C++ compiler, Triton) would be missed in the first step otherwise.
+
+    Raises:
+        UsageError: it cannot compile here.
+    """
+    try:
+        torch.compile(lambda values: values * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # torch raises whatever its compilers say
+        text = str(error).strip().splitlines()[0][:300]
+        raise UsageError(
+            f"--compile: torch.compile does not work here ({text}); leave --compile out, or install that"
+        ) from None
+
+
+def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: Accelerator) -> dict[str, Any]:
+    """What must be equal for a resumed run to end in the same bytes."""
+    versions = environment(str(accelerator.device), accelerator.num_processes)
+    data = {name: part.rows.fingerprint for name, part in _parts(task).items()}
+    return _flat({"recipe": recipe.model_dump(mode="json"), "source": hashes, "data": data} | versions)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping of dotted names, so that a difference can be named."""
+    if not isinstance(value, dict | list):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: leaf for part, inner in items for key, leaf in _flat(inner, f"{name}.{part}".lstrip(".")).items()}
+
+
+def _parts(task: Task) -> dict[str, Any]:
+    parts = {"train": task.train, "holdout": task.holdout, "eval": task.eval}
+    return {name: part for name, part in parts.items() if part is not None}
