@@ -162,10 +162,10 @@ def open_loop(
     workspace: Workspace,
     signals: Signals,
 ) -> Loop:
-    """The loop over a model on its device. Convolutional models run channels-last."""
+    """The loop over a model on its device. Convolutional models run channels-last where that is sound."""
     model = checkpoint.model.to(accelerator.device)
-    convolutional = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    if convolutional:
+    last = channels_last(model, accelerator.device)
+    if last:
         model.to(memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
@@ -184,9 +184,22 @@ def open_loop(
         save_due=workspace.save_due,
         workers=options.workers,
         has_batchnorm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()),
-        channels_last=convolutional,
+        channels_last=last,
         parameters=dict(model.named_parameters(remove_duplicate=False)),
     )
+
+
+def channels_last(model: nn.Module, device: torch.device) -> bool:
+    """Is the model convolutional, and are channels-last gradients right on the device?
+
+    On a CPU, oneDNN's strided 1x1 convolution of fewer input channels than its block (8 or 16) writes past its workspace:
+    gradients are wrong, or the process dies (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    narrow = any(
+        set(one.kernel_size) == {1} and set(one.stride) != {1} and one.in_channels // one.groups < 16 for one in convolutions
+    )
+    return bool(convolutions) and not (narrow and device.type == "cpu")
 
 
 def _teacher(recipe: Recipe, task: Task, model: nn.Module) -> nn.Module | None:

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 
+import builders
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -11,6 +12,9 @@ from conftest import process
 from forked import Child, preload
 from forked import command as run_command
 from safetensors.torch import load_file
+from torch import nn
+
+from dsd_refine.opening import channels_last
 
 SHORT = (
     "--gate",
@@ -141,3 +145,27 @@ def test_convolutions_compute_channels_last(made, command, tmp_path, monkeypatch
     assert command(made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *SHORT).code == 0
     assert len(seen) > 6
     assert all(seen)
+
+
+@pytest.mark.parametrize(
+    ("layer", "device", "last"),
+    [
+        (nn.Conv2d(8, 16, 1, stride=2), "cpu", False),
+        (nn.Conv2d(15, 16, 1, stride=(1, 2)), "cpu", False),
+        (nn.Conv2d(8, 16, 1, stride=2), "cuda", True),
+        (nn.Conv2d(16, 16, 1, stride=2), "cpu", True),
+        (nn.Conv2d(8, 16, 1), "cpu", True),
+        (nn.Conv2d(8, 16, 3, stride=2), "cpu", True),
+        (nn.Linear(8, 16), "cpu", False),
+    ],
+)
+def test_channels_come_last_where_their_gradients_are_right(layer, device, last):
+    assert channels_last(nn.Sequential(nn.ReLU(), layer), torch.device(device)) is last
+
+
+def test_a_narrow_network_trains(tmp_path):
+    """Channels-last its second stage's shortcut, 1x1 with 8 channels in, kills the process or gives wrong gradients."""
+    source = builders.timm_checkpoint(tmp_path / "net", arch="resnet18", channels=(8, 16, 16, 16), in_chans=3, size=288)
+    data = builders.image_folder(tmp_path / "data", size=288, channels=3)
+    child = Child(run_command(source, "--data", data, "-o", tmp_path / "out", *SHORT), tmp_path / "log")
+    assert child.wait() == 0, child.said()
