@@ -58,7 +58,12 @@ class Checkpoint:
     @property
     def counted(self) -> list[str]:
         """The source's files that count, by name: those of the weights first."""
-        return [*self.weight_files, *self.source.side_files(set(self.weight_files))[0]]
+        return [*self.weight_files, *self.side_files]
+
+    @property
+    def side_files(self) -> list[str]:
+        """What an output has besides the weights, by name."""
+        return self.source.side_files(set(self.weight_files))[0]
 
     @property
     def weight_files(self) -> list[str]:
@@ -95,7 +100,7 @@ class Checkpoint:
             RunError: a value that the file's dtype cannot hold.
         """
         hashes = write_weights(self.layout, self.placement, model.state_dict(), folder)
-        for name in self.source.side_files(set(self.weight_files))[0]:
+        for name in self.side_files:
             copy_file(self.source.folder / name, folder / name)
             hashes[name] = sha256_file(folder / name)
         if self.layout.index is not None:

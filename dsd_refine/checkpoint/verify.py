@@ -92,8 +92,8 @@ def _hashed(checkpoint: Checkpoint, folder: Path) -> dict[Path, str]:
 
 
 def _side_files(checkpoint: Checkpoint, folder: Path, hashed: dict[Path, str]) -> Iterator[str]:
-    weights = {file.name for file in checkpoint.layout.files}
-    for name in (name for name in checkpoint.counted if name not in weights):
+    index = [checkpoint.layout.index.name] if checkpoint.layout.index else []
+    for name in [*index, *checkpoint.side_files]:
         if not (folder / name).is_file():
             yield f"{name}: the source has it, the output does not"
         elif hashed[folder / name] != hashed[checkpoint.source.folder / name]:
