@@ -115,7 +115,7 @@ def timm_training(model: nn.Module, data: Path, steps: int, workers: int) -> Cal
 
 def trainer(model: nn.Module, folder: Path, run: Run, steps: int, workers: int, place: Path) -> tuple[Any, list[float]]:
     """Hugging Face's Trainer over the same rows, tokenized by its collator, and the times of its steps' ends."""
-    from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     part, task, tokenizer = run.task.train, run.task, AutoTokenizer.from_pretrained(folder)
     ends: list[float] = []
@@ -141,7 +141,9 @@ def trainer(model: nn.Module, folder: Path, run: Run, steps: int, workers: int, 
         lr_scheduler_type="constant", save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
         dataloader_num_workers=workers, dataloader_pin_memory=False, remove_unused_columns=False, logging_strategy="no",
     )  # fmt: skip
-    return Trainer(model=model, args=arguments, train_dataset=Rows(), data_collator=collate, callbacks=[Ends()]), ends
+    made = Trainer(model=model, args=arguments, train_dataset=Rows(), data_collator=collate, callbacks=[Ends()])
+    made.remove_callback(PrinterCallback)  # it prints among the figures
+    return made, ends
 
 
 def images(given: Any, folder: Path) -> None:
