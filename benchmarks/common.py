@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import multiprocessing
 import os
 import platform
 import shutil
@@ -13,8 +14,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -70,6 +72,58 @@ def interleaved(ways: Mapping[str, Callable[[], Any]], rounds: int, warm: int = 
     finally:
         gc.enable()
     return found
+
+
+Round = Callable[[], float]  # does its work once and says how many seconds count
+
+
+def timed(work: Callable[[], Any]) -> Round:
+    """A round that counts all of it, with no collection falling on it."""
+
+    def spent() -> float:
+        gc.collect()
+        gc.disable()
+        began = CLOCK[-1]()
+        work()
+        ended = CLOCK[-1]()
+        gc.enable()
+        return ended - began
+
+    return spent
+
+
+def apart(
+    ways: Mapping[str, Callable[[], AbstractContextManager[Round]]], rounds: int, warm: int = 1
+) -> dict[str, list[float]]:
+    """`interleaved`, each way in a process of its own: what one does to allocator, kernels and caches stays with it."""
+    context, found = multiprocessing.get_context("spawn"), {name: [] for name in ways}
+    pipes, names, processes = {name: context.Pipe() for name in ways}, list(ways), []
+    for name, way in ways.items():
+        served = (way, CLOCK[-1] is time.process_time, pipes[name][1])
+        processes.append(context.Process(target=_serve, args=served, daemon=True))
+        processes[-1].start()
+        pipes[name][0].recv()  # it is ready: nobody prepares while others are measured
+    for number in range(-warm, rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            pipes[name][0].send(True)
+            seconds = pipes[name][0].recv()
+            if number >= 0:
+                found[name].append(seconds)
+    for (pipe, _), process in zip(pipes.values(), processes, strict=True):
+        pipe.send(False)
+        process.join()
+    return found
+
+
+def _serve(way: Callable[[], AbstractContextManager[Round]], cpu: bool, pipe: Connection) -> None:
+    if cpu:
+        torch.set_num_threads(1)
+        CLOCK.append(time.process_time)
+    with way() as work:
+        pipe.send(None)
+        while pipe.recv():
+            pipe.send(work())
 
 
 def ratio(times: Mapping[str, Sequence[float]], name: str, base: str) -> str:

@@ -124,7 +124,8 @@ def small_gpt2(length: int = 256, batch: int = 4) -> tuple[nn.Module, Fixed]:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=2))
     ids = torch.randint(0, 50257, (batch, length))
-    return model, Fixed({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids[:, 1:].flatten(), _of_tokens)
+    targets = nn.functional.pad(ids[:, 1:], (0, 1), value=-100).flatten()  # of every token what follows it
+    return model, Fixed({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, targets, _of_tokens)
 
 
 def _by_position(forward: Callable[..., Any], batch: Batch) -> torch.Tensor:
@@ -136,7 +137,7 @@ def _by_name(forward: Callable[..., Any], batch: Batch) -> torch.Tensor:
 
 
 def _of_tokens(forward: Callable[..., Any], batch: Batch) -> torch.Tensor:
-    logits = forward(**batch.inputs).logits[:, :-1].flatten(0, 1)
+    logits = forward(**batch.inputs).logits.flatten(0, 1)
     return nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
 
 

@@ -1,14 +1,16 @@
 """What a mask costs a training step: `python benchmarks/step.py [--quick]`.
 
 Of each model a sparse step is held against a dense step of the same model in the same loop, ours and the peers', all with the
-same masks, the same fused SGD and no clipping. Ours against the bare masked loop and the peers is the whole sparse step.
-Memory: the most that is held during a sparse step above a dense one.
+same masks, the same fused SGD, no clipping, and memory that stays with the process (NNCF, in its own, as torch leaves it). Ours
+against the bare masked loop and the peers is the whole sparse step. Memory: what the system says was the most during a sparse
+step, above a dense one's, each in a process of its own that gives freed memory back at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import os
 import subprocess
@@ -18,10 +20,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import PEERS, ROOT, Peak, arguments, interleaved, machine, middle, missing, ratio, table, verdict
+from common import CLOCK, PEERS, ROOT, Peak, arguments, interleaved, machine, middle, missing, ratio, table, verdict
 from made import Fixed, layers_of, loop_of, phase_of, recipe_of, resnet50, small_bert, small_gpt2
 from torch import nn
 
+from dsd_refine.allocator import keep_freed_memory
 from dsd_refine.masks import Masks, make_masks, masker
 from dsd_refine.train import Key, _step, make_optimizer
 
@@ -43,20 +46,35 @@ def masks_of(model: nn.Module) -> Masks:
     return make_masks(layers_of(model, first=first), dict(model.named_parameters()), SPARSITY)
 
 
-def ours(model: nn.Module, task: Fixed, masks: Masks) -> tuple[Step, Step]:
-    """Dense and sparse step of our loop, on one model and one optimizer."""
+def ours(model: nn.Module, task: Fixed, masks: Masks) -> tuple[Step, Step, Step, dict[str, list[float]]]:
+    """Dense and sparse step of our loop, on one model and one optimizer, and one with a pass that only touches the weights.
+
+    The last is seconds that the passes took within their steps, by name.
+    """
     loop = loop_of(model, task, recipe_of(len(task.targets), 1))
     optimizer = make_optimizer(loop, phase_of(1))
     model.train()
-    batch, mask = [task.batch(task, [])], masker(masks, loop.parameters)
-    dense = lambda: _step(loop, batch, Key(0, 0), 1, optimizer, {}, lambda: None)  # noqa: E731
-    return dense, lambda: _step(loop, batch, Key(0, 0), 1, optimizer, masks, mask)
+    batch, spent = [task.batch(task, [])], {}
+
+    def step(name: str, held: Masks, work: Callable[[], object]) -> Step:
+        spent[name] = []
+
+        def passed() -> None:
+            began = CLOCK[-1]()
+            work()
+            spent[name].append(CLOCK[-1]() - began)
+
+        return lambda: _step(loop, batch, Key(0, 0), 1, optimizer, held, passed)
+
+    passes = {"dense": lambda: None, "sparse": masker(masks, loop.parameters), "touch": touched(model, masks)}
+    dense, sparse, touch = (step(name, masks if name == "sparse" else {}, work) for name, work in passes.items())
+    return dense, sparse, touch, spent
 
 
 def touched(model: nn.Module, masks: Masks) -> Step:
     """The least that any pass over the masked layers' weights does: each is read and written."""
     weights = [parameter.detach() for name, parameter in model.named_parameters() if name in masks]
-    return lambda: torch._foreach_mul_(weights, 1.0)
+    return lambda: torch._foreach_mul_(weights, 1.0) if weights else None
 
 
 def bare(model: nn.Module, task: Fixed, after: Callable[[], object] = lambda: None) -> Step:
@@ -119,19 +137,28 @@ BUILT: dict[str, tuple[Build, Build]] = {
 }
 
 
-def extra(kind: str, way: str, quick: bool) -> str:
-    """Bytes per masked weight that a sparse step holds above a dense one, at the most; each with a model of its own."""
-    dense, sparse = (held(kind, build, way, quick, number) for number, build in enumerate(BUILT[way]))
-    return f"{(sparse[0] - dense[0]) / sparse[1]:.2f}"
+def extra(kind: str, way: str, quick: bool) -> float:
+    """Bytes per masked weight that a sparse step holds above a dense one, at the most; of ours the median of three."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+    def said(what: str) -> Any:
+        command = [sys.executable, __file__, "--held", f"{kind},{way},{what}", *(["--quick"] if quick else [])]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+
+    pairs = [(said("dense"), said("sparse")) for _ in range(3 if way == "ours" else 1)]
+    return median((sparse[0] - dense[0]) / sparse[1] for dense, sparse in pairs)
 
 
-def held(kind: str, build: Build, way: str, quick: bool, masked: int) -> tuple[int, int]:
-    """(the most memory that a step holds, weights in masked layers). A peer that copies the masks does not count ours."""
+def held(kind: str, way: str, what: str, quick: bool) -> tuple[int, int]:
+    """(the most bytes during a step, weights in masked layers). A peer that copies the masks does not count ours."""
     model, task = MODELS[kind](**(QUICK[kind] if quick else {}))
-    masks = masks_of(model) if masked else {}
-    step, size = build(model, task, masks), sum(mask.numel() for mask in masks.values())
+    masks = masks_of(model)
+    size = sum(mask.numel() for mask in masks.values())
+    step = BUILT[way][what == "sparse"](model, task, masks if what == "sparse" else {})
     del masks
     step()
+    step()
+    gc.collect()
     with Peak() as peak:
         step()
     return peak.most, size
@@ -177,12 +204,10 @@ def measure(kind: str, given: argparse.Namespace) -> None:
     model, task = MODELS[kind](**(QUICK[kind] if quick else {}))
     masks = masks_of(model)
     weights = sum(mask.numel() for mask in masks.values())
+    model = copy.deepcopy(model)  # as the others have theirs
     copies = {name: copy.deepcopy(model) for name in ("bare", "prune", "ao")}
     ways: dict[str, Step] = {}
-    ways["dense"], ways["sparse"] = ours(model, task, masks)
-    apply = masker(masks, dict(model.named_parameters()))
-    ways["mask"] = apply
-    ways["touch"] = touched(model, masks)
+    ways["dense"], ways["sparse"], ways["touch"], spent = ours(model, task, masks)
     ways["bare dense"] = bare(copies["bare"], task)
     ways["bare masked"] = bare(copies["bare"], task, multiplied(copies["bare"], masks))
     ways["prune"] = bare(pruned(copies["prune"], masks), task)
@@ -190,26 +215,33 @@ def measure(kind: str, given: argparse.Namespace) -> None:
     times = interleaved(ways, rounds)
     nncf_ratio, nncf_middle = by_nncf(kind, given)
 
-    def line(name: str, way: str, base: str, memory: str) -> list[str]:
+    memory = {way: extra(kind, way, quick) for way in BUILT}
+
+    def line(name: str, way: str, base: str, key: str) -> list[str]:
         against = "" if way == "sparse" else ratio(times, "sparse", way)
-        return [name, ratio(times, way, base), against, memory]
+        return [name, ratio(times, way, base), against, f"{memory[key]:.2f}"]
 
     table(
         f"{SHOWN[kind]}: {weights / 1e6:.1f} M weights in masked layers, dense step {median(times['dense']):.2f} s",
         ["", "sparse / own dense step", "ours / this one, sparse step", "extra bytes a weight"],
         [
-            line("dsd-refine", "sparse", "dense", extra(kind, "ours", quick)),
-            line("bare masked loop", "bare masked", "bare dense", extra(kind, "masked", quick)),
-            line("torch.nn.utils.prune", "prune", "bare dense", extra(kind, "prune", quick)),
-            line("torch.ao.pruning", "ao", "bare dense", extra(kind, "ao", quick)),
+            line("dsd-refine", "sparse", "dense", "ours"),
+            line("bare masked loop", "bare masked", "bare dense", "masked"),
+            line("torch.nn.utils.prune", "prune", "bare dense", "prune"),
+            line("torch.ao.pruning", "ao", "bare dense", "ao"),
             ["NNCF magnitude", nncf_ratio, "", ""],
         ],
     )
-    mask = median(one / other for one, other in zip(times["mask"], times["dense"], strict=True))
-    print(f"  the pass over the masked weights alone takes {median(times['mask']) * 1e3:.1f} ms, {mask:.2%} of a dense step")
-    least = median(one / other for one, other in zip(times["touch"], times["dense"], strict=True))
-    print(f"  the limit: to read and write each of these weights once, without a mask, takes {least:.2%} of a dense step")
+    share = {
+        name: median(a / b for a, b in zip(spent[name][-rounds:], times[name], strict=True)) for name in ("sparse", "touch")
+    }
+    took = median(spent["sparse"][-rounds:]) * 1e3
+    print(f"  the pass over the masked weights takes {took:.1f} ms within a sparse step, {share['sparse']:.2%} of it;")
+    print(f"  the limit: to read and write each of these weights once, without a mask, takes {share['touch']:.2%}")
     verdict("sparse / dense step", middle(times, "sparse", "dense"), 1.01)
+    verdict("sparse step / the same step without its pass", 1 / (1 - share["sparse"]), 1.01)
+    verdict("extra bytes a weight", memory["ours"], 1.0)
+    print("  the limit: the mask is 1 byte a weight; beyond it are its blocks' views, and what rounding up to pages takes")
     for name, way in (("the bare masked loop", "bare masked"), ("torch.nn.utils.prune", "prune"), ("torch.ao.pruning", "ao")):
         verdict(f"ours / {name}", middle(times, "sparse", way), 1.0)
     if nncf_middle is not None:
@@ -217,10 +249,15 @@ def measure(kind: str, given: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, 11, models=("resnet50,bert,gpt2", "which, by comma"), nncf=(None, "in the peers' environment"))
+    inner = {"nncf": (None, "in the peers' environment"), "held": (None, "in a process of its own")}
+    given = arguments(__doc__, 21, models=("resnet50,bert,gpt2", "which, by comma"), **inner)
+    if given.held:
+        print(json.dumps(held(*given.held.split(","), given.quick)))
+        return
     if given.nncf:
         nncf(given.nncf, given.quick, given.rounds)
         return
+    keep_freed_memory()
     print(machine())
     for kind in given.models.split(","):
         measure(kind, given)

@@ -2,7 +2,8 @@
 
 Pictures: ResNet-18 at 128 px on JPEG files, random crops and flips, batch 32, SGD; against a bare loop over our own DataLoader
 and against timm's training. Texts: a BERT of 6 layers, tokenized as they are read, batch 32, AdamW; against a bare loop over
-our own DataLoader and against Hugging Face's Trainer. Everybody's optimizer is fused, nobody clips. Samples a second.
+our own DataLoader and against Hugging Face's Trainer. Everybody's optimizer is fused, nobody clips. Samples a second, each in
+a process of its own, in turn.
 
 timm's `train.py` is in neither its wheel nor its source archive: what stands for it is the loop of that script made of
 timm's own dataset, loader, optimizer, schedule and meters. Trainer is timed from its first step's end: without its set-up.
@@ -12,19 +13,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import CLOCK, arguments, each_in_a_place, interleaved, rates
+from common import CLOCK, Round, apart, arguments, each_in_a_place, rates, timed
 from made import bert_folder, pictures, text_table, timm_folder
 from torch import nn
 
+from dsd_refine import opening
 from dsd_refine.checkpoint import find_source, open_library
 from dsd_refine.method import enter
-from dsd_refine.opening import opened
 from dsd_refine.recipe import Recipe
 from dsd_refine.run import Options, Run
 from dsd_refine.train import Key, Progress, _loader, _Plan, make_optimizer, train_phase
@@ -35,57 +37,73 @@ BERT = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "
 
 
 @contextmanager
-def run_of(folder: Path, data: Path, out: Path, steps: int, workers: int, **recipe: Any) -> Iterator[Run]:
-    """An open run of the command's own kind: log file, saved state and signals included."""
+def run_of(folder: Path, data: Path, out: Path, steps: int, workers: int, plain: bool = False, **recipe: Any) -> Iterator[Run]:
+    """An open run of the command's own kind: log file, saved state and signals included.
+
+    `plain` where it serves a peer: its data alone, in a process that is as torch leaves it.
+    """
     phases = [{"kind": "dense", "steps": steps, "lr": 1e-4, "schedule": "constant"}]
     wanted = Recipe.model_validate({"data": str(data), "phases": phases, "batch_size": BATCH, "holdout": 0.1, **recipe})
     source = find_source(str(folder))
     options = Options(output_dir=out, device="cpu", workers=workers)
-    with opened(source, open_library(source), wanted, options) as run:
+    if plain:
+        opening.keep_freed_memory = lambda: False
+    with opening.opened(source, open_library(source), wanted, options) as run:
+        torch.use_deterministic_algorithms(not plain, warn_only=True)
         enter(run, "refined", 0, 0, wanted.phases[0])
         yield run
 
 
-def ours(run: Run) -> Callable[[], None]:
-    phase = run.recipe.phases[0]
-    optimizer = make_optimizer(run.loop, phase)
+@contextmanager
+def ours(*args: Any, **recipe: Any) -> Iterator[Round]:
+    with run_of(*args, **recipe) as run:
+        phase = run.recipe.phases[0]
+        optimizer = make_optimizer(run.loop, phase)
 
-    def train() -> None:
-        torch.use_deterministic_algorithms(True, warn_only=True)  # as every run of ours on a CPU
-        train_phase(
-            run.loop, phase, Key(0, 0), "refined/1-dense", {}, Progress(), optimizer,
-            remask=lambda refresh: {}, epoch_end=lambda epoch: None,
-        )  # fmt: skip
-        torch.use_deterministic_algorithms(False)
+        def train() -> None:
+            train_phase(
+                run.loop, phase, Key(0, 0), "refined/1-dense", {}, Progress(), optimizer,
+                remask=lambda refresh: {}, epoch_end=lambda epoch: None,
+            )  # fmt: skip
 
-    return train
+        yield timed(train)
 
 
-def bare(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Callable[[], None]:
+@contextmanager
+def bare(folder: Path, data: Path, out: Path, steps: int, *args: Any, **recipe: Any) -> Iterator[Round]:
     """The loop that one writes by hand, over our DataLoader."""
+    with run_of(folder, data, out, steps, *args, plain=True, **recipe) as run:
+        model = run.loop.model
+        if run.recipe.optimizer == "adamw":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, fused=True)
 
-    def train() -> None:
-        model.train()
-        for batch in _loader(run.loop, run.task.train, _Plan(run.loop, Key(0, 0), 0, steps)):
-            optimizer.zero_grad()
-            inputs = dict(batch.inputs)
-            if "x" in inputs:
-                logits = model(inputs["x"].contiguous(memory_format=torch.channels_last))
-            else:
-                logits = model(**inputs).logits
-            nn.functional.cross_entropy(logits, batch.targets).backward()
-            optimizer.step()
+        def train() -> None:
+            model.train()
+            for batch in _loader(run.loop, run.task.train, _Plan(run.loop, Key(0, 0), 0, steps)):
+                optimizer.zero_grad()
+                inputs = dict(batch.inputs)
+                if "x" in inputs:
+                    logits = model(inputs["x"].contiguous(memory_format=torch.channels_last))
+                else:
+                    logits = model(**inputs).logits
+                nn.functional.cross_entropy(logits, batch.targets).backward()
+                optimizer.step()
 
-    return train
+        yield timed(train)
 
 
-def timm_training(model: nn.Module, data: Path, steps: int, workers: int) -> Callable[[], None]:
+@contextmanager
+def timm_training(arch: str, data: Path, steps: int, workers: int) -> Iterator[Round]:
     """The loop of timm's train.py for one device: zero, forward, backward, step, meters and schedule."""
+    import timm
     from timm.data import create_dataset, create_loader
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
     from timm.utils import AverageMeter
 
+    model = timm.create_model(arch, num_classes=10).to(memory_format=torch.channels_last)
     dataset = create_dataset("", root=str(data), is_training=True)
     loader = create_loader(
         dataset, input_size=(3, SIZE, SIZE), batch_size=BATCH, is_training=True, use_prefetcher=False, no_aug=False,
@@ -110,40 +128,56 @@ def timm_training(model: nn.Module, data: Path, steps: int, workers: int) -> Cal
             seconds.update(time.time() - began)
             began = time.time()
 
-    return train
+    yield timed(train)
 
 
-def trainer(model: nn.Module, folder: Path, run: Run, steps: int, workers: int, place: Path) -> tuple[Any, list[float]]:
-    """Hugging Face's Trainer over the same rows, tokenized by its collator, and the times of its steps' ends."""
-    from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+@contextmanager
+def trainer(folder: Path, data: Path, out: Path, steps: int, workers: int, **recipe: Any) -> Iterator[Round]:
+    """Hugging Face's Trainer over the same rows, tokenized by its collator: from its first step's end, and so one step more."""
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        PrinterCallback,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
-    part, task, tokenizer = run.task.train, run.task, AutoTokenizer.from_pretrained(folder)
-    ends: list[float] = []
+    with run_of(folder, data, out, steps, workers, plain=True, **recipe) as run:
+        part, task, tokenizer = run.task.train, run.task, AutoTokenizer.from_pretrained(folder)
+        ends: list[float] = []
 
-    class Rows(torch.utils.data.Dataset[Any]):
-        def __len__(self) -> int:
-            return part.units
+        class Rows(torch.utils.data.Dataset[Any]):
+            def __len__(self) -> int:
+                return part.units
 
-        def __getitem__(self, unit: int) -> dict[str, Any]:
-            return {"text": part.rows.table.rows[int(part.rows.at[unit])]["text"], "label": int(part.ids[unit])}
+            def __getitem__(self, unit: int) -> dict[str, Any]:
+                return {"text": part.rows.table.rows[int(part.rows.at[unit])]["text"], "label": int(part.ids[unit])}
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        texts = [row["text"] for row in rows]
-        found = tokenizer(texts, padding=True, truncation=True, max_length=task.max_length, return_tensors="pt")
-        return {**found, "labels": torch.tensor([row["label"] for row in rows])}
+        def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            texts = [row["text"] for row in rows]
+            found = tokenizer(texts, padding=True, truncation=True, max_length=task.max_length, return_tensors="pt")
+            return {**found, "labels": torch.tensor([row["label"] for row in rows])}
 
-    class Ends(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(CLOCK[-1]())
+        class Ends(TrainerCallback):
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                ends.append(CLOCK[-1]())
 
-    arguments = TrainingArguments(
-        output_dir=str(place), per_device_train_batch_size=BATCH, max_steps=steps + 1, learning_rate=1e-4, max_grad_norm=0.0,
-        lr_scheduler_type="constant", save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
-        dataloader_num_workers=workers, dataloader_pin_memory=False, remove_unused_columns=False, logging_strategy="no",
-    )  # fmt: skip
-    made = Trainer(model=model, args=arguments, train_dataset=Rows(), data_collator=collate, callbacks=[Ends()])
-    made.remove_callback(PrinterCallback)  # it prints among the figures
-    return made, ends
+        arguments = TrainingArguments(
+            output_dir=str(out), per_device_train_batch_size=BATCH, max_steps=steps + 1, learning_rate=1e-4, max_grad_norm=0.0,
+            lr_scheduler_type="constant", save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+            dataloader_num_workers=workers, dataloader_pin_memory=False, remove_unused_columns=False, logging_strategy="no",
+        )  # fmt: skip
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        made = Trainer(model=model, args=arguments, train_dataset=Rows(), data_collator=collate, callbacks=[Ends()])
+        made.remove_callback(PrinterCallback)  # it prints among the figures
+
+        def train() -> float:
+            ends.clear()
+            timed(made.train)()
+            return ends[-1] - ends[0]
+
+        yield train
 
 
 def images(given: Any, folder: Path) -> None:
@@ -152,24 +186,15 @@ def images(given: Any, folder: Path) -> None:
     pictures(folder / "data/train", (steps + 2) * BATCH * 10 // 9, 160)
     pictures(folder / "data/test", 40, 160, seed=1)
     model = timm_folder(folder / "model", given.arch, 10, SIZE)
-    with run_of(model, folder / "data", folder / "out", steps, given.workers, augment=CROP) as run:
-        import timm
-
-        def copied() -> nn.Module:
-            found = timm.create_model(given.arch, num_classes=10).to(memory_format=torch.channels_last)
-            found.load_state_dict(run.start)
-            return found
-
-        one, other = copied(), copied()
-        plain = torch.optim.SGD(one.parameters(), lr=1e-4, momentum=0.9, fused=True)
-        ways = {
-            "ours": ours(run),
-            "bare": bare(run, one, plain, steps),
-            "timm": timm_training(other, folder / "data/train", steps, given.workers),
-        }
-        times = interleaved(ways, given.rounds)
+    run = (steps, given.workers)
+    ways = {
+        "ours": partial(ours, model, folder / "data", folder / "ours", *run, augment=CROP),
+        "bare": partial(bare, model, folder / "data", folder / "bare", *run, augment=CROP),
+        "timm": partial(timm_training, given.arch, folder / "data/train", *run),
+    }
     peers = {"bare": ("bare loop", 0.98), "timm": ("timm's training", 1.0)}
-    rates(f"{given.arch}, {SIZE} px, batch {BATCH}, JPEG files", "samples", times, steps * BATCH, peers)
+    title = f"{given.arch}, {SIZE} px, batch {BATCH}, JPEG files"
+    rates(title, "samples", apart(ways, given.rounds), steps * BATCH, peers)
 
 
 def texts(given: Any, folder: Path) -> None:
@@ -177,19 +202,13 @@ def texts(given: Any, folder: Path) -> None:
     steps = 2 if given.quick else 10
     data = text_table(folder / "train.csv", (steps + 3) * BATCH * 100 // 70, LENGTH)
     model = bert_folder(folder / "model", LENGTH, **BERT)
-    with run_of(model, data, folder / "out", steps, given.workers, optimizer="adamw") as run:
-        from transformers import AutoModelForSequenceClassification
-
-        one, other = (AutoModelForSequenceClassification.from_pretrained(model) for _ in range(2))
-        plain = torch.optim.AdamW(one.parameters(), lr=1e-4, fused=True)
-        train, ends = trainer(other, model, run, steps, given.workers, folder / "trainer")
-        ways = {"ours": ours(run), "bare": bare(run, one, plain, steps), "trainer": train.train}
-        times = interleaved(ways, given.rounds)
-        # a step more than the others: from the end of its first step
-        spans = [ends[i + steps] - ends[i] for i in range(0, len(ends), steps + 1)]
-        times["trainer"] = spans[-given.rounds :]
+    makes = {"ours": ours, "bare": bare, "trainer": trainer}
+    ways = {
+        name: partial(make, model, data, folder / name, steps, given.workers, optimizer="adamw") for name, make in makes.items()
+    }
     peers = {"bare": ("bare loop", 0.98), "trainer": ("Trainer", 1.05)}
-    rates(f"BERT 6 x 384, {LENGTH} tokens, batch {BATCH}, CSV", "samples", times, steps * BATCH, peers)
+    title = f"BERT 6 x 384, {LENGTH} tokens, batch {BATCH}, CSV"
+    rates(title, "samples", apart(ways, given.rounds), steps * BATCH, peers)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from dsd_refine.smallest import flat, without_smallest
 
 Masks = dict[str, torch.Tensor]
 
-BLOCK = 1 << 15  # weights that each thread masks at a time: they, their flags and those as integers stay in its cache
+BLOCK = 1 << 17  # weights that each thread masks at a time: their flags, widened to integers, stay in its cache
 CHECKED = 1 << 20  # weights looked at at a time
 
 

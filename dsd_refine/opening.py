@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
 from dsd_refine import space
+from dsd_refine.allocator import keep_freed_memory
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_checkpoint
 from dsd_refine.checkpoint.verify import check_plain
 from dsd_refine.errors import DsdError, UsageError
@@ -150,6 +151,7 @@ def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
         # a few kernels add in an order that depends on timing unless told otherwise
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        keep_freed_memory()
     return accelerator
 
 

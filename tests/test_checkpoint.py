@@ -1,10 +1,12 @@
 """From file to model and back: where tensors live, what is written, what passes through byte for byte."""
 
+import errno
 import os
 import stat
 
 import builders
 import pytest
+import timm
 import torch
 import transformers
 from conftest import hashes
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from dsd_refine.checkpoint import find_source, open_checkpoint, open_library
 from dsd_refine.checkpoint.layout import read_layout
 from dsd_refine.checkpoint.placement import gather, place, scatter
+from dsd_refine.checkpoint.undrawn import Undrawn
 from dsd_refine.errors import CheckpointError, RunError
 
 
@@ -410,3 +413,50 @@ def test_an_opened_model_is_float32_and_no_longer_hangs_on_its_file(tmp_path, bu
         file.write(b"\0" * path.stat().st_size)
     assert {t.dtype for t in model.parameters()} == {torch.float32}
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_model_that_a_file_fills_is_built_without_drawing_its_weights():
+    torch.manual_seed(0)
+    with Undrawn():
+        layer, norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+        bare = torch.nn.init.trunc_normal_(torch.nn.Parameter(torch.full((5,), 7.0)))
+        drawn = torch.empty(5).normal_()
+    assert not layer.weight.any()
+    assert not layer.bias.any()
+    assert layer.weight.requires_grad
+    assert bare.equal(torch.zeros(5))
+    assert norm.weight.equal(torch.ones(4))  # constants are set
+    torch.manual_seed(0)
+    assert drawn.equal(torch.empty(5).normal_())  # what is no parameter is drawn, and nothing was before
+
+
+@pytest.mark.parametrize("arch", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext"])
+def test_it_is_the_same_model_once_it_is_loaded(arch):
+    plain = timm.create_model(arch)
+    with Undrawn():
+        model = timm.create_model(arch)
+    model.load_state_dict(plain.state_dict())
+    buffers = dict(plain.named_buffers())
+    assert all(buffer.equal(buffers[name]) for name, buffer in model.named_buffers())
+    x = torch.randn(2, 3, 160, 160)
+    assert model.eval()(x).equal(plain.eval()(x))
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_a_disk_that_fails_is_heard_whichever_file_it_was(tmp_path, monkeypatch, fails):
+    folder = builders.gpt2_checkpoint(tmp_path / "source")
+    tensors = list(load_file(folder / "model.safetensors").items())
+    names = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
+    builders.write_shards(folder, {name: dict(tensors[number::3]) for number, name in enumerate(names)})
+    checkpoint = opened(folder)
+    synced, real = [], os.fsync
+
+    def fsync(descriptor):
+        synced.append(descriptor)
+        if len(synced) == fails:
+            raise OSError(errno.EIO, "the disk is broken")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="the disk is broken"):
+        written(checkpoint, tmp_path / "out")

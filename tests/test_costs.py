@@ -1,12 +1,22 @@
 """What a run does no more often than it must: imports, loads, decodings, evaluations. Times are benchmarks' (benchmarks/)."""
 
+import ctypes
 import json
+import platform
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate.utils import DistributedType
 from conftest import SHORT, process
 
+from dsd_refine import opening
+from dsd_refine.allocator import keep_freed_memory
 from dsd_refine.checkpoint.timm import TimmLibrary
+from dsd_refine.recipe import Recipe
+from dsd_refine.run import Options
 from dsd_refine.tasks import images
 
 EPOCHS = ("--sparse-epochs", "2", "--dense-epochs", "1", "--gate", "none", "--device", "cpu", "--quiet", "--batch-size", "8")
@@ -60,3 +70,41 @@ def test_the_source_is_loaded_once_whatever_the_arms(command, made, tmp_path, mo
     found = command(made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *SHORT, "--gate", "none", *arms)
     assert found.code == 0, found.err
     assert loads == {"load": 1, "load_plain": 2}
+
+
+FAULTS = """
+import resource, torch
+from dsd_refine.allocator import keep_freed_memory
+kept = {keep} and keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.ones(2_000_000) for _ in range(20)]  # of 8 MB each, as a step's activations
+    del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first, second, third = (faults() for _ in range(3))
+print(kept, first, third)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is what is told")
+def test_memory_that_a_step_lets_go_of_is_not_fetched_again_page_by_page():
+    told, first, third = process("-c", FAULTS.format(keep=True)).stdout.split()
+    assert told == "True"
+    assert int(third) * 20 < int(first)
+
+
+def test_an_allocator_that_is_not_glibc_s_is_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("nothing is to be told"))
+    assert not keep_freed_memory()
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cpu", 1), ("cuda", 0)])
+def test_a_run_on_a_cpu_keeps_its_memory(monkeypatch, device, kept):
+    asked = []
+    monkeypatch.setattr(opening, "keep_freed_memory", lambda: asked.append(1))
+    monkeypatch.setattr(opening, "Accelerator", lambda **_: SimpleNamespace(
+        device=torch.device(device), mixed_precision="no", distributed_type=DistributedType.NO))  # fmt: skip
+    recipe = Recipe.model_validate({"phases": [{"kind": "dense", "steps": 1, "lr": 0.1}]})
+    opening.open_accelerator(recipe, Options(output_dir=Path("out")))
+    assert len(asked) == kept

@@ -15,6 +15,7 @@ from timm.models._hub import load_model_config_from_path
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
+from dsd_refine.checkpoint.undrawn import Undrawn
 from dsd_refine.errors import CheckpointError
 
 # arguments of `timm.create_model` itself: what else to load, from where, and how
@@ -148,7 +149,8 @@ def _leaving_out() -> Iterator[None]:
 @contextmanager
 def _building(library: TimmLibrary) -> Iterator[None]:
     try:
-        yield
+        with Undrawn():
+            yield
     except Exception as error:  # timm raises whatever a strange config or file makes it raise
         text = "\n".join(str(error).splitlines()[:6])[:800]
         raise CheckpointError(f"{library.folder}: timm cannot load this as {library.architecture}: {text}") from None

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torchvision import models
 
 from dsd_refine.checkpoint.layout import listed, read_json
+from dsd_refine.checkpoint.undrawn import Undrawn
 from dsd_refine.errors import CheckpointError
 
 KEYS = ("library", "architecture", "weights", "num_classes", "label_names", "args", "preprocessing")
@@ -267,7 +268,7 @@ def _preprocessing(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _building(library: TorchvisionLibrary) -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), Undrawn():
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # torchvision raises whatever strange arguments make it raise

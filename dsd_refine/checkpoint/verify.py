@@ -55,8 +55,8 @@ def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
     problems = [*_headers(checkpoint.layout, written)]
     if problems:
         return problems
+    hashed = _hashed(checkpoint, folder)  # first: it reads the files through, from where views then find them in memory
     problems += _foreign(checkpoint, written)
-    hashed = _hashed(checkpoint, folder)
     strange = [*_side_files(checkpoint, folder, hashed)]
     problems += [*strange, *_hashes(checkpoint, output, folder, hashed)]
     try:

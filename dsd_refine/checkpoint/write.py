@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from dsd_refine.checkpoint.placement import Placement, gather
 from dsd_refine.errors import RunError
 
 AHEAD = 1 << 24  # bytes written before the disk is asked to write them
+BEHIND = 4  # tensors that are held until they are hashed
 
 
 def entry_value(start: torch.Tensor, entry: Entry, placement: Placement, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -43,39 +45,49 @@ def write_weights(layout: Layout, placement: Placement, state: Mapping[str, torc
 
     Header and metadata are the source's bytes; the files are synced before this returns.
     """
-    hashes = {}
+    files: list[tuple[str, Any, Future[None]]] = []
     with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
         for file in layout.files:
-            with (folder / file.name).open("wb") as out:
-                values = (memory(entry_value(file.tensor(entry), entry, placement, state)) for entry in file.entries)
-                hashes[file.name] = _write(file.head, values, out, hashing, syncing)
-                sync(out)
+            source = file.mapped()
+            values = (memory(entry_value(source[entry.name], entry, placement, state)) for entry in file.entries)
+            out = (folder / file.name).open("wb")
+            digest = _write(file.head, values, out, hashing, syncing)
+            files.append((file.name, digest, syncing.submit(_end, out)))
+        for _, _, ended in files:
+            ended.result()
     if layout.index is not None:
         copy_file(layout.index, folder / layout.index.name)
-    return hashes
+    return {name: digest.hexdigest() for name, digest, _ in files}
 
 
-def _write(head: bytes, values: Iterable[memoryview], out: IO[bytes], hashing: Executor, syncing: Executor) -> str:
-    """Head and tensors; returns their SHA-256, which takes longer than to write and is made beside, one tensor behind.
+def _write(head: bytes, values: Iterable[memoryview], out: IO[bytes], hashing: Executor, syncing: Executor) -> Any:
+    """Head and tensors; returns their SHA-256, which takes longer than to write and is made beside, a few tensors behind.
 
     The disk is asked to write all the while: at the end it would have everything to do and nothing beside.
     """
     digest = hashlib.sha256(head)
     out.write(head)
-    hashed: Future[Any] = hashing.submit(int)
-    synced: Future[Any] = syncing.submit(int)
+    behind: deque[Future[None]] = deque()
+    synced: Future[None] | None = None
     ahead = 0
     for data in values:
-        hashed.result()
-        hashed = hashing.submit(digest.update, data)
+        if len(behind) == BEHIND:
+            behind.popleft().result()
+        behind.append(hashing.submit(digest.update, data))
         out.write(data)
         ahead += len(data)
-        if ahead >= AHEAD and synced.done():
-            synced.result()
+        if ahead >= AHEAD and (synced is None or synced.done()):
+            if synced is not None:
+                synced.result()
             synced, ahead = syncing.submit(os.fsync, out.fileno()), 0
-    hashed.result()
-    synced.result()
-    return digest.hexdigest()
+    for hashed in behind:
+        hashed.result()
+    return digest
+
+
+def _end(out: IO[bytes]) -> None:
+    with out:
+        sync(out)
 
 
 def copy_file(source: Path, target: Path) -> None:

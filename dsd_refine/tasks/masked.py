@@ -13,18 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from dsd_refine.errors import CheckpointError
-from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks import Batch, Forward, Item
+from dsd_refine.tasks import Batch, Item
 from dsd_refine.tasks.data import Examined, Table
-from dsd_refine.tasks.text import CausalLM, Ids, WindowedPart, cut_documents, no_text, text_digest
+from dsd_refine.tasks.text import NO_TARGET, CausalLM, Ids, WindowedPart, cut_documents, no_text, text_digest
 
 SALT = b"dsd-refine masked-lm 1"
 SHARE, HIDDEN, REPLACED = 0.15, 0.8, 0.1  # of the tokens; of those: shown as the mask token, as a chance word, the rest as is
-NO_TARGET = -100
 
 
 @dataclass(frozen=True)
@@ -83,15 +80,6 @@ class MaskedLM(CausalLM):
     def _hidden(self, part: WindowedPart, unit: int, seed: int | None) -> tuple[Ids, Ids]:
         ids = part.tokens[part.start[unit] : part.stop[unit]].astype(np.int64)
         return self.masking.hide(ids, _fixed_seed(part, unit) if seed is None else seed)
-
-    def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        """Targets x vocabulary."""
-        return logits_of(forward, batch.inputs)[batch.targets != NO_TARGET]
-
-    def _nll(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        logits = logits_of(forward, batch.inputs)
-        flat = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NO_TARGET, reduction="none")
-        return flat.reshape(batch.targets.shape)
 
 
 def _fixed_seed(part: WindowedPart, unit: int) -> int:

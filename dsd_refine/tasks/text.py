@@ -30,6 +30,7 @@ from dsd_refine.tasks.tokens import or_reason, tokenized, unreadable
 
 Ids = np.ndarray[Any, Any]
 NONE: Ids = np.empty(0, dtype=np.int32)
+NO_TARGET = -100  # at a position that nothing is to be predicted at
 PADDING_NOISE = 1e-4  # what rounding may do, as a share of the largest logit
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "tweet")
 # tokens, where neither tokenizer nor config name a limit
@@ -217,7 +218,10 @@ class WindowedPart:
 
 @dataclass
 class CausalLM:
-    """`causal-lm` for transformers models. A row is a document; its windows' sums are added."""
+    """`causal-lm` for transformers models. A row is a document; its windows' sums are added.
+
+    Targets have the shape of the tokens: what each position predicts, or NO_TARGET.
+    """
 
     train: WindowedPart
     holdout: WindowedPart | None
@@ -236,24 +240,25 @@ class CausalLM:
         windows = [torch.as_tensor(part.tokens[part.start[u] : part.stop[u]].astype(np.int64)) for u, _ in items]
         ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)  # what fills is masked by length, never by id
         mask = torch.arange(ids.shape[1])[None, :] < torch.tensor([len(w) for w in windows])[:, None]
-        targets = torch.where(mask[:, 1:], ids[:, 1:], -100)
+        targets = torch.full_like(ids, NO_TARGET)  # of every position what follows it; cutting logits instead copies them twice
+        targets[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], NO_TARGET)
         return Batch({"input_ids": ids, "attention_mask": mask.long()}, targets, int(mask[:, 1:].sum()))
 
     def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Targets x vocabulary."""
-        return logits_of(forward, batch.inputs)[:, :-1][batch.targets != -100]
+        return logits_of(forward, batch.inputs)[batch.targets != NO_TARGET]
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         return self._nll(forward, batch).sum()
 
     def score(self, forward: Forward, batch: Batch) -> list[Score]:
         sums = self._nll(forward, batch).double().sum(1).tolist()
-        counts = (batch.targets != -100).sum(1).tolist()
+        counts = (batch.targets != NO_TARGET).sum(1).tolist()
         return [Score(s, c, s) for s, c in zip(sums, counts, strict=True)]
 
     def _nll(self, forward: Forward, batch: Batch) -> torch.Tensor:
-        logits = logits_of(forward, batch.inputs)[:, :-1]
-        flat = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="none")
+        logits = logits_of(forward, batch.inputs)
+        flat = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NO_TARGET, reduction="none")
         return flat.reshape(batch.targets.shape)
 
     def metrics(self, scores: Scores) -> dict[str, float]:

@@ -1,0 +1,22 @@
+"""What the C library does with memory that a step lets go of."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+NEVER = 2**31 - 1
+HIGHEST = 32 << 20  # the most that glibc takes for M_MMAP_THRESHOLD on 64 bits (mallopt(3))
+
+
+def keep_freed_memory() -> bool:
+    """Let freed memory stay with the process, for the next step to use. Were this done? glibc alone has it.
+
+    glibc gives the top of its heap back whenever much of it is free, which is at the end of each step on a CPU; the next one
+    fetches it again page by page, which costs a tenth of its time (`benchmarks/step.py`). Tensors beyond 32 MB come and go.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    library = ctypes.CDLL(None)
+    return bool(library.mallopt(M_MMAP_THRESHOLD, HIGHEST) and library.mallopt(M_TRIM_THRESHOLD, NEVER))
