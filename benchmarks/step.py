@@ -250,7 +250,7 @@ def measure(kind: str, given: argparse.Namespace) -> None:
 
 def main() -> None:
     inner = {"nncf": (None, "in the peers' environment"), "held": (None, "in a process of its own")}
-    given = arguments(__doc__, 21, models=("resnet50,bert,gpt2", "which, by comma"), **inner)
+    given = arguments(__doc__, 15, models=("resnet50,bert,gpt2", "which, by comma"), **inner)
     if given.held:
         print(json.dumps(held(*given.held.split(","), given.quick)))
         return

@@ -16,6 +16,7 @@ from forked import command as run_command
 from test_resume import same
 
 from dsd_refine.signals import Signals
+from dsd_refine.tasks import data
 from dsd_refine.tasks.data import in_threads
 
 STEPS = ("--gate", "none", "--batch-size", "8", "--device", "cpu", "--quiet", "--sparse-steps", "6", "--dense-steps", "3")
@@ -140,6 +141,21 @@ def test_a_signal_while_rows_are_handed_out_does_not_wait_for_them_all(monkeypat
         in_threads(lambda row: begun.append(time.sleep(0.05)), 1000)
     assert len(given) == 50
     assert len(begun) < 25
+
+
+def test_rows_are_handed_to_threads_some_at_a_time_and_come_back_in_order(monkeypatch):
+    submit, waiting, most = ThreadPoolExecutor.submit, [], []
+
+    def counted(pool, *args):
+        waiting.append(submit(pool, *args))
+        most.append(sum(not future.done() for future in waiting))
+        return waiting[-1]
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", counted)
+    monkeypatch.setattr(data, "AT_ONCE", 10)
+    assert in_threads(lambda row: time.sleep(0.001) or row, 205) == list(range(205))
+    assert max(most) <= 10
+    assert in_threads(lambda row: row, 0) == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

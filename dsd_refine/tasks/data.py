@@ -30,6 +30,7 @@ SALT = b"dsd-refine holdout 1"
 EVAL_SHARE = 0.2
 HUB_LIMIT = 5 * 10**9
 LARGEST = 10**9  # bytes of one example
+AT_ONCE = 1000  # rows that wait for threads
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
                "valid": "validation", "dev": "validation", "test": "test"}  # fmt: skip
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".m4a"}
@@ -449,10 +450,15 @@ def _with_names(table: Table, names: tuple[str, ...], texts: list[str | None]) -
 
 
 def in_threads(one: Callable[[int], Found], rows: int) -> list[Found]:
-    """`one(row)` of every row, in order. A signal (KeyboardInterrupt) waits for the rows at work, not for those to come."""
+    """`one(row)` of every row, in order. A signal (KeyboardInterrupt) waits for the rows at work, not for those to come.
+
+    Handed out by AT_ONCE: a pool holds more for a row that waits than most rows are, and the more wait the longer Python looks
+    for what it could let go of.
+    """
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
-        return list(pool.map(one, range(rows)))
+        blocks = (range(start, min(start + AT_ONCE, rows)) for start in range(0, rows, AT_ONCE))
+        return [found for block in blocks for found in pool.map(one, block)]
     finally:
         pool.shutdown(cancel_futures=True)
 
