@@ -747,7 +747,8 @@ def test_the_loss_mask_comes_from_lengths_not_from_the_pad_id():
     cat = tokenizer.convert_tokens_to_ids("cat")
     assert batch.count == 4 + 6
     assert (batch.targets == cat).sum() == 2 + 5
-    assert (batch.targets[0] != -100).tolist() == [True] * 4 + [False] * 2
+    assert (batch.targets[0] != -100).tolist() == [True] * 4 + [False] * 3
+    assert batch.targets[1].tolist() == [*batch.inputs["input_ids"][1, 1:].tolist(), -100]  # of each token what follows it
     assert batch.inputs["attention_mask"].sum(1).tolist() == [5, 7]
 
 
