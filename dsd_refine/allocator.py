@@ -11,10 +11,10 @@ HIGHEST = 32 << 20  # the most that glibc takes for M_MMAP_THRESHOLD on 64 bits 
 
 
 def keep_freed_memory() -> bool:
-    """Let freed memory stay with the process, for the next step to use. Were this done? glibc alone has it.
+    """Let freed memory stay with the process, for the next step to use; True where that was done. glibc alone has it.
 
     glibc gives the top of its heap back whenever much of it is free, which is at the end of each step on a CPU; the next one
-    fetches it again page by page, which costs a tenth of its time (`benchmarks/step.py`). Tensors beyond 32 MB come and go.
+    fetches it again page by page (a bare loop does, in `benchmarks/throughput.py`). Tensors beyond 32 MB come and go.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
