@@ -12,7 +12,7 @@ import transformers
 from conftest import hashes
 from safetensors.torch import load_file
 
-from dsd_refine.checkpoint import find_source, open_checkpoint, open_library
+from dsd_refine.checkpoint import find_source, open_checkpoint, open_library, write
 from dsd_refine.checkpoint.layout import read_layout
 from dsd_refine.checkpoint.placement import gather, place, scatter
 from dsd_refine.checkpoint.undrawn import Undrawn
@@ -442,8 +442,9 @@ def test_it_is_the_same_model_once_it_is_loaded(arch):
     assert model.eval()(x).equal(plain.eval()(x))
 
 
-@pytest.mark.parametrize("fails", [1, 2, 3])
-def test_a_disk_that_fails_is_heard_whichever_file_it_was(tmp_path, monkeypatch, fails):
+@pytest.mark.parametrize(("fails", "ahead"), [(1, write.AHEAD), (2, write.AHEAD), (3, write.AHEAD), (1, 1)])
+def test_a_disk_that_fails_is_heard_whichever_sync_it_was(tmp_path, monkeypatch, fails, ahead):
+    """Also in the middle of a file (`ahead` 1): the disk says so once, and the file's last sync succeeds."""
     folder = builders.gpt2_checkpoint(tmp_path / "source")
     tensors = list(load_file(folder / "model.safetensors").items())
     names = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
@@ -458,5 +459,6 @@ def test_a_disk_that_fails_is_heard_whichever_file_it_was(tmp_path, monkeypatch,
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(write, "AHEAD", ahead)
     with pytest.raises(OSError, match="the disk is broken"):
         written(checkpoint, tmp_path / "out")

@@ -8,6 +8,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,22 +46,30 @@ def write_weights(layout: Layout, placement: Placement, state: Mapping[str, torc
 
     Header and metadata are the source's bytes; the files are synced before this returns.
     """
-    files: list[tuple[str, Any, Future[None]]] = []
-    with ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
+    digests: dict[str, Any] = {}
+    syncs: list[Future[None]] = []
+    with ExitStack() as files, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
         for file in layout.files:
             source = file.mapped()
             values = (memory(entry_value(source[entry.name], entry, placement, state)) for entry in file.entries)
-            out = (folder / file.name).open("wb")
-            digest = _write(file.head, values, out, hashing, syncing)
-            files.append((file.name, digest, syncing.submit(_end, out)))
-        for _, _, ended in files:
-            ended.result()
+            out = files.enter_context((folder / file.name).open("wb"))
+            digests[file.name] = _write(file.head, values, out, hashing, syncing, syncs)
+            syncs.append(syncing.submit(sync, out))
+        for synced in syncs:  # all of them: what one sync has said of the disk, a later one does not say again
+            synced.result()
     if layout.index is not None:
         copy_file(layout.index, folder / layout.index.name)
-    return {name: digest.hexdigest() for name, digest, _ in files}
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def _write(head: bytes, values: Iterable[memoryview], out: IO[bytes], hashing: Executor, syncing: Executor) -> Any:
+def _write(
+    head: bytes,
+    values: Iterable[memoryview],
+    out: IO[bytes],
+    hashing: Executor,
+    syncing: Executor,
+    syncs: list[Future[None]],
+) -> Any:
     """Head and tensors; returns their SHA-256, which takes longer than to write and is made beside, a few tensors behind.
 
     The disk is asked to write all the while: at the end it would have everything to do and nothing beside.
@@ -68,7 +77,6 @@ def _write(head: bytes, values: Iterable[memoryview], out: IO[bytes], hashing: E
     digest = hashlib.sha256(head)
     out.write(head)
     behind: deque[Future[None]] = deque()
-    synced: Future[None] | None = None
     ahead = 0
     for data in values:
         if len(behind) == BEHIND:
@@ -76,18 +84,12 @@ def _write(head: bytes, values: Iterable[memoryview], out: IO[bytes], hashing: E
         behind.append(hashing.submit(digest.update, data))
         out.write(data)
         ahead += len(data)
-        if ahead >= AHEAD and (synced is None or synced.done()):
-            if synced is not None:
-                synced.result()
-            synced, ahead = syncing.submit(os.fsync, out.fileno()), 0
+        if ahead >= AHEAD and (not syncs or syncs[-1].done()):
+            syncs.append(syncing.submit(os.fsync, out.fileno()))
+            ahead = 0
     for hashed in behind:
         hashed.result()
     return digest
-
-
-def _end(out: IO[bytes]) -> None:
-    with out:
-        sync(out)
 
 
 def copy_file(source: Path, target: Path) -> None:
