@@ -23,9 +23,12 @@ from typing import Any
 import torch
 from common import ROOT, Peak, arguments, copy_synced, interleaved, machine, middle, ratio, table, verdict
 from made import pictures, timm_folder, word_tokenizer, words
+from safetensors.torch import load_file
 
 from dsd_refine.checkpoint import Checkpoint, find_source, open_checkpoint, open_library, open_shapes, verify
-from dsd_refine.checkpoint.layout import sha256_files
+from dsd_refine.checkpoint.layout import all_finite, read_layout, sha256_files
+from dsd_refine.checkpoint.verify import PROBE
+from dsd_refine.forward import logits_of
 
 BLOCK = 1 << 22
 RUN = (
@@ -149,7 +152,13 @@ def writing(checkpoint: Checkpoint, model: Path, folder: Path, rounds: int) -> d
 
 def verifying(model: Path, out: Path, rounds: int) -> dict[str, list[float]]:
     """Cold: each way finds nothing in the cache. Warm: everything."""
-    library = opened(model, shapes=True).library
+    checkpoint = opened(model, shapes=True)
+    plain = checkpoint.library.load_plain(out).eval()
+    probe = load_file(out / PROBE)
+    examples = [
+        {key.removeprefix(f"{number}.input."): value for key, value in probe.items() if key.startswith(f"{number}.input.")}
+        for number in range(sum(key.endswith(".output") for key in probe))
+    ]
     ways = {
         "read": lambda: read(weights(model)),
         "verify": lambda: checked(model, out),
@@ -161,8 +170,19 @@ def verifying(model: Path, out: Path, rounds: int) -> dict[str, list[float]]:
             forget(model)
             forget(out)
             found[f"{name} cold"] += interleaved({name: work}, 1, warm=0)[name]
-    alone = {"hash": lambda: read(weights(model), hashed=True), "load": lambda: library.load_plain(out)}
+    alone = {
+        "hash": lambda: read(weights(model), hashed=True),
+        "shapes": lambda: opened(model, shapes=True),
+        "load": lambda: checkpoint.library.load_plain(out),
+        "finite": lambda: [all_finite(tensor) for file in read_layout(out).files for tensor in file.mapped().values()],
+        "examples": lambda: [answered(plain, inputs) for inputs in examples],
+    }
     return found | interleaved({**ways, **alone}, rounds)
+
+
+@torch.no_grad()
+def answered(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return logits_of(model, inputs)
 
 
 def held(what: str, model: Path, out: Path) -> int:
@@ -229,8 +249,10 @@ def measure(title: str, made: tuple[Path, list[Any]], folder: Path, rounds: int)
         f"  the limit: SHA-256 of what is written, on one core, takes {typical['hash'] / typical['copy']:.2f}; a sync follows"
     )
     verdict("verify / reading the files once, from disk", middle(times, "verify cold", "read cold"), 4.0)
-    both, load = (typical[name] / typical["read cold"] for name in ("hash both cold", "load"))
-    print(f"  the limit: hashing both sides {both:.2f}, the library's own loading {load:.2f}, and two examples")
+    named = {"hash both cold": "hashing both sides", "shapes": "the source's shapes", "load": "the library's own loading"}
+    named |= {"finite": "looking for what is not finite", "examples": "the examples"}
+    parts = ", ".join(f"{text} {typical[name] / typical['read cold']:.2f}" for name, text in named.items())
+    print(f"  the limit, each part alone: {parts}; all but the first two use both cores as hashing does")
     verdict("the same, cached", middle(times, "verify", "read"), 4.0)
     print(f"  the limit: hashing both sides {typical['hash both'] / typical['read']:.2f}")
     for what, most in memory.items():

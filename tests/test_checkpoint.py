@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from contextlib import nullcontext
 
 import builders
 import pytest
@@ -440,6 +441,29 @@ def test_it_is_the_same_model_once_it_is_loaded(arch):
     assert all(buffer.equal(buffers[name]) for name, buffer in model.named_buffers())
     x = torch.randn(2, 3, 160, 160)
     assert model.eval()(x).equal(plain.eval()(x))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_writer_works_on_one_thread_and_gives_the_others_back(tmp_path, monkeypatch, fails):
+    """Beside the hash torch's other threads would be waited for; training, after it, has them again."""
+    checkpoint = opened(builders.gpt2_checkpoint(tmp_path / "source"))
+    seen, real = set(), write.entry_value
+
+    def value(*args):
+        seen.add(torch.get_num_threads())
+        if fails:
+            raise RunError("not this one")
+        return real(*args)
+
+    monkeypatch.setattr(write, "entry_value", value)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RunError) if fails else nullcontext():
+            written(checkpoint, tmp_path / "out")
+        assert seen == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(("fails", "ahead"), [(1, write.AHEAD), (2, write.AHEAD), (3, write.AHEAD), (1, 1)])

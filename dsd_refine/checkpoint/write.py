@@ -17,9 +17,11 @@ import torch
 from dsd_refine.checkpoint.layout import Entry, Layout, all_finite, memory
 from dsd_refine.checkpoint.placement import Placement, gather
 from dsd_refine.errors import RunError
+from dsd_refine.threads import one_thread
 
 AHEAD = 1 << 24  # bytes written before the disk is asked to write them
-BEHIND = 4  # tensors that are held until they are hashed
+GROUP = 1 << 20  # bytes that are hashed and written at a time: of a model's hundreds of tensors most are next to nothing
+BEHIND = 4  # groups that are held until they are hashed
 
 
 def entry_value(start: torch.Tensor, entry: Entry, placement: Placement, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -48,13 +50,12 @@ def write_weights(layout: Layout, placement: Placement, state: Mapping[str, torc
     """
     digests: dict[str, Any] = {}
     syncs: list[Future[None]] = []
-    with ExitStack() as files, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
+    with one_thread(), ExitStack() as files, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as syncing:
         for file in layout.files:
             source = file.mapped()
             values = (memory(entry_value(source[entry.name], entry, placement, state)) for entry in file.entries)
             out = files.enter_context((folder / file.name).open("wb"))
             digests[file.name] = _write(file.head, values, out, hashing, syncing, syncs)
-            syncs.append(syncing.submit(sync, out))
         for synced in syncs:  # all of them: what one sync has said of the disk, a later one does not say again
             synced.result()
     if layout.index is not None:
@@ -70,26 +71,43 @@ def _write(
     syncing: Executor,
     syncs: list[Future[None]],
 ) -> Any:
-    """Head and tensors; returns their SHA-256, which takes longer than to write and is made beside, a few tensors behind.
+    """Head and tensors; returns their SHA-256, which takes longer than to write and is made beside, a few groups behind.
 
-    The disk is asked to write all the while: at the end it would have everything to do and nothing beside.
+    The disk is asked to write all the while, since at the end it would have everything to do and nothing beside; the last
+    bytes, while the hash catches up.
     """
     digest = hashlib.sha256(head)
     out.write(head)
     behind: deque[Future[None]] = deque()
     ahead = 0
-    for data in values:
+    for group in _grouped(values):
         if len(behind) == BEHIND:
             behind.popleft().result()
-        behind.append(hashing.submit(digest.update, data))
-        out.write(data)
-        ahead += len(data)
+        behind.append(hashing.submit(_update, digest, group))
+        out.writelines(group)
+        ahead += sum(map(len, group))
         if ahead >= AHEAD and (not syncs or syncs[-1].done()):
             syncs.append(syncing.submit(os.fsync, out.fileno()))
             ahead = 0
+    syncs.append(syncing.submit(sync, out))
     for hashed in behind:
         hashed.result()
     return digest
+
+
+def _grouped(values: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    group: list[memoryview] = []
+    for data in values:
+        group.append(data)
+        if sum(map(len, group)) >= GROUP:
+            yield group
+            group = []
+    yield group
+
+
+def _update(digest: Any, group: list[memoryview]) -> None:
+    for data in group:
+        digest.update(data)
 
 
 def copy_file(source: Path, target: Path) -> None:
