@@ -89,7 +89,7 @@ def measure(title: str, model: Path, data: dict[int, Path], folder: Path, least:
 def main() -> None:
     given = arguments(__doc__, 7)
     print(machine())
-    for title, make, least in (("Pictures", image_sets, 500), ("Texts", text_sets, 2000)):
+    for title, make, least in (("Pictures", image_sets, 2000), ("Texts", text_sets, 4000)):
         least = least // 10 if given.quick else least
         with place() as folder:
             model, data = make(folder, least)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import tracemalloc
 
 import datasets
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks import Scores
-from dsd_refine.tasks.data import SALT, Rows, Table, carve, column, divide, label_texts, paragraphs, read_tables
+from dsd_refine.tasks.data import AT_ONCE, SALT, Rows, Table, carve, column, divide, label_texts, paragraphs, read_tables
 from dsd_refine.tasks.images import Preprocessing, decode, prepare_images
 from dsd_refine.tasks.labels import match_labels
 from dsd_refine.tasks.text import longest, prepare_documents, prepare_texts
@@ -806,3 +807,19 @@ def test_the_fingerprint_changes_with_content_label_and_order():
     others = [rows_of(["a", "c"], ["x", "y"]), rows_of(["a", "b"], ["x", "x"]), rows_of(["b", "a"], ["x", "y"])]
     assert base.fingerprint == rows_of(["a", "b"], ["x", "y"]).fingerprint
     assert len({rows.fingerprint for rows in (base, *others)}) == 4
+
+
+def test_texts_are_looked_through_a_block_at_a_time(tmp_path):
+    """However long the rows are, the table stays on the disk."""
+    rows, text = 6 * AT_ONCE, "flim " * 400
+    lines = (f"{text}{number},{('neg', 'pos')[number % 2]}" for number in range(rows))
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *lines]))
+    tables = read(tmp_path / "train.csv", tmp_path / "cache")
+    tracemalloc.start()
+    try:
+        task = texts(tables)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert task.train.units + task.holdout.units + task.eval.units == rows
+    assert most < rows * len(text) / 2

@@ -10,7 +10,7 @@ import shutil
 import stat
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,7 +58,7 @@ class Table:
         return self.names[row] if self.names is not None else row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Examined:
     """What a task says of one row: `digest` of its content, `label` as text (None: has none), `reason` to skip it.
 
@@ -175,15 +175,19 @@ def _validated(found: Any) -> Any:
 
 def _class_folders(folder: Path, root: Path) -> Table:
     classes = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-    files = [(file, c.name) for c in classes for file in _visible_files(c)]
-    if not files:
+    names: list[str] = []
+    labels: list[str] = []
+    for c in classes:
+        names += [file.relative_to(root).as_posix() for file in _visible_files(c)]
+        labels += [c.name] * (len(names) - len(labels))
+    if not names:
         raise DataError(
             f"{folder}: no images in class folders here. Known forms: class folders, train/ and test/ of them, "
             "train.csv|jsonl|parquet|txt, metadata.csv|jsonl, or a folder that save_to_disk wrote"
         )
-    rows = datasets.Dataset.from_dict({"image": [str(f.absolute()) for f, _ in files], "label": [c for _, c in files]})
-    rows = rows.cast_column("image", datasets.Image(decode=False))
-    return Table(rows, [f.relative_to(root).as_posix() for f, _ in files], folder)
+    place = root.absolute()
+    rows = datasets.Dataset.from_dict({"image": [str(place / name) for name in names], "label": labels})
+    return Table(rows.cast_column("image", datasets.Image(decode=False)), names, folder)
 
 
 def _is_a_class(folder: Path) -> bool:
@@ -412,7 +416,8 @@ def label_texts(table: Table, name: str) -> list[str | None]:
     kind, values = table.rows.features[name], table.rows.with_format(None)[name]
     if isinstance(kind, datasets.ClassLabel):
         return [_class_name(kind.names, table, row, value) for row, value in enumerate(values)]
-    texts = []
+    texts: list[str | None] = []
+    known: dict[str, str] = {}  # each name once: there are few, and many rows
     for row, value in enumerate(values):
         if isinstance(value, list | dict | np.ndarray):
             raise DataError(
@@ -421,7 +426,8 @@ def label_texts(table: Table, name: str) -> list[str | None]:
         if isinstance(value, float) and value == value and not value.is_integer():
             raise DataError(f"row {table.name(row)}: the label {value} is no class; regression is not supported")
         missing = value is None or value != value or value == ""
-        texts.append(None if missing else str(int(value)) if isinstance(value, float) else str(value))
+        text = str(int(value)) if isinstance(value, float) and not missing else str(value)
+        texts.append(None if missing else known.setdefault(text, text))
     return texts if table.classes is None else _with_names(table, table.classes, texts)
 
 
@@ -447,6 +453,12 @@ def _with_names(table: Table, names: tuple[str, ...], texts: list[str | None]) -
                 "these integers are not ImageNet-1k's. Leave out label_names: imagenet-1k, or give the labels as names"
             )
     return found
+
+
+def row_blocks(table: Table, names: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
+    """What rows hold in these columns, in order, a block of rows at a time: a table is on disk, and may not fit in memory."""
+    for block in table.rows.select_columns([*dict.fromkeys(names)]).iter(AT_ONCE):
+        yield list(zip(*(block[name] for name in names), strict=True))
 
 
 def in_threads(one: Callable[[int], Found], rows: int) -> list[Found]:
@@ -531,16 +543,20 @@ def carve(rows: Rows, share: float) -> tuple[Rows, Rows]:
         by_class[label].append(i)
     taken: set[bytes] = set()
     for members in by_class.values():
-        keyed = sorted((hashlib.sha256(SALT + rows.digests[i]).digest(), i) for i in members)
-        count = round(share * len(keyed))
-        while 0 < count < len(keyed) and keyed[count][0] == keyed[count - 1][0]:
+        ordered = sorted((rows.digests[i] for i in members), key=_salted)
+        count = round(share * len(ordered))
+        while 0 < count < len(ordered) and ordered[count] == ordered[count - 1]:
             count += 1
-        if count == len(keyed):
-            count = next((i for i, item in enumerate(keyed) if item[0] == keyed[-1][0]), 0)
-        taken.update(rows.digests[i] for _, i in keyed[:count])
+        if count == len(ordered):
+            count = ordered.index(ordered[-1])
+        taken.update(ordered[:count])
     for _, members in sorted(by_class.items()):
         content = {rows.digests[i] for i in members}
         if content <= taken:  # what other classes take may be all that this one has
-            taken.remove(max(content, key=lambda digest: hashlib.sha256(SALT + digest).digest()))
+            taken.remove(max(content, key=_salted))
     kept = [i for i, digest in enumerate(rows.digests) if digest not in taken]
     return rows.subset(kept, rows.skipped), rows.subset([i for i, digest in enumerate(rows.digests) if digest in taken])
+
+
+def _salted(digest: bytes) -> bytes:
+    return hashlib.sha256(SALT + digest).digest()

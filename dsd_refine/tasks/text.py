@@ -25,7 +25,7 @@ from dsd_refine.tasks.classify import (
     overlap_warning,
     skip_warnings,
 )
-from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, use_rows
+from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, row_blocks, use_rows
 from dsd_refine.tasks.tokens import or_reason, tokenized, unreadable
 
 Ids = np.ndarray[Any, Any]
@@ -160,13 +160,16 @@ def prepare_texts(
         return column(table, recipe.label_column, LABEL_COLUMNS, "label", "--label-column", datasets.ClassLabel)
 
     def examine(table: Table, labels: list[str | None]) -> list[Examined]:
-        texts = [table.rows[column(table, name, (), "text", "--text-column")] for name in columns]
-        pairs = list(zip(*texts, strict=True))
-        found = [_examine(pair, text_label) for pair, text_label in zip(pairs, labels, strict=True)]
-        good = [number for number, row in enumerate(found) if row.reason is None]
-        problems = unreadable(tokenizer, [pairs[number] for number in good], truncation=True, max_length=max_length)
-        for number, problem in zip(good, problems, strict=True):
-            found[number] = replace(found[number], reason=problem)
+        names = [column(table, name, (), "text", "--text-column") for name in columns]
+        found: list[Examined] = []
+        left = iter(labels)
+        for rows in row_blocks(table, names):
+            block = [_examine(texts, text_label) for texts, text_label in zip(rows, left, strict=False)]
+            good = [number for number, row in enumerate(block) if row.reason is None]
+            problems = unreadable(tokenizer, [rows[number] for number in good], truncation=True, max_length=max_length)
+            for number, problem in zip(good, problems, strict=True):
+                block[number] = replace(block[number], reason=problem) if problem else block[number]
+            found += block
         return found
 
     matched, parts, divided = labelled_parts(tables, evaluation, label, examine, aliases, classes, recipe.holdout)
@@ -313,11 +316,13 @@ def cut_documents(
 
     def examined(table: Table) -> Rows:
         name = column(table, recipe.text_column, TEXT_COLUMNS, "text", "--text-column")
-        texts = table.rows[name][:]
-        read = [or_reason(_tokens, tokenizer, text) for text in texts]
-        ids[id(table)] = [NONE if one is None else one for one, _ in read]
-        rows = zip(texts, read, strict=True)
-        return use_rows(table, [Examined(b"", None, why) if found is None else examine(t, found) for t, (found, why) in rows])
+        held = ids[id(table)] = []
+        rows: list[Examined] = []
+        for text in (text for block in row_blocks(table, [name]) for (text,) in block):
+            found, why = or_reason(_tokens, tokenizer, text)
+            held.append(NONE if found is None else found)
+            rows.append(Examined(b"", None, why) if found is None else examine(text, found))
+        return use_rows(table, rows)
 
     def cut(rows: Rows) -> WindowedPart:
         return _windows(rows, ids[id(rows.table)], max_length, counts)
