@@ -275,7 +275,7 @@ def measure(kind: str, given: argparse.Namespace) -> None:
     verdict("sparse / dense step", middle(times, "sparse", "dense"), 1.01)
     verdict("sparse step / the same step without its pass", 1 / (1 - took), 1.01)
     verdict("extra bytes a weight", memory["ours"], 1.0)
-    print("  the limit: the mask is 1 byte a weight; beyond it are its blocks' views, and what rounding up to pages takes")
+    print("  the limit: the mask is 1 byte a weight; beyond it are a block's flags as integers, views, and whole pages")
     for name, way in (("the bare masked loop", "bare masked"), ("torch.nn.utils.prune", "prune"), ("torch.ao.pruning", "ao")):
         verdict(f"ours / {name}", middle(times, "sparse", way), 1.0)
     if nncf_middle is not None:
