@@ -126,11 +126,6 @@ def _serve(way: Callable[[], AbstractContextManager[Round]], cpu: bool, pipe: Co
             pipe.send(work())
 
 
-def fastest(times: Mapping[str, Sequence[float]], of: int) -> dict[str, list[float]]:
-    """The fastest of each `of` rounds in a row: what others do on the machine only ever adds to a time."""
-    return {name: [min(found[at : at + of]) for at in range(0, len(found), of)] for name, found in times.items()}
-
-
 def ratio(times: Mapping[str, Sequence[float]], name: str, base: str) -> str:
     """Median over the rounds of one way's time over another's, with the quartiles."""
     found = [one / other for one, other in zip(times[name], times[base], strict=True)]

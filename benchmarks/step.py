@@ -2,10 +2,11 @@
 
 Of each model a sparse step is held against a dense step of the same model in the same loop, ours and the peers', all with the
 same masks, the same fused SGD, no clipping, and memory that stays with the process (NNCF, in its own, as torch leaves it). Ours
-against the bare masked loop and the peers is the whole sparse step. A round is the fastest of five steps of each, in turn: on a
-shared machine one step differs from the next by more than is asked for here. Besides: how long the pass over the masked weights
-takes within its step, and how long other ways to make it take, each on weights that left the cache. Memory: what the system
-says was the most during a sparse step, above a dense one's, each in a process of its own that gives freed memory back at once.
+against the bare masked loop and the peers is the whole sparse step. A round is the fastest of three steps of each, in turn, in
+a process of its own: on a shared machine steps differ by more than is asked for here, and so do processes, by where their
+memory lies. Besides: how long the pass over the masked weights takes within its step, and how long other ways to make it take,
+each on weights that left the cache. Memory: what the system says was the most during a sparse step, above a dense one's, each
+in a process of its own that gives freed memory back at once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import CLOCK, PEERS, ROOT, Peak, arguments, fastest, interleaved, machine, middle, missing, ratio, table, verdict
+from common import CLOCK, PEERS, ROOT, Peak, arguments, interleaved, machine, middle, missing, ratio, table, verdict
 from made import Fixed, layers_of, loop_of, phase_of, recipe_of, resnet50, small_bert, small_gpt2
 from torch import nn
 
@@ -33,7 +34,7 @@ from dsd_refine.smallest import flat
 from dsd_refine.train import Key, _step, make_optimizer
 
 SPARSITY = 0.3
-OF = 5  # steps, of which the fastest counts
+OF = 3  # steps, of which the fastest counts
 MODELS = {"resnet50": resnet50, "bert": small_bert, "gpt2": small_gpt2}
 SHOWN = {
     "resnet50": "ResNet-50, 128 px, batch 16",
@@ -173,15 +174,21 @@ BUILT: dict[str, tuple[Build, Build]] = {
 }
 
 
-def extra(kind: str, way: str, quick: bool) -> float:
+def said(mode: str, what: str, given: argparse.Namespace, python: Any = sys.executable, **environment: str) -> Any:
+    """What this script answers in a process of its own."""
+    flags = [f"--{name}" for name in ("quick", "cpu") if getattr(given, name)]
+    command = [str(python), __file__, f"--{mode}", what, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1][:80])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def extra(kind: str, way: str, given: argparse.Namespace) -> float:
     """Bytes per masked weight that a sparse step holds above a dense one, at the most; of ours the median of three."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-
-    def said(what: str) -> Any:
-        command = [sys.executable, __file__, "--held", f"{kind},{way},{what}", *(["--quick"] if quick else [])]
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
-
-    pairs = [(said("dense"), said("sparse")) for _ in range(3 if way == "ours" else 1)]
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    turns = range(3 if way == "ours" else 1)
+    pairs = [[said("held", f"{kind},{way},{what}", given, **at_once) for what in ("dense", "sparse")] for _ in turns]
     return median((sparse[0] - dense[0]) / sparse[1] for dense, sparse in pairs)
 
 
@@ -200,11 +207,29 @@ def held(kind: str, way: str, what: str, quick: bool) -> tuple[int, int]:
     return peak.most, size
 
 
-def nncf(kind: str, quick: bool, rounds: int) -> None:
-    """In the peers' environment: the quartiles and the median of NNCF's sparse step over its dense step, as JSON."""
+def turn(kind: str, given: argparse.Namespace) -> dict[str, float]:
+    """Seconds of the fastest step of each way, and what share of ours the pass took."""
+    keep_freed_memory()
+    model, task = MODELS[kind](**(QUICK[kind] if given.quick else {}))
+    masks = masks_of(model)
+    model = copy.deepcopy(model)  # as the others have theirs
+    copies = {name: copy.deepcopy(model) for name in ("bare", "prune", "ao")}
+    ways: dict[str, Step] = {}
+    ways["dense"], ways["sparse"], spent = ours(model, task, masks)
+    ways["bare dense"] = bare(copies["bare"], task)
+    ways["bare masked"] = bare(copies["bare"], task, multiplied(copies["bare"], masks))
+    ways["prune"] = bare(pruned(copies["prune"], masks), task)
+    ways["ao"] = bare(sparsified(copies["ao"], masks), task)
+    times = interleaved(ways, OF)
+    took = median(seconds / step for seconds, step in zip(spent[-OF:], times["sparse"], strict=True))
+    return {name: min(found) for name, found in times.items()} | {"pass": took}
+
+
+def nncf(kind: str, given: argparse.Namespace) -> dict[str, float]:
+    """The same of NNCF, in the peers' environment."""
     import nncf
 
-    model, task = MODELS[kind](**(QUICK[kind] if quick else {}))
+    model, task = MODELS[kind](**(QUICK[kind] if given.quick else {}))
     plain = bare(copy.deepcopy(model), task)
     scopes = {"patterns": ["^conv1.*"]} if kind == "resnet50" else {"types": ["embedding"]}
     model.to(memory_format=torch.contiguous_format)  # it cannot select in channels-last weights
@@ -214,47 +239,40 @@ def nncf(kind: str, quick: bool, rounds: int) -> None:
     )  # fmt: skip
     if kind == "resnet50":
         found.to(memory_format=torch.channels_last)
-    times = fastest(interleaved({"dense": plain, "sparse": bare(found, task)}, rounds * OF), OF)
-    print(json.dumps({"ratio": ratio(times, "sparse", "dense"), "middle": middle(times, "sparse", "dense")}))
+    times = interleaved({"dense": plain, "sparse": bare(found, task)}, OF)
+    return {f"nncf {name}": min(seconds) for name, seconds in times.items()}
 
 
-def by_nncf(kind: str, given: argparse.Namespace) -> tuple[str, float | None]:
-    """NNCF's ratio from its own environment, or why there is none."""
+def why_no_nncf(kind: str, given: argparse.Namespace) -> str | None:
     if kind == "gpt2":
-        return "masks no Conv1D, and the tied embedding", None
+        return "masks no Conv1D, and the tied embedding"
     if not list(PEERS.glob("lib/*/site-packages/nncf")):
-        return missing("nncf"), None
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CI": "true"}  # CI: it sends no usage reports
-    flags = [f"--{name}" for name in ("quick", "cpu") if getattr(given, name)]
-    command = [str(PEERS / "bin/python"), __file__, "--nncf", kind, "--rounds", str(given.rounds), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        return f"does not run: {done.stderr.strip().splitlines()[-1][:80]}", None
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found["ratio"], float(found["middle"])
+        return missing("nncf")
+    try:
+        by_nncf(kind, given)
+    except RuntimeError as error:
+        return f"does not run: {error}"
+    return None
+
+
+def by_nncf(kind: str, given: argparse.Namespace) -> dict[str, float]:
+    """CI: it sends no usage reports."""
+    found: dict[str, float] = said("nncf", kind, given, PEERS / "bin/python", PYTHONPATH=str(ROOT), CI="true")
+    return found
 
 
 def measure(kind: str, given: argparse.Namespace) -> None:
     """One model's table."""
-    quick, rounds = given.quick, given.rounds
-    model, task = MODELS[kind](**(QUICK[kind] if quick else {}))
+    model, _ = MODELS[kind](**(QUICK[kind] if given.quick else {}))
     masks = masks_of(model)
     weights = sum(mask.numel() for mask in masks.values())
-    model = copy.deepcopy(model)  # as the others have theirs
-    copies = {name: copy.deepcopy(model) for name in ("bare", "prune", "ao")}
-    ways: dict[str, Step] = {}
-    ways["dense"], ways["sparse"], spent = ours(model, task, masks)
-    ways["bare dense"] = bare(copies["bare"], task)
-    ways["bare masked"] = bare(copies["bare"], task, multiplied(copies["bare"], masks))
-    ways["prune"] = bare(pruned(copies["prune"], masks), task)
-    ways["ao"] = bare(sparsified(copies["ao"], masks), task)
-    single = interleaved(ways, rounds * OF)
-    took = median(seconds / step for seconds, step in zip(spent[-rounds * OF :], single["sparse"], strict=True))
-    times = fastest(single, OF)
-    nncf_ratio, nncf_middle = by_nncf(kind, given)
-    memory = {way: extra(kind, way, quick) for way in BUILT}
+    no_nncf = why_no_nncf(kind, given)
+    turns = [said("turn", kind, given) | ({} if no_nncf else by_nncf(kind, given)) for _ in range(given.rounds)]
+    times = {name: [one[name] for one in turns] for name in turns[0]}
+    took = median(times.pop("pass"))
+    memory = {way: extra(kind, way, given) for way in BUILT}
     pass_ways = passes(model, masks)
-    other = alone(pass_ways, rounds)
+    other = alone(pass_ways, given.rounds)
 
     def line(name: str, way: str, base: str, key: str) -> list[str]:
         against = "" if way == "sparse" else ratio(times, "sparse", way)
@@ -268,7 +286,7 @@ def measure(kind: str, given: argparse.Namespace) -> None:
             line("bare masked loop", "bare masked", "bare dense", "masked"),
             line("torch.nn.utils.prune", "prune", "bare dense", "prune"),
             line("torch.ao.pruning", "ao", "bare dense", "ao"),
-            ["NNCF magnitude", nncf_ratio, "", ""],
+            ["NNCF magnitude", no_nncf or ratio(times, "nncf sparse", "nncf dense"), "", ""],
         ],
     )
     print(f"  the pass over the masked weights takes {took:.2%} of a sparse step, measured within it")
@@ -278,8 +296,10 @@ def measure(kind: str, given: argparse.Namespace) -> None:
     print("  the limit: the mask is 1 byte a weight; beyond it are a block's flags as integers, views, and whole pages")
     for name, way in (("the bare masked loop", "bare masked"), ("torch.nn.utils.prune", "prune"), ("torch.ao.pruning", "ao")):
         verdict(f"ours / {name}", middle(times, "sparse", way), 1.0)
-    if nncf_middle is not None:
-        verdict("sparse / dense against NNCF's", middle(times, "sparse", "dense") / nncf_middle, 1.0)
+    if not no_nncf:
+        verdict(
+            "sparse / dense against NNCF's", middle(times, "sparse", "dense") / middle(times, "nncf sparse", "nncf dense"), 1.0
+        )
     rows = [
         [name, f"{median(other[name]) * 1e3:.1f}", ratio(other, name, "dsd-refine"), str(held)]
         for name, (_, held) in pass_ways.items()
@@ -288,18 +308,18 @@ def measure(kind: str, given: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    inner = {"nncf": (None, "in the peers' environment"), "held": (None, "in a process of its own")}
-    given = arguments(__doc__, 9, models=("resnet50,bert,gpt2", "which, by comma"), **inner)
-    if given.held:
+    apart = "in a process of its own"
+    given = arguments(
+        __doc__, 9, models=("resnet50,bert,gpt2", "which, by comma"), turn=("", apart), nncf=("", apart), held=("", apart)
+    )
+    if given.turn or given.nncf:
+        print(json.dumps(turn(given.turn, given) if given.turn else nncf(given.nncf, given)))
+    elif given.held:
         print(json.dumps(held(*given.held.split(","), given.quick)))
-        return
-    if given.nncf:
-        nncf(given.nncf, given.quick, given.rounds)
-        return
-    keep_freed_memory()
-    print(machine())
-    for kind in given.models.split(","):
-        measure(kind, given)
+    else:
+        print(machine())
+        for kind in given.models.split(","):
+            measure(kind, given)
 
 
 if __name__ == "__main__":
