@@ -252,7 +252,7 @@ def measure(title: str, made: tuple[Path, list[Any]], folder: Path, rounds: int)
     named = {"hash both cold": "hashing both sides", "shapes": "the source's shapes", "load": "the library's own loading"}
     named |= {"finite": "looking for what is not finite", "examples": "the examples"}
     parts = ", ".join(f"{text} {typical[name] / typical['read cold']:.2f}" for name, text in named.items())
-    print(f"  the limit, each part alone: {parts}; all but the first two use both cores as hashing does")
+    print(f"  the limit, each part alone: {parts}")
     verdict("the same, cached", middle(times, "verify", "read"), 4.0)
     print(f"  the limit: hashing both sides {typical['hash both'] / typical['read']:.2f}")
     for what, most in memory.items():

@@ -256,7 +256,7 @@ def why_no_nncf(kind: str, given: argparse.Namespace) -> str | None:
 
 
 def by_nncf(kind: str, given: argparse.Namespace) -> dict[str, float]:
-    """CI: it sends no usage reports."""
+    """A turn of NNCF in the peers' environment, where it is told to send no usage reports (CI)."""
     found: dict[str, float] = said("nncf", kind, given, PEERS / "bin/python", PYTHONPATH=str(ROOT), CI="true")
     return found
 

@@ -97,11 +97,13 @@ def _write(
 
 def _grouped(values: Iterable[memoryview]) -> Iterator[list[memoryview]]:
     group: list[memoryview] = []
+    size = 0
     for data in values:
         group.append(data)
-        if sum(map(len, group)) >= GROUP:
+        size += len(data)
+        if size >= GROUP:
             yield group
-            group = []
+            group, size = [], 0
     yield group
 
 
