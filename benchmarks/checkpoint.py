@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from common import ROOT, Peak, arguments, copy_synced, interleaved, machine, middle, ratio, table, verdict
 from made import pictures, timm_folder, word_tokenizer, words
-from safetensors.torch import load_file
 
 from dsd_refine.checkpoint import Checkpoint, find_source, open_checkpoint, open_library, open_shapes, verify
 from dsd_refine.checkpoint.layout import all_finite, read_layout, sha256_files
-from dsd_refine.checkpoint.verify import PROBE
+from dsd_refine.checkpoint.verify import PROBE, load_probe
 from dsd_refine.forward import logits_of
 
 BLOCK = 1 << 22
@@ -154,11 +153,7 @@ def verifying(model: Path, out: Path, rounds: int) -> dict[str, list[float]]:
     """Cold: each way finds nothing in the cache. Warm: everything."""
     checkpoint = opened(model, shapes=True)
     plain = checkpoint.library.load_plain(out).eval()
-    probe = load_file(out / PROBE)
-    examples = [
-        {key.removeprefix(f"{number}.input."): value for key, value in probe.items() if key.startswith(f"{number}.input.")}
-        for number in range(sum(key.endswith(".output") for key in probe))
-    ]
+    examples = [inputs for inputs, _ in load_probe(out / PROBE).values()]
     ways = {
         "read": lambda: read(weights(model)),
         "verify": lambda: checked(model, out),

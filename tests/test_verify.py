@@ -59,6 +59,7 @@ SPOILED = {
         lambda out: (out / "model.safetensors").write_bytes((out / "model.safetensors").read_bytes()[:-4]),
         "truncated",
     ),
+    "an emptied probe": (lambda out: write_tensors(out / "dsd/probe.safetensors", {}), "holds no example"),
     "a missing probe": (lambda out: (out / "dsd/probe.safetensors").unlink(), "probe.safetensors is missing"),
     "a changed probe": (lambda out: flip(out / "dsd/probe.safetensors", -2), "computes something else"),
 }

@@ -146,22 +146,31 @@ def save_probe(path: Path, probes: Sequence[tuple[dict[str, torch.Tensor], torch
     path.write_bytes(save(tensors))
 
 
+def load_probe(path: Path) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """What `save_probe` kept: by each example's number its inputs and the outputs; safetensors' errors where it is broken."""
+    tensors = load_file(path)
+    numbers = [number for number, _, kind in (name.partition(".") for name in tensors) if kind == "output"]
+
+    def inputs(number: str) -> dict[str, torch.Tensor]:
+        start = f"{number}.input."
+        return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+    return {number: (inputs(number), tensors[f"{number}.output"]) for number in numbers}
+
+
 def _outputs(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str]:
     if not (output / PROBE).is_file():
         yield f"{PROBE} is missing: the outputs cannot be compared"
         return
     try:
-        probe = load_file(output / PROBE)
+        probes = load_probe(output / PROBE)
     except Exception as error:  # safetensors has its own errors for a broken file
         yield f"{PROBE} cannot be read: {error!s:.200}"
         return
+    if not probes:
+        yield f"{PROBE} holds no example: the outputs cannot be compared"
     model = checkpoint.library.load_plain(folder).eval()
-    for name, expected in probe.items():
-        number, _, kind = name.partition(".")
-        if kind != "output":
-            continue
-        start = f"{number}.input."
-        inputs = {key.removeprefix(start): value for key, value in probe.items() if key.startswith(start)}
+    for number, (inputs, expected) in probes.items():
         try:
             with torch.no_grad():
                 found = logits_of(model, inputs)
