@@ -128,9 +128,15 @@ def _serve(way: Callable[[], AbstractContextManager[Round]], cpu: bool, pipe: Co
 
 def ratio(times: Mapping[str, Sequence[float]], name: str, base: str) -> str:
     """Median over the rounds of one way's time over another's, with the quartiles."""
+    low, high = spread(times, name, base)
+    return f"{middle(times, name, base):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def spread(times: Mapping[str, Sequence[float]], name: str, base: str) -> tuple[float, float]:
+    """The quartiles alone."""
     found = [one / other for one, other in zip(times[name], times[base], strict=True)]
     low, _, high = quantiles(found, n=4, method="inclusive") if len(found) > 1 else (found[0],) * 3
-    return f"{median(found):.3f} [{low:.3f}, {high:.3f}]"
+    return low, high
 
 
 def middle(times: Mapping[str, Sequence[float]], name: str, base: str) -> float:

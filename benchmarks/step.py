@@ -4,9 +4,9 @@ Of each model a sparse step is held against a dense step of the same model in th
 same masks, the same fused SGD, no clipping, and memory that stays with the process (NNCF, in its own, as torch leaves it). Ours
 against the bare masked loop and the peers is the whole sparse step. A round is the fastest of three steps of each, in turn, in
 a process of its own: on a shared machine steps differ by more than is asked for here, and so do processes, by where their
-memory lies. Besides: how long the pass over the masked weights takes within its step, and how long other ways to make it take,
-each on weights that left the cache. Memory: what the system says was the most during a sparse step, above a dense one's, each
-in a process of its own that gives freed memory back at once.
+memory lies. Besides: how long the pass over the masked weights takes within its step, and how long everybody's work for the
+mask takes alone, on weights that left the cache: what decides where whole steps do not. Memory: what the system says was the
+most during a sparse step, above a dense one's, each in a process of its own that gives freed memory back at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import CLOCK, PEERS, ROOT, Peak, arguments, interleaved, machine, middle, missing, ratio, table, verdict
+from common import CLOCK, PEERS, ROOT, Peak, arguments, interleaved, machine, middle, missing, ratio, spread, table, verdict
 from made import Fixed, layers_of, loop_of, phase_of, recipe_of, resnet50, small_bert, small_gpt2
 from torch import nn
 
@@ -44,6 +44,7 @@ SHOWN = {
 QUICK: dict[str, dict[str, int]] = {
     "resnet50": {"size": 64, "batch": 4}, "bert": {"batch": 4}, "gpt2": {"length": 32, "batch": 1},
 }  # fmt: skip
+PEER = {"bare masked": "the bare masked loop", "prune": "torch.nn.utils.prune", "ao": "torch.ao.pruning"}
 Step = Callable[[], object]
 
 
@@ -68,8 +69,34 @@ def ours(model: nn.Module, task: Fixed, masks: Masks) -> tuple[Step, Step, list[
     return dense, lambda: _step(loop, batch, Key(0, 0), 1, optimizer, masks, passed), spent
 
 
-def passes(model: nn.Module, masks: Masks) -> dict[str, tuple[Step, int]]:
-    """Ways to make the pass over the masked weights, by name, each with the bytes a weight that it holds."""
+def work(model: nn.Module, masks: Masks) -> dict[str, Step]:
+    """What each way does for the mask in a step, by name: the peers' own, then other ways to make our pass."""
+    plain, prune, ao = (copy.deepcopy(model) for _ in range(3))
+    return {
+        "dsd-refine": masker(masks, dict(model.named_parameters())),
+        PEER["bare masked"]: multiplied(plain, masks),
+        PEER["prune"]: reparametrized(pruned(prune, masks), masks),
+        PEER["ao"]: reparametrized(sparsified(ao, masks), masks),
+        **passes(model, masks),
+    }
+
+
+def reparametrized(model: nn.Module, masks: Masks) -> Step:
+    """Make every masked weight, and hand a gradient that is there through to what it was made of, as in a whole step."""
+    found = [(module, name) for module, name, _ in owners(model, masks)]
+    gradients = [torch.rand_like(getattr(module, name).detach()) for module, name in found]
+
+    def run() -> None:
+        for module, _ in found:
+            for hook in module._forward_pre_hooks.values():
+                hook(module, ())
+        torch.autograd.backward([getattr(module, name) for module, name in found], gradients)
+        model.zero_grad()
+
+    return run
+
+
+def passes(model: nn.Module, masks: Masks) -> dict[str, Step]:
     parameters = dict(model.named_parameters())
     weights = [flat(parameters[name].detach()) for name in masks]
     flags = [flat(mask) for mask in masks.values()]
@@ -90,26 +117,24 @@ def passes(model: nn.Module, masks: Masks) -> dict[str, tuple[Step, int]]:
         x.mul_(buffer[: len(y)].copy_(y))
 
     return {
-        "dsd-refine": (masker(masks, parameters), 1),
-        "no mask: read and write the weights": (lambda: torch._foreach_mul_(weights, 1.0), 0),
-        "bits & masks of 4 bytes": (each(torch.Tensor.bitwise_and_, bits, wide), 4),
-        "flags widened into one buffer, in blocks": (each(buffered, *zip(*blocks, strict=True)), 1),
-        "weight.mul_(mask)": (each(torch.Tensor.mul_, weights, flags), 1),
-        "torch.where": (each(lambda w, m: torch.where(m, w, zero, out=w), weights, flags), 1),
-        "masked_fill_": (each(lambda w, m: w.masked_fill_(m, 0), weights, drop), 1),
-        "numpy, one thread": (each(lambda w, m: np.multiply(w, m, out=w), *zip(*arrays, strict=True)), 1),
+        "no mask: read and write the weights": lambda: torch._foreach_mul_(weights, 1.0),
+        "bits & masks of 4 bytes": each(torch.Tensor.bitwise_and_, bits, wide),
+        "flags widened into one buffer, in blocks": each(buffered, *zip(*blocks, strict=True)),
+        "torch.where": each(lambda w, m: torch.where(m, w, zero, out=w), weights, flags),
+        "masked_fill_": each(lambda w, m: w.masked_fill_(m, 0), weights, drop),
+        "numpy, one thread": each(lambda w, m: np.multiply(w, m, out=w), *zip(*arrays, strict=True)),
     }
 
 
-def alone(ways: dict[str, tuple[Step, int]], rounds: int) -> dict[str, list[float]]:
+def alone(ways: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     """Seconds of each way, the cache emptied before."""
     others = torch.zeros(1 << 27)  # 512 MB
     found: dict[str, list[float]] = {}
     for _ in range(rounds):
-        for name, (work, _) in ways.items():
+        for name, run in ways.items():
             others.add_(1)
             began = CLOCK[-1]()
-            work()
+            run()
             found.setdefault(name, []).append(CLOCK[-1]() - began)
     return found
 
@@ -271,8 +296,7 @@ def measure(kind: str, given: argparse.Namespace) -> None:
     times = {name: [one[name] for one in turns] for name in turns[0]}
     took = median(times.pop("pass"))
     memory = {way: extra(kind, way, given) for way in BUILT}
-    pass_ways = passes(model, masks)
-    other = alone(pass_ways, given.rounds)
+    other = alone(work(model, masks), given.rounds)
 
     def line(name: str, way: str, base: str, key: str) -> list[str]:
         against = "" if way == "sparse" else ratio(times, "sparse", way)
@@ -283,28 +307,33 @@ def measure(kind: str, given: argparse.Namespace) -> None:
         ["", "sparse / own dense step", "ours / this one, sparse step", "extra bytes a weight"],
         [
             line("dsd-refine", "sparse", "dense", "ours"),
-            line("bare masked loop", "bare masked", "bare dense", "masked"),
-            line("torch.nn.utils.prune", "prune", "bare dense", "prune"),
-            line("torch.ao.pruning", "ao", "bare dense", "ao"),
+            *(line(shown, way, "bare dense", "masked" if way == "bare masked" else way) for way, shown in PEER.items()),
             ["NNCF magnitude", no_nncf or ratio(times, "nncf sparse", "nncf dense"), "", ""],
         ],
     )
     print(f"  the pass over the masked weights takes {took:.2%} of a sparse step, measured within it")
-    verdict("sparse / dense step", middle(times, "sparse", "dense"), 1.01)
+    whole("sparse / dense step", times, "dense", 1.01)
     verdict("sparse step / the same step without its pass", 1 / (1 - took), 1.01)
     verdict("extra bytes a weight", memory["ours"], 1.0)
     print("  the limit: the mask is 1 byte a weight; beyond it are a block's flags as integers, views, and whole pages")
-    for name, way in (("the bare masked loop", "bare masked"), ("torch.nn.utils.prune", "prune"), ("torch.ao.pruning", "ao")):
-        verdict(f"ours / {name}", middle(times, "sparse", way), 1.0)
+    for way, shown in PEER.items():
+        whole(f"ours / {shown}", times, way, 1.0)
     if not no_nncf:
         verdict(
             "sparse / dense against NNCF's", middle(times, "sparse", "dense") / middle(times, "nncf sparse", "nncf dense"), 1.0
         )
-    rows = [
-        [name, f"{median(other[name]) * 1e3:.1f}", ratio(other, name, "dsd-refine"), str(held)]
-        for name, (_, held) in pass_ways.items()
-    ]
-    table("the pass alone, weights not in the cache: the limit", ["", "ms", "/ ours", "bytes a weight"], rows)
+    rows = [[name, f"{median(found) * 1e3:.1f}", ratio(other, name, "dsd-refine")] for name, found in other.items()]
+    table("the work for the mask alone, weights not in the cache", ["", "ms", "/ ours"], rows)
+    for shown in PEER.values():
+        verdict(f"the work for the mask alone, ours / {shown}", middle(other, "dsd-refine", shown), 1.0)
+
+
+def whole(what: str, times: dict[str, list[float]], base: str, limit: float) -> None:
+    """A verdict on whole steps of ours, and whether there were enough rounds on a quiet enough machine for one."""
+    verdict(what, middle(times, "sparse", base), limit)
+    low, high = spread(times, "sparse", base)
+    if low < limit < high:
+        print(f"    not decided by these rounds: the quartiles are {low:.3f} and {high:.3f}")
 
 
 def main() -> None:
