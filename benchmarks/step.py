@@ -5,28 +5,29 @@ same masks, the same fused SGD, no clipping, and memory that stays with the proc
 against the bare masked loop and the peers is the whole sparse step. A round is the fastest of three steps of each, in turn, in
 a process of its own: on a shared machine steps differ by more than is asked for here, and so do processes, by where their
 memory lies. Besides: how long the pass over the masked weights takes within its step, and how long everybody's work for the
-mask takes alone, on weights that left the cache: what decides where whole steps do not. Memory: what the system says was the
-most during a sparse step, above a dense one's, each in a process of its own that gives freed memory back at once.
+mask takes alone, on weights that left the cache: what decides where whole steps do not. Memory: the most that a sparse
+step's tensors take above a dense one's, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from common import CLOCK, PEERS, ROOT, Peak, arguments, interleaved, machine, middle, missing, ratio, spread, table, verdict
+from common import CLOCK, PEERS, ROOT, arguments, interleaved, machine, middle, missing, ratio, spread, table, verdict
 from made import Fixed, layers_of, loop_of, phase_of, recipe_of, resnet50, small_bert, small_gpt2
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from dsd_refine.allocator import keep_freed_memory
 from dsd_refine.masks import BLOCK, Masks, make_masks, masker
@@ -210,26 +211,28 @@ def said(mode: str, what: str, given: argparse.Namespace, python: Any = sys.exec
 
 
 def extra(kind: str, way: str, given: argparse.Namespace) -> float:
-    """Bytes per masked weight that a sparse step holds above a dense one, at the most; of ours the median of three."""
-    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    turns = range(3 if way == "ours" else 1)
-    pairs = [[said("held", f"{kind},{way},{what}", given, **at_once) for what in ("dense", "sparse")] for _ in turns]
-    return median((sparse[0] - dense[0]) / sparse[1] for dense, sparse in pairs)
+    """Bytes per masked weight that a sparse step holds above a dense one, at the most."""
+    dense, sparse = (said("held", f"{kind},{way},{what}", given) for what in ("dense", "sparse"))
+    return float((sparse[0] - dense[0]) / sparse[1])
 
 
 def held(kind: str, way: str, what: str, quick: bool) -> tuple[int, int]:
-    """(the most bytes during a step, weights in masked layers). A peer that copies the masks does not count ours."""
+    """(the most bytes of tensors in two steps, above the model, as torch itself counts them; weights in masked layers).
+
+    A peer that copies the masks does not count ours. The Python objects of our views, some hundred, are not in it. What the
+    system says of the process is no measure of this: from one process to the next it differs by more than a mask.
+    """
     model, task = MODELS[kind](**(QUICK[kind] if quick else {}))
-    masks = masks_of(model)
-    size = sum(mask.numel() for mask in masks.values())
-    step = BUILT[way][what == "sparse"](model, task, masks if what == "sparse" else {})
-    del masks
-    step()
-    step()
-    gc.collect()
-    with Peak() as peak:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        masks = masks_of(model)
+        size = sum(mask.numel() for mask in masks.values())
+        step = BUILT[way][what == "sparse"](model, task, masks if what == "sparse" else {})
+        del masks
         step()
-    return peak.most, size
+        step()
+    assert seen.profiler is not None
+    events: Any = seen.profiler.kineto_results
+    return max(accumulate(event.nbytes() for event in events.events() if event.name() == "[memory]")), size
 
 
 def turn(kind: str, given: argparse.Namespace) -> dict[str, float]:
@@ -315,7 +318,6 @@ def measure(kind: str, given: argparse.Namespace) -> None:
     whole("sparse / dense step", times, "dense", 1.01)
     verdict("sparse step / the same step without its pass", 1 / (1 - took), 1.01)
     verdict("extra bytes a weight", memory["ours"], 1.0)
-    print("  the limit: the mask is 1 byte a weight; beyond it are a block's flags as integers, views, and whole pages")
     for way, shown in PEER.items():
         whole(f"ours / {shown}", times, way, 1.0)
     if not no_nncf:
