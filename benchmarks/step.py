@@ -5,8 +5,9 @@ same masks, the same fused SGD, no clipping, and memory that stays with the proc
 against the bare masked loop and the peers is the whole sparse step. A round is the fastest of three steps of each, in turn, in
 a process of its own: on a shared machine steps differ by more than is asked for here, and so do processes, by where their
 memory lies. Besides: how long the pass over the masked weights takes within its step, and how long everybody's work for the
-mask takes alone, on weights that left the cache: what decides where whole steps do not. Memory: the most that a sparse
-step's tensors take above a dense one's, each in a process of its own.
+mask takes alone, on weights that left the cache: what decides where whole steps do not; the dense step measured against itself
+shows what these do not tell apart. Memory: the most that a sparse step's tensors take above a dense one's, each in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -248,6 +249,7 @@ def turn(kind: str, given: argparse.Namespace) -> dict[str, float]:
     ways["bare masked"] = bare(copies["bare"], task, multiplied(copies["bare"], masks))
     ways["prune"] = bare(pruned(copies["prune"], masks), task)
     ways["ao"] = bare(sparsified(copies["ao"], masks), task)
+    ways["again"] = ways["dense"]
     times = interleaved(ways, OF)
     took = median(seconds / step for seconds, step in zip(spent[-OF:], times["sparse"], strict=True))
     return {name: min(found) for name, found in times.items()} | {"pass": took}
@@ -314,6 +316,9 @@ def measure(kind: str, given: argparse.Namespace) -> None:
             ["NNCF magnitude", no_nncf or ratio(times, "nncf sparse", "nncf dense"), "", ""],
         ],
     )
+    print(
+        f"  the dense step against itself, as one way more: {ratio(times, 'again', 'dense')}; what whole steps do not tell apart"
+    )
     print(f"  the pass over the masked weights takes {took:.2%} of a sparse step, measured within it")
     whole("sparse / dense step", times, "dense", 1.01)
     verdict("sparse step / the same step without its pass", 1 / (1 - took), 1.01)
@@ -324,8 +329,12 @@ def measure(kind: str, given: argparse.Namespace) -> None:
         verdict(
             "sparse / dense against NNCF's", middle(times, "sparse", "dense") / middle(times, "nncf sparse", "nncf dense"), 1.0
         )
-    rows = [[name, f"{median(found) * 1e3:.1f}", ratio(other, name, "dsd-refine")] for name, found in other.items()]
-    table("the work for the mask alone, weights not in the cache", ["", "ms", "/ ours"], rows)
+    dense = median(times["dense"])
+    rows = [
+        [name, f"{median(found) * 1e3:.1f}", f"{median(found) / dense:.2%}", ratio(other, name, "dsd-refine")]
+        for name, found in other.items()
+    ]
+    table("the work for the mask alone, weights not in the cache", ["", "ms", "of a dense step", "/ ours"], rows)
     for shown in PEER.values():
         verdict(f"the work for the mask alone, ours / {shown}", middle(other, "dsd-refine", shown), 1.0)
 
