@@ -316,9 +316,8 @@ def measure(kind: str, given: argparse.Namespace) -> None:
             ["NNCF magnitude", no_nncf or ratio(times, "nncf sparse", "nncf dense"), "", ""],
         ],
     )
-    print(
-        f"  the dense step against itself, as one way more: {ratio(times, 'again', 'dense')}; what whole steps do not tell apart"
-    )
+    itself = ratio(times, "again", "dense")
+    print(f"  the dense step against itself, as one way more: {itself}; what whole steps do not tell apart")
     print(f"  the pass over the masked weights takes {took:.2%} of a sparse step, measured within it")
     whole("sparse / dense step", times, "dense", 1.01)
     verdict("sparse step / the same step without its pass", 1 / (1 - took), 1.01)
