@@ -334,6 +334,7 @@ def measure(kind: str, given: argparse.Namespace) -> None:
         for name, found in other.items()
     ]
     table("the work for the mask alone, weights not in the cache", ["", "ms", "of a dense step", "/ ours"], rows)
+    print("  the limit: every masked weight is read and written once, the row without a mask, and flags of a byte are widened")
     for shown in PEER.values():
         verdict(f"the work for the mask alone, ours / {shown}", middle(other, "dsd-refine", shown), 1.0)
 
