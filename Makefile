@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# What `make bench` measures, one table each in benchmarks/results/; alone on the machine, about an hour on two cores.
+# What `make bench` measures, one table each in benchmarks/results/; alone on the machine, about an hour and a half on two cores.
 BENCHES := step throughput evaluate masks checkpoint start growth
 
 .PHONY: demo test check bench format clean
