@@ -99,6 +99,7 @@ def reparametrized(model: nn.Module, masks: Masks) -> Step:
 
 
 def passes(model: nn.Module, masks: Masks) -> dict[str, Step]:
+    """Other ways to make our pass; the masks are bytes where nothing else is said."""
     parameters = dict(model.named_parameters())
     weights = [flat(parameters[name].detach()) for name in masks]
     flags = [flat(mask) for mask in masks.values()]
