@@ -14,17 +14,18 @@ import torch
 from builders import WORDS, image_folder, text_file, word_tokenizer
 from PIL import Image
 
+from dsd_refine.data.labels import label_texts, match_labels
+from dsd_refine.data.splits import SALT, Rows, by_role, carve, divide
+from dsd_refine.data.tables import AT_ONCE, Table, column, paragraphs, read_tables
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks import Scores
-from dsd_refine.tasks.data import AT_ONCE, SALT, Rows, Table, carve, column, divide, label_texts, paragraphs, read_tables
 from dsd_refine.tasks.images import Preprocessing, decode, prepare_images
-from dsd_refine.tasks.labels import match_labels
 from dsd_refine.tasks.text import longest, prepare_documents, prepare_texts
 
 
 def read(spec, cache):
-    return read_tables(str(spec), cache, download=lambda name, size: False)
+    return by_role(read_tables(str(spec), cache, download=lambda name, size: False), str(spec))
 
 
 def sizes(tables):

@@ -15,9 +15,9 @@ from forked import Child, preload, watched
 from forked import command as run_command
 from test_resume import same
 
+from dsd_refine.data import tables
+from dsd_refine.data.tables import in_threads
 from dsd_refine.signals import Signals
-from dsd_refine.tasks import data
-from dsd_refine.tasks.data import in_threads
 
 STEPS = ("--gate", "none", "--batch-size", "8", "--device", "cpu", "--quiet", "--sparse-steps", "6", "--dense-steps", "3")
 
@@ -152,7 +152,7 @@ def test_rows_are_handed_to_threads_some_at_a_time_and_come_back_in_order(monkey
         return waiting[-1]
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", counted)
-    monkeypatch.setattr(data, "AT_ONCE", 10)
+    monkeypatch.setattr(tables, "AT_ONCE", 10)
     assert in_threads(lambda row: time.sleep(0.001) or row, 205) == list(range(205))
     assert max(most) <= 10
     assert in_threads(lambda row: row, 0) == []

@@ -12,9 +12,9 @@ from builders import SPECIAL, WORDS, word_tokenizer
 from conftest import SHORT
 from datasets import Dataset
 
+from dsd_refine.data.tables import Table
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import validate
-from dsd_refine.tasks.data import Table
 from dsd_refine.tasks.masked import SALT, Masking, prepare_masked
 from dsd_refine.tasks.text import longest
 

@@ -627,7 +627,7 @@ def _training_files(made, rows):
     """The pictures that train: all but those that the holdout took, by the rule of the contract."""
     import hashlib
 
-    from dsd_refine.tasks.data import SALT
+    from dsd_refine.data.splits import SALT
 
     kept = []
     for name in "abc":

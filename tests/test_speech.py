@@ -19,11 +19,11 @@ from test_resume import same, stop_after
 from test_run import report_of
 
 from dsd_refine.checkpoint.transformers import TransformersLibrary
+from dsd_refine.data.tables import read_tables
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.run import Run
 from dsd_refine.tasks import Scores
-from dsd_refine.tasks.data import read_tables
 from dsd_refine.tasks.open import open_task
 from dsd_refine.tasks.sound import SpecAugment, decode, open_hearing, resample
 from dsd_refine.tasks.speech import Words, row_score
@@ -390,7 +390,7 @@ def test_the_fingerprint_knows_the_text(heard, tmp_path):
     prints = set()
     for text in ("abc", "abd"):
         clips = [(GOOD[0][0], text), *GOOD[1:]]
-        tables = read_tables(str(written(tmp_path / text, clips)), tmp_path / "cache", download=lambda name, size: False)
+        tables = read_tables(str(written(tmp_path / text, clips)), tmp_path / "cache", download=lambda name, size: False).tables
         assert tables["train"].rows.column_names == ["text", "audio"]
         task, _ = opened(heard / "group", tmp_path / text, tmp_path / "cache", holdout=0.0, keep="last")
         prints.add((task.train.rows.fingerprint, task.eval.rows.fingerprint))

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from dsd_refine.data.splits import Rows
 from dsd_refine.errors import UsageError
-from dsd_refine.tasks.data import Rows
 
 Item = tuple[int, int | None]  # unit of a part, and the seed of its augmentation (None: as in evaluation)
 Forward = Callable[..., Any]

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dsd_refine.data.splits import Examined, Rows, divide, use_rows
+from dsd_refine.data.tables import Table, column, in_threads, raw_bytes, undecoded
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.tasks import Batch, Forward, Guess, Item, Score, Scores, ratio, require
 from dsd_refine.tasks.classify import overlap_warning, skip_warnings
-from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, in_threads, raw_bytes, undecoded, use_rows
 from dsd_refine.tasks.images import IMAGE_COLUMNS, Preprocessing, decode, pixels
 from dsd_refine.tasks.speaker import Speaker
 from dsd_refine.tasks.text import guess_token

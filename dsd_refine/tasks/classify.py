@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dsd_refine.data.labels import LabelMap, label_texts, match_labels
+from dsd_refine.data.splits import Examined, Parts, Rows, divide, use_rows
+from dsd_refine.data.tables import MissingColumn, Table
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of, weighted_logits
 from dsd_refine.tasks import Batch, Forward, Guess, Score, Scores, ratio
-from dsd_refine.tasks.data import Examined, MissingColumn, Parts, Rows, Table, divide, label_texts, use_rows
-from dsd_refine.tasks.labels import LabelMap, match_labels
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category", "y", "cls")
 

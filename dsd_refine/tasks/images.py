@@ -21,6 +21,8 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import Compose, InterpolationMode, Normalize, PILToTensor, RandomResizedCrop, functional
 
+from dsd_refine.data.splits import Examined
+from dsd_refine.data.tables import Table, column, in_threads, in_words, raw_bytes, undecoded
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.tasks import Batch, Item
@@ -32,7 +34,6 @@ from dsd_refine.tasks.classify import (
     overlap_warning,
     skip_warnings,
 )
-from dsd_refine.tasks.data import Examined, Table, column, in_threads, in_words, raw_bytes, undecoded
 
 IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "file", "path", "file_name", "jpg", "jpeg", "png", "webp")
 Pixels = Callable[[Image.Image], torch.Tensor]

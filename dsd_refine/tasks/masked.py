@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from dsd_refine.data.splits import Examined
+from dsd_refine.data.tables import Table
 from dsd_refine.errors import CheckpointError
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks import Batch, Item
-from dsd_refine.tasks.data import Examined, Table
 from dsd_refine.tasks.text import NO_TARGET, CausalLM, Ids, WindowedPart, cut_documents, no_text, text_digest
 
 SALT = b"dsd-refine masked-lm 1"

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from dsd_refine.data.imagenet import synsets
+from dsd_refine.data.splits import by_role
+from dsd_refine.data.tables import Table, named, read_tables
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks import Task
-from dsd_refine.tasks.data import Table, named, read_tables
-from dsd_refine.tasks.imagenet import synsets
 
 
 def open_task(
@@ -27,8 +28,10 @@ def open_task(
     if recipe.data is None:
         raise DataError("no data: give --data (a directory, a file, or a Hub data set org/name), or a recipe that names one")
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
-    tables = named(read_tables(recipe.data, cache, download=download), classes)
-    evaluation = named(read_tables(recipe.eval_data, cache, download=download), classes) if recipe.eval_data else None
+    tables = named(by_role(read_tables(recipe.data, cache, download=download), recipe.data), classes)
+    evaluation = None
+    if recipe.eval_data:
+        evaluation = named(by_role(read_tables(recipe.eval_data, cache, download=download), recipe.eval_data), classes)
     return _OPENERS[name](recipe, library, model, tables, evaluation)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from dsd_refine.data.tables import in_words
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.forward import logits_of
-from dsd_refine.tasks.data import in_words
 from dsd_refine.tasks.images import reseed
 
 PADDING_NOISE = 1e-4  # what rounding may do, as a share of the largest logit

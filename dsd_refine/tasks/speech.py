@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dsd_refine.data.splits import Examined, Rows, divide, use_rows
+from dsd_refine.data.tables import Table, column, in_threads, raw_bytes, undecoded
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks import Batch, Forward, Guess, Item, Score, Scores, ratio, require
 from dsd_refine.tasks.classify import overlap_warning, skip_warnings
-from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, in_threads, raw_bytes, undecoded, use_rows
 from dsd_refine.tasks.sound import Hearing, Lengths, SpecAugment, count_frames, decode, lengths_of, resample, spec_augment
 from dsd_refine.tasks.tokens import or_reason, tokenized
 

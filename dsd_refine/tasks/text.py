@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dsd_refine.data.splits import Examined, Rows, divide, use_rows
+from dsd_refine.data.tables import Table, column, row_blocks
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
@@ -25,7 +27,6 @@ from dsd_refine.tasks.classify import (
     overlap_warning,
     skip_warnings,
 )
-from dsd_refine.tasks.data import Examined, Rows, Table, column, divide, row_blocks, use_rows
 from dsd_refine.tasks.tokens import or_reason, tokenized, unreadable
 
 Ids = np.ndarray[Any, Any]

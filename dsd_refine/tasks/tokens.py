@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsd_refine.data.tables import in_words
 from dsd_refine.errors import CheckpointError, DataError
-from dsd_refine.tasks.data import in_words
 
 T = TypeVar("T")
 BLOCK = 1000  # rows that are tokenized in one call

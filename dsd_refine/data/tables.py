@@ -1,38 +1,36 @@
-"""Where rows come from and which of them train, select and judge. No task, no model: rows have content, a label, a name."""
+"""Data as they lie on disk or on the Hub, read into tables: files, folders, columns. No task, no model."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
 import stat
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-import numpy as np
 
 from dsd_refine.checkpoint.hub import ask_hub, check_blobs, is_of_the_hub
+from dsd_refine.data import imagenet
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.space import is_full
-from dsd_refine.tasks import imagenet
 
 Found = TypeVar("Found")
-
-SALT = b"dsd-refine holdout 1"
-EVAL_SHARE = 0.2
 HUB_LIMIT = 5 * 10**9
 LARGEST = 10**9  # bytes of one example
 AT_ONCE = 1000  # rows that wait for threads
-SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
-               "valid": "validation", "dev": "validation", "test": "test"}  # fmt: skip
+# The names that `datasets` gives a meaning (datasets.data_files.KEYWORDS_IN_DIR_NAME_BASE_PATTERNS): name -> role.
+ROLES = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".m4a"}
 TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt"}
 
@@ -46,89 +44,39 @@ class Table:
     """One split as read. `names` are file names relative to the data, None for a table (rows are numbered from 0).
 
     `folder` is what relative file names in columns count from. `classes` are the names of integer labels, in order, where
-    somebody said them whom the table itself does not: the recipe, or we who know the data set.
+    somebody said them whom the table itself does not: the recipe, or we who know the data set. `origin` says to a reader
+    what was read: a file, a folder or a split of the data.
     """
 
     rows: datasets.Dataset
     names: list[str] | None = None
     folder: Path | None = None
     classes: tuple[str, ...] | None = None
+    origin: str = ""
 
     def name(self, row: int) -> str | int:
         return self.names[row] if self.names is not None else row
 
 
-@dataclass(frozen=True, slots=True)
-class Examined:
-    """What a task says of one row: `digest` of its content, `label` as text (None: has none), `reason` to skip it.
+@dataclass(frozen=True)
+class Reading:
+    """What DATA was read as: a table for each split, under the split's own name.
 
-    `texts` are what the row should be turned into, where that is no class: a transcript, captions.
+    `unused` names what lies there and was not read, each with its reason; `notes` say how what was read became rows.
     """
 
-    digest: bytes
-    label: str | None = None
-    reason: str | None = None
-    texts: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The used rows of one part, in the data's order. `at` indexes `table.rows`; `labels` are texts ("" without classes).
-
-    `texts` are each row's `Examined.texts`, empty for a task without them.
-    """
-
-    table: Table
-    at: np.ndarray[Any, Any]
-    digests: list[bytes]
-    labels: list[str]
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    texts: list[tuple[str, ...]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.at)
-
-    def name(self, i: int) -> str | int:
-        return self.table.name(int(self.at[i]))
-
-    def subset(self, chosen: Sequence[int], skipped: list[dict[str, Any]] | None = None) -> Rows:
-        """The rows at these positions, in this order."""
-        return Rows(
-            self.table,
-            self.at[np.asarray(chosen, dtype=np.int64)],
-            [self.digests[i] for i in chosen],
-            [self.labels[i] for i in chosen],
-            skipped or [],
-            [self.texts[i] for i in chosen] if self.texts else [],
-        )
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over content, label and texts of every row in order."""
-        digest = hashlib.sha256()
-        for content, label, texts in zip(self.digests, self.labels, self.texts or [()] * len(self), strict=True):
-            digest.update(content + "\n".join((label, *texts)).encode("utf-8", "surrogatepass") + b"\0")
-        return digest.hexdigest()
-
-    def summary(self) -> dict[str, Any]:
-        """The report's `data` entry."""
-        return {"rows": len(self), "skipped": self.skipped, "fingerprint": self.fingerprint}
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The three parts of a run. `overlap` counts evaluation rows whose content also trains or selects."""
-
-    train: Rows
-    holdout: Rows | None
-    eval: Rows
-    overlap: int
-    rule: str
+    tables: dict[str, Table]
     unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool]) -> dict[str, Table]:
-    """Split name (train, validation, test) -> table, for any form of `--data`. Files are parsed into `cache`.
+def role_of(name: str) -> str | None:
+    """train, validation or test, for a split, folder or file stem of one of the names that `datasets` knows."""
+    return ROLES.get(name.casefold())
+
+
+def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool]) -> Reading:
+    """Read any form of `--data`. Files are parsed into `cache`.
 
     `download(name, bytes)` is asked before a Hub data set of more than HUB_LIMIT bytes is fetched.
 
@@ -146,24 +94,25 @@ def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool])
         raise DataError(f"{spec}: no such file or directory, and not a Hub data set (org/name[:config])")
     if not any(len(table.rows) for table in tables.values()):
         raise DataError(f"{spec}: holds no rows")
-    return {split: replace(table, rows=table.rows.with_format(None)) for split, table in tables.items()}  # a saved format
+    plain = {
+        name: replace(table, rows=table.rows.with_format(None)) for name, table in tables.items()
+    }  # without a saved format
+    return Reading({name: replace(table, origin=table.origin or name) for name, table in plain.items()})
 
 
 def _from_folder(path: Path, cache: Path) -> dict[str, Table]:
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         return _named_splits(_guarded(path, lambda: _validated(datasets.load_from_disk(str(path)))), str(path))
-    files = {SPLIT_NAMES[f.stem]: f for f in sorted(path.iterdir()) if f.stem in SPLIT_NAMES and f.suffix in TABLE_SUFFIXES}
+    files = {f.stem: f for f in sorted(path.iterdir()) if role_of(f.stem) and f.suffix in TABLE_SUFFIXES}
     if files:
         return {split: _from_file(file, cache) for split, file in files.items()}
     if _metadata(path):
         return {"train": _from_metadata(path, path, cache)}
     folders = [f for f in sorted(path.iterdir()) if f.is_dir() and not f.name.startswith(".")]
-    parts = [f for f in folders if f.name.lower() in SPLIT_NAMES]
+    parts = [f for f in folders if role_of(f.name)]
     if not parts or (len(parts) == 1 < len(folders) and _is_a_class(parts[0])):
         return {"train": _class_folders(path, path)}
-    return {
-        SPLIT_NAMES[f.name.lower()]: _from_metadata(f, path, cache) if _metadata(f) else _class_folders(f, path) for f in parts
-    }
+    return {f.name: _from_metadata(f, path, cache) if _metadata(f) else _class_folders(f, path) for f in parts}
 
 
 def _validated(found: Any) -> Any:
@@ -289,10 +238,7 @@ def _guarded(path: Path, read: Callable[[], Any]) -> Any:
 def _named_splits(found: Any, spec: str) -> dict[str, Table]:
     if isinstance(found, datasets.Dataset):
         return {"train": Table(found)}
-    tables = {SPLIT_NAMES[name]: Table(rows) for name, rows in found.items() if name in SPLIT_NAMES}
-    if not tables:
-        raise DataError(f"{spec}: has the splits {', '.join(found)}; none is train, validation or test")
-    return tables
+    return {name: Table(rows) for name, rows in found.items()}
 
 
 def _from_hub(spec: str, download: Callable[[str, int], bool]) -> dict[str, Table]:
@@ -406,55 +352,6 @@ def in_words(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def label_texts(table: Table, name: str) -> list[str | None]:
-    """The label column as texts; None where a row has no label. Integers are their names, where those are known.
-
-    Raises:
-        DataError: several labels a row, numbers that are no classes, a class id out of range or of another class than the
-            row's file name says.
-    """
-    kind, values = table.rows.features[name], table.rows.with_format(None)[name]
-    if isinstance(kind, datasets.ClassLabel):
-        return [_class_name(kind.names, table, row, value) for row, value in enumerate(values)]
-    texts: list[str | None] = []
-    known: dict[str, str] = {}  # each name once: there are few, and many rows
-    for row, value in enumerate(values):
-        if isinstance(value, list | dict | np.ndarray):
-            raise DataError(
-                f"row {table.name(row)}: {name!r} holds several labels ({value!r:.60}); multi-label is not supported"
-            )
-        if isinstance(value, float) and value == value and not value.is_integer():
-            raise DataError(f"row {table.name(row)}: the label {value} is no class; regression is not supported")
-        missing = value is None or value != value or value == ""
-        text = str(int(value)) if isinstance(value, float) and not missing else str(value)
-        texts.append(None if missing else known.setdefault(text, text))
-    return texts if table.classes is None else _with_names(table, table.classes, texts)
-
-
-def _class_name(names: Sequence[str], table: Table, row: int, value: int | None) -> str | None:
-    if value is None or value == -1:  # -1 is how data sets hide the labels of a test split
-        return None
-    if not 0 <= value < len(names):
-        raise DataError(f"row {table.name(row)}: class id {value} is outside 0..{len(names) - 1}")
-    return str(names[value])
-
-
-def _with_names(table: Table, names: tuple[str, ...], texts: list[str | None]) -> list[str | None]:
-    """Integers as the names that they are said to be, held against the rows' own file names where these say a class."""
-    found = [
-        _class_name(names, table, row, int(text)) if text is not None and re.fullmatch("-?[0-9]+", text) else text
-        for row, text in enumerate(texts)
-    ]
-    files = imagenet.spoken(table.rows) if names == imagenet.synsets() else ()
-    for row, (name, said) in enumerate(zip(found, files, strict=False)):
-        if name is not None and said and name not in said:
-            raise DataError(
-                f"row {table.name(row)}: its label {texts[row]} would be {name}, its file is of {' '.join(sorted(said))}: "
-                "these integers are not ImageNet-1k's. Leave out label_names: imagenet-1k, or give the labels as names"
-            )
-    return found
-
-
 def row_blocks(table: Table, names: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
     """What rows hold in these columns, in order, a block of rows at a time: a table is on disk, and may not fit in memory."""
     for block in table.rows.select_columns([*dict.fromkeys(names)]).iter(AT_ONCE):
@@ -473,90 +370,3 @@ def in_threads(one: Callable[[int], Found], rows: int) -> list[Found]:
         return [found for block in blocks for found in pool.map(one, block)]
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def use_rows(table: Table, examined: Sequence[Examined]) -> Rows:
-    """The rows of a split that can be used; the others are named with their reasons."""
-    used = [i for i, row in enumerate(examined) if row.reason is None]
-    skipped = [{"row": table.name(i), "reason": row.reason} for i, row in enumerate(examined) if row.reason is not None]
-    return Rows(
-        table,
-        np.asarray(used, dtype=np.int64),
-        [examined[i].digest for i in used],
-        [examined[i].label or "" for i in used],
-        skipped,
-        [examined[i].texts for i in used] if any(row.texts for row in examined) else [],
-    )
-
-
-def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_share: float) -> Parts:
-    """Which rows train, select and judge, as the contract's splits say. A split without labelled rows counts as absent.
-
-    Raises:
-        DataError: nothing left to train on or to evaluate on.
-    """
-    splits = {name: rows for name, rows in tables.items() if len(rows)}
-    if "train" not in splits:
-        raise DataError(f"no usable training rows{_why(tables.get('train'))}")
-    train, test, validation = splits["train"], splits.get("test"), splits.get("validation")
-    selecting = validation
-    if evaluation is not None:
-        given = [evaluation[name] for name in ("test", "validation", "train") if name in evaluation and len(evaluation[name])]
-        if not given:
-            raise DataError("no usable rows in --eval-data")
-        judge, rule = given[0], "--eval-data"
-    elif test is not None:
-        judge, rule = test, "test"
-    elif validation is not None:
-        judge, rule, selecting = validation, "validation", None
-    else:
-        train, judge = carve(train, EVAL_SHARE)
-        rule = f"carved ({EVAL_SHARE}) from the training rows"
-    if selecting is None and holdout_share:
-        train, selecting = carve(train, holdout_share)
-        rule += f"; holdout carved ({holdout_share}) from the training rows"
-    elif selecting is not None:
-        rule += "; holdout is validation"
-    if not len(train) or not len(judge):
-        raise DataError(f"too few rows: {len(train)} left for training, {len(judge)} for evaluation")
-    if selecting is not None and not len(selecting):
-        raise DataError("too few rows for a holdout; give more data, or --holdout 0 with --keep last")
-    seen = {*train.digests, *(selecting.digests if selecting is not None else ())}
-    unused = tuple(name for name, rows in tables.items() if rows.skipped and not len(rows))
-    return Parts(train, selecting, judge, sum(digest in seen for digest in judge.digests), rule, unused)
-
-
-def _why(rows: Rows | None) -> str:
-    if rows is None or not rows.skipped:
-        return ": the data has no train split" if rows is None else ""
-    reasons = Counter(item["reason"] for item in rows.skipped)
-    return f": {len(rows.skipped)} rows were skipped ({', '.join(f'{n} {reason}' for reason, n in reasons.most_common(3))})"
-
-
-def carve(rows: Rows, share: float) -> tuple[Rows, Rows]:
-    """(kept, carved): per class the round(share * n) rows with the smallest salted SHA-256 of content; no seed in it.
-
-    Equal rows stay together, under whatever labels: a group at the border goes over whole, unless that would empty a class.
-    """
-    by_class: dict[str, list[int]] = defaultdict(list)
-    for i, label in enumerate(rows.labels):
-        by_class[label].append(i)
-    taken: set[bytes] = set()
-    for members in by_class.values():
-        ordered = sorted((rows.digests[i] for i in members), key=_salted)
-        count = round(share * len(ordered))
-        while 0 < count < len(ordered) and ordered[count] == ordered[count - 1]:
-            count += 1
-        if count == len(ordered):
-            count = ordered.index(ordered[-1])
-        taken.update(ordered[:count])
-    for _, members in sorted(by_class.items()):
-        content = {rows.digests[i] for i in members}
-        if content <= taken:  # what other classes take may be all that this one has
-            taken.remove(max(content, key=_salted))
-    kept = [i for i, digest in enumerate(rows.digests) if digest not in taken]
-    return rows.subset(kept, rows.skipped), rows.subset([i for i, digest in enumerate(rows.digests) if digest in taken])
-
-
-def _salted(digest: bytes) -> bytes:
-    return hashlib.sha256(SALT + digest).digest()

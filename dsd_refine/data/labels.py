@@ -6,6 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import datasets
+import numpy as np
+
+from dsd_refine.data import imagenet
+from dsd_refine.data.tables import Table
 from dsd_refine.errors import DataError
 
 
@@ -147,3 +152,52 @@ def _plain(name: str) -> str:
 def _some(names: Sequence[str], most: int = 12) -> str:
     rest = f", … ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def label_texts(table: Table, name: str) -> list[str | None]:
+    """The label column as texts; None where a row has no label. Integers are their names, where those are known.
+
+    Raises:
+        DataError: several labels a row, numbers that are no classes, a class id out of range or of another class than the
+            row's file name says.
+    """
+    kind, values = table.rows.features[name], table.rows.with_format(None)[name]
+    if isinstance(kind, datasets.ClassLabel):
+        return [_class_name(kind.names, table, row, value) for row, value in enumerate(values)]
+    texts: list[str | None] = []
+    known: dict[str, str] = {}  # each name once: there are few, and many rows
+    for row, value in enumerate(values):
+        if isinstance(value, list | dict | np.ndarray):
+            raise DataError(
+                f"row {table.name(row)}: {name!r} holds several labels ({value!r:.60}); multi-label is not supported"
+            )
+        if isinstance(value, float) and value == value and not value.is_integer():
+            raise DataError(f"row {table.name(row)}: the label {value} is no class; regression is not supported")
+        missing = value is None or value != value or value == ""
+        text = str(int(value)) if isinstance(value, float) and not missing else str(value)
+        texts.append(None if missing else known.setdefault(text, text))
+    return texts if table.classes is None else _with_names(table, table.classes, texts)
+
+
+def _class_name(names: Sequence[str], table: Table, row: int, value: int | None) -> str | None:
+    if value is None or value == -1:  # -1 is how data sets hide the labels of a test split
+        return None
+    if not 0 <= value < len(names):
+        raise DataError(f"row {table.name(row)}: class id {value} is outside 0..{len(names) - 1}")
+    return str(names[value])
+
+
+def _with_names(table: Table, names: tuple[str, ...], texts: list[str | None]) -> list[str | None]:
+    """Integers as the names that they are said to be, held against the rows' own file names where these say a class."""
+    found = [
+        _class_name(names, table, row, int(text)) if text is not None and re.fullmatch("-?[0-9]+", text) else text
+        for row, text in enumerate(texts)
+    ]
+    files = imagenet.spoken(table.rows) if names == imagenet.synsets() else ()
+    for row, (name, said) in enumerate(zip(found, files, strict=False)):
+        if name is not None and said and name not in said:
+            raise DataError(
+                f"row {table.name(row)}: its label {texts[row]} would be {name}, its file is of {' '.join(sorted(said))}: "
+                "these integers are not ImageNet-1k's. Leave out label_names: imagenet-1k, or give the labels as names"
+            )
+    return found

@@ -1,0 +1,1 @@
+"""Data: read into tables, divided into parts, labels matched with classes."""
