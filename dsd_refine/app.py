@@ -112,6 +112,7 @@ RECIPE_OPTIONS = _together(
 TRUST_OPTIONS = _together(
     click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along."),
     click.option("--allow-pickle", is_flag=True, help="Read .bin/.pth weights, weights-only even so."),
+    click.option("--weights-key", metavar="KEY", help="Which of a pickle's sets of weights (timm's choice: EMA first)."),
 )
 RUN_OPTIONS = _together(
     click.option("--output-dir", "-o", metavar="DIR", help="Where the result goes (./NAME-dsd)."),
@@ -219,7 +220,15 @@ def plan(model: str, **given: Any) -> int:
 @TRUST_OPTIONS
 @JSON_OPTION
 @click.option("--quiet", is_flag=True, help="The result alone (there is nothing else).")
-def verify(source: str, output: str, trust_remote_code: bool, allow_pickle: bool, as_json: bool, quiet: bool) -> int:
+def verify(
+    source: str,
+    output: str,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    weights_key: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
     """Prove that OUTPUT has SOURCE's shape, and that its report's hashes and outputs hold."""
     import json
 
@@ -232,10 +241,18 @@ def verify(source: str, output: str, trust_remote_code: bool, allow_pickle: bool
 
     if not Path(output, "dsd/report.json").is_file():
         raise UsageError(f"{output}: is no output of dsd-refine: it has no dsd/report.json")
-    task = read_json(Path(output, "dsd/report.json")).get("task")
+    report = read_json(Path(output, "dsd/report.json"))
+    task, said = report.get("task"), report.get("source")
     task = task if isinstance(task, str) and task in TASKS else None
+    key = said.get("weights_key") if isinstance(said, dict) else None
     found = find_source(source, allow_pickle=allow_pickle)
-    checkpoint = open_shapes(found, open_library(found, task, trust_remote_code), allow_pickle=allow_pickle, fetched=True)
+    checkpoint = open_shapes(
+        found,
+        open_library(found, task, trust_remote_code),
+        allow_pickle=allow_pickle,
+        weights_key=weights_key or (key if isinstance(key, str) else None),
+        fetched=True,
+    )
     problems = check(checkpoint, Path(output))
     _result(json.dumps({"ok": not problems, "problems": problems}) if as_json else report_lines(problems, Path(output)))
     return 3 if problems else 0

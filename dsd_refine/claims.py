@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from dsd_refine.links import leads_out
 from dsd_refine.report.card import LOCAL, DataName, read_card, read_plain
 
 
@@ -47,7 +48,8 @@ class Claim:
 def claims(source: Path) -> list[Claim]:
     """All figures of a source folder's card; what is not readable is left out."""
     found = list(_walk(read_card(source).front))
-    for file in sorted((source / ".eval_results").glob("*.yaml")):
+    files = (source / ".eval_results").glob("*.yaml")
+    for file in sorted(file for file in files if not leads_out(file, source)):
         try:
             found += _walk(read_plain(file.read_text(encoding="utf-8", errors="replace")))
         except (OSError, yaml.YAMLError, ValueError, RecursionError):

@@ -61,11 +61,12 @@ def first_layers(model: nn.Module, task: str) -> list[str]:
     if task not in SEES:
         return []
     modules = dict(model.named_modules())
-    hint = getattr(model, "pretrained_cfg", {}).get("first_conv") or []
-    named = [name for name in ([hint] if isinstance(hint, str) else hint) if name in modules]
     # a head may be defined before the rest; what the library calls the base model is not
     base = getattr(model, "base_model", model)
     place = next(name for name, module in modules.items() if module is base)
+    hint = getattr(base, "pretrained_cfg", {}).get("first_conv") or []
+    hinted = [f"{place}.{name}".lstrip(".") for name in ([hint] if isinstance(hint, str) else hint)]
+    named = [name for name in hinted if name in modules]
     inner = first_layer(base)
     return named or ([f"{place}.{inner}".lstrip(".")] if inner else [])
 

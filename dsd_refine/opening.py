@@ -45,7 +45,7 @@ def opened(source: Source, library: Library, recipe: Recipe, options: Options) -
         stack.enter_context(workspace.locked() if accelerator.is_main_process else nullcontext())
         accelerator.wait_for_everyone()
         try:
-            with _unreadable():
+            with _unreadable(source):
                 run = _open(source, library, recipe, options, accelerator, workspace, signals)
             signals.wait()
             yield run
@@ -56,12 +56,13 @@ def opened(source: Source, library: Library, recipe: Recipe, options: Options) -
 
 
 @contextmanager
-def _unreadable() -> Iterator[None]:
+def _unreadable(source: Source) -> Iterator[None]:
     """Before the first step, a file that cannot be read is the user's to cure: nothing was trained, nothing can be resumed."""
     try:
         yield
     except (PermissionError, FileNotFoundError, IsADirectoryError) as error:
-        raise UsageError(f"{error.filename}: {error.strerror}; nothing was trained") from None
+        what = f"{error.filename}: {error.strerror}" if error.filename else f"{source.folder}: {error}"
+        raise UsageError(f"{what}; nothing was trained") from None
 
 
 def _open(
@@ -74,7 +75,7 @@ def _open(
     signals: Signals,
 ) -> Run:
     seed_all(recipe.seed, accelerator.device)
-    checkpoint = open_checkpoint(source, library, allow_pickle=options.allow_pickle)
+    checkpoint = open_checkpoint(source, library, allow_pickle=options.allow_pickle, weights_key=recipe.weights_key)
     model = checkpoint.model
     with accelerator.main_process_first():
         task = open_task(recipe, library.task, library, model, workspace.partial / "cache", options.download)

@@ -27,7 +27,7 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
     Raises:
         UsageError: as a run would, for what can be seen without weights.
     """
-    checkpoint = open_shapes(source, library, allow_pickle=allow_pickle)
+    checkpoint = open_shapes(source, library, allow_pickle=allow_pickle, weights_key=recipe.weights_key)
     check_settings(checkpoint.model, recipe, checkpoint.filled)
     layers = open_layers(checkpoint, recipe, [])
     shares = [_first_sparsity(recipe, tried) for tried in recipe.sparsities]

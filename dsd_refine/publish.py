@@ -147,7 +147,7 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "environment": environment(device, run.loop.world),
         "source": {
             "model": source.model, "resolved": source.resolved, "revision": source.revision, "library": source.library,
-            "files": _files(run.source_hashes),
+            "weights_key": run.checkpoint.layout.weights_key, "files": _files(run.source_hashes),
         },
         "output": {"path": str(run.options.output_dir), "files": _files(written)},
         "task": task.name,

@@ -119,12 +119,14 @@ class Augment(Strict):
 class Recipe(Strict):
     """Everything that decides a result. `dsd/recipe.yaml` of an output is one of these, and repeats the run.
 
+    `weights_key` says which of the sets of weights in one pickle is the model.
     `label_names` are the names of integer labels, in order, for data that have none of their own: a list, or `imagenet-1k`.
     """
 
     name: str = "recipe"
     task: TaskName | None = None
     models: Names = ()
+    weights_key: str | None = None
     data: str | None = None
     eval_data: str | None = None
     phases: Annotated[tuple[Phase, ...], Field(strict=False, min_length=1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -18,7 +19,9 @@ from dsd_refine.checkpoint.layout import (
     WeightFile,
     all_finite,
     build_header,
+    is_pointer,
     listed,
+    read_header,
     read_layout,
     sha256_file,
     sha256_files,
@@ -27,7 +30,7 @@ from dsd_refine.checkpoint.placement import Placement, place
 from dsd_refine.checkpoint.source import Source, find_source
 from dsd_refine.checkpoint.verify import verify
 from dsd_refine.checkpoint.write import copy_file, write_weights, written_dtypes
-from dsd_refine.errors import CheckpointError
+from dsd_refine.errors import CheckpointError, RunError
 
 __all__ = ["Checkpoint", "Layout", "Source", "find_source", "open_checkpoint", "open_library", "open_shapes", "verify"]
 
@@ -37,6 +40,11 @@ if TYPE_CHECKING:
     from dsd_refine.checkpoint.transformers import TransformersLibrary
 
 Library: TypeAlias = "TimmLibrary | TorchvisionLibrary | TransformersLibrary"
+
+
+QUANTISED = {
+    torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.float8_e4m3fn, torch.float8_e5m2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,17 +85,26 @@ class Checkpoint:
 
     @contextmanager
     def rounded(self, model: torch.nn.Module) -> Iterator[None]:
-        """Within, the model computes with the weights as they would be written: rounded to the file's dtypes."""
+        """Within, the model computes with the weights as they would be written: rounded to the file's dtypes.
+
+        Raises:
+            RunError: a value that the file's dtype cannot hold.
+        """
         state = model.state_dict()
         kept: dict[str, torch.Tensor] = {}
-        for key, elements, dtype in written_dtypes(self.layout, self.placement):
-            kept.setdefault(key, state[key].clone())
-            if elements is None:
-                state[key].copy_(state[key].to(dtype))
-            else:
-                flat = state[key].reshape(-1).index_put((elements.to(state[key].device),), _part(state[key], elements, dtype))
-                state[key].copy_(flat.reshape(state[key].shape))
         try:
+            for name, key, elements, dtype in written_dtypes(self.layout, self.placement):
+                kept.setdefault(key, state[key].clone())
+                if elements is None:
+                    new = state[key].to(dtype)
+                    _refuse_overflow(name, state[key], new)
+                    state[key].copy_(new)
+                else:
+                    old = state[key].reshape(-1)[elements.to(state[key].device)]
+                    new = old.to(dtype)
+                    _refuse_overflow(name, old, new)
+                    flat = state[key].reshape(-1).index_put((elements.to(state[key].device),), new.to(state[key].dtype))
+                    state[key].copy_(flat.reshape(state[key].shape))
             yield
         finally:
             for key, value in kept.items():
@@ -108,8 +125,21 @@ class Checkpoint:
         return hashes
 
 
-def _part(tensor: torch.Tensor, elements: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.reshape(-1)[elements.to(tensor.device)].to(dtype).to(tensor.dtype)
+def _refuse_overflow(name: str, value: torch.Tensor, rounded: torch.Tensor) -> None:
+    if all_finite(rounded):
+        return
+    raise RunError(f"{name}: {_too_large(value, rounded.dtype)}; nothing was published")
+
+
+def _too_large(value: torch.Tensor, dtype: torch.dtype) -> str:
+    """What is wrong with values that a dtype cannot hold."""
+    if not all_finite(value):
+        return "holds values that are not finite after training; a lower rate may help"
+    largest, limit = float(value.abs().max()), torch.finfo(dtype).max
+    return (
+        f"training brought a value to {largest:,.0f}, and {_plain(dtype)}, which the source's file has, ends at {limit:,.0f}; "
+        "a lower rate may keep it within, or give the source in float32"
+    )
 
 
 def open_library(source: Source, task: str | None = None, trust_remote_code: bool = False) -> Library:
@@ -133,13 +163,18 @@ def open_library(source: Source, task: str | None = None, trust_remote_code: boo
     return TimmLibrary.open(source.folder)
 
 
-def open_checkpoint(source: Source, library: Library, *, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(
+    source: Source, library: Library, *, allow_pickle: bool = False, weights_key: str | None = None
+) -> Checkpoint:
     """Load a source strictly, in float32, and find where each tensor of its files lives in the model.
+
+    `weights_key` says which of a pickle's sets of weights is meant.
 
     Raises:
         CheckpointError: anything missing, misshapen, re-initialised, quantised, not finite, or not writable back.
     """
-    layout = read_layout(source.folder, allow_pickle)
+    layout = read_layout(source.folder, allow_pickle, weights_key)
+    _refuse_quantised(layout)
     tensors = {name: tensor for file in layout.files for name, tensor in file.mapped().items()}
     with _bounded(layout):
         if library.name != "transformers":  # which builds on the meta device first by itself
@@ -147,23 +182,63 @@ def open_checkpoint(source: Source, library: Library, *, allow_pickle: bool = Fa
         model = _owned(library.load(tensors, torch.float32), tensors)
     state = model.state_dict()
     placement = place(layout, model, library.load, lambda name: _same(tensors[name], state[name]))
-    _refuse_values(layout, placement, tensors)
+    _refuse_values(layout, placement, tensors, {key for key, _ in model.named_parameters(remove_duplicate=False)})
     warnings = [*library.warnings(model)]
     if layout.from_pickle:
         warnings.append(f"the source's weights are a pickle; the output's are {SINGLE}")
     unused = [name for name in layout.names() if name not in placement]
     if unused:
         warnings.append(f"the model does not use these tensors, which are kept as they are: {listed(unused)}")
-    _, left = source.side_files(set(layout.read_from))
-    if left:
-        warnings.append(f"not copied (other copies of the weights, or ours to write): {listed(left, 20)}")
+    warnings += [*layout.notes, *_file_warnings(source, layout)]
     return Checkpoint(source, library, layout, model.eval(), placement, tuple(warnings))
 
 
-def open_shapes(source: Source, library: Library, *, allow_pickle: bool = False, fetched: bool = False) -> Checkpoint:
+def _file_warnings(source: Source, layout: Layout) -> list[str]:
+    """What an output does not have of the source's files, and what it has that will no longer fit."""
+    copied, left, links = source.side_files(set(layout.read_from))
+    lines = []
+    if left:
+        lines.append(f"not copied (other copies of the weights, or ours to write): {listed(left, 20)}")
+    if links:
+        lines.append(
+            f"not copied, links that lead out of the source's folder or to folders: {listed(links, 20)}; "
+            "put the files themselves there if the output is to have them"
+        )
+    pointers = [name for name in copied if is_pointer(source.folder / name)]
+    if pointers:
+        lines.append(f"copied as they are, git-lfs pointers instead of files: {listed(pointers, 20)}")
+    stale = [name for name in copied if fnmatchcase(name, "adapter.*") and _may_be_held(source.folder / name, layout)]
+    if stale:
+        lines.append(
+            f"copied as they are, adapters that the weights hold too: {listed(stale)}; a loader that is given `target_lang` "
+            "lays them over what was trained here"
+        )
+    return lines
+
+
+def _may_be_held(path: Path, layout: Layout) -> bool:
+    """Are an adapter's tensors among the weights, with the same values? Of a pickle that is not known."""
+    if path.suffix != ".safetensors":
+        return path.suffix in (".bin", ".pt", ".pth")
+    try:
+        tensors = read_header(path).mapped()
+    except CheckpointError:
+        return False
+    return any(name in layout.where and torch.equal(layout.tensor(name), tensor) for name, tensor in tensors.items())
+
+
+def open_shapes(
+    source: Source,
+    library: Library,
+    *,
+    allow_pickle: bool = False,
+    weights_key: str | None = None,
+    fetched: bool = False,
+) -> Checkpoint:
     """The same on the meta device: no values; headers where the weights are here (`fetched`: they must be)."""
     try:
-        layout = read_layout(source.folder, allow_pickle)
+        layout = read_layout(source.folder, allow_pickle, weights_key)
+        _refuse_quantised(layout)
         with _bounded(layout):
             model = library.build_meta()
     except CheckpointError:
@@ -197,9 +272,30 @@ def _same(filed: torch.Tensor, held: torch.Tensor) -> bool:
     return torch.equal(filed.to(held.dtype), held) or bool(filed.isnan().any())
 
 
-def _refuse_values(layout: Layout, placement: Placement, tensors: dict[str, torch.Tensor]) -> None:
-    for name in placement:
+def _refuse_quantised(layout: Layout) -> None:
+    """Refuse weight matrices of whole numbers or fp8: a library may load them as they are, without their scales.
+
+    Raises:
+        CheckpointError: names the first and its dtype, which stands in the header.
+    """
+    for name in layout.names():
+        entry = layout.entry(name)
+        if entry.dtype in QUANTISED and len(entry.shape) > 1 and "weight" in name.rsplit(".", 1)[-1]:
+            raise CheckpointError(
+                f"{layout.folder}: quantised weights ({_plain(entry.dtype)} in tensor {name}) cannot be refined; "
+                "give the checkpoint that they were made from"
+            )
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _refuse_values(layout: Layout, placement: Placement, tensors: dict[str, torch.Tensor], trained: set[str]) -> None:
+    for name, parts in placement.items():
         tensor = tensors[name]
+        if not tensor.is_floating_point() and any(part.key in trained for part in parts):
+            raise CheckpointError(f"{layout.folder}: quantised weights ({_plain(tensor.dtype)} in tensor {name})")
         if tensor.is_floating_point() and tensor.dtype not in TRAINABLE:
             raise CheckpointError(f"{name}: is {tensor.dtype}; only float32, float16 and bfloat16 weights can be refined")
         if tensor.is_floating_point() and not all_finite(tensor):

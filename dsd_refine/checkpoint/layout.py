@@ -11,7 +11,6 @@ import json
 import math
 import mmap
 import os
-import re
 import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dsd_refine.checkpoint.copies import other_formats
+from dsd_refine.checkpoint.pickles import Pickled, read_pickle
 from dsd_refine.errors import CheckpointError
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -114,6 +115,8 @@ class PickleFile(WeightFile):
 
     held: dict[str, torch.Tensor] = field(default_factory=dict)
     read: tuple[str, ...] = ()
+    key: str | None = None
+    notes: tuple[str, ...] = ()
 
     def raw(self, entry: Entry) -> Bytes:
         return np.frombuffer(memory(self.held[entry.name]), dtype=np.uint8)
@@ -152,6 +155,16 @@ class Layout:
     def from_pickle(self) -> bool:
         return any(isinstance(file, PickleFile) for file in self.files)
 
+    @property
+    def weights_key(self) -> str | None:
+        """The key of a pickle that the weights stood under."""
+        return next((file.key for file in self.files if isinstance(file, PickleFile)), None)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of how a pickle was read."""
+        return [note for file in self.files if isinstance(file, PickleFile) for note in file.notes]
+
     def names(self) -> Iterator[str]:
         """Every tensor's name, file by file, in file order."""
         return (entry.name for file in self.files for entry in file.entries)
@@ -173,25 +186,37 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or all(math.isfinite(end) for end in torch.stack(tensor.aminmax()).tolist())
 
 
-def read_layout(folder: Path, allow_pickle: bool = False) -> Layout:
-    """The layout of a checkpoint folder.
+def read_layout(folder: Path, allow_pickle: bool = False, weights_key: str | None = None) -> Layout:
+    """The layout of a checkpoint folder. `weights_key` says which of a pickle's sets of weights is meant.
 
     Raises:
         CheckpointError: no weights, a missing or truncated shard, an LFS pointer, a header that breaks the format, an
-            index that contradicts the files, or pickle files without `allow_pickle`.
+            index that contradicts the files, pickle files without `allow_pickle`, or a `weights_key` that is none.
     """
+    found = _safe(folder)
+    if found is not None and weights_key is not None:
+        raise CheckpointError(
+            f"--weights-key {weights_key}: {found.files[0].path} is safetensors, which holds one set of weights; "
+            "the option is for a pickle that holds several"
+        )
+    return found or _pickled(folder, allow_pickle, weights_key)
+
+
+def _safe(folder: Path) -> Layout | None:
+    """The layout of a folder's safetensors files, if it has any that are its model."""
     index = folder / INDEX
     if index.is_file():
         return _sharded(folder, index)
     if (folder / SINGLE).is_file():
         return _collect(folder, [read_header(folder / SINGLE)], None)
-    others = sorted(folder.glob("*.safetensors"))
+    # adapters (of a language, of peft) are laid over a model, and are none
+    others = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter"))
     if len(others) == 1:
         return _collect(folder, [read_header(others[0])], None)
     if others:
         names = ", ".join(path.name for path in others)
         raise CheckpointError(f"{folder}: several weight files ({names}) and no {INDEX} to say which counts")
-    return _pickled(folder, allow_pickle)
+    return None
 
 
 def _sharded(folder: Path, index: Path) -> Layout:
@@ -261,9 +286,21 @@ def bounded_json(raw: bytes) -> bytes:
     return raw
 
 
+POINTER = b"version https://git-lfs"
+
+
+def is_pointer(path: Path) -> bool:
+    """Is the file a git-lfs pointer? What cannot be read is none; who reads it says why."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(POINTER)) == POINTER
+    except OSError:
+        return False
+
+
 def refuse_pointer(start: bytes, path: Path) -> None:
     """Raise CheckpointError where the bytes are those of a git-lfs pointer instead of the file."""
-    if start.startswith(b"version https://git-lfs"):
+    if start.startswith(POINTER):
         raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull` or download it anew")
 
 
@@ -346,29 +383,54 @@ def _collect(folder: Path, files: list[WeightFile], index: Path | None) -> Layou
     return Layout(folder, tuple(files), index, where)
 
 
-def _pickled(folder: Path, allow_pickle: bool) -> Layout:
+def _pickled(folder: Path, allow_pickle: bool, weights_key: str | None) -> Layout:
     index = folder / PICKLE_INDEX
     weight_map = read_index(index) if index.is_file() else None
     paths = [folder / name for name in dict.fromkeys(weight_map.values())] if weight_map else _single_pickle(folder)
     if not paths:
-        raise CheckpointError(f"{folder}: no weights here (looked for {SINGLE}, {INDEX}, pytorch_model.bin, *.pth)")
+        raise CheckpointError(_nowhere(folder))
     if not allow_pickle:
+        raise CheckpointError(needs_leave(str(folder), paths[0].name))
+    if weights_key is not None and len(paths) > 1:
         raise CheckpointError(
-            f"{folder}: only pickle weights ({paths[0].name}); pickles can carry code, so they are read only with "
-            "--allow-pickle, and weights-only even then"
+            f"--weights-key {weights_key}: {folder} has several pickles, which are one set of weights together"
         )
-    held: dict[str, torch.Tensor] = {}
-    found: dict[str, str] = {}
-    for path in paths:
-        for name, tensor in _read_pickle(path).items():
-            held[name], found[name] = tensor, path.name
-    if weight_map is not None and found != weight_map:
-        wrong = sorted(name for name in {*found, *weight_map} if found.get(name) != weight_map.get(name))
+    pickles = {path.name: _read_pickle(path, weights_key) for path in paths}
+    held = {name: tensor for found in pickles.values() for name, tensor in found.tensors.items()}
+    where = {name: file for file, found in pickles.items() for name in found.tensors}
+    if weight_map is not None and where != weight_map:
+        wrong = sorted(name for name in {*where, *weight_map} if where.get(name) != weight_map.get(name))
         raise CheckpointError(f"{index}: index and shards disagree on where these tensors are: {listed(wrong)}")
     head, entries = build_header(held, {"format": "pt"})
-    read = (*(path.name for path in paths), *([index.name] if weight_map else []))
-    file = PickleFile(SINGLE, paths[0], head, {"format": "pt"}, entries, held, read)
+    read = (*pickles, *([index.name] if weight_map else []))
+    notes = tuple(note for found in pickles.values() for note in found.notes)
+    key = pickles[paths[0].name].key
+    file = PickleFile(SINGLE, paths[0], head, {"format": "pt"}, entries, held, read, key, notes)
     return _collect(folder, [file], None)
+
+
+def needs_leave(where: str, name: str) -> str:
+    """What to say of weights that are a pickle, where pickles are not to be read."""
+    return (
+        f"{where}: only pickle weights ({name}); pickles can carry code, so they are read only with "
+        "--allow-pickle, and weights-only even then"
+    )
+
+
+def no_weights(where: str, names: Iterable[str]) -> str:
+    """What to say where there are no weights that can be read: what is there, and what is needed."""
+    found = other_formats(names)
+    said = f"{where}: no weights here (looked for {SINGLE}, {INDEX}, pytorch_model.bin, *.pth)"
+    return f"{said}; {found}" if found else said
+
+
+def _nowhere(folder: Path) -> str:
+    """The same of a folder, where a weight file may also be a link to nothing."""
+    paths = [*folder.rglob("*")]
+    lost = sorted(path for path in paths if path.is_symlink() and not path.exists() and path.parent == folder)
+    if lost:
+        return f"{folder}: no weights here; {lost[0].name} is a link to {os.readlink(lost[0])}, which is not there"
+    return no_weights(str(folder), [path.relative_to(folder).as_posix() for path in paths])
 
 
 def _single_pickle(folder: Path) -> list[Path]:
@@ -382,26 +444,16 @@ def _single_pickle(folder: Path) -> list[Path]:
     return others
 
 
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+def _read_pickle(path: Path, weights_key: str | None) -> Pickled:
     if not path.is_file():
         raise CheckpointError(f"{path}: is not there; was the download completed?")
     with path.open("rb") as file:
         refuse_pointer(file.read(64), path)
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the pickle makes it raise
-        wanted = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text advises to load it unsafely
-        why = f"it wants {wanted[1]}, which is no tensor" if wanted else "it is no whole file of tensors"
-        raise CheckpointError(f"{path}: cannot be read weights-only, refused ({why})") from None
-    for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
-        raise CheckpointError(f"{path}: does not hold a plain mapping of names to tensors")
-    for name, tensor in found.items():
+    found = read_pickle(path, weights_key)
+    for name, tensor in found.tensors.items():
         if tensor.dtype not in NAMES or tensor.layout != torch.strided:
             raise CheckpointError(f"{path}: {name}: {tensor.dtype}, {tensor.layout} cannot be kept in a safetensors file")
-    return {str(name): tensor.detach() for name, tensor in found.items()}
+    return found
 
 
 def build_header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> tuple[bytes, tuple[Entry, ...]]:

@@ -8,7 +8,7 @@ cannot be undone exactly, shows itself by numbers that are none of ours, and is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,7 @@ def place(layout: Layout, model: torch.nn.Module, load: Load | None, same: Calla
     unplaced = [n for n in layout.names() if n not in found and _traceable(layout.entry(n))]
     if unplaced and load is not None:
         found.update(_trace(layout, load, [key for key in state if key not in found], found))
-    _refuse_uncovered(model, found, state)
+    _refuse_uncovered(layout, model, found, state)
     return found
 
 
@@ -137,16 +137,31 @@ def _in_order(part: Part) -> bool:
     return torch.equal(part.source, part.target) and torch.equal(part.source, torch.arange(len(part.source)))
 
 
-def _refuse_uncovered(model: torch.nn.Module, found: Placement, state: dict[str, torch.Tensor]) -> None:
+def _refuse_other_sizes(layout: Layout, lost: list[str], state: dict[str, torch.Tensor]) -> None:
+    """Refuse tensors that the library resized on loading, as a table of positions to another size of picture."""
+    for name in lost:
+        if name in layout.where and layout.entry(name).shape != tuple(state[name].shape):
+            raise CheckpointError(f"{layout.folder}: {other_size(name, layout.entry(name).shape, state[name].shape)}")
+
+
+def other_size(name: str, filed: Sequence[int], wanted: Sequence[int]) -> str:
+    """What to say of a tensor whose shape in the file is not what the config makes it."""
+    ours, theirs = ("x".join(map(str, shape)) for shape in (filed, wanted))
+    hint = " (the size of pictures: timm's `img_size` in model_args, transformers' `image_size`)" if "pos" in name else ""
+    return f"{name} is {ours} in the file, but {theirs} in the model that config.json asks for; correct config.json{hint}"
+
+
+def _refuse_uncovered(layout: Layout, model: torch.nn.Module, found: Placement, state: dict[str, torch.Tensor]) -> None:
     covered = {_identity(state[part.key]) for parts in found.values() for part in parts}
     # a parameter that never trains and is in no file is one the model computes itself (sinusoidal positions)
     lost = [n for n, p in model.named_parameters() if p.requires_grad and p.numel() and _identity(p) not in covered]
+    _refuse_other_sizes(layout, lost, state)
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             named = {f"{name}.{one}" for one in ("running_mean", "running_var")} & set(state)
             lost += sorted(one for one in named if _identity(state[one]) not in covered)
     if lost:
         raise CheckpointError(
-            f"these parameters are not in the file as they are in the model: {listed(lost)}. Either they are missing (a base "
-            "model without its head?), or the library computes them on loading, which cannot be written back exactly"
+            f"these parameters are not in the file as they are in the model: {listed(lost)}. Either they are missing, "
+            "or the library computes them on loading, which cannot be written back exactly"
         )

@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import atexit
 import difflib
-import fnmatch
 import json
 import os
+import re
 import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from dsd_refine.checkpoint.copies import adapter_of, is_weights, other_formats, shown_folder
 from dsd_refine.checkpoint.guard import refuse_counts
 from dsd_refine.checkpoint.hub import ask_hub, check_blobs
-from dsd_refine.checkpoint.layout import INDEX, SINGLE, read_json
+from dsd_refine.checkpoint.layout import (
+    INDEX,
+    PICKLE_INDEX,
+    SINGLE,
+    is_pointer,
+    needs_leave,
+    no_weights,
+    read_json,
+)
 from dsd_refine.errors import CheckpointError, UsageError
+from dsd_refine.links import leads_out
 
-# Files of other frameworks that hold the same weights once more. They are neither fetched nor copied: they would be stale.
-OTHER_WEIGHTS = (
+# What may hold weights, by its ending: not fetched where nobody asks for weights.
+HEAVY = (
     "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.gguf", "*.ggml", "*.npz",
     "*.tflite", "*.mlmodel", "*.mlpackage", "*.pb", "*.pkl", "*.pickle", "*.safetensors", "*.bin.index.json",
     "*.safetensors.index.json",
 )  # fmt: skip
+PICKLE = "pytorch_model.bin"
 CONNECT = 10.0  # seconds that the Hub has to answer
 NOT_FETCHED = "not fetched"  # the revision of a source that is known from timm's registry alone
+READ_BY_LIBRARIES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab")
 OURS = ("dsd", "rejected", ".git", ".cache", ".eval_results")
 
 
@@ -39,22 +53,34 @@ class Source:
     folder: Path
     library: str
 
-    def side_files(self, weight_files: set[str]) -> tuple[list[str], list[str]]:
-        """Relative names of the files that an output copies, and of those that it does not (for the warnings)."""
+    def side_files(self, weight_files: set[str]) -> tuple[list[str], list[str], list[str]]:
+        """Relative names of the files that an output copies; of copies of the weights and what is ours to write, which it
+        does not; and of links that lead out of the folder, or to folders, which it does not either.
+
+        The config is copied though it be such a link: it has been read, and is a model's.
+        """
         copied: list[str] = []
-        left: list[str] = []
-        for path in sorted(self.folder.rglob("*")):
+        left: dict[str, None] = {}
+        links: list[str] = []
+        for path in sorted(_within(self.folder)):
             name = path.relative_to(self.folder).as_posix()
-            if not path.is_file() or name in weight_files or name == "README.md":
+            top = name.split("/")[0]
+            if name in weight_files or name == "README.md":
                 continue
-            dropped = name.split("/")[0] in OURS or is_weights(name)
-            (left if dropped else copied).append(name)
-        return copied, left
+            if top in OURS or is_weights(name):
+                left[f"{top}/" if top in OURS and top != name else shown_folder(name) or name] = None
+            elif path.is_dir() or (name != "config.json" and leads_out(path, self.folder)):
+                links.append(name)
+            elif path.is_file():
+                copied.append(name)
+        return copied, [*left], links
 
 
-def is_weights(name: str) -> bool:
-    """Does the name look like a copy of the weights in some format?"""
-    return any(fnmatch.fnmatch(name.rsplit("/", 1)[-1].lower(), pattern) for pattern in OTHER_WEIGHTS)
+def _within(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, and every link to a folder (which is not followed)."""
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place, name) for name in files)
+        yield from (path for path in (Path(place, name) for name in folders) if path.is_symlink())
 
 
 def find_source(model: str, *, weights: bool = True, allow_pickle: bool = False) -> Source:
@@ -78,28 +104,67 @@ def find_source(model: str, *, weights: bool = True, allow_pickle: bool = False)
     if Path(model).exists():
         raise CheckpointError(f"{model}: is a file; give the directory that holds config.json and the weights")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise CheckpointError(f"{model}: no such directory")
+        raise CheckpointError(f"{model}: no such directory (looked for {Path(model).absolute()})")
     if "/" in model:
         return _from_hub(model, model, weights, allow_pickle)
     return _from_timm_name(model, model, weights, allow_pickle)
 
 
-def _from_folder(model: str, folder: Path, resolved: str, revision: str | None) -> Source:
+def _from_folder(model: str, folder: Path, resolved: str, revision: str | None, names: Iterable[str] = ()) -> Source:
+    """The source that a folder is. `names` are the files of a repository, of which the folder has what was fetched."""
+    known = {*names, *(path.relative_to(folder).as_posix() for path in _within(folder))}
     config_file = folder / "config.json"
+    adapter = adapter_of(folder, known)
     if not config_file.is_file():
-        raise CheckpointError(f"{resolved}: has no config.json, so neither timm's nor transformers' layout")
+        raise CheckpointError(f"{resolved}: has no config.json, so {_what_instead(config_file, adapter, known)}")
+    if adapter:
+        files = sorted(name for name in known if name == "adapter_config.json" or name.startswith("adapter_model."))
+        raise CheckpointError(
+            f"{resolved}: holds {adapter} beside a model: merge it first (peft's merge_and_unload), "
+            f"or remove {', '.join(files)}; an output would hold the adapter's config without its weights"
+        )
+    _refuse_pointers(folder)
     config = read_json(config_file)
     refuse_counts(config_file, config)
+    return Source(model, resolved, revision, folder, _library(config_file, config))
+
+
+def _what_instead(config_file: Path, adapter: str | None, names: Iterable[str]) -> str:
+    """What a folder without config.json is."""
+    if config_file.is_symlink():
+        return f"nothing says what it is: config.json is a link to {os.readlink(config_file)}, which is not there"
+    if adapter:
+        return f"it is {adapter} alone: merge it into that model first (peft's merge_and_unload), and give the merged model"
+    found = other_formats(names)
+    return "neither timm's nor transformers' layout" + (f"; {found}" if found else "")
+
+
+def _library(config_file: Path, config: dict[str, Any]) -> str:
+    """The library that a config is for. transformers' wrapper of timm's models names both: it is transformers'."""
     if config.get("library") == "torchvision":
-        return Source(model, resolved, revision, folder, "torchvision")
-    if "architecture" in config or "pretrained_cfg" in config:
-        return Source(model, resolved, revision, folder, "timm")
+        return "torchvision"
+    if "model_type" not in config and ("architecture" in config or "pretrained_cfg" in config):
+        return "timm"
     if "model_type" in config or "architectures" in config:
-        return Source(model, resolved, revision, folder, "transformers")
+        return "transformers"
     raise CheckpointError(
         f"{config_file}: names neither a timm `architecture` nor a transformers `model_type`, nor `library: torchvision`; "
         "which library is it for?"
     )
+
+
+def _refuse_pointers(folder: Path) -> None:
+    """Refuse a clone without its large files: the libraries would read the pointers as configs and vocabularies.
+
+    Raises:
+        CheckpointError: names them.
+    """
+    texts = (path for path in sorted(folder.iterdir()) if path.suffix in READ_BY_LIBRARIES)
+    lost = [path.name for path in texts if path.is_file() and is_pointer(path)]
+    if lost:
+        raise CheckpointError(
+            f"{folder}: {', '.join(lost)}: git-lfs pointers, not the files; run `git lfs pull` there, or download them anew"
+        )
 
 
 def _is_timm_name(name: str) -> bool:
@@ -161,21 +226,53 @@ def _from_hub(model: str, repo_at: str, weights: bool, allow_pickle: bool) -> So
     from huggingface_hub import HfApi, snapshot_download
 
     repo, _, revision = repo_at.partition("@")
+    files: set[str] = set()
     try:
         info = ask_hub(repo, lambda: HfApi().model_info(repo, revision=revision or None, timeout=CONNECT))
     except CheckpointError as error:
         if error.__cause__ is None:  # an answer, not a missing connection: the cache must not hide it
             raise
-        ignore = _not_wanted({SINGLE}, weights, allow_pickle)
-        folder = ask_hub(
-            repo, lambda: snapshot_download(repo, revision=revision or None, ignore_patterns=ignore, local_files_only=True)
-        )
+        folder = _from_cache(repo, revision or None, weights)
     else:
-        ignore = _not_wanted({each.rfilename for each in info.siblings or []}, weights, allow_pickle)
+        files = {each.rfilename for each in info.siblings or []}
+        if weights and "config.json" in files:
+            _refuse_unreadable(repo, files, allow_pickle)
+        ignore = _not_wanted(files, weights, allow_pickle)
         folder = ask_hub(repo, lambda: snapshot_download(repo, revision=info.sha, ignore_patterns=ignore))
         _remember(Path(folder), revision or "main", str(info.sha))
     check_blobs(repo, Path(folder).iterdir())
-    return _from_folder(model, Path(folder), repo, Path(folder).name)
+    return _from_folder(model, Path(folder), repo, Path(folder).name, files)
+
+
+def _from_cache(repo: str, revision: str | None, weights: bool) -> str:
+    """A snapshot that the cache holds whole: its side files, and its model.safetensors or index if it is to have one.
+
+    Which files hold weights is known by their names alone here; `read_layout` tells which of them are missing.
+    """
+    from huggingface_hub import snapshot_download
+
+    def cached(only: list[str] | None, without: list[str] | None) -> str:
+        return snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=only, ignore_patterns=without)
+
+    if weights:
+        ask_hub(repo, lambda: cached([SINGLE, INDEX], None))
+    return ask_hub(repo, lambda: cached(None, list(HEAVY)))
+
+
+def _refuse_unreadable(repo: str, files: set[str], allow_pickle: bool) -> None:
+    """Refuse a repository without weights that could be read, before it is fetched.
+
+    Raises:
+        CheckpointError: what it holds instead, and the remedy.
+    """
+    at_root = sorted(name for name in files if "/" not in name)
+    if any(name.endswith(".safetensors") and not name.startswith("adapter") for name in at_root):
+        return
+    pickles = [name for name in at_root if name in (PICKLE, PICKLE_INDEX) or name.endswith((".pth", ".pt"))]
+    if not pickles and "adapter_config.json" not in files:
+        raise CheckpointError(no_weights(repo, files))
+    if pickles and not allow_pickle:
+        raise CheckpointError(needs_leave(repo, pickles[0]))
 
 
 def _remember(folder: Path, revision: str, commit: str) -> None:
@@ -189,11 +286,28 @@ def _remember(folder: Path, revision: str, commit: str) -> None:
 
 
 def _not_wanted(files: set[str], weights: bool, allow_pickle: bool) -> list[str]:
-    """What not to fetch of a repository: everything that holds weights and is not the copy that will be read."""
+    """What not to fetch of a repository: the copies of the weights that an output leaves out, but what will be read."""
     if not weights:
-        return list(OTHER_WEIGHTS)
-    safe = [name for name in files if name.endswith(".safetensors") and "/" not in name]
+        return list(HEAVY)
+    wanted = _read_from(files, allow_pickle)
+    return [_literal(name) for name in sorted(files) if is_weights(name) and name not in wanted]
+
+
+def _read_from(files: set[str], allow_pickle: bool) -> set[str]:
+    """The files of a repository that `read_layout` will read, and what else it wants to see: shards by their usual names."""
+    at_root = {name for name in files if "/" not in name}
+    if INDEX in files:
+        return {name for name in at_root if fnmatchcase(name, "model-*.safetensors")}
+    safe = {name for name in at_root if name.endswith(".safetensors") and not name.startswith("adapter")}
     if safe or not allow_pickle:
-        wanted = {SINGLE, INDEX, *safe}
-        return [p for p in OTHER_WEIGHTS if "safetensors" not in p] + [n for n in files if is_weights(n) and n not in wanted]
-    return [p for p in OTHER_WEIGHTS if p not in ("*.bin", "*.pth", "*.pt", "*.bin.index.json")]
+        return {SINGLE} if SINGLE in safe else safe
+    if PICKLE_INDEX in files:
+        return {PICKLE_INDEX, PICKLE, *(name for name in at_root if fnmatchcase(name, "pytorch_model-*.bin"))}
+    if PICKLE in files:
+        return {PICKLE}
+    return {name for name in at_root if name.endswith((".pth", ".pt"))}
+
+
+def _literal(name: str) -> str:
+    """The fnmatch pattern that matches this name alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import clean_state_dict
 from timm.models._hub import load_model_config_from_path
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
@@ -82,7 +83,7 @@ class TimmLibrary:
         Raises:
             CheckpointError: missing or misshapen tensors, in timm's words.
         """
-        cfg = {**self._source_free(), "state_dict": dict(tensors)}
+        cfg = {**self._source_free(), "state_dict": clean_state_dict(dict(tensors))}  # as it does for a file of its own
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:

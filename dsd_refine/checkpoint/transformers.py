@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from dsd_refine.checkpoint.layout import listed, read_json
+from dsd_refine.checkpoint.placement import other_size
 from dsd_refine.errors import CheckpointError
 
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -110,12 +111,13 @@ class TransformersLibrary:
             model, info = cls.from_pretrained(  # type: ignore[attr-defined]
                 None, config=self._config(), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
             )
-        missing = {key for key in info["missing_keys"] if not key.endswith(UNCOUNTED)}
-        lost = sorted({*missing, *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])})
+        for name, filed, wanted in sorted(info["mismatched_keys"], key=lambda each: str(each[0])):
+            raise CheckpointError(f"{self.folder}: {other_size(name, filed, wanted)}")
+        lost = sorted(key for key in info["missing_keys"] if not key.endswith(UNCOUNTED))
         if lost:
+            hint = " Is it a base model without its head?" if _is_head(model, lost) else ""
             raise CheckpointError(
-                f"{self.folder}: the weights lack what {cls.__name__} needs, and nothing is ever made up: {listed(lost)}. "
-                "Is it a base model without its head?"
+                f"{self.folder}: the weights lack what {cls.__name__} needs, and nothing is ever made up: {listed(lost)}.{hint}"
             )
         return model  # type: ignore[no-any-return]
 
@@ -146,12 +148,23 @@ class TransformersLibrary:
             return []
         if embedding is None or head is None or embedding.weight is head.weight:
             return []
-        return ["the config ties the output head to the embedding, but the file holds two different tensors: kept as two"]
+        names = {id(value): name for name, value in model.named_parameters()}
+        both = " and ".join(names.get(id(module.weight), "?") for module in (head, embedding))
+        return [
+            f"the config ties the output head to the embedding, but the file holds two different tensors, {both}: kept as two"
+        ]
 
     def _config(self) -> Any:
         config = copy.deepcopy(self.config)
         config.dtype = None
         return config
+
+
+def _is_head(model: Any, lost: list[str]) -> bool:
+    """Are these all the parameters outside of what the library calls the base model?"""
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    outside = {name for name, _ in model.named_parameters() if not name.startswith(base)}
+    return base != "." and bool(outside) and set(lost) == outside
 
 
 def _refuse_odd(folder: Path, config: Any, trust_remote_code: bool) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save
 
+from dsd_refine.checkpoint.copies import is_weights
 from dsd_refine.checkpoint.layout import (
     LONGEST_NAME,
     TRAINABLE,
@@ -21,7 +22,6 @@ from dsd_refine.checkpoint.layout import (
     sha256_file,
     sha256_files,
 )
-from dsd_refine.checkpoint.source import is_weights
 from dsd_refine.errors import CheckpointError
 from dsd_refine.forward import logits_of
 

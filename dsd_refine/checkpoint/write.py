@@ -143,10 +143,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def written_dtypes(layout: Layout, placement: Placement) -> Iterator[tuple[str, torch.Tensor | None, torch.dtype]]:
-    """Which elements of the model are written in less than float32: (model key, flat elements or None for all, dtype)."""
+def written_dtypes(layout: Layout, placement: Placement) -> Iterator[tuple[str, str, torch.Tensor | None, torch.dtype]]:
+    """What is written in less than float32: (the file's name, the model's, flat elements or None for all, dtype)."""
     for name, parts in placement.items():
         dtype = layout.entry(name).dtype
         if dtype in (torch.float16, torch.bfloat16):
             for part in parts:
-                yield part.key, None if part.whole else part.target, dtype
+                yield name, part.key, None if part.whole else part.target, dtype

@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from dsd_refine.links import leads_out
 from dsd_refine.report import words
 from dsd_refine.report.report import WORDS
 
@@ -78,6 +79,8 @@ for _tag, _pattern, _first in (
 def read_card(folder: Path) -> SourceCard:
     """The README.md of a source folder; empty where there is none."""
     file = folder / "README.md"
+    if file.is_symlink() and leads_out(file, folder):  # the card is published: it may be anybody's file, a token too
+        return SourceCard({}, "", ("the source's README.md is a link that leads out of its folder: left out of the card",))
     try:
         text = file.read_bytes().decode("utf-8", "replace") if file.is_file() else ""
     except OSError as error:

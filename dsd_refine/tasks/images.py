@@ -141,6 +141,9 @@ def transformers_preprocessing(folder: Path, config: Any, trust_remote_code: boo
     except Exception as error:  # transformers raises whatever a strange config makes it raise
         raise CheckpointError(f"{folder}: its image processor cannot be loaded: {error!s:.200}") from None
 
+    if hasattr(processor, "data_config"):
+        return _wrapped_preprocessing(folder, processor)
+
     def pixels(image: Image.Image, **options: Any) -> torch.Tensor:
         found: torch.Tensor = processor(image, return_tensors="pt", **options)["pixel_values"][0]
         return found
@@ -160,6 +163,31 @@ def transformers_preprocessing(folder: Path, config: Any, trust_remote_code: boo
             {0: "nearest", 1: "lanczos", 2: "bilinear"}.get(getattr(processor, "resample", 3), "bicubic")
         ),
         shown=_plain(processor.to_dict()),
+    )
+
+
+def _wrapped_preprocessing(folder: Path, processor: Any) -> Preprocessing:
+    """What transformers' processor of a timm model does: timm's own transform, built from `pretrained_cfg`.
+
+    Raises:
+        CheckpointError: it cannot do it, or not to one size.
+    """
+    config = processor.data_config
+
+    def pixels(image: Image.Image) -> torch.Tensor:
+        found: torch.Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
+        return found
+
+    normalise = _normalising(config["mean"], config["std"])
+    channels = int(config["input_size"][0])
+    return Preprocessing(
+        channels=channels,
+        evaluation=pixels,
+        training=pixels,
+        normalise=normalise,
+        size=_tried(folder, pixels, normalise, channels),
+        interpolation=_interpolation(config["interpolation"]),
+        shown=_plain(config),
     )
 
 

@@ -1,0 +1,127 @@
+"""Weights out of a pickle: read weights-only, and which of several sets of weights in one file is meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsd_refine.errors import CheckpointError
+
+# What timm.models.load_state_dict looks for, in its order: the averaged weights come first.
+TIMM_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile, data parallelism and averaging put before each name
+AVERAGED = "n_averaged"  # the counter of torch's AveragedModel, beside the weights that it wraps
+SAFER = "where you trust the file, save its weights alone (torch.save of the state dict, or safetensors)"
+
+
+class Inert:
+    """Stands in for what a training script saves beside the weights. It takes anything and does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+# Settings (timm's `args`, paths in them) and numbers (a metric that NumPy computed): none of them is made, Inert is.
+BESIDE = (
+    "argparse.Namespace", "types.SimpleNamespace",
+    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype",
+    "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib.PureWindowsPath",
+    "pathlib._local.PosixPath", "pathlib._local.WindowsPath",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """The tensors of a pickle; the key that they stand under (None: the file is the mapping itself); what is to be said."""
+
+    tensors: dict[str, torch.Tensor]
+    key: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_pickle(path: Path, asked: str | None = None) -> Pickled:
+    """The weights of a pickle, those under the key `asked` where it is given.
+
+    Raises:
+        CheckpointError: it needs more than weights-only, holds no plain mapping of tensors, no such key, or several
+            sets of weights of which timm's rule says nothing.
+    """
+    key, found, notes = _chosen(path, _loaded(path), asked)
+    odd = [str(name) for name, value in found.items() if not isinstance(value, torch.Tensor)]
+    if odd:
+        place = f" under {key!r}" if key else ""
+        raise CheckpointError(f"{path}: holds no plain mapping of names to tensors{place}: {odd[0]!r:.100} is no tensor")
+    named = {str(name): tensor.detach() for name, tensor in found.items()}
+    bare = _unwrapped(named)
+    if bare is not named:
+        notes = (*notes, f"{path.name}: names are written without the {_wrapper(named)!r} that a training script put there")
+    return Pickled(bare, key, notes)
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([(Inert, name) for name in BESIDE]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the pickle makes it raise
+        wanted = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text advises to load it unsafely
+        why = f"it wants {wanted[1]}, which is no tensor; {SAFER}" if wanted else "it is no whole file of tensors"
+        raise CheckpointError(f"{path}: cannot be read weights-only, refused ({why})") from None
+
+
+def _chosen(path: Path, found: Any, asked: str | None) -> tuple[str | None, Mapping[Any, Any], tuple[str, ...]]:
+    """(key, what stands there, what is to be said) of the weights that are meant."""
+    sets = [str(key) for key, value in found.items() if _has_weights(value)] if isinstance(found, Mapping) else []
+    if asked is not None:
+        if asked not in sets:
+            raise CheckpointError(f"{path}: --weights-key {asked}: no weights there; {_offered(sets)}")
+        key = asked
+    elif isinstance(found, Mapping) and found and all(isinstance(value, torch.Tensor) for value in found.values()):
+        return None, found, ()
+    elif not sets and _has_weights(found):
+        return None, found, ()  # and something else besides, which is named
+    elif not sets:
+        raise CheckpointError(f"{path}: does not hold a plain mapping of names to tensors")
+    else:
+        by_timm = [key for key in TIMM_KEYS if key in sets]
+        if not by_timm and len(sets) > 1:
+            raise CheckpointError(f"{path}: holds several sets of weights ({', '.join(sets)}); say which with --weights-key")
+        key = (by_timm or sets)[0]
+    left = [name for name in sets if name != key]
+    why = "--weights-key" if asked else "as timm does; --weights-key chooses"
+    notes = (f"{path.name}: of its sets of weights {key!r} is taken ({why}), left: {', '.join(left)}",) if left else ()
+    return key, found[key], notes
+
+
+def _has_weights(value: Any) -> bool:
+    """Is it a mapping that holds a floating-point tensor under a name? (An optimizer's numbers its own.)"""
+    return isinstance(value, Mapping) and any(
+        isinstance(name, str) and isinstance(inner, torch.Tensor) and inner.is_floating_point() for name, inner in value.items()
+    )
+
+
+def _offered(sets: list[str]) -> str:
+    return f"the file has {', '.join(sets)}" if sets else "the file is itself a mapping of tensors, or holds none"
+
+
+def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under the names that the model itself gives them, where a wrapper put something before all of them."""
+    wrapper = _wrapper(tensors)
+    if not wrapper:
+        return tensors
+    return {name.removeprefix(wrapper): tensor for name, tensor in tensors.items() if name != AVERAGED}
+
+
+def _wrapper(tensors: Mapping[str, torch.Tensor]) -> str:
+    """What stands before every name: `module.`, `_orig_mod.`, one before the other, or nothing."""
+    names, found = [name for name in tensors if name != AVERAGED], ""
+    while each := [one for one in WRAPPERS if names and all(name.startswith(found + one) for name in names)]:
+        found += each[0]
+    return found
