@@ -1,14 +1,19 @@
 """The files as they are: headers held against the format, indexes against the files, pickles read weights-only."""
 
+import argparse
+import itertools
 import json
 import os
 import struct
 import warnings
+from pathlib import PurePosixPath
 
+import numpy as np
 import pytest
 import torch
 from builders import write_shards, write_tensors
 from safetensors.torch import load, load_file, save_file
+from timm.models import load_state_dict
 
 from dsd_refine.checkpoint import layout
 from dsd_refine.checkpoint.layout import build_header, memory, read_header, read_index, read_layout
@@ -388,3 +393,147 @@ def test_pickle_shard_that_is_missing(tmp_path):
 def test_pickle_index_that_disagrees(tmp_path, wrong):
     with pytest.raises(CheckpointError, match="disagree"):
         read_layout(pickled_shards(tmp_path, **wrong), allow_pickle=True)
+
+
+# ---------------------------------------------------------------- several sets of weights in one pickle
+
+TIMM_KEYS = ("model", "model_ema", "state_dict", "state_dict_ema")
+
+
+def sets_of_weights(path, *keys, **more):
+    """A training script's file: under each key other values, and what such a script keeps beside them."""
+    sets = {key: {"a": torch.full((2, 3), float(number)), "b": torch.ones(4)} for number, key in enumerate(keys)}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({"epoch": 3, "arch": "resnet", "optimizer": optimizer, **sets, **more}, path)
+    return path
+
+
+@pytest.mark.parametrize("keys", [k for n in (1, 2, 3, 4) for k in itertools.permutations(TIMM_KEYS, n)][::3])
+def test_of_timm_s_own_keys_the_one_is_taken_that_timm_takes_and_the_others_are_named(tmp_path, keys):
+    path = sets_of_weights(tmp_path / "last.pth", *keys)
+    found = read_layout(tmp_path, allow_pickle=True)
+    assert torch.equal(found.tensor("a"), load_state_dict(str(path))["a"])
+    left = [key for key in keys if key != found.weights_key]
+    said = f"{found.weights_key!r} is taken (as timm does; --weights-key chooses), left: {', '.join(left)}"
+    assert [said in note for note in found.notes] == [True] * bool(left)
+
+
+def test_an_average_that_was_never_made_is_passed_over_as_timm_does(tmp_path):
+    path = sets_of_weights(tmp_path / "last.pth", "state_dict", state_dict_ema=None)
+    found = read_layout(tmp_path, allow_pickle=True)
+    assert torch.equal(found.tensor("a"), load_state_dict(str(path))["a"])
+    assert found.notes == []
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "x.pth", "x.pt"])
+@pytest.mark.parametrize("keys", [("generator", "discriminator"), ("student", "teacher"), ("net", "ema", "best")])
+def test_sets_of_weights_of_which_timm_says_nothing_are_refused_by_name(tmp_path, keys, name):
+    sets_of_weights(tmp_path / name, *keys)
+    with pytest.raises(CheckpointError, match=rf"several sets of weights \({', '.join(keys)}\); say which with --weights-key"):
+        read_layout(tmp_path, allow_pickle=True)
+    for number, key in enumerate(keys):
+        found = read_layout(tmp_path, allow_pickle=True, weights_key=key)
+        assert found.weights_key == key
+        assert torch.equal(found.tensor("a"), torch.full((2, 3), float(number)))
+        assert f"{key!r} is taken (--weights-key), left: {', '.join(k for k in keys if k != key)}" in found.notes[0]
+
+
+def test_the_only_set_of_weights_is_taken_whatever_it_is_called(tmp_path):
+    sets_of_weights(tmp_path / "x.pth", "net")
+    found = read_layout(tmp_path, allow_pickle=True)
+    assert (found.weights_key, found.notes, list(found.names())) == ("net", [], ["a", "b"])
+
+
+@pytest.mark.parametrize("key", ["optimizer", "epoch", "nothing", ""])
+def test_a_key_that_holds_no_weights_is_refused_with_those_that_do(tmp_path, key):
+    sets_of_weights(tmp_path / "x.pth", "model", "model_ema")
+    with pytest.raises(CheckpointError, match=rf"--weights-key {key}: no weights there; the file has model, model_ema"):
+        read_layout(tmp_path, allow_pickle=True, weights_key=key)
+
+
+def test_a_key_goes_with_one_pickle_that_has_keys(tmp_path):
+    torch.save(TWO, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="the file is itself a mapping of tensors"):
+        read_layout(tmp_path, allow_pickle=True, weights_key="a")
+    write_tensors(tmp_path / layout.SINGLE, TWO)
+    with pytest.raises(CheckpointError, match=r"--weights-key model: .*model\.safetensors is safetensors"):
+        read_layout(tmp_path, allow_pickle=True, weights_key="model")
+    (tmp_path / "shards").mkdir()
+    with pytest.raises(CheckpointError, match="several pickles, which are one set of weights together"):
+        read_layout(pickled_shards(tmp_path / "shards"), allow_pickle=True, weights_key="model")
+
+
+def test_something_else_among_the_weights_is_named_and_does_not_hide_the_set(tmp_path):
+    """An average with its decay in it is still the average: it is refused, not passed over for the raw weights."""
+    average = {"a": torch.ones(2, 3), "decay": 0.999}
+    sets_of_weights(tmp_path / "x.pth", "model", model_ema=average)
+    with pytest.raises(CheckpointError, match="under 'model_ema': 'decay' is no tensor"):
+        read_layout(tmp_path, allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"args": argparse.Namespace(lr=0.1, out=PurePosixPath("x"))},
+        {"metric": np.float64(0.5)},
+        {"metric": np.float32(0.5), "epoch": np.int64(3), "best": np.bool_(True)},
+        {"args": argparse.Namespace(seen=np.float64(1), nested=argparse.Namespace())},
+    ],
+)
+def test_settings_and_numbers_beside_the_weights_do_no_harm(tmp_path, beside):
+    sets_of_weights(tmp_path / "x.pth", "state_dict", **beside)
+    assert list(read_layout(tmp_path, allow_pickle=True).names()) == ["a", "b"]
+
+
+def test_a_payload_among_settings_is_refused_with_the_remedy_and_does_not_run(tmp_path):
+    trap = tmp_path / "ran"
+    sets_of_weights(tmp_path / "x.pth", "state_dict", args=argparse.Namespace(x=Payload(trap), y=np.float64(1)))
+    with warnings.catch_warnings(), pytest.raises(CheckpointError, match=r"mkdir, which is no tensor; .* save its weights alone"):
+        warnings.simplefilter("ignore")
+        read_layout(tmp_path, allow_pickle=True)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("before", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_what_a_wrapper_put_before_every_name_is_taken_away_and_said(tmp_path, before):
+    wrapped = {f"{before}{name}": tensor for name, tensor in TWO.items()}
+    torch.save({"model_ema": {"n_averaged": torch.tensor(5), **wrapped}}, tmp_path / "x.pth")
+    found = read_layout(tmp_path, allow_pickle=True)
+    assert list(found.names()) == ["a", "b"]
+    assert found.notes == [f"x.pth: names are written without the {before!r} that a training script put there"]
+
+
+def test_a_module_that_is_only_called_so_keeps_its_name(tmp_path):
+    torch.save({"module.a": torch.ones(1), "head.b": torch.ones(1)}, tmp_path / "x.pth")
+    assert list(read_layout(tmp_path, allow_pickle=True).names()) == ["module.a", "head.b"]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["model.Q4_K.gguf"], r"found model\.Q4_K\.gguf \(GGUF\)"),
+        (["onnx/model.onnx", "onnx/model_q4.onnx"], r"found onnx/model\.onnx \(ONNX\)"),
+        (["tf_model.h5", "flax_model.msgpack"], r"found flax_model\.msgpack \(Flax\), tf_model\.h5 \(TensorFlow\)"),
+        (["model.tflite"], r"found model\.tflite \(TensorFlow Lite\)"),
+        (["weights.npz"], r"found weights\.npz \(NumPy, as of MLX or JAX\)"),
+    ],
+)
+def test_weights_of_other_formats_alone_are_named_with_what_is_needed(tmp_path, names, said):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=f"{said}: give the checkpoint that it was exported from"):
+        read_layout(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "weights.safetensors", "pytorch_model.bin", "model.pth"])
+def test_a_weight_file_that_is_a_link_to_nothing_is_named(tmp_path, name):
+    (tmp_path / name).symlink_to("/nowhere/file")
+    with pytest.raises(CheckpointError, match=rf"{name}:? is a link to /nowhere/file, which is not there"):
+        read_layout(tmp_path, allow_pickle=True)
+
+
+def test_an_adapter_is_not_taken_for_the_model(tmp_path):
+    write_tensors(tmp_path / "adapter.fra.safetensors", {"x": torch.ones(1)})
+    torch.save(TWO, tmp_path / "pytorch_model.bin")
+    assert list(read_layout(tmp_path, allow_pickle=True).names()) == ["a", "b"]

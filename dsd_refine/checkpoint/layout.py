@@ -310,6 +310,7 @@ def read_header(path: Path) -> WeightFile:
     Raises:
         CheckpointError: names what is wrong and what to do.
     """
+    refuse_lost_link(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -388,7 +389,8 @@ def _pickled(folder: Path, allow_pickle: bool, weights_key: str | None) -> Layou
     weight_map = read_index(index) if index.is_file() else None
     paths = [folder / name for name in dict.fromkeys(weight_map.values())] if weight_map else _single_pickle(folder)
     if not paths:
-        raise CheckpointError(_nowhere(folder))
+        refuse_lost_link(folder / "pytorch_model.bin")
+        raise CheckpointError(no_weights(str(folder), [path.relative_to(folder).as_posix() for path in folder.rglob("*")]))
     if not allow_pickle:
         raise CheckpointError(needs_leave(str(folder), paths[0].name))
     if weights_key is not None and len(paths) > 1:
@@ -424,13 +426,10 @@ def no_weights(where: str, names: Iterable[str]) -> str:
     return f"{said}; {found}" if found else said
 
 
-def _nowhere(folder: Path) -> str:
-    """The same of a folder, where a weight file may also be a link to nothing."""
-    paths = [*folder.rglob("*")]
-    lost = sorted(path for path in paths if path.is_symlink() and not path.exists() and path.parent == folder)
-    if lost:
-        return f"{folder}: no weights here; {lost[0].name} is a link to {os.readlink(lost[0])}, which is not there"
-    return no_weights(str(folder), [path.relative_to(folder).as_posix() for path in paths])
+def refuse_lost_link(path: Path) -> None:
+    """Raise CheckpointError where the path is a link to nothing: "no such file" would not say which."""
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path}: is a link to {os.readlink(path)}, which is not there")
 
 
 def _single_pickle(folder: Path) -> list[Path]:
@@ -445,6 +444,7 @@ def _single_pickle(folder: Path) -> list[Path]:
 
 
 def _read_pickle(path: Path, weights_key: str | None) -> Pickled:
+    refuse_lost_link(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: is not there; was the download completed?")
     with path.open("rb") as file:

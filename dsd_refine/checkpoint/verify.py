@@ -110,6 +110,9 @@ def _hashes(checkpoint: Checkpoint, output: Path, folder: Path, hashed: dict[Pat
     except (CheckpointError, KeyError, TypeError) as error:
         yield f"dsd/report.json is not a report with the hashes of output and source ({error!s:.200})"
         return
+    said, key = report["source"].get("weights_key"), checkpoint.layout.weights_key
+    if said != key and "weights_key" in report["source"]:
+        yield f"the report's source are the weights under {said!r} of its pickle, looked at were those under {key!r}"
     yield from _unlisted(checkpoint, folder, set(files["output"]))
     for side, root in (("output", folder), ("source", checkpoint.source.folder)):
         for name, digest in files[side].items():
