@@ -1,7 +1,9 @@
 """From file to model and back: where tensors live, what is written, what passes through byte for byte."""
 
 import errno
+import json
 import os
+import re
 import stat
 from contextlib import nullcontext
 
@@ -486,3 +488,176 @@ def test_a_disk_that_fails_is_heard_whichever_sync_it_was(tmp_path, monkeypatch,
     monkeypatch.setattr(write, "AHEAD", ahead)
     with pytest.raises(OSError, match="the disk is broken"):
         written(checkpoint, tmp_path / "out")
+
+
+# ---------------------------------------------------------------- which files are copies of the weights, which are not
+
+COPIES = [
+    "pytorch_model.bin", "pytorch_model.fp16.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json",
+    "model.fp16.safetensors", "model-00001-of-00002.safetensors", "tf_model.h5", "flax_model.msgpack", "rust_model.ot",
+    "model.onnx", "onnx/model.onnx", "onnx/config.json", "onnx/model.onnx_data", "x-q4.gguf", "openvino_model.xml",
+    "openvino/openvino_model.bin", "coreml/text.mlpackage/Data/weights/weight.bin", "original/consolidated.00.pth",
+    "consolidated.safetensors", "metal/model.bin", "64.tflite", "model.pth", "last.ckpt", "Model.ONNX", "optimizer.pt",
+    "checkpoint-500/model.safetensors", "bert_model.ckpt.data-00000-of-00001", "open_clip_pytorch_model.bin",
+]  # fmt: skip
+OWN = [
+    "language_model/5gram.bin", "5gram.bin", "language_model/unigrams.txt", "adapter.fra.safetensors", "adapter.fra.bin",
+    "preprocessor.npz", "vocab.bin", "training_args.bin", "original/params.json", "original/tokenizer.model", "vocab.pkl",
+    "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "voices/one.pt", "index.faiss", "stats.h5", "speakers.msgpack",
+    "nested/onnx/notes.txt", "model_card.md", "spiece.model", "runs/events.out.tfevents",
+]  # fmt: skip
+
+
+def test_known_copies_of_the_weights_are_left_out_and_everything_else_is_copied_byte_for_byte(tmp_path):
+    folder = builders.timm_checkpoint(tmp_path / "t")
+    for name in COPIES + OWN:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\x00" + name.encode())
+    checkpoint = opened(folder)
+    written(checkpoint, tmp_path / "out")
+    assert set(hashes(tmp_path / "out")) == {*OWN, "config.json", "model.safetensors"}
+    assert all((tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes() for name in OWN)
+    _, left, links = checkpoint.source.side_files(set(checkpoint.weight_files))
+    folders = {name for name in left if name.endswith("/")}
+    assert folders == {"onnx/", "openvino/", "coreml/", "metal/", "checkpoint-500/"}
+    assert all(name in left or f"{name.split('/')[0]}/" in folders for name in COPIES)
+    assert links == []
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pth"])
+def test_what_is_read_is_not_called_a_copy(tmp_path, weights):
+    folder = builders.timm_checkpoint(tmp_path / "t")
+    torch.save(load_file(folder / "model.safetensors"), folder / weights)
+    (folder / "model.safetensors").unlink()
+    source = find_source(str(folder))
+    checkpoint = open_checkpoint(source, open_library(source), allow_pickle=True)
+    assert not any(weights in warning for warning in checkpoint.warnings)
+    written(checkpoint, tmp_path / "out")
+    assert set(hashes(tmp_path / "out")) == {"config.json", "model.safetensors"}
+
+
+def test_an_adapter_of_what_is_trained_is_named_and_one_of_another_language_is_not(tmp_path):
+    """wav2vec2's: `target_lang` lays them over the weights."""
+    folder = builders.ctc_checkpoint(tmp_path / "c", do_stable_layer_norm=True, adapter_attn_dim=4)
+    tensors = load_file(folder / "model.safetensors")
+    own = {name: tensor for name, tensor in tensors.items() if "adapter_layer" in name or name.startswith("lm_head")}
+    assert len(own) > 2
+    builders.write_tensors(folder / "adapter.eng.safetensors", own)
+    builders.write_tensors(folder / "adapter.fra.safetensors", own | {"lm_head.weight": own["lm_head.weight"] + 1})
+    said = [warning for warning in opened(folder).warnings if "adapters that the weights hold too" in warning]
+    assert len(said) == 1
+    assert "adapter.eng.safetensors; " in said[0]
+    assert "fra" not in said[0]
+
+
+# ---------------------------------------------------------------- refusals say what it is
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("build", [builders.timm_checkpoint, builders.bert_checkpoint, builders.torchvision_checkpoint])
+def test_quantised_weights_are_named_with_their_dtype(tmp_path, build, dtype):
+    """timm and torchvision would load them as they are, without their scales."""
+    folder = build(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name, tensor in tensors.items() if tensor.ndim > 1)
+    builders.write_tensors(folder / "model.safetensors", {**tensors, name: (tensors[name] * 100).to(dtype)})
+    said = f"quantised weights ({str(dtype).removeprefix('torch.')} in tensor {name}) cannot be refined"
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        opened(folder)
+
+
+def test_a_bias_of_whole_numbers_is_none_either(tmp_path):
+    folder = builders.timm_checkpoint(tmp_path / "t")
+    tensors = load_file(folder / "model.safetensors")
+    builders.write_tensors(folder / "model.safetensors", {**tensors, "fc.bias": torch.ones(3, dtype=torch.int8)})
+    with pytest.raises(CheckpointError, match=r"quantised weights \(int8 in tensor fc\.bias\)"):
+        opened(folder)
+
+
+def set_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+def test_positions_of_another_grid_are_refused_with_both_sizes_and_the_setting(tmp_path):
+    folder = builders.timm_checkpoint(tmp_path / "t", arch="test_vit", size=160)
+    config = json.loads((folder / "config.json").read_text())
+    set_config(folder, model_args={**config["model_args"], "img_size": 128})
+    with pytest.raises(CheckpointError, match=r"pos_embed is 1x101x64 in the file, but 1x65x64 in the model.*`img_size`"):
+        opened(folder)
+    folder = set_config(builders.vit_checkpoint(tmp_path / "v", size=32), image_size=48)
+    with pytest.raises(CheckpointError, match=r"position_embeddings is 1x17x32 in the file, but 1x37x32 in.*`image_size`"):
+        opened(folder)
+
+
+def test_a_head_of_other_classes_is_refused_with_both_sizes(tmp_path):
+    folder = builders.bert_checkpoint(tmp_path / "b")
+    tensors = load_file(folder / "model.safetensors")
+    builders.write_tensors(folder / "model.safetensors", {**tensors, "classifier.weight": torch.ones(5, 32)})
+    with pytest.raises(CheckpointError, match=r"classifier\.weight is 5x32 in the file, but 2x32 in the model"):
+        opened(folder)
+
+
+HEADLESS = "Is it a base model without its head?"
+
+
+@pytest.mark.parametrize(
+    ("lost", "guessed"),
+    [("classifier.", True), ("classifier.bias", False), ("bert.pooler.", False), ("bert.encoder.layer.1.", False), ("", False)],
+)
+def test_a_base_model_is_guessed_only_where_exactly_the_head_is_missing(tmp_path, lost, guessed):
+    folder = builders.bert_checkpoint(tmp_path / "b")
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if not n.startswith(lost)}
+    builders.write_tensors(folder / "model.safetensors", {**tensors, "other": torch.ones(1)})
+    with pytest.raises(CheckpointError) as refused:
+        opened(folder)
+    assert (HEADLESS in str(refused.value)) is guessed
+    assert "the weights lack what BertForSequenceClassification needs" in str(refused.value)
+
+
+def test_a_head_that_is_not_its_embedding_is_named_with_it(tmp_path):
+    folder = builders.gpt2_checkpoint(tmp_path / "g")
+    tensors = load_file(folder / "model.safetensors")
+    builders.write_tensors(folder / "model.safetensors", {**tensors, "lm_head.weight": tensors["transformer.wte.weight"] + 1})
+    assert any("two different tensors, lm_head.weight and transformer.wte.weight: kept" in w for w in opened(folder).warnings)
+
+
+@pytest.mark.parametrize("before", ["module.", "_orig_mod.module."])
+def test_a_timm_file_that_a_wrapper_saved_is_loaded_as_timm_does_and_keeps_its_names(tmp_path, before):
+    folder = builders.timm_checkpoint(tmp_path / "t")
+    tensors = load_file(folder / "model.safetensors")
+    builders.write_tensors(folder / "model.safetensors", {f"{before}{name}": tensor for name, tensor in tensors.items()})
+    checkpoint = opened(folder)
+    perturb(checkpoint.model)
+    layout = written(checkpoint, tmp_path / "out")
+    assert list(layout.names()) == [f"{before}{name}" for name in tensors]
+    plain = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in checkpoint.model.state_dict().items())
+
+
+# ---------------------------------------------------------------- a value that the file cannot hold
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "said"),
+    [
+        (torch.float16, 70_000.0, "brought a value to 70,000, and float16, which the source's file has, ends at 65,504"),
+        (torch.float16, -1e6, "brought a value to 1,000,000, and float16"),
+        (torch.bfloat16, 3.4e38, "and bfloat16, which the source's file has, ends at"),
+        (torch.float16, float("nan"), "holds values that are not finite after training"),
+    ],
+)
+def test_a_value_that_cannot_be_written_is_found_when_it_is_first_rounded(tmp_path, dtype, value, said):
+    folder = builders.timm_checkpoint(tmp_path / "t")
+    path = folder / "model.safetensors"
+    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in load_file(path).items()}
+    builders.write_tensors(path, tensors)
+    checkpoint = opened(folder)
+    with checkpoint.rounded(checkpoint.model):
+        pass
+    checkpoint.model.get_buffer("conv1.1.running_var")[3] = value
+    before = {name: tensor.clone() for name, tensor in checkpoint.model.state_dict().items()}
+    with pytest.raises(RunError, match=rf"conv1\.1\.running_var: .*{re.escape(said)}"), checkpoint.rounded(checkpoint.model):
+        raise AssertionError("it was rounded")
+    assert all(tensor.equal(before[n]) or n == "conv1.1.running_var" for n, tensor in checkpoint.model.state_dict().items())

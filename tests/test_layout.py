@@ -488,7 +488,10 @@ def test_settings_and_numbers_beside_the_weights_do_no_harm(tmp_path, beside):
 def test_a_payload_among_settings_is_refused_with_the_remedy_and_does_not_run(tmp_path):
     trap = tmp_path / "ran"
     sets_of_weights(tmp_path / "x.pth", "state_dict", args=argparse.Namespace(x=Payload(trap), y=np.float64(1)))
-    with warnings.catch_warnings(), pytest.raises(CheckpointError, match=r"mkdir, which is no tensor; .* save its weights alone"):
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(CheckpointError, match=r"mkdir, which is no tensor; .* save its weights alone"),
+    ):
         warnings.simplefilter("ignore")
         read_layout(tmp_path, allow_pickle=True)
     assert not trap.exists()

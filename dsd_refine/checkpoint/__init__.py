@@ -217,14 +217,16 @@ def _file_warnings(source: Source, layout: Layout) -> list[str]:
 
 
 def _may_be_held(path: Path, layout: Layout) -> bool:
-    """Are an adapter's tensors among the weights, with the same values? Of a pickle that is not known."""
+    """Are all of an adapter's tensors among the weights, with the same values? Of a pickle that is not known."""
     if path.suffix != ".safetensors":
         return path.suffix in (".bin", ".pt", ".pth")
     try:
         tensors = read_header(path).mapped()
     except CheckpointError:
         return False
-    return any(name in layout.where and torch.equal(layout.tensor(name), tensor) for name, tensor in tensors.items())
+    return all(
+        name in layout.where and torch.equal(layout.tensor(name).float(), tensor.float()) for name, tensor in tensors.items()
+    )
 
 
 def open_shapes(

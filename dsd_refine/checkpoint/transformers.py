@@ -109,7 +109,12 @@ class TransformersLibrary:
         cls = type(self.build_meta())
         with _building(self):
             model, info = cls.from_pretrained(  # type: ignore[attr-defined]
-                None, config=self._config(), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+                None,
+                config=self._config(),
+                state_dict=dict(tensors),
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name: the library's error has none
             )
         for name, filed, wanted in sorted(info["mismatched_keys"], key=lambda each: str(each[0])):
             raise CheckpointError(f"{self.folder}: {other_size(name, filed, wanted)}")
