@@ -174,7 +174,9 @@ def test_exports_alone_are_named_with_what_is_needed(refused, tmp_path, names, s
     assert said in refused(tmp_path / "m", "--data", tmp_path)
 
 
-@pytest.mark.parametrize("lost", [["config.json"], ["tokenizer.json"], ["config.json", "tokenizer.json"], ["model.safetensors"]])
+@pytest.mark.parametrize(
+    "lost", [["config.json"], ["tokenizer.json"], ["config.json", "tokenizer.json"], ["model.safetensors"]]
+)
 def test_a_clone_without_its_large_files_names_the_pointers(refused, made, tmp_path, lost):
     folder = builders.copy_folder(made / "bert", tmp_path / "b")
     for name in lost:

@@ -14,6 +14,8 @@ from forked import Child, preload
 from forked import command as run_command
 from hub import hub, on_hub
 
+from dsd_refine.links import leads_out
+
 TEMPLATE = "{{ cycler.__init__.__globals__.os.system('touch MARK') }}{% for x in messages %}{{ x }}{% endfor %}"
 MODULE = """
 import pathlib
@@ -170,6 +172,94 @@ def test_a_data_set_s_script_is_not_run(made, tmp_path, mark):
         assert child.wait() == 2, child.said()
     assert "Traceback" not in child.said()
     assert not mark.exists()
+
+
+# ---------------------------------------------------------------- links lead nowhere
+
+SECRET = "hf_secretOfThisMachine"
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """A file of this machine's, and a folder with it, outside of any source."""
+    place = tmp_path / "home/.cache/huggingface"
+    place.mkdir(parents=True)
+    (place / "token").write_text(SECRET)
+    (place / "card.yaml").write_text(f"- dataset: {{id: {SECRET}}}\n  value: 0.5\n")
+    return place
+
+
+LINKS = {
+    "a side file": ("notes.txt", "token"),
+    "a file that libraries read": ("chat_template.jinja", "token"),
+    "a file in a folder": ("extra/notes.txt", "token"),
+    "a folder": ("extra", "."),
+    "the card": ("README.md", "token"),
+    "results": (".eval_results/x.yaml", "card.yaml"),
+    "a folder of results": (".eval_results", "."),
+}
+
+
+@pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.parametrize("what", LINKS)
+def test_a_link_out_of_the_source_s_folder_copies_nothing_and_is_named(command, made, secret, tmp_path, what, chain):
+    name, target = LINKS[what]
+    source = copy_folder(made / "bert", tmp_path / "bert")
+    link = source / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    if chain:  # by way of another link, in the folder and relative
+        (source / "first").symlink_to(os.path.relpath(secret / target, source))
+        link.symlink_to(os.path.relpath(source / "first", link.parent))
+    else:
+        link.symlink_to(secret / target)
+    found = command(*texts(made, source, tmp_path / "out"), "--json")
+    assert found.code == 0, found.err
+    assert SECRET not in found.out + found.err
+    for path in (tmp_path / "out").rglob("*"):
+        assert not path.is_symlink()
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes()
+    warnings = json.loads(found.out)["warnings"]
+    if not name.startswith(".eval_results"):
+        assert any(name in warning and "link" in warning for warning in warnings), warnings
+    assert command("verify", source, tmp_path / "out").code == 0
+
+
+def test_links_within_the_folder_and_to_the_weights_are_followed(command, made, tmp_path):
+    """Weights and config lie elsewhere in many a folder; they are read, and only read, as what they are."""
+    source = copy_folder(made / "bert", tmp_path / "bert")
+    store = tmp_path / "store"
+    store.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (source / name).rename(store / name)
+        (source / name).symlink_to(store / name)
+    (source / "real.txt").write_text("kept")
+    (source / "alias.txt").symlink_to("real.txt")
+    found = command(*texts(made, source, tmp_path / "out"))
+    assert found.code == 0, found.err
+    assert (tmp_path / "out/alias.txt").read_text() == "kept"
+    assert (tmp_path / "out/config.json").read_bytes() == (store / "config.json").read_bytes()
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    assert not any(
+        "links that lead out" in line for line in json.loads((tmp_path / "out/dsd/report.json").read_text())["warnings"]
+    )
+    assert command("verify", source, tmp_path / "out").code == 0
+
+
+def test_the_cache_s_own_blobs_are_a_snapshot_s_own(tmp_path):
+    snapshot, blobs = tmp_path / "models--org--tiny/snapshots/0123", tmp_path / "models--org--tiny/blobs"
+    other = tmp_path / "models--org--secret/blobs"
+    for folder in (snapshot, blobs, other):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("x")
+    for name, target in (("own", blobs / "file"), ("here", snapshot / "file"), ("theirs", other / "file")):
+        (snapshot / name).symlink_to(target)
+    (tmp_path / "reached").symlink_to(tmp_path / "models--org--tiny")  # a cache that is itself reached by a link
+    for root in (snapshot, tmp_path / "reached/snapshots/0123"):
+        assert [leads_out(root / name, root) for name in ("file", "own", "here", "theirs")] == [False, False, False, True]
+    assert leads_out(blobs / "../blobs/file", tmp_path / "models--org--secret")
+    assert not leads_out(tmp_path / "models--org--secret/blobs/file", tmp_path / "models--org--secret")
+    assert leads_out(tmp_path / "models--org--secret", tmp_path / "models--org--sec")  # a name that only begins so
 
 
 # ---------------------------------------------------------------- nothing is sent anywhere
