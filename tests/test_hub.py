@@ -248,3 +248,69 @@ def test_a_token_goes_to_the_hub_and_is_written_nowhere(ask, made, tmp_path, mon
     assert TOKEN not in said
     found = subprocess.run(["grep", "-rl", TOKEN, tmp_path], capture_output=True, text=True, check=False)
     assert found.stdout == ""
+
+
+@pytest.fixture
+def repository(made, tmp_path):
+    """Run with a repository of these files beside, or in place of, its own: `repository({"x": b"…"}, without=(…))`."""
+
+    def go(more, without=(), given=(), offline=False):
+        folder = tmp_path / "repository"
+        if not folder.exists():
+            shutil.copytree(made / "bert", folder)
+            for name in without:
+                (folder / name).unlink()
+            for name, data in more.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(data)
+        args = ("org/tiny", "--data", made / "texts.csv", "-o", tmp_path / f"out{offline}", *STEPS, *given)
+        with hub({"org/tiny": folder}) as server:
+            work = on_hub(server.url, tmp_path / "home", command(*args), HF_HUB_OFFLINE=offline)
+            child = Child(work, tmp_path / "log")
+            return child.wait(), child.said(), server
+
+    return go
+
+
+BASE = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"}).encode()
+
+
+@pytest.mark.parametrize(
+    ("more", "without", "says"),
+    [
+        ({"pytorch_model.bin": b"x"}, (WEIGHTS,), "only pickle weights (pytorch_model.bin); pickles can carry code"),
+        ({"x.gguf": b"x"}, (WEIGHTS,), "found x.gguf (GGUF): give the checkpoint that it was exported from"),
+        (
+            {"x.gguf": b"x"},
+            (WEIGHTS, "config.json"),
+            "no config.json, so neither timm's nor transformers' layout; found x.gguf",
+        ),
+        ({"onnx/model.onnx": b"x", "tf_model.h5": b"x"}, (WEIGHTS,), "onnx/model.onnx (ONNX), tf_model.h5 (TensorFlow)"),
+        (
+            {"adapter_config.json": BASE, "adapter_model.safetensors": b"x"},
+            (WEIGHTS, "config.json"),
+            "LoRA adapter of org/base",
+        ),
+        ({"adapter_config.json": BASE, "adapter_model.safetensors": b"x"}, (), "LoRA adapter of org/base beside a model"),
+        ({"adapter_config.json": BASE, "adapter_model.safetensors": b"x"}, (WEIGHTS,), "LoRA adapter of org/base"),
+    ],
+)
+def test_a_repository_that_holds_no_model_to_train_says_what_it_holds(repository, more, without, says):
+    code, said, server = repository(more, without)
+    assert code == 2, said
+    assert says in said
+    assert len(said.strip().splitlines()) == 1
+    assert not fetched(server, ".gguf")
+    assert not fetched(server, ".onnx")
+
+
+def test_what_an_output_copies_is_fetched_and_offline_the_cache_serves(repository, tmp_path):
+    copied = {"language_model/5gram.bin": b"5", "2_Dense/model.safetensors": b"d", "vocab.bin": b"v"}
+    other = {"onnx/model.onnx": b"o", "model.fp16.safetensors": b"h", "tf_model.h5": b"t", "pytorch_model.bin": b"p"}
+    for offline in (False, True):
+        code, said, server = repository(copied | other, offline=offline)
+        assert code == 0, said
+        out = tmp_path / f"out{offline}"
+        assert {name: (out / name).read_bytes() for name in copied} == copied
+        assert not any((out / name).exists() or fetched(server, f"/{name}") for name in other)
+    assert server.seen == []
