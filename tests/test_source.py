@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dsd_refine.checkpoint import find_source, open_checkpoint, open_library
 from dsd_refine.checkpoint import source as source_module
 from dsd_refine.errors import CheckpointError, Interrupted, UsageError
+from dsd_refine.opening import _unreadable
 from dsd_refine.runstate import Workspace
 
 
@@ -380,3 +381,14 @@ def test_what_is_read_is_fetched(names, read):
 
     ignored = source_module._not_wanted(set(names), True, True)
     assert set(read or names) <= set(filter_repo_objects(names, ignore_patterns=ignored))
+
+
+@pytest.mark.parametrize("where", [None, "/somewhere/vocab.txt"])
+def test_a_file_that_a_library_misses_is_said_with_the_place(made, where):
+    """Some libraries raise without the path that they tried: the source's folder says at least where."""
+    source = find_source(str(made / "bert"))
+    with (
+        pytest.raises(UsageError, match=rf"{where or source.folder}: .*No such file.*; nothing was trained"),
+        _unreadable(source),
+    ):
+        raise FileNotFoundError(2, "No such file or directory", where)

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from argparse import Namespace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -306,3 +307,19 @@ def test_a_missing_tensor_is_named(tmp_path):
     builders.write_tensors(tmp_path / "model.safetensors", state)
     with pytest.raises(CheckpointError, match=r"lack what shufflenet_v2_x0_5 needs: fc\.bias"):
         opened(tmp_path)
+
+
+def test_the_average_that_torchvision_s_own_training_saves_is_taken_without_its_wrapper(tmp_path):
+    """Its references/classification/train.py: `model`, and `model_ema` of an AveragedModel."""
+    folder = builders.torchvision_checkpoint(tmp_path / "m")
+    plain = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    average = {f"module.{name}": tensor * 2 if name == "fc.weight" else tensor for name, tensor in plain.items()}
+    saved = {"model": plain, "model_ema": {"n_averaged": torch.tensor(3), **average}, "epoch": 2, "args": Namespace(lr=0.1)}
+    torch.save(saved, folder / "checkpoint.pth")
+    source = find_source(str(folder))
+    checkpoint = open_checkpoint(source, open_library(source), allow_pickle=True)
+    assert list(checkpoint.layout.names()) == list(plain)
+    assert torch.equal(checkpoint.model.fc.weight, plain["fc.weight"] * 2)
+    assert any("'model_ema' is taken (as timm does" in warning for warning in checkpoint.warnings)
+    assert any("without the 'module.'" in warning for warning in checkpoint.warnings)
