@@ -364,9 +364,9 @@ def test_model_pickle_counts_not_the_trainers(tmp_path):
 
 
 def test_several_pickles_and_none_is_the_model(tmp_path):
-    for name in ("x.pth", "y.pt"):
+    for name in ("x.pth", "y.pt", "z.pth.tar"):
         torch.save(TWO, tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"x\.pth, y\.pt"):
+    with pytest.raises(CheckpointError, match=r"x\.pth, y\.pt, z\.pth\.tar"):
         read_layout(tmp_path, allow_pickle=True)
 
 
@@ -425,7 +425,7 @@ def test_an_average_that_was_never_made_is_passed_over_as_timm_does(tmp_path):
     assert found.notes == []
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "x.pth", "x.pt"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "x.pth", "x.pt", "x.pth.tar"])
 @pytest.mark.parametrize("keys", [("generator", "discriminator"), ("student", "teacher"), ("net", "ema", "best")])
 def test_sets_of_weights_of_which_timm_says_nothing_are_refused_by_name(tmp_path, keys, name):
     sets_of_weights(tmp_path / name, *keys)

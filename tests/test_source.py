@@ -217,7 +217,7 @@ def trained(made, tmp_path):
     average = {name: tensor * 1.5 if name == "fc.weight" else tensor for name, tensor in tensors.items()}
     optimizer = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
     saved = {"epoch": 1, "arch": "test_resnet", RAW: tensors, "optimizer": optimizer, AVERAGED: average}
-    torch.save({**saved, "args": Namespace(lr=0.1), "metric": np.float64(71.5)}, folder / "last.pth")
+    torch.save({**saved, "args": Namespace(lr=0.1), "metric": np.float64(71.5)}, folder / "last.pth.tar")
     return folder
 
 
@@ -226,7 +226,7 @@ NOTHING = ("--sparse-steps", "0", "--dense-steps", "0", "--sparsity", "0", "--ga
 
 def test_the_averaged_weights_are_taken_and_said_and_a_key_chooses(command, refused, made, trained, tmp_path):
     common = ("--data", made / "pictures", "--allow-pickle", "--device", "cpu", "--json", *NOTHING)
-    sets = torch.load(trained / "last.pth", weights_only=False)
+    sets = torch.load(trained / "last.pth.tar", weights_only=False)
     for number, (given, key) in enumerate([((), AVERAGED), (("--weights-key", RAW), RAW)]):
         out = tmp_path / f"out{number}"
         found = command(trained, *common, *given, "-o", out)
@@ -371,6 +371,7 @@ def test_what_is_copied_is_fetched_and_copies_of_the_weights_are_not(tmp_path):
         (["pytorch_model.bin"], {"pytorch_model.bin"}),
         (["pytorch_model-1.bin", "pytorch_model-2.bin", "pytorch_model.bin.index.json"], None),
         (["a.pth"], {"a.pth"}),
+        (["model_best.pth.tar"], {"model_best.pth.tar"}),
         (["weights.safetensors", "pytorch_model.bin"], {"weights.safetensors"}),
         (["model-1.safetensors", "model.safetensors.index.json", "pytorch_model.bin"], {"model-1.safetensors"}),
         (["model.fp16.safetensors"], {"model.fp16.safetensors"}),

@@ -31,7 +31,8 @@ COPIES = (
     *(f"{folder}/*" for folder in FOLDERS),
 )  # fmt: skip
 # Pickles that are a model's, or its trainer's, where they lie beside the weights; in a folder they may be anything.
-PICKLES = ("*.pth", "*.pt", "*.ckpt")
+READ_PICKLES = (".pth", ".pt", ".pth.tar")  # which may also be what is read
+PICKLES = (*(f"*{ending}" for ending in READ_PICKLES), "*.ckpt")
 
 
 def is_weights(name: str) -> bool:

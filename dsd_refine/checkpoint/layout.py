@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsd_refine.checkpoint.copies import other_formats
+from dsd_refine.checkpoint.copies import READ_PICKLES, other_formats
 from dsd_refine.checkpoint.pickles import Pickled, read_pickle
 from dsd_refine.errors import CheckpointError
 
@@ -433,10 +433,10 @@ def refuse_lost_link(path: Path) -> None:
 
 
 def _single_pickle(folder: Path) -> list[Path]:
-    """The one pickle that holds the weights: pytorch_model.bin, else the only .pth or .pt."""
+    """The one pickle that holds the weights: pytorch_model.bin, else the only .pth, .pt or .pth.tar."""
     if (folder / "pytorch_model.bin").is_file():
         return [folder / "pytorch_model.bin"]
-    others = sorted([*folder.glob("*.pth"), *folder.glob("*.pt")])
+    others = sorted(path for path in folder.iterdir() if path.name.endswith(READ_PICKLES))
     if len(others) > 1:
         names = ", ".join(path.name for path in others)
         raise CheckpointError(f"{folder}: several pickle files ({names}) and no pytorch_model.bin to say which counts")

@@ -88,7 +88,7 @@ def _chosen(path: Path, found: Any, asked: str | None) -> tuple[str | None, Mapp
     elif not sets and _has_weights(found):
         return None, found, ()  # and something else besides, which is named
     elif not sets:
-        raise CheckpointError(f"{path}: does not hold a plain mapping of names to tensors")
+        raise CheckpointError(f"{path}: does not hold a plain mapping of names to tensors; {SAFER}")
     else:
         by_timm = [key for key in TIMM_KEYS if key in sets]
         if not by_timm and len(sets) > 1:

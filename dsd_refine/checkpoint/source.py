@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dsd_refine.checkpoint.copies import adapter_of, is_weights, other_formats, shown_folder
+from dsd_refine.checkpoint.copies import READ_PICKLES, adapter_of, is_weights, other_formats, shown_folder
 from dsd_refine.checkpoint.guard import refuse_counts
 from dsd_refine.checkpoint.hub import ask_hub, check_blobs
 from dsd_refine.checkpoint.layout import (
@@ -32,7 +32,7 @@ from dsd_refine.links import leads_out
 
 # What may hold weights, by its ending: not fetched where nobody asks for weights.
 HEAVY = (
-    "*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.gguf", "*.ggml", "*.npz",
+    "*.bin", "*.pth", "*.pt", "*.pth.tar", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.gguf", "*.ggml", "*.npz",
     "*.tflite", "*.mlmodel", "*.mlpackage", "*.pb", "*.pkl", "*.pickle", "*.safetensors", "*.bin.index.json",
     "*.safetensors.index.json",
 )  # fmt: skip
@@ -268,7 +268,7 @@ def _refuse_unreadable(repo: str, files: set[str], allow_pickle: bool) -> None:
     at_root = sorted(name for name in files if "/" not in name)
     if any(name.endswith(".safetensors") and not name.startswith("adapter") for name in at_root):
         return
-    pickles = [name for name in at_root if name in (PICKLE, PICKLE_INDEX) or name.endswith((".pth", ".pt"))]
+    pickles = [name for name in at_root if name in (PICKLE, PICKLE_INDEX) or name.endswith(READ_PICKLES)]
     if not pickles and "adapter_config.json" not in files:
         raise CheckpointError(no_weights(repo, files))
     if pickles and not allow_pickle:
@@ -305,7 +305,7 @@ def _read_from(files: set[str], allow_pickle: bool) -> set[str]:
         return {PICKLE_INDEX, PICKLE, *(name for name in at_root if fnmatchcase(name, "pytorch_model-*.bin"))}
     if PICKLE in files:
         return {PICKLE}
-    return {name for name in at_root if name.endswith((".pth", ".pt"))}
+    return {name for name in at_root if name.endswith(READ_PICKLES)}
 
 
 def _literal(name: str) -> str:
