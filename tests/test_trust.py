@@ -194,6 +194,7 @@ LINKS = {
     "a file that libraries read": ("chat_template.jinja", "token"),
     "a file in a folder": ("extra/notes.txt", "token"),
     "a folder": ("extra", "."),
+    "nothing": ("notes.txt", "gone"),
     "the card": ("README.md", "token"),
     "results": (".eval_results/x.yaml", "card.yaml"),
     "a folder of results": (".eval_results", "."),

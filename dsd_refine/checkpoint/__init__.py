@@ -201,7 +201,7 @@ def _file_warnings(source: Source, layout: Layout) -> list[str]:
         lines.append(f"not copied (other copies of the weights, or ours to write): {listed(left, 20)}")
     if links:
         lines.append(
-            f"not copied, links that lead out of the source's folder or to folders: {listed(links, 20)}; "
+            f"not copied, links that lead out of the source's folder, to folders or to nothing: {listed(links, 20)}; "
             "put the files themselves there if the output is to have them"
         )
     pointers = [name for name in copied if is_pointer(source.folder / name)]

@@ -32,8 +32,8 @@ from dsd_refine.links import leads_out
 
 # What may hold weights, by its ending: not fetched where nobody asks for weights.
 HEAVY = (
-    "*.bin", "*.pth", "*.pt", "*.pth.tar", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.gguf", "*.ggml", "*.npz",
-    "*.tflite", "*.mlmodel", "*.mlpackage", "*.pb", "*.pkl", "*.pickle", "*.safetensors", "*.bin.index.json",
+    "*.bin", "*.pth", "*.pt", "*.pth.tar", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.gguf", "*.ggml",
+    "*.npz", "*.tflite", "*.mlmodel", "*.mlpackage", "*.pb", "*.pkl", "*.pickle", "*.safetensors", "*.bin.index.json",
     "*.safetensors.index.json",
 )  # fmt: skip
 PICKLE = "pytorch_model.bin"
@@ -55,7 +55,7 @@ class Source:
 
     def side_files(self, weight_files: set[str]) -> tuple[list[str], list[str], list[str]]:
         """Relative names of the files that an output copies; of copies of the weights and what is ours to write, which it
-        does not; and of links that lead out of the folder, or to folders, which it does not either.
+        does not; and of links that lead out of the folder, to folders or to nothing, which it does not either.
 
         The config is copied though it be such a link: it has been read, and is a model's.
         """
@@ -73,6 +73,8 @@ class Source:
                 links.append(name)
             elif path.is_file():
                 copied.append(name)
+            elif path.is_symlink():
+                links.append(name)
         return copied, [*left], links
 
 
