@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dsd_refine.checkpoint import find_source, open_checkpoint, open_library
 from dsd_refine.checkpoint import source as source_module
 from dsd_refine.errors import CheckpointError, Interrupted, UsageError
+from dsd_refine.layers import first_layers
 from dsd_refine.opening import _unreadable
 from dsd_refine.runstate import Workspace
 
@@ -300,6 +301,15 @@ def test_a_timm_model_that_transformers_saved_is_refined_and_loads_there(command
     ]
     assert logits[0].shape == logits[1].shape == (1, 3)
     assert not logits[0].equal(logits[1])
+
+
+def test_what_timm_calls_the_first_layer_is_it_in_a_wrapped_model_too(tmp_path):
+    folder = builders.timm_checkpoint(tmp_path / "t", in_chans=3)
+    edited(folder, model_type="timm_wrapper", architectures=["TimmWrapperForImageClassification"], model_args=None)
+    source = find_source(str(folder))
+    model = open_library(source).build_meta()
+    model.timm_model.pretrained_cfg["first_conv"] = ("conv1.3", "layer1.0.conv1")
+    assert first_layers(model, "image-classification") == ["timm_model.conv1.3", "timm_model.layer1.0.conv1"]
 
 
 def test_a_wrapped_model_sees_what_transformers_would_show_it(tmp_path):

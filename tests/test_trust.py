@@ -14,6 +14,7 @@ from forked import Child, preload
 from forked import command as run_command
 from hub import hub, on_hub
 
+from dsd_refine.claims import claims
 from dsd_refine.links import leads_out
 
 TEMPLATE = "{{ cycler.__init__.__globals__.os.system('touch MARK') }}{% for x in messages %}{{ x }}{% endfor %}"
@@ -224,6 +225,24 @@ def test_a_link_out_of_the_source_s_folder_copies_nothing_and_is_named(command, 
     if not name.startswith(".eval_results"):
         assert any(name in warning and "link" in warning for warning in warnings), warnings
     assert command("verify", source, tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("name", [".eval_results/x.yaml", ".eval_results"])
+def test_results_that_are_a_link_out_of_the_folder_are_no_claims(secret, tmp_path, name):
+    link = tmp_path / "source" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(secret / "card.yaml" if name.endswith(".yaml") else secret)
+    assert claims(tmp_path / "source") == []
+    assert claims(_moved(link, secret / "card.yaml")) != []  # as files of the folder's own they are
+
+
+def _moved(link, file):
+    """The source of a link, with the file itself in its place."""
+    link.unlink()
+    place = link if link.suffix else link / "x.yaml"
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(file.read_bytes())
+    return place.parent.parent
 
 
 def test_links_within_the_folder_and_to_the_weights_are_followed(command, made, tmp_path):
