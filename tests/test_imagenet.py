@@ -20,8 +20,9 @@ from torchvision.models._meta import _IMAGENET_CATEGORIES
 from dsd_refine.data.labels import match_labels
 from dsd_refine.tasks.open import _timm_names
 
-SYNSETS = [str(ImageNetInfo("imagenet-1k").index_to_label_name(number)) for number in range(1000)]
-TEXTS = [str(ImageNetInfo("imagenet-1k").index_to_description(number)) for number in range(1000)]
+INFO = ImageNetInfo("imagenet-1k")
+SYNSETS = [str(INFO.index_to_label_name(number)) for number in range(1000)]
+TEXTS = [str(INFO.index_to_description(number)) for number in range(1000)]
 USED = (0, 7, 134, 517)  # two of them are a crane
 STEPS = ("--sparse-steps", "1", "--dense-steps", "1", "--control", "none", "--gate", "none", "--batch-size", "8",
          "--device", "cpu", "--quiet", "--set", "augment.crop=none")  # fmt: skip

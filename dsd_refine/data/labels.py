@@ -201,15 +201,17 @@ def _unnamed(classes: int, labels: set[str], declared: Sequence[str] | None) -> 
 def _with_imagenet(aliases: Aliases, spoken: set[str]) -> Aliases:
     """The names of each class, and where they are ImageNet's the other names of these too: synsets and descriptions."""
     known = imagenet.known_names(len(aliases))
-    if known is None or not all(
-        {plain(name) for name in own} & {plain(name) for name in more} for own, more in zip(aliases, known, strict=True)
-    ):
+    if known is None or not all(map(_share_a_name, aliases, known)):
         return aliases
     names = [{*own, *more} for own, more in zip(aliases, known, strict=True)]
     other = imagenet.other_crane(len(aliases), spoken)
     if other is not None:
         names[other].discard("crane")
     return [sorted(each) for each in names]
+
+
+def _share_a_name(own: Sequence[str], more: frozenset[str]) -> bool:
+    return not more.isdisjoint(own) or not set(map(plain, more)).isdisjoint(map(plain, own))
 
 
 def _by_name(names: tuple[str, ...], aliases: Aliases, labels: set[str]) -> dict[str, int]:
