@@ -337,6 +337,23 @@ def test_label_names_that_name_nothing_are_said(command, made, tmp_path):
     assert report["labels"]["rule"] == "by name"
 
 
+def test_label_names_give_a_model_without_names_its_order():
+    from dataclasses import replace
+
+    train = replace(
+        table(text=["the cat", "a dog", "red fish", "blue bird"] * 3, label=["neg", "pos"] * 6), classes=("pos", "neg")
+    )
+    task = texts({"train": train, "test": train}, aliases=None, holdout=0, keep="last")
+    assert task.labels.ids == {"pos": 0, "neg": 1}
+    assert task.labels.rule == "the order of label_names (the model has no names)"
+
+
+@pytest.mark.parametrize("given", ["label_map={a: b}", "label_names=[a, b]"])
+def test_a_task_without_classes_takes_neither(refused, made, tmp_path, given):
+    said = refused(made / "gpt2", "--data", made / "documents.txt", "-o", tmp_path / "out", *QUICK, "--set", given)
+    assert "label_names and label_map are of classes, and causal-lm has none" in said
+
+
 def test_integers_without_names_are_offered_the_model_s(refused, tmp_path):
     source = builders.bert_checkpoint(tmp_path / "m", ["NEGATIVE", "POSITIVE"])
     rows = csv(tmp_path / "rows.csv", ["0", "1"])
@@ -382,6 +399,12 @@ def test_one_number_in_two_writings_is_refused(names):
         match_labels(None, 2, names)
     with pytest.raises(DataError, match="same class"):
         match_labels((("0",), ("1",)), 2, names)
+
+
+@pytest.mark.parametrize("names", [{"0.5", "1.5"}, {"1", "2.25"}, {"-.5", "3"}])
+def test_scores_in_text_are_no_classes(names):
+    with pytest.raises(DataError, match="numbers and no classes"):
+        match_labels(None, 2, names)
 
 
 def test_yes_and_no_are_their_words():

@@ -13,6 +13,7 @@ from dsd_refine.data import imagenet
 from dsd_refine.data.names import (
     MOST,
     are_integers,
+    are_measures,
     composed,
     counterparts,
     hides,
@@ -195,6 +196,8 @@ def _unnamed(classes: int, labels: set[str], declared: Sequence[str] | None) -> 
         return _in_order(list(declared), classes, "the data set's own class ids (the model has no names)")
     if are_integers(labels):
         return _as_ids(labels | set(declared or ()), classes)
+    if are_measures(labels):
+        raise DataError(f"the labels are numbers and no classes: {listed(sorted(labels))}; regression is not supported")
     return _in_order(sorted(labels, key=composed), classes, "sorted order of the data's names (the model has no names)")
 
 

@@ -39,6 +39,11 @@ def are_integers(names: Iterable[str]) -> bool:
     return all(integer(name) is not None for name in names)
 
 
+def are_measures(names: Iterable[str]) -> bool:
+    """Are these numbers of which some are not whole: scores, not classes?"""
+    return all(re.fullmatch(r"\s*[+-]?([0-9]+|[0-9]*\.[0-9]+)\s*", name) for name in names) and not are_integers(names)
+
+
 def placeholder(name: str) -> int | None:
     """The class that `LABEL_k`, in capitals or not, is the number of; None for a name that says something."""
     found = PLACEHOLDER.fullmatch(name.strip())

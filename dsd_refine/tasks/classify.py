@@ -120,7 +120,7 @@ def labelled_parts(
         first = next(item["row"] for rows in everything for item in rows.skipped)
         raise DataError(f"no row can be used: {shown}{', …' if len(reasons) > 5 else ''}; the first is {first}")
     labels = match_labels(aliases, classes, found, _declared(tables, label_column), label_map)
-    labels = _with_named_integers(labels, [*tables.values(), *(evaluation or {}).values()], label_column)
+    labels = _with_said_names(aliases, labels, [*tables.values(), *(evaluation or {}).values()], label_column)
     parts = divide(used, judged, holdout)
     return labels, [_with_ids(rows, labels) for rows in (parts.train, parts.holdout, parts.eval)], parts
 
@@ -144,13 +144,17 @@ def _declared(tables: dict[str, Table], label_column: Callable[[Table], str]) ->
     return list(names) if names else None
 
 
-def _with_named_integers(labels: LabelMap, tables: Sequence[Table], label_column: Callable[[Table], str]) -> LabelMap:
+def _with_said_names(
+    aliases: Sequence[Sequence[str]] | None, labels: LabelMap, tables: Sequence[Table], label_column: Callable[[Table], str]
+) -> LabelMap:
     """The same, with what became of names that were said for integers."""
     told = [table for table in tables if table.classes]
     if not told:
         return labels
     if any(_has_integers(table, label_column) for table in told):
         return replace(labels, rule=f"{labels.rule}, integers by the names that the recipe or the data set's own name gives")
+    if aliases is None and labels.guessed:
+        return replace(labels, rule="the order of label_names (the model has no names)")
     unused = "label_names names integers, and the labels of the data are texts: it is not used (label_map maps texts)"
     return replace(labels, warnings=(*labels.warnings, unused))
 

@@ -28,6 +28,8 @@ def open_task(
     """
     if recipe.data is None:
         raise DataError("no data: give --data (a directory, a file, or a Hub data set org/name), or a recipe that names one")
+    if name in WITHOUT_CLASSES and (recipe.label_names or recipe.label_map):
+        raise DataError(f"label_names and label_map are of classes, and {name} has none: leave them out")
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
     tables = named(by_role(read_tables(recipe.data, cache, download=download), recipe.data), classes)
     evaluation = None
@@ -37,6 +39,7 @@ def open_task(
 
 
 Tables = dict[str, Table]
+WITHOUT_CLASSES = ("causal-lm", "masked-lm", "ctc-speech", "image-captioning")
 
 
 def _images(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
