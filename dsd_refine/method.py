@@ -333,7 +333,9 @@ def judge(run: Run, arm: str, seed: int = 0) -> None:
     scores = evaluate(run.loop, run.task.eval)
     found = run.task.metrics(scores)
     if arm == "baseline":
-        run.state["preflight"] = preflight(run.task, found, run.recipe, run.checkpoint.source.folder)
+        run.state["preflight"] = preflight(
+            run.task, found, run.recipe, run.checkpoint.source.folder, scores, lambda part: evaluate(run.loop, part)
+        )
         for line in run.state["preflight"]:
             run.options.say(f"warning: {line}")
     kept.append(scores)

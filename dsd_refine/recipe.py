@@ -120,7 +120,8 @@ class Recipe(Strict):
     """Everything that decides a result. `dsd/recipe.yaml` of an output is one of these, and repeats the run.
 
     `weights_key` says which of the sets of weights in one pickle is the model.
-    `label_names` are the names of integer labels, in order, for data that have none of their own: a list, or `imagenet-1k`.
+    `label_names` are the names of integer labels, in order, in place of the data's own: a list, or `imagenet-1k`.
+    `label_map` says which class of the model (its name, or its number where it has none) a label of the data is.
     """
 
     name: str = "recipe"
@@ -151,6 +152,7 @@ class Recipe(Strict):
     image_column: str | None = None
     label_column: str | None = None
     label_names: Literal["imagenet-1k"] | Names | None = None
+    label_map: dict[str, str] = {}
     text_column: str | None = None
     audio_column: str | None = None
     max_length: Annotated[int, Field(gt=1)] | None = None
@@ -162,6 +164,16 @@ class Recipe(Strict):
         if value not in (None, "imagenet-1k") and not (listed and len(set(value)) == len(value)):
             raise ValueError("expected `imagenet-1k`, or a list of names, no two of them the same")
         return value
+
+    @field_validator("label_map", mode="before")
+    @classmethod
+    def _numbers_too(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("expected a mapping of the data's labels to the model's classes, such as {neg: NEGATIVE}")
+        odd = next((name for name in value.values() if not isinstance(name, str | int) or isinstance(name, bool)), None)
+        if odd is not None:
+            raise ValueError(f"the class {odd!r:.40} is no text; put it into quotes, as YAML reads yes, no and dates as others")
+        return {label: str(name) for label, name in value.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -193,7 +205,8 @@ class Recipe(Strict):
 
     def dump(self) -> str:
         """YAML that `load_recipe` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+        fields = self.model_dump(mode="json", exclude_none=True)
+        return yaml.dump(fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -208,17 +221,22 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if not isinstance(key, str):
-                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} is not text")
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} is not text; put it into quotes")
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice")
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_Loader` would read as a number."""
+
+
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:

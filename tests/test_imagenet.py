@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import builders
 import datasets
@@ -16,8 +17,12 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
-SYNSETS = [str(ImageNetInfo("imagenet-1k").index_to_label_name(number)) for number in range(1000)]
-TEXTS = [str(ImageNetInfo("imagenet-1k").index_to_description(number)) for number in range(1000)]
+from dsd_refine.data.labels import match_labels
+from dsd_refine.tasks.open import _timm_names
+
+INFO = ImageNetInfo("imagenet-1k")
+SYNSETS = [str(INFO.index_to_label_name(number)) for number in range(1000)]
+TEXTS = [str(INFO.index_to_description(number)) for number in range(1000)]
 USED = (0, 7, 134, 517)  # two of them are a crane
 STEPS = ("--sparse-steps", "1", "--dense-steps", "1", "--control", "none", "--gate", "none", "--batch-size", "8",
          "--device", "cpu", "--quiet", "--set", "augment.crop=none")  # fmt: skip
@@ -159,3 +164,57 @@ def test_synset_folders_and_the_hub_s_descriptions_mean_the_models_classes(comma
     assert sorted(judged(tmp_path / "out")[0]) == sorted(expected)
     if form == "descriptions":
         assert judged(tmp_path / "out")[0] == expected
+
+
+# ---------------------------------------------------------------- heads of other sizes
+
+SUBSETS = {
+    11221: "imagenet-21k-miil",
+    11821: "imagenet-12k",
+    21841: "imagenet-22k",
+    21842: "imagenet-22k-ms",
+    21843: "imagenet-21k-goog",
+}
+
+
+@pytest.mark.parametrize("classes", SUBSETS)
+def test_a_head_of_each_imagenet_knows_its_synsets(classes):
+    info = ImageNetInfo(SUBSETS[classes])
+    aliases = _timm_names(SimpleNamespace(cfg={}), classes)
+    chosen = {info.index_to_label_name(number): number for number in (0, 1, 777, classes - 1)}
+    assert match_labels(aliases, classes, set(chosen)).ids == chosen
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_head_of_1001_has_the_background_first(library):
+    aliases = {
+        "timm": _timm_names(SimpleNamespace(cfg={}), 1001),
+        "transformers": [["background"], *([text] for text in TEXTS)],
+    }[library]
+    found = match_labels(aliases, 1001, set(SYNSETS))
+    assert found.ids == {synset: number + 1 for number, synset in enumerate(SYNSETS)}
+    assert match_labels(aliases, 1001, {"background", "tench, Tinca tinca", "crane2"}).ids == {
+        "background": 0, "tench, Tinca tinca": 1, "crane2": 518,
+    }  # fmt: skip
+    hub = [*TEXTS[:517], "crane2", *TEXTS[518:]]
+    assert match_labels(aliases, 1001, {"crane"}, hub).ids == {"crane": 135}
+
+
+def test_descriptions_of_a_large_head_know_their_synsets():
+    """BEiT and the like name their 21841 classes by description; the folders of ImageNet are synsets."""
+    info = ImageNetInfo("imagenet-22k")
+    aliases = [[str(info.index_to_description(number))] for number in range(21841)]
+    chosen = {info.index_to_label_name(number): number for number in (0, 5, 20000)}
+    assert match_labels(aliases, 21841, set(chosen)).ids == chosen
+
+
+@pytest.mark.parametrize("classes", [1001, 11221])
+def test_synset_folders_go_with_such_a_head(command, tmp_path, classes):
+    names = {1001: SYNSETS, 11221: ImageNetInfo(SUBSETS[11221]).label_names()}[classes]
+    source = builders.timm_checkpoint(tmp_path / "m", classes, in_chans=3)
+    data = builders.image_folder(tmp_path / "d", [names[3], names[900]], channels=3)
+    found = command(source, "--data", data, "-o", tmp_path / "out", *STEPS)
+    assert found.code == 0, found.err
+    targets, labels = judged(tmp_path / "out")
+    assert targets == [names[3]] * 8 + [names[900]] * 8
+    assert labels["model"].index(names[3]) == (4 if classes == 1001 else 3)

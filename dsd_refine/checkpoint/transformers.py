@@ -174,12 +174,18 @@ def _is_head(model: Any, lost: list[str]) -> bool:
 
 def _refuse_odd(folder: Path, config: Any, trust_remote_code: bool) -> None:
     """Refuse what the library takes as it comes: code named where a setting should be, names that are none."""
+    raw = read_json(folder / "config.json")
     architectures, labels = config.architectures or [], getattr(config, "id2label", None)
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise CheckpointError(f"{folder}/config.json: `architectures` is not a list of class names")
     if labels is not None and sorted(labels) != list(range(len(labels))):
         raise CheckpointError(f"{folder}/config.json: `id2label` does not name the classes 0 to {len(labels) - 1}")
-    kernels = sorted(name for name in _implementations(read_json(folder / "config.json")) if "/" in name)
+    named = raw.get("id2label")
+    if labels is not None and isinstance(named, dict) and len(named) != len(labels):  # the library drops the names then
+        raise CheckpointError(
+            f"{folder}/config.json: `id2label` has {len(named)} names, `num_labels` is {len(labels)}; correct the wrong one"
+        )
+    kernels = sorted(name for name in _implementations(raw) if "/" in name)
     if kernels and not trust_remote_code:  # the library would fetch and run them
         raise CheckpointError(
             f"{folder}: wants the code of {listed(kernels)} from the Hub; look at it, then give --trust-remote-code"

@@ -2,118 +2,257 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import datasets
 import numpy as np
 
 from dsd_refine.data import imagenet
+from dsd_refine.data.names import (
+    MOST,
+    are_integers,
+    are_measures,
+    composed,
+    counterparts,
+    hides,
+    integer,
+    listed,
+    looks,
+    map_option,
+    names_option,
+    placeholder,
+    plain,
+    shown,
+)
 from dsd_refine.data.tables import Table
 from dsd_refine.errors import DataError
+
+Aliases = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
 class LabelMap:
-    """`ids` maps a data label (text) to a class of the model; `model` are the model's class names in order."""
+    """`ids` maps a data label (text) to a class of the model; `model` are the model's class names in order.
+
+    `guessed`: nothing but the order of the data's names or numbers says which class is which.
+    """
 
     model: tuple[str, ...]
     data: tuple[str, ...]
     rule: str
     ids: dict[str, int]
+    guessed: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+def refuse_one_output(classes: int) -> None:
+    """Raise DataError for a head that has no classes to choose from."""
+    if classes == 1:
+        raise DataError(
+            "the head has one output: regression or ranking, not supported yet; a classifier of two classes has two outputs"
+        )
 
 
 def match_labels(
-    aliases: Sequence[Sequence[str]] | None, classes: int, found: set[str], declared: Sequence[str] | None = None
+    aliases: Aliases | None,
+    classes: int,
+    found: set[str],
+    declared: Sequence[str] | None = None,
+    label_map: Mapping[str, str] | None = None,
 ) -> LabelMap:
     """Map the labels found in all splits together.
 
     `aliases` are the names of each class of the model (the first one is shown), None for a model without names;
     `declared` are the data set's own class names in id order, where it has them: integers that are no names are its ids.
+    `label_map` says of labels of the data which class of the model they are; it comes first.
 
     Raises:
-        DataError: names that do not match (both lists), unequal class counts, ids out of range.
+        DataError: names that do not match (both lists), unequal class counts, ids out of range, a `label_map` of labels
+            or classes that there are none of.
     """
+    refuse_one_output(classes)
     own = list(declared or ())
-    named = {_plain(name) for names in aliases or () for name in names} | {_plain(name) for name in own}
-    numbers = {text for text in found if _are_integers([text]) and _plain(text) not in named}
-    if _are_integers(own):  # names and numbers are the same
-        numbers = set()
-    said = {text: own[int(text)] for text in numbers if 0 <= int(text) < len(own)}
-    matched = _matched(aliases, classes, found - set(said) | set(said.values()), declared)
+    said = _by_declared_id(aliases, own, found)
+    labels = found - set(said) | set(said.values())
+    if aliases is None and (label_map or any(placeholder(text) is not None for text in {*labels, *own})):
+        matched = _numbered(classes, labels, own, label_map or {}, said)
+    elif aliases is not None:
+        matched = _named(aliases, labels, own, label_map or {}, said)
+    else:
+        matched = _unnamed(classes, labels, declared)
     return replace(matched, ids=matched.ids | {text: matched.ids[name] for text, name in said.items()})
 
 
-def _matched(
-    aliases: Sequence[Sequence[str]] | None, classes: int, found: set[str], declared: Sequence[str] | None
+def _by_declared_id(aliases: Aliases | None, own: list[str], found: set[str]) -> dict[str, str]:
+    """The labels that are numbers of the data set's own class names, and no names themselves."""
+    if are_integers(own):  # names and numbers are the same
+        return {}
+    named = {plain(name) for names in aliases or () for name in names} | {plain(name) for name in own}
+    numbers = {text: integer(text) for text in found if plain(text) not in named}
+    return {text: own[number] for text, number in numbers.items() if number is not None and 0 <= number < len(own)}
+
+
+def _named(
+    aliases: Aliases, labels: set[str], own: Sequence[str], label_map: Mapping[str, str], said: Mapping[str, str]
 ) -> LabelMap:
-    if aliases is not None:
-        shown = tuple(names[0] for names in aliases)
-        return _by_name(shown, _with_imagenet(aliases, found | set(declared or ())), found)
-    integers = declared is not None and _are_integers(declared)
-    unknown = sorted(text for text in found - set(declared or found) if not (integers and _are_integers([text])))
+    """By the model's names, but where `label_map` says otherwise."""
+    every = _with_imagenet(aliases, labels | set(own))
+    names = tuple(each[0] for each in aliases)
+    given = _given(label_map, every, names, labels, own, said)
+    return _joined(names, given, _by_name(names, every, labels - set(given)), "by name")
+
+
+def _numbered(
+    classes: int, labels: set[str], own: Sequence[str], label_map: Mapping[str, str], said: Mapping[str, str]
+) -> LabelMap:
+    """Of a model without names: `LABEL_k` is class k, and so is k where `label_map` is given."""
+    aliases = [[f"LABEL_{k}", *([str(k)] if label_map else [])] for k in range(classes)]
+    names = tuple(each[0] for each in aliases)
+    given = _given(label_map, aliases, names, labels, own, said)
+    return _joined(names, given, _by_name(names, aliases, labels - set(given)), "LABEL_k is class k (the model has no names)")
+
+
+def _given(
+    label_map: Mapping[str, str],
+    aliases: Aliases,
+    names: Sequence[str],
+    labels: set[str],
+    own: Sequence[str],
+    said: Mapping[str, str],
+) -> dict[str, int]:
+    """The class of each label that `label_map` speaks of.
+
+    Raises:
+        DataError: a key that is no label of the data, a value that is no class of the model.
+    """
+    known = {composed(text): text for text in (*labels, *own)} | {composed(text): name for text, name in said.items()}
+    strange = [key for key in label_map if composed(key) not in known]
+    if strange:
+        every = sorted(labels | set(own))
+        raise DataError(
+            f"label_map: {listed(strange, every)} {_are(strange)} no label of the data. The data's labels are: {listed(every)}"
+        )
+    exact, alike = _owners(aliases, composed), _owners(aliases, plain)
+    owners = {
+        value: exact.get(composed(value)) or alike.get(plain(value)) or _as_number(value, len(names))
+        for value in label_map.values()
+    }
+    wrong = [value for value in dict.fromkeys(label_map.values()) if len(owners[value]) != 1]
+    if wrong:
+        fault = "no class" if not all(owners[value] for value in wrong) else "the name of several classes"
+        raise DataError(
+            f"label_map: {listed(wrong, names)} {_are(wrong)} {fault} of the model. "
+            f"The model's classes are: {listed(names, wrong)}; their numbers from 0 to {len(names) - 1} mean them too"
+        )
+    return {known[composed(key)]: next(iter(owners[value])) for key, value in label_map.items()}
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _as_number(value: str, classes: int) -> set[int]:
+    number = integer(value)
+    return {number} if number is not None and 0 <= number < classes else set()
+
+
+def _joined(names: tuple[str, ...], given: Mapping[str, int], matched: Mapping[str, int], rule: str) -> LabelMap:
+    """What `label_map` says and what the names say, as one; labels become one class only where `label_map` says so.
+
+    Raises:
+        DataError: two labels of one class.
+    """
+    ids = dict(sorted((dict(matched) | dict(given)).items()))
+    members: dict[int, list[str]] = {}
+    for label, number in ids.items():
+        members.setdefault(number, []).append(label)
+    unsaid = {n: labels for n, labels in members.items() if len(labels) - len(set(labels) & set(given)) > 1}
+    if unsaid:
+        number, labels = next(iter(unsaid.items()))
+        pairs = dict.fromkeys(labels, names[number])
+        raise DataError(
+            f"two labels of the data mean the same class of the model: {' and '.join(shown(labels))} are both "
+            f"{shown([names[number]], labels)[0]}. Give them one name, or say that they are one class: {map_option(pairs)}"
+        )
+    if given:
+        moved = ", ".join(f"{label} → {names[n]}" for label, n in list(given.items())[:MOST])
+        more = f", … ({len(given)} in all)" if len(given) > MOST else ""
+        rule = f"by label_map ({moved}{more})" + (f", the others {rule}" if matched else "")
+    return LabelMap(names, tuple(ids), rule, ids)
+
+
+def _unnamed(classes: int, labels: set[str], declared: Sequence[str] | None) -> LabelMap:
+    """Of a model without names: by the data's own class ids, or by order, where there are as many classes."""
+    integers = declared is not None and are_integers(declared)
+    unknown = sorted(text for text in labels - set(declared or labels) if not (integers and are_integers([text])))
     if declared is not None and unknown:
         raise DataError(
-            f"labels of the data that are no class names of the training data: {_some(unknown)}. "
-            f"The training data's classes are: {_some(declared)}. Rename the labels to these"
+            f"labels of the data that are no class names of the training data: {listed(unknown, declared)}. "
+            f"The training data's classes are: {listed(declared, unknown)}. Rename the labels to these"
         )
     if declared is not None and not integers:
         return _in_order(list(declared), classes, "the data set's own class ids (the model has no names)")
-    if _are_integers(found):
-        return _as_ids(found | set(declared or ()), classes)
-    return _in_order(sorted(found), classes, "sorted order of the data's names (the model has no names)")
+    if are_integers(labels):
+        return _as_ids(labels | set(declared or ()), classes)
+    if are_measures(labels):
+        raise DataError(f"the labels are numbers and no classes: {listed(sorted(labels))}; regression is not supported")
+    return _in_order(sorted(labels, key=composed), classes, "sorted order of the data's names (the model has no names)")
 
 
-def _with_imagenet(aliases: Sequence[Sequence[str]], spoken: set[str]) -> Sequence[Sequence[str]]:
-    """The names of each class, and where they are ImageNet-1k's 1000 the other names of these too.
-
-    Two classes are a "crane": in the Hub's data the first (the other is "crane2" there), in torchvision the second (the
-    first is "crane bird" there). Which is meant is known where the data, that have the names `spoken`, have that companion.
-    """
-    if len(aliases) != 1000:
-        return aliases
-    from timm.data import ImageNetInfo
-
-    info, bird, machine = ImageNetInfo("imagenet-1k"), 134, 517
-    known = []
-    for number in range(1000):
-        text = str(info.index_to_description(number))
-        known.append({str(info.index_to_label_name(number)), text, text.partition(", ")[0]})
-    known[bird].add("crane bird")
-    known[machine].add("crane2")
-    known[639] = known[639] - {"maillot"} | {"maillot tank suit"}  # class 638 is the maillot
-    if not all(
-        {_plain(name) for name in own} & {_plain(name) for name in more} for own, more in zip(aliases, known, strict=True)
-    ):
+def _with_imagenet(aliases: Aliases, spoken: set[str]) -> Aliases:
+    """The names of each class, and where they are ImageNet's the other names of these too: synsets and descriptions."""
+    known = imagenet.known_names(len(aliases))
+    if known is None or not all(map(_share_a_name, aliases, known)):
         return aliases
     names = [{*own, *more} for own, more in zip(aliases, known, strict=True)]
-    if ("crane2" in spoken) != ("crane bird" in spoken):
-        names[machine if "crane2" in spoken else bird].discard("crane")
+    other = imagenet.other_crane(len(aliases), spoken)
+    if other is not None:
+        names[other].discard("crane")
     return [sorted(each) for each in names]
 
 
-def _by_name(shown: tuple[str, ...], aliases: Sequence[Sequence[str]], found: set[str]) -> LabelMap:
-    exact, plain = _owners(aliases, str), _owners(aliases, _plain)
+def _share_a_name(own: Sequence[str], more: frozenset[str]) -> bool:
+    return not more.isdisjoint(own) or not set(map(plain, more)).isdisjoint(map(plain, own))
+
+
+def _by_name(names: tuple[str, ...], aliases: Aliases, labels: set[str]) -> dict[str, int]:
+    exact, alike = _owners(aliases, composed), _owners(aliases, plain)
     # as written first: "cardigan" is no "Cardigan", but "Tabby_Cat" may be the "tabby cat"
-    owners = {text: exact.get(text) or plain.get(_plain(text)) or set() for text in found}
-    unknown = sorted(text for text in found if len(owners[text]) != 1)
-    if unknown:
-        fault = (
-            "no class names of the model" if not all(owners[text] for text in unknown) else "names of several of its classes"
-        )
-        raise DataError(
-            f"labels of the data that are {fault}: {_some(unknown)}. "
-            f"The model's classes are: {_some(shown)}. Rename the folders or labels to the model's names"
-            + (", or say the integers' names in order: --set 'label_names=[…]' (imagenet-1k)" if _are_integers(unknown) else "")
-        )
-    mapping = {text: next(iter(owners[text])) for text in sorted(found)}
-    if len(set(mapping.values())) < len(mapping):
-        raise DataError(f"two labels of the data mean the same class of the model: {_some(sorted(found))}")
-    return LabelMap(shown, tuple(mapping), "by name", mapping)
+    owners = {text: exact.get(composed(text)) or alike.get(plain(text)) or set() for text in labels}
+    unknown = sorted(text for text in labels if len(owners[text]) != 1)
+    if not unknown:
+        return {text: next(iter(owners[text])) for text in labels}
+    several = all(owners[text] for text in unknown)
+    fault = "names of several of its classes" if several else "no class names of the model"
+    taken = {number for numbers in owners.values() if len(numbers) == 1 for number in numbers}
+    free = [name for number, name in enumerate(names) if number not in taken]
+    raise DataError(
+        f"labels of the data that are {fault}: {listed(unknown, names)}. The model's classes are: {listed(names, unknown)}. "
+        f"Rename the folders or labels to the model's names{_remedy(unknown, names, free, several)}"
+    )
 
 
-def _owners(aliases: Sequence[Sequence[str]], form: Callable[[str], str]) -> dict[str, set[int]]:
+def _remedy(unknown: Sequence[str], names: Sequence[str], free: Sequence[str], several: bool) -> str:
+    """What may be said instead of renaming labels that are no names of the model."""
+    options = []
+    if are_integers(unknown):
+        inner = names_option(names) if len(names) <= MOST else "--set 'label_names=[…]' (imagenet-1k)"
+        options.append(f", or say the integers' names in order: {inner}")
+    if len(unknown) <= MOST:
+        pairs = None if several else counterparts(unknown, free)
+        if pairs is None:
+            pairs = dict.fromkeys(unknown, "NUMBER" if several else "…")
+        options.append(f", or say which class each is: {map_option(pairs)}")
+    alike = {looks(name): name for name in free}
+    twin = next((text for text in unknown if looks(text) in alike), None)
+    if twin is not None:
+        options.append(f". {twin!a} looks like {alike[looks(twin)]!a}, but is written with other characters")
+    return "".join(options)
+
+
+def _owners(aliases: Aliases, form: Callable[[str], str]) -> dict[str, set[int]]:
     """The classes that have each name, in this form."""
     owners: dict[str, set[int]] = {}
     for number, names in enumerate(aliases):
@@ -122,61 +261,114 @@ def _owners(aliases: Sequence[Sequence[str]], form: Callable[[str], str]) -> dic
     return owners
 
 
-def _are_integers(names: Iterable[str]) -> bool:
-    return all(re.fullmatch("-?[0-9]+", name) for name in names)
-
-
-def _as_ids(found: set[str], classes: int) -> LabelMap:
-    numbers = sorted({int(text) for text in found})
+def _as_ids(labels: set[str], classes: int) -> LabelMap:
+    ids = {text: int(integer(text) or 0) for text in labels}
+    numbers = sorted(set(ids.values()))
+    if len(numbers) < len(ids):
+        twice = sorted(text for text in ids if list(ids.values()).count(ids[text]) > 1)
+        raise DataError(
+            f"labels of the data that are the same number: {' and '.join(map(repr, twice[:MOST]))}; write it one way"
+        )
     if numbers[0] < 0 or numbers[-1] >= classes:
-        raise DataError(f"class ids in the data run from {numbers[0]} to {numbers[-1]}, the model has 0 to {classes - 1}")
+        shift = map_option({str(n): str(n - 1) for n in numbers})
+        from_one = numbers == list(range(1, classes + 1)) and classes <= MOST
+        raise DataError(
+            f"class ids in the data run from {numbers[0]} to {numbers[-1]}, the model has 0 to {classes - 1}"
+            + (f". If they count from 1: {shift}" if from_one else "")
+        )
     if len(numbers) != classes:
-        raise DataError(f"the data has {len(numbers)} classes, the model {classes}, and no names to tell which are which")
-    mapping = {str(n): n for n in numbers} | {text: int(text) for text in found}
-    return LabelMap(tuple(map(str, range(classes))), tuple(map(str, numbers)), "the data's integers are the class ids", mapping)
+        raise DataError(
+            f"the data has {len(numbers)} classes, the model {classes}, and no names to tell which are which"
+            f"{_say_which([str(n) for n in numbers], classes)}"
+        )
+    mapping = {str(n): n for n in numbers} | ids
+    rule = "the data's integers are the class ids"
+    return LabelMap(tuple(map(str, range(classes))), tuple(map(str, numbers)), rule, mapping, guessed=True)
 
 
 def _in_order(names: list[str], classes: int, rule: str) -> LabelMap:
     if len(names) != classes:
         raise DataError(
-            f"the data has {len(names)} classes ({_some(names)}), the model {classes}; the head is never re-made to fit"
+            f"the data has {len(names)} classes ({listed(names)}), the model {classes}; the head is never re-made to fit"
+            f"{_say_which(names, classes)}"
         )
-    return LabelMap(tuple(names), tuple(names), rule, {name: i for i, name in enumerate(names)})
+    twins = [name for name in names if sum(looks(name) == looks(other) for other in names) > 1]
+    if twins and any(hides(name) or composed(name) != name for name in twins):
+        raise DataError(
+            f"labels of the data that look the same: {listed(twins)}. Give them one name, or say which class of the model "
+            f"each is: {map_option(dict.fromkeys(names[:MOST], 'NUMBER'))}"
+        )
+    return LabelMap(tuple(names), tuple(names), rule, {name: i for i, name in enumerate(names)}, guessed=True)
 
 
-def _plain(name: str) -> str:
-    name = re.sub("^0+(?=[0-9]+$)", "", name)  # a table's reader takes 01 for 1
-    return " ".join(name.replace("_", " ").casefold().split())
-
-
-def _some(names: Sequence[str], most: int = 12) -> str:
-    rest = f", … ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+def _say_which(names: Sequence[str], classes: int) -> str:
+    """The remedy for data that have some of a model's classes, or several names for one."""
+    if len(names) > MOST:
+        return ""
+    return f". If each is one of the classes 0 to {classes - 1}, say which: {map_option(dict.fromkeys(names, 'NUMBER'))}"
 
 
 def label_texts(table: Table, name: str) -> list[str | None]:
-    """The label column as texts; None where a row has no label. Integers are their names, where those are known.
+    """The label column as texts (NFC); None where a row has no label. Integers are their names, where those are known.
 
     Raises:
         DataError: several labels a row, numbers that are no classes, a class id out of range or of another class than the
-            row's file name says.
+            row's file name says, one name in two ways of writing the same characters.
     """
+    return _in_one_form(_read_labels(table, name))
+
+
+def _in_one_form(texts: list[str | None]) -> list[str | None]:
+    forms = {text: composed(text) for text in set(texts) if text is not None}
+    written: dict[str, str] = {}
+    for text, form in sorted(forms.items()):
+        if form in written:
+            raise DataError(
+                f"labels of the data that look the same: {text!a} and {written[form]!a} are one name, its characters written "
+                "in two ways (composed or not, in Unicode's words). Give them one name"
+            )
+        written[form] = text
+    return [None if text is None else forms[text] for text in texts]
+
+
+def _read_labels(table: Table, name: str) -> list[str | None]:
     kind, values = table.rows.features[name], table.rows.with_format(None)[name]
     if isinstance(kind, datasets.ClassLabel):
-        return [_class_name(kind.names, table, row, value) for row, value in enumerate(values)]
-    texts: list[str | None] = []
+        own = [_class_name(kind.names, table, row, value) for row, value in enumerate(values)]
+        if table.classes is None:
+            return own
+        _refuse_other_count(kind.names, table.classes)
+        ids = [None if said is None else str(value) for said, value in zip(own, values, strict=True)]
+        return _with_names(table, table.classes, ids)
     known: dict[str, str] = {}  # each name once: there are few, and many rows
-    for row, value in enumerate(values):
+    texts = [None if text is None else known.setdefault(text, text) for text in _as_texts(table, name, values)]
+    return texts if table.classes is None else _with_names(table, table.classes, texts)
+
+
+def _as_texts(table: Table, name: str, values: Sequence[Any]) -> Iterator[str | None]:
+    """Each label as text; yes and no are 1 and 0 where names were said for these."""
+    for row, held in enumerate(values):
+        value = held.decode("utf-8", "backslashreplace") if isinstance(held, bytes) else held
         if isinstance(value, list | dict | np.ndarray):
             raise DataError(
                 f"row {table.name(row)}: {name!r} holds several labels ({value!r:.60}); multi-label is not supported"
             )
         if isinstance(value, float) and value == value and not value.is_integer():
             raise DataError(f"row {table.name(row)}: the label {value} is no class; regression is not supported")
-        missing = value is None or value != value or value == ""
-        text = str(int(value)) if isinstance(value, float) and not missing else str(value)
-        texts.append(None if missing else known.setdefault(text, text))
-    return texts if table.classes is None else _with_names(table, table.classes, texts)
+        if value is None or value != value or (isinstance(value, str) and not value.strip()):
+            yield None
+        elif isinstance(value, float) or (isinstance(value, bool) and table.classes is not None):
+            yield str(int(value))
+        else:
+            yield str(value)
+
+
+def _refuse_other_count(own: Sequence[str], said: Sequence[str]) -> None:
+    if len(own) != len(said):
+        raise DataError(
+            f"label_names has {len(said)} names, the data set's own classes are {len(own)}: {listed(own)}. "
+            "Give one name for each, in this order, or leave label_names out"
+        )
 
 
 def _class_name(names: Sequence[str], table: Table, row: int, value: int | None) -> str | None:
@@ -189,9 +381,10 @@ def _class_name(names: Sequence[str], table: Table, row: int, value: int | None)
 
 def _with_names(table: Table, names: tuple[str, ...], texts: list[str | None]) -> list[str | None]:
     """Integers as the names that they are said to be, held against the rows' own file names where these say a class."""
+    numbers = [None if text is None else integer(text) for text in texts]
     found = [
-        _class_name(names, table, row, int(text)) if text is not None and re.fullmatch("-?[0-9]+", text) else text
-        for row, text in enumerate(texts)
+        text if number is None else _class_name(names, table, row, number)
+        for row, (text, number) in enumerate(zip(texts, numbers, strict=True))
     ]
     files = imagenet.spoken(table.rows) if names == imagenet.synsets() else ()
     for row, (name, said) in enumerate(zip(found, files, strict=False)):
@@ -201,3 +394,11 @@ def _with_names(table: Table, names: tuple[str, ...], texts: list[str | None]) -
                 "these integers are not ImageNet-1k's. Leave out label_names: imagenet-1k, or give the labels as names"
             )
     return found
+
+
+def has_integers(table: Table, name: str) -> bool:
+    """Are there numbers in the label column, which names can be said for?"""
+    if isinstance(table.rows.features[name], datasets.ClassLabel):
+        return True
+    values = set(table.rows.with_format(None)[name]) - {None}
+    return any(isinstance(value, bool | int | float) or are_integers([str(value)]) for value in values)

@@ -262,8 +262,8 @@ def _from_hub(spec: str, download: Callable[[str, int], bool]) -> dict[str, Tabl
 
 
 def named(tables: dict[str, Table], classes: tuple[str, ...] | None) -> dict[str, Table]:
-    """The same, with `classes` for the integers of the tables that have no names for them yet."""
-    return {split: replace(table, classes=table.classes or classes) for split, table in tables.items()}
+    """The same, with `classes` for the integers of the tables, in place of names that they had."""
+    return {split: replace(table, classes=classes or table.classes) for split, table in tables.items()}
 
 
 def _checked(name: str, load: Callable[[], Any]) -> Any:

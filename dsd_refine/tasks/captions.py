@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,12 +14,11 @@ from torch.nn import functional as F
 
 from dsd_refine.data.splits import Examined, Rows, divide, use_rows
 from dsd_refine.data.tables import Table, column, in_threads, raw_bytes, undecoded
-from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.tasks import Batch, Forward, Guess, Item, Score, Scores, ratio, require
 from dsd_refine.tasks.classify import overlap_warning, skip_warnings
-from dsd_refine.tasks.images import IMAGE_COLUMNS, Preprocessing, decode, pixels
+from dsd_refine.tasks.images import IMAGE_COLUMNS, Preprocessing, Seen, examine_picture, look_warnings, pixels
 from dsd_refine.tasks.speaker import Speaker
 from dsd_refine.tasks.text import guess_token
 from dsd_refine.tasks.tokens import or_reason
@@ -187,34 +185,35 @@ def prepare_captions(
     def examined(table: Table) -> Rows:
         table = undecoded(table, image, datasets.Image)
         text = column(table, recipe.text_column, TEXT_COLUMNS, "text", "--text-column")
-        return use_rows(table, _examine(table, image, table.rows[text][:], preprocessing.channels, speaker))
+        return use_rows(table, _examine(table, image, table.rows[text][:], preprocessing.channels, speaker, looked))
 
+    looked: list[tuple[str | int, Seen]] = []
     used = {name: examined(table) for name, table in tables.items()}
     judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
     divided = divide(used, judged, recipe.holdout)
     parts = [_part(rows, speaker) if rows else None for rows in (divided.train, divided.holdout, divided.eval)]
     warnings = overlap_warning(divided) + skip_warnings(divided) + _cut_warnings(parts, speaker)
+    warnings += look_warnings(looked)
     train, holdout, judge = parts
     return ImageCaptioning(train, holdout, judge, preprocessing, recipe.augment, speaker, image, warnings)  # type: ignore[arg-type]
 
 
-def _examine(table: Table, image: str, texts: Sequence[Any], channels: int, speaker: Speaker) -> list[Examined]:
+def _examine(
+    table: Table, image: str, texts: Sequence[Any], channels: int, speaker: Speaker, looked: list[tuple[str | int, Seen]]
+) -> list[Examined]:
+    """What each row is; what is odd about its picture goes to `looked`."""
     said = [_captions(text) for text in texts]
     reasons = [_unwritable(captions, speaker) for captions in said]  # not in threads: tokenizers do not like them
 
-    def one(row: int) -> Examined:
+    def one(row: int) -> tuple[Examined, Seen]:
         if reasons[row]:
-            return Examined(b"", reason=reasons[row])
-        try:
-            raw = raw_bytes(table, image, row)
-            decode(raw, channels)
-        except OSError as error:
-            return Examined(b"", reason=f"unreadable file ({error.strerror or error})")
-        except (DataError, TypeError) as error:
-            return Examined(b"", reason=str(error) if isinstance(error, DataError) else "no picture")
-        return Examined(hashlib.sha256(raw).digest(), texts=said[row])
+            return Examined(b"", reason=reasons[row]), Seen()
+        digest, seen, reason = examine_picture(table, image, row, channels)
+        return (Examined(digest, reason=reason) if reason else Examined(digest, texts=said[row])), seen
 
-    return in_threads(one, len(texts))
+    found = in_threads(one, len(texts))
+    looked.extend((table.name(row), seen) for row, (used, seen) in enumerate(found) if used.reason is None)
+    return [used for used, _ in found]
 
 
 def _captions(value: Any) -> tuple[str, ...]:

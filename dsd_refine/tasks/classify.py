@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dsd_refine.data.labels import LabelMap, label_texts, match_labels
+from dsd_refine.data.labels import LabelMap, has_integers, label_texts, match_labels, refuse_one_output
 from dsd_refine.data.splits import Examined, Parts, Rows, divide, use_rows
 from dsd_refine.data.tables import MissingColumn, Table
 from dsd_refine.errors import DataError
@@ -86,7 +86,7 @@ class Classification:
 
     def report(self) -> Mapping[str, Any]:
         labels = {"model": list(self.labels.model), "data": list(self.labels.data), "rule": self.labels.rule}
-        return {"labels": labels, "warnings": self.warnings}
+        return {"labels": labels, "warnings": [*self.warnings, *self.labels.warnings]}
 
 
 Examine = Callable[[Table, list[str | None]], list[Examined]]
@@ -100,12 +100,14 @@ def labelled_parts(
     aliases: Sequence[Sequence[str]] | None,
     classes: int,
     holdout: float,
+    label_map: Mapping[str, str],
 ) -> tuple[LabelMap, list[LabelledPart | None], Parts]:
     """Read labels, match them once for all splits, skip what cannot be used, and divide.
 
     Raises:
         DataError: as `match_labels` and `divide` say.
     """
+    refuse_one_output(classes)
     used = {name: _examined(table, label_column, examine, name != "train") for name, table in tables.items()}
     judged = {name: _examined(table, label_column, examine) for name, table in evaluation.items()} if evaluation else None
     everything = [*used.values(), *(judged or {}).values()]
@@ -115,10 +117,10 @@ def labelled_parts(
         if set(reasons) <= {"no label"}:
             raise DataError("no row has a label")
         shown = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
-        raise DataError(f"no row can be used: {shown}{', …' if len(reasons) > 5 else ''}")
-    labels = match_labels(aliases, classes, found, _declared(tables, label_column))
-    if any(table.classes for table in (*tables.values(), *(evaluation or {}).values())):
-        labels = replace(labels, rule=f"{labels.rule}, integers by the names that the recipe or the data set's own name gives")
+        first = next(item["row"] for rows in everything for item in rows.skipped)
+        raise DataError(f"no row can be used: {shown}{', …' if len(reasons) > 5 else ''}; the first is {first}")
+    labels = match_labels(aliases, classes, found, _declared(tables, label_column), label_map)
+    labels = _with_said_names(aliases, labels, [*tables.values(), *(evaluation or {}).values()], label_column)
     parts = divide(used, judged, holdout)
     return labels, [_with_ids(rows, labels) for rows in (parts.train, parts.holdout, parts.eval)], parts
 
@@ -138,8 +140,30 @@ def _examined(table: Table, label_column: Callable[[Table], str], examine: Exami
 
 def _declared(tables: dict[str, Table], label_column: Callable[[Table], str]) -> list[str] | None:
     table = tables.get("train") or next(iter(tables.values()))
-    names = getattr(table.rows.features[label_column(table)], "names", None) or table.classes
+    names = table.classes or getattr(table.rows.features[label_column(table)], "names", None)
     return list(names) if names else None
+
+
+def _with_said_names(
+    aliases: Sequence[Sequence[str]] | None, labels: LabelMap, tables: Sequence[Table], label_column: Callable[[Table], str]
+) -> LabelMap:
+    """The same, with what became of names that were said for integers."""
+    told = [table for table in tables if table.classes]
+    if not told:
+        return labels
+    if any(_has_integers(table, label_column) for table in told):
+        return replace(labels, rule=f"{labels.rule}, integers by the names that the recipe or the data set's own name gives")
+    if aliases is None and labels.guessed:
+        return replace(labels, rule="the order of label_names (the model has no names)")
+    unused = "label_names names integers, and the labels of the data are texts: it is not used (label_map maps texts)"
+    return replace(labels, warnings=(*labels.warnings, unused))
+
+
+def _has_integers(table: Table, label_column: Callable[[Table], str]) -> bool:
+    try:
+        return has_integers(table, label_column(table))
+    except MissingColumn:  # a test split without labels
+        return False
 
 
 def _with_ids(rows: Rows | None, labels: LabelMap) -> LabelledPart | None:

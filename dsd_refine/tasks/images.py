@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import Compose, InterpolationMode, Normalize, PILToTensor, RandomResizedCrop, functional
 
 from dsd_refine.data.splits import Examined
@@ -42,6 +42,8 @@ Image.init()
 _SAFE = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 FORMATS: list[str] = [name for name in _SAFE if name in Image.OPEN]
 PIXELS, ELONGATED = 100_000_000, 200  # the most that is decoded; long side over short side
+ORIENTATION, TURNED = 0x0112, range(2, 9)  # EXIF's tag, and its values for a picture that is stored turned or mirrored
+BITS_PER_SAMPLE = 258  # TIFF's tag
 LARGE = 16_000_000  # pixels from which pictures are decoded one at a time
 _one_at_a_time = threading.Lock()
 
@@ -68,6 +70,7 @@ def timm_preprocessing(model: torch.nn.Module) -> Preprocessing:
     Raises:
         CheckpointError: nothing that can be done to a picture.
     """
+    _refuse_other_channels(model)
     try:
         found = _timm_preprocessing(model)
         for transform in (found.evaluation, found.training):
@@ -76,6 +79,20 @@ def timm_preprocessing(model: torch.nn.Module) -> Preprocessing:
         text = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the preprocessing of config.json (pretrained_cfg) is not usable: {text}") from None
     return found
+
+
+def _refuse_other_channels(model: torch.nn.Module) -> None:
+    """A mean (or deviation) for each channel, or one for all, as the library's own transform takes them."""
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    for size in ("input_size", "test_input_size"):
+        channels = (cfg.get(size) or (3,))[0]
+        for name in ("mean", "std"):
+            values = cfg.get(name)
+            if isinstance(values, list | tuple) and len(values) not in (1, channels):
+                raise CheckpointError(
+                    f"config.json: pretrained_cfg has {len(values)} values of `{name}`, and `{size}` says {channels} channels "
+                    f"(in_chans): give `{name}` one value for each channel, as it was trained with"
+                )
 
 
 def _timm_preprocessing(model: torch.nn.Module) -> Preprocessing:
@@ -113,7 +130,7 @@ def torchvision_preprocessing(config: dict[str, Any]) -> Preprocessing:
         transform = Preset(**{**config, "interpolation": mode})
         size = int(config["crop_size"])
         transform(Image.new("RGB", (8, 8)))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises the last one for two means of three channels
         raise CheckpointError(f"the preprocessing of config.json is not usable: {error}") from None
     return Preprocessing(
         channels=3,
@@ -227,6 +244,14 @@ def _plain(value: Any) -> Any:
 _PLAIN = (str, int, float, list, tuple, dict)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a file's picture is, where it is not what it seems: turned by its EXIF, the largest of its 16-bit values."""
+
+    turned: bool = False
+    peak: int | None = None
+
+
 def decode(raw: bytes, channels: int) -> Image.Image:
     """A picture in the mode that a model of this many channels sees, upright.
 
@@ -235,6 +260,11 @@ def decode(raw: bytes, channels: int) -> Image.Image:
     Raises:
         DataError: not a picture, cut short, too large, or of a mode that has no one meaning.
     """
+    return look(raw, channels)[0]
+
+
+def look(raw: bytes, channels: int) -> tuple[Image.Image, Seen]:
+    """What `decode` gives and raises, and what is odd about the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -242,16 +272,62 @@ def decode(raw: bytes, channels: int) -> Image.Image:
             _refuse_bomb(*image.size)
             with _one_at_a_time if image.width * image.height > LARGE else nullcontext():
                 image.load()
+                seen = Seen(image.getexif().get(ORIENTATION) in TURNED, _peak(image, raw))
                 image = ImageOps.exif_transpose(image)
-                return _converted(image, channels)
+                return _converted(image, channels), seen
     except DataError:
         raise
+    except UnidentifiedImageError:
+        raise DataError(f"unreadable picture ({_what_else(raw)})") from None
     except Image.DecompressionBombError:
         raise DataError("picture too large to decode safely") from None
     except MemoryError:
         raise DataError("picture too large for the memory that there is") from None
     except Exception as error:  # decoders raise whatever a broken file makes them raise
         raise DataError(f"unreadable picture ({in_words(error)[:80]})") from None
+
+
+def _what_else(raw: bytes) -> str:
+    if raw.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS in place of the file: `git lfs pull` fetches it"
+    return "not one of the known formats" if raw else "the file is empty"
+
+
+def _peak(image: Image.Image, raw: bytes) -> int | None:
+    """The largest value of a picture of 16 bits, None of another. Of colours Pillow keeps the upper 8 bits alone."""
+    if image.mode.startswith("I"):
+        return int(np.asarray(image).max())
+    tagged = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE)
+    bits = raw[24] if raw.startswith(b"\x89PNG") else tagged[0] if isinstance(tagged, tuple) and tagged else 8
+    if bits != 16:
+        return None
+    colours = image.convert("RGB") if image.mode.endswith("A") else image
+    return 256 * int(np.asarray(colours).max()) + 255
+
+
+def look_warnings(seen: Sequence[tuple[str | int, Seen]]) -> list[str]:
+    """One line each for pictures that are turned upright and for those of 16 bits that come out nearly black.
+
+    `seen` has a pair of name (or row) and what is odd for each picture that is used.
+    """
+    lines, turned = [], [name for name, one in seen if one.turned]
+    if turned:
+        lines.append(
+            f"{len(turned)} of {len(seen)} pictures (the first: {turned[0]}) are turned upright, as their EXIF data say; "
+            "timm and torchvision leave them as they are stored: an accuracy that these measured may differ by them"
+        )
+    wide = [(name, one.peak) for name, one in seen if one.peak is not None]
+    most = max((peak for _, peak in wide), default=0)
+    dark = wide if most < 2**14 else [(name, peak) for name, peak in wide if peak < 2**12]
+    if dark:
+        top = max(peak for _, peak in dark)
+        bits = next(bits for bits in (8, 10, 12, 14) if top < 2**bits)
+        lines.append(
+            f"{len(dark)} of {len(wide)} pictures of 16 bits (the first: {dark[0][0]}) hold no value above {top}: scaled from "
+            f"0…65535 they are nearly black, at most {top // 257} of 255. If their full range is {2**bits - 1}, "
+            f"multiply their values by {2 ** (16 - bits)} and write them anew"
+        )
+    return lines
 
 
 def _refuse_bomb(width: int, height: int) -> None:
@@ -296,7 +372,10 @@ class ImageClassification(Classification):
 
     def _pixels(self, part: LabelledPart, unit: int, seed: int | None) -> torch.Tensor:
         raw = raw_bytes(part.rows.table, self.image_column, int(part.rows.at[unit]))
-        return pixels(raw, self.preprocessing, self.augment, seed)
+        try:
+            return pixels(raw, self.preprocessing, self.augment, seed)
+        except DataError as error:  # it was readable when the run began
+            raise DataError(f"{part.rows.name(unit)}: {error}") from None
 
 
 def pixels(raw: bytes, preprocessing: Preprocessing, augment: Augment, seed: int | None) -> torch.Tensor:
@@ -346,27 +425,40 @@ def prepare_images(
     def label(table: Table) -> str:
         return column(table, recipe.label_column, LABEL_COLUMNS, "label", "--label-column", datasets.ClassLabel)
 
+    looked: list[tuple[str | int, Seen]] = []
+
     def examine(table: Table, labels: list[str | None]) -> list[Examined]:
-        def one(row: int) -> Examined:
+        def one(row: int) -> tuple[Examined, Seen]:
             return _examine(table, image, row, labels[row], preprocessing.channels)
 
-        return in_threads(one, len(labels))
+        found = in_threads(one, len(labels))
+        looked.extend((table.name(row), seen) for row, (used, seen) in enumerate(found) if used.reason is None)
+        return [used for used, _ in found]
 
-    matched, parts, divided = labelled_parts(tables, evaluation, label, examine, aliases, classes, recipe.holdout)
+    matched, parts, divided = labelled_parts(
+        tables, evaluation, label, examine, aliases, classes, recipe.holdout, recipe.label_map
+    )
     train, holdout, judge = parts
-    task = ImageClassification(matched, train, holdout, judge, overlap_warning(divided) + skip_warnings(divided))  # type: ignore[arg-type]
+    said = overlap_warning(divided) + skip_warnings(divided) + look_warnings(looked)
+    task = ImageClassification(matched, train, holdout, judge, said)  # type: ignore[arg-type]
     task.preprocessing, task.augment, task.image_column, task.input_name = preprocessing, recipe.augment, image, input_name
     return task
 
 
-def _examine(table: Table, name: str, row: int, label: str | None, channels: int) -> Examined:
+def _examine(table: Table, name: str, row: int, label: str | None, channels: int) -> tuple[Examined, Seen]:
     if label is None:
-        return Examined(b"", None, "no label")
+        return Examined(b"", None, "no label"), Seen()
+    digest, seen, reason = examine_picture(table, name, row, channels)
+    return Examined(digest, label, reason), seen
+
+
+def examine_picture(table: Table, name: str, row: int, channels: int) -> tuple[bytes, Seen, str | None]:
+    """The digest of a row's picture, what is odd about it, and why it cannot be used (None: it can)."""
     try:
         raw = raw_bytes(table, name, row)
-        decode(raw, channels)
+        seen = look(raw, channels)[1]
     except OSError as error:
-        return Examined(b"", label, f"unreadable file ({error.strerror or error})")
+        return b"", Seen(), f"unreadable file ({error.strerror or error})"
     except (DataError, TypeError) as error:
-        return Examined(b"", label, str(error) if isinstance(error, DataError) else "no picture")
-    return Examined(hashlib.sha256(raw).digest(), label)
+        return b"", Seen(), str(error) if isinstance(error, DataError) else "no picture"
+    return hashlib.sha256(raw).digest(), seen, None

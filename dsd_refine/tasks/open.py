@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from dsd_refine.data.imagenet import synsets
+from dsd_refine.data.imagenet import outputs, synsets
+from dsd_refine.data.names import are_placeholders, listed
 from dsd_refine.data.splits import by_role
 from dsd_refine.data.tables import Table, named, read_tables
-from dsd_refine.errors import DataError
+from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks import Task
 
@@ -27,6 +28,8 @@ def open_task(
     """
     if recipe.data is None:
         raise DataError("no data: give --data (a directory, a file, or a Hub data set org/name), or a recipe that names one")
+    if name in WITHOUT_CLASSES and (recipe.label_names or recipe.label_map):
+        raise DataError(f"label_names and label_map are of classes, and {name} has none: leave them out")
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
     tables = named(by_role(read_tables(recipe.data, cache, download=download), recipe.data), classes)
     evaluation = None
@@ -36,6 +39,7 @@ def open_task(
 
 
 Tables = dict[str, Table]
+WITHOUT_CLASSES = ("causal-lm", "masked-lm", "ctc-speech", "image-captioning")
 
 
 def _images(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
@@ -121,35 +125,74 @@ _OPENERS: dict[str, Callable[..., Task]] = {
 
 
 def _config_names(config: Any) -> list[list[str]] | None:
-    """The class names of a transformers config; LABEL_0 and the like count as none."""
-    names = [str(config.id2label[i]) for i in range(config.num_labels)]
-    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else [[name] for name in names]
+    """The class names of a transformers config; LABEL_0 and the like count as none, then `label2id` may name them.
+
+    Raises:
+        CheckpointError: names that are none, or `label2id` names the classes in another order.
+    """
+    found = [config.id2label[i] for i in range(config.num_labels)]
+    if not all(isinstance(name, str | int) for name in found):
+        raise CheckpointError("config.json: `id2label` has class names that are no texts")
+    names, back = [str(name) for name in found], _named_backwards(config)
+    if not are_placeholders(names):
+        if back is not None and back != names and sorted(back) == sorted(names):
+            raise CheckpointError(
+                f"config.json: `id2label` names the classes {listed(names)}, `label2id` {listed(back)}: correct the wrong one"
+            )
+        return [[name] for name in names]
+    return None if back is None else [[name] for name in back]
+
+
+def _named_backwards(config: Any) -> list[str] | None:
+    """The names in order of `label2id`, where it gives each class one that says something."""
+    numbers = {number: str(name) for name, number in (getattr(config, "label2id", None) or {}).items()}
+    names = [numbers[i] for i in range(config.num_labels) if i in numbers]
+    return names if len(names) == len(numbers) == config.num_labels and not are_placeholders(names) else None
 
 
 def _torchvision_names(library: Any) -> list[list[str]] | None:
     """The class names of a torchvision checkpoint; where they are its names of ImageNet-1k, the synsets mean them too."""
-    from timm.data import ImageNetInfo
     from torchvision.models._meta import _IMAGENET_CATEGORIES
 
     names = library.label_names
-    if names is None or list(names) != list(_IMAGENET_CATEGORIES):
-        return None if names is None else [[name] for name in names]
-    info = ImageNetInfo("imagenet-1k")
-    return [[name, str(info.index_to_label_name(number))] for number, name in enumerate(names)]
+    if names is None:
+        return None
+    if list(names) != list(_IMAGENET_CATEGORIES):
+        return [[name] for name in _own_names(names, library.num_classes)]
+    return [[name, synset] for name, (synset, _) in zip(names, outputs(len(names)) or (), strict=True)]
 
 
 def _timm_names(library: Any, classes: int) -> list[list[str]] | None:
-    """The class names of a timm checkpoint, else ImageNet's synsets and descriptions where the head has its size."""
-    from timm.data import ImageNetInfo
+    """The class names of a timm checkpoint, else ImageNet's synsets and descriptions where the head has its size.
 
+    Raises:
+        CheckpointError: `label_names` that are not one text for each class.
+    """
     own = library.cfg.get("label_names")
-    if own and len(own) == classes:
+    if own:
         described = library.cfg.get("label_descriptions") or {}
         return [
-            [str(name), *([str(described[name])] if isinstance(described, dict) and name in described else [])] for name in own
+            [name, *([str(described[name])] if isinstance(described, dict) and name in described else [])]
+            for name in _own_names(own, classes)
         ]
-    subset = {1000: "imagenet-1k", 21841: "imagenet-22k", 21843: "imagenet-21k-goog", 11821: "imagenet-12k"}.get(classes)
-    if subset is None:
-        return None
-    info = ImageNetInfo(subset)
-    return [[str(info.index_to_label_name(i)), str(info.index_to_description(i))] for i in range(classes)]
+    found = outputs(classes)
+    return None if found is None else [list(dict.fromkeys(names)) for names in found]
+
+
+def _own_names(names: Any, classes: int) -> list[str]:
+    """A config's `label_names`, one for each class of the head.
+
+    Raises:
+        CheckpointError: no list of texts, another number of names than of classes, a name twice.
+    """
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError("config.json: `label_names` is not a list of texts, one for each class in order")
+    if len(names) != classes:
+        raise CheckpointError(
+            f"config.json: label_names has {len(names)} names, the head {classes}: {listed(names)}. Correct the list (or take "
+            "it out, then the data's own order or `label_map` says which class is which)"
+        )
+    twice = next((name for number, name in enumerate(names) if name in names[:number]), None) if classes < 1000 else None
+    if twice is not None:
+        raise CheckpointError(f"config.json: label_names has {twice!r} for two classes; give each class a name of its own")
+    return list(names)

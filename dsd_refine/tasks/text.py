@@ -173,7 +173,9 @@ def prepare_texts(
             found += block
         return found
 
-    matched, parts, divided = labelled_parts(tables, evaluation, label, examine, aliases, classes, recipe.holdout)
+    matched, parts, divided = labelled_parts(
+        tables, evaluation, label, examine, aliases, classes, recipe.holdout, recipe.label_map
+    )
     train, holdout, judge = parts
     task = TextClassification(matched, train, holdout, judge, overlap_warning(divided) + skip_warnings(divided))  # type: ignore[arg-type]
     task.columns, task.tokenizer, task.max_length = columns, tokenizer, max_length
