@@ -11,7 +11,7 @@ from conftest import SHORT
 
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.tasks import tokens
-from dsd_refine.tasks.tokens import load_tokenizer, tokenized, unreadable
+from dsd_refine.tasks.tokens import ids_or_reasons, load_tokenizer, tokenized
 
 UNREAD = "unreadable text (the tokenizer: "
 
@@ -38,10 +38,11 @@ def reader(made, tmp_path):
 def test_rows_are_told_apart_wherever_they_stand(monkeypatch, reader):
     monkeypatch.setattr(tokens, "BLOCK", 3)
     rows = [(word,) for word in ("cat", "zebra", "dog", "the a", "bird", "fish", "zebra cat", "\ud800", "old")]
-    found = unreadable(reader, rows, truncation=True, max_length=8)
-    assert [reason is None for reason in found] == [True, False, True, True, True, True, False, False, True]
-    assert all(reason.startswith(UNREAD) for reason in found if reason)
-    assert [reason is None for reason in unreadable(reader, [("cat", "zebra"), ("cat", "dog")])] == [False, True]
+    found = ids_or_reasons(reader, rows, truncation=True, max_length=8)
+    assert [reason is None for _, reason in found] == [True, False, True, True, True, True, False, False, True]
+    assert all(reason.startswith(UNREAD) and ids is None for ids, reason in found if reason)
+    assert all(ids == reader(*row)["input_ids"] for row, (ids, reason) in zip(rows, found, strict=True) if not reason)
+    assert [reason is None for _, reason in ids_or_reasons(reader, [("cat", "zebra"), ("cat", "dog")])] == [False, True]
 
 
 def test_a_text_that_is_refused_is_the_data_s_fault_and_a_panic_the_checkpoint_s(reader):
