@@ -64,7 +64,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def _pieces(folder: Path) -> Path | None:
     """The folder's sentencepiece model: families name it differently, and what reads one reads all."""
-    return next(iter(sorted(folder.glob("*.model"))), None)
+    return next((path for path in sorted(folder.glob("*.model")) if path.name != "tiktoken.model"), None)
 
 
 def _no_pieces(file: Path) -> str:
