@@ -24,30 +24,33 @@ def computed(loop: Loop, part: Any, forward: Forward, batch: Batch, compute: Com
     Raises:
         RunError: it fails; the message names the rows. DataError: the same, before the first step.
     """
+    was_training = loop.model.training
     try:
         return compute(forward, batch)
     except DsdError:
         raise
     except Exception as error:  # a model raises whatever a strange row makes it raise
-        if is_of_the_machine(error):
+        message = None if is_of_the_machine(error) else _message(loop, part, batch, compute, error, was_training)
+        if message is None:
             raise
-        kind = RunError if loop.begun else DataError
-        raise kind(_message(loop, part, batch.items, compute, error)) from error
+        raise (RunError if loop.begun else DataError)(message) from error
 
 
 def failing(loop: Loop, part: Any, items: Sequence[Item], compute: Compute[Any]) -> list[Item]:
     """Those of the items that the model fails on by themselves, in evaluation mode."""
     loop.model.eval()
-    found = []
-    for item in items:
-        try:
-            with torch.no_grad(), loop.accelerator.autocast():
-                compute(loop.model, loop.task.batch(part, [item]).to(loop.accelerator.device))
-        except Exception as error:
-            if is_of_the_machine(error):
-                raise
-            found.append(item)
-    return found
+    return [item for item in items if _fails(loop, loop.task.batch(part, [item]), compute)]
+
+
+def _fails(loop: Loop, batch: Batch, compute: Compute[Any]) -> bool:
+    try:
+        with torch.no_grad(), loop.accelerator.autocast():
+            compute(loop.model, batch.to(loop.accelerator.device))
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        return True
+    return False
 
 
 def rows_of(loop: Loop, part: Any, items: Sequence[Item]) -> str:
@@ -70,11 +73,15 @@ def is_of_the_machine(error: BaseException) -> bool:
     return isinstance(error, OSError | MemoryError) or kind == "OutOfMemoryError" or "allocate memory" in str(error) or lost
 
 
-def _message(loop: Loop, part: Any, items: Sequence[Item], compute: Compute[Any], error: Exception) -> str:
-    remedy = f"{in_short(error)}. Take it out of the data, or cure its content; then start anew"
+def _message(loop: Loop, part: Any, batch: Batch, compute: Compute[Any], error: Exception, was_training: bool) -> str | None:
+    """What to say of an error. None where the model itself computes on the rows: a wrapper around it fails."""
+    items, remedy = batch.items, f"{in_short(error)}. Take it out of the data, or cure its content; then start anew"
     if "device-side assert" in str(error) or type(error).__name__ == "AcceleratorError":  # the device answers no more
         return f"the model fails on one of the {rows_of(loop, part, items)}: {remedy} (--device cpu tells which)"
     alone = failing(loop, part, items, compute)
     if alone:
         return f"the model fails on the {rows_of(loop, part, alone)}: {remedy}"
+    loop.model.train(was_training)
+    if not _fails(loop, batch, compute):
+        return None
     return f"the model fails on a batch, though on none of its rows alone, the {rows_of(loop, part, items)}: {remedy}"

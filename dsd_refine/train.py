@@ -443,7 +443,7 @@ def reestimate(loop: Loop, key: Key) -> bool:
     micro = [order[np.asarray(m)] for m in micro_batches(loop.task.train.units, loop.recipe.batch_size * loop.world, True)]
     plan = [([(int(u), stable_seed(*key, 0, int(u), "augment")) for u in units], True) for units in micro]
     for batch in _loader(loop, loop.task.train, plan):
-        loop.task.loss(loop.model, _on_device(loop, batch))
+        computed(loop, loop.task.train, loop.model, _on_device(loop, batch), loop.task.loss)
     for norm, momentum, tracked in kept:
         norm.momentum = momentum
         norm.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]

@@ -2,6 +2,8 @@
 
 import csv
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import small
@@ -9,6 +11,9 @@ import torch
 from builders import WORDS, bert_checkpoint, save_transformers, seeded, text_csv, word_tokenizer
 from conftest import SHORT
 from small import PAIRED, TOKENS
+
+from dsd_refine.blame import computed
+from dsd_refine.tasks import Batch
 
 T5 = {"vocab_size": TOKENS, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 2, "pad_token_id": 0,
       "eos_token_id": 3, "decoder_start_token_id": 0}  # fmt: skip
@@ -110,6 +115,7 @@ def split_texts(folder, part, number):
         ("train", 11, 5, "the model fails on the training row 11: one thing is out of another"),
         ("train", 0, 2, "the model fails on the training row 0: one thing is out of another"),
         ("test", 7, 2, "the model fails on the evaluation row 7: one thing is out of another"),
+        ("test", 0, 2, "the model fails on the evaluation row 0: one thing is out of another"),
     ],
 )
 def test_the_row_is_named_that_the_model_fails_on(command, monkeypatch, made, tmp_path, part, number, code, says):
@@ -136,6 +142,24 @@ def test_a_model_that_fails_on_every_row_is_refused_as_a_whole(refused, monkeypa
     failing_on(monkeypatch, lambda ids: True)
     message = refused(made / "bert", *split_texts(tmp_path, "train", 3), "-o", tmp_path / "out", *SHORT)
     assert message.startswith("the model cannot compute on these data: one thing is out of another")
+
+
+def test_no_row_is_blamed_for_a_wrapper_around_the_model():
+    """What torch.compile or a process group cannot do is no fault of the data, and stays what it is."""
+    loop = SimpleNamespace(
+        model=torch.nn.Linear(1, 1),
+        accelerator=SimpleNamespace(autocast=nullcontext, device=torch.device("cpu")),
+        task=SimpleNamespace(batch=lambda part, items: Batch({"x": torch.ones(len(items), 1)}, torch.zeros(len(items)), 1)),
+        begun=True,
+    )
+    batch = Batch({"x": torch.ones(2, 1)}, torch.zeros(2), 2, items=((0, None), (1, None)))
+
+    def wrapped(x):
+        raise NotImplementedError("no such kernel")
+
+    with pytest.raises(NotImplementedError):
+        computed(loop, None, wrapped, batch, lambda forward, given: forward(given.inputs["x"]))
+    assert computed(loop, None, loop.model, batch, lambda forward, given: forward(given.inputs["x"])).shape == (2, 1)
 
 
 def test_no_row_is_blamed_for_the_machine(command, monkeypatch, made, tmp_path):
