@@ -139,6 +139,17 @@ def test_the_cache_is_turned_off_where_a_forward_has_one_also_through_wrappers()
     assert kept == [None]
 
 
+def test_the_cache_is_turned_off_through_a_wrapper_for_several_processes(tmp_path):
+    from torch import distributed
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        spread = torch.nn.parallel.DistributedDataParallel(small.family(*CAUSAL["gpt2"]))
+        assert without_cache(spread) == without_cache(torch.compile(spread)) == {"use_cache": False}
+    finally:
+        distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("more", [(), ("--set", "phases.1.distill={weight: 0.5, temperature: 2}")])
 def test_a_model_whose_cache_breaks_its_backward_trains(command, tmp_path, more):
     folder, data = small.save_family(tmp_path / "m", *CAUSAL["rwkv"]), text_file(tmp_path / "d.txt", 8)
