@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def distilled(task: Any, teacher: nn.Module, distill: Distill) -> Callable[[Forw
     def loss(forward: Forward, batch: Batch) -> torch.Tensor:
         seen: list[Any] = []
 
+        @wraps(forward, assigned=(), updated=())  # so that `forward` is asked what it takes
         def recorded(*args: Any, **inputs: Any) -> Any:
             seen.append(forward(*args, **inputs))
             return seen[-1]

@@ -14,6 +14,7 @@ from torch import nn
 
 from dsd_refine import space
 from dsd_refine.allocator import keep_freed_memory
+from dsd_refine.blame import failing, in_short, rows_of
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_checkpoint
 from dsd_refine.checkpoint.verify import check_plain
 from dsd_refine.errors import DsdError, UsageError
@@ -25,9 +26,9 @@ from dsd_refine.run import Options, Run
 from dsd_refine.runstate import Workspace
 from dsd_refine.settings import check_settings
 from dsd_refine.signals import Signals
-from dsd_refine.tasks import Task
+from dsd_refine.tasks import Item, Task
 from dsd_refine.tasks.open import open_task
-from dsd_refine.train import Loop, seed_all, unreached, without_variance
+from dsd_refine.train import Loop, exact, seed_all, unreached, without_variance
 
 PRECISIONS = ("no", "fp16", "bf16")
 
@@ -106,8 +107,13 @@ def first_look(loop: Loop) -> list[str]:
 
     Raises:
         UsageError: the model cannot compute on these data, or BatchNorm not on batches of one row.
+        CheckpointError: a model that is to say the next token sees it.
     """
     try:
+        if (refuse := getattr(loop.task, "refuse_foresight", None)) is not None:
+            loop.model.eval()
+            with exact():
+                refuse(loop.model, loop.accelerator.device)
         lone = without_variance(loop) if loop.recipe.batch_size == 1 and loop.has_batchnorm else []
         if lone:
             raise UsageError(
@@ -120,8 +126,14 @@ def first_look(loop: Loop) -> list[str]:
     except Exception as error:  # a model raises whatever inputs that it is not made for make it raise
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        text = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UsageError(f"the model cannot compute on these data: {text}. Do config and preprocessing belong to it?") from None
+        items: list[Item] = [(unit, None) for unit in range(min(8, loop.task.train.units))]
+        lost = failing(loop, loop.task.train, items, loop.task.loss)
+        if 0 < len(lost) < len(items):
+            rows = rows_of(loop, loop.task.train, lost)
+            raise UsageError(f"the model fails on the {rows}: {in_short(error)}. Take it out of the data") from None
+        raise UsageError(
+            f"the model cannot compute on these data: {in_short(error)}. Do config and preprocessing belong to it?"
+        ) from None
 
 
 def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from dsd_refine.blame import computed
 from dsd_refine.checkpoint import verify
 from dsd_refine.checkpoint.verify import PROBE, save_probe
 from dsd_refine.checkpoint.write import copy_file, write_text
@@ -23,6 +25,7 @@ from dsd_refine.power import rows_to_decide
 from dsd_refine.report import Report, environment
 from dsd_refine.report.card import SourceCard, card, eval_results, read_card
 from dsd_refine.report.page import page, read_lines
+from dsd_refine.tasks import Batch, Forward
 from dsd_refine.train import Loop, exact
 
 if TYPE_CHECKING:
@@ -102,9 +105,15 @@ def _write_dsd(run: Run, report: Report, ready: Path) -> None:
 def probes(loop: Loop, checkpoint: Checkpoint) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Inputs and outputs of a few evaluation examples, each by itself, so that nothing hangs on padding."""
     loop.model.eval()
+    task, device = loop.task, loop.accelerator.device
+    units = range(min(PROBES, task.eval.units))
     with exact(), checkpoint.rounded(loop.model):
-        batches = [loop.task.batch(loop.task.eval, [(unit, None)]) for unit in range(min(PROBES, loop.task.eval.units))]
-        return [(b.inputs, logits_of(loop.model, b.to(loop.accelerator.device).inputs)) for b in batches]
+        batches = [replace(task.batch(task.eval, [(unit, None)]), items=((unit, None),)) for unit in units]
+        return [(b.inputs, computed(loop, task.eval, loop.model, b.to(device), _outputs)) for b in batches]
+
+
+def _outputs(forward: Forward, batch: Batch) -> torch.Tensor:
+    return logits_of(forward, batch.inputs)
 
 
 def predictions(run: Run) -> pa.Table:

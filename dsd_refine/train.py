@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dsd_refine.blame import computed
 from dsd_refine.errors import Interrupted, RunError
 from dsd_refine.masks import Masks, check_masks, mask_gradients, masker, stable_seed
 from dsd_refine.recipe import Phase, Recipe
@@ -46,6 +47,7 @@ class Loop:
     has_batchnorm: bool = False
     channels_last: bool = False
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    begun: bool = False  # has a step been trained, or tried?
     loss: Callable[[Forward, Batch], torch.Tensor] | None = None  # in place of the task's own
 
     @property
@@ -173,7 +175,7 @@ class _Loader(Dataset[Batch]):
 
     def __getitem__(self, wanted: Any) -> Batch:
         items, real = wanted
-        batch = self.task.batch(self.part, items)
+        batch = replace(self.task.batch(self.part, items), items=tuple(items))
         return batch if real else replace(batch, count=0)
 
 
@@ -237,6 +239,7 @@ def train_phase(
     batches = iter(_loader(loop, loop.task.train, plan))
     _end_epoch(loop, done, total, epoch_end)  # which a stop may have come before
     train_mode(loop.model)
+    loop.begun = True
     mask = masker(masks, loop.parameters)
     for group in plan.groups():
         started, step = time.perf_counter(), done.step + 1
@@ -323,7 +326,7 @@ def _step(
         seed_all(stable_seed(*key, step, number, rank, "dropout"), device)
         with nullcontext() if last or loop.world == 1 else loop.accelerator.no_sync(loop.forward):
             with loop.accelerator.autocast():
-                loss = (loop.loss or loop.task.loss)(loop.forward, _on_device(loop, batch))
+                loss = computed(loop, loop.task.train, loop.forward, _on_device(loop, batch), loop.loss or loop.task.loss)
             weight = loop.world / max(1, targets) if batch.count else 0.0  # several processes average their gradients
             loop.accelerator.backward(loss * weight)
         total += loss.detach() * bool(batch.count)
@@ -389,7 +392,7 @@ def evaluate(loop: Loop, part: Any, masks: Masks | None = None, only: int | None
     with exact(), loop.as_written(loop.model):
         for (items, _), batch in zip(plan, _loader(loop, part, plan), strict=True):
             with loop.accelerator.autocast():
-                scores = loop.task.score(loop.model, _on_device(loop, batch))
+                scores = computed(loop, part, loop.model, _on_device(loop, batch), loop.task.score)
             found += zip((unit for unit, _ in items), scores, strict=True)
             _stop_if_asked(loop)
         for _ in range(len(plan), -(-len(range(0, units, loop.world)) // size)):
@@ -440,7 +443,7 @@ def reestimate(loop: Loop, key: Key) -> bool:
     micro = [order[np.asarray(m)] for m in micro_batches(loop.task.train.units, loop.recipe.batch_size * loop.world, True)]
     plan = [([(int(u), stable_seed(*key, 0, int(u), "augment")) for u in units], True) for units in micro]
     for batch in _loader(loop, loop.task.train, plan):
-        loop.task.loss(loop.model, _on_device(loop, batch))
+        computed(loop, loop.task.train, loop.model, _on_device(loop, batch), loop.task.loss)
     for norm, momentum, tracked in kept:
         norm.momentum = momentum
         norm.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]

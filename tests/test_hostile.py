@@ -350,12 +350,14 @@ def test_a_tokenizer_that_contradicts_itself_is_refused_in_one_line(refused, mad
     assert "panicked" not in capfd.readouterr().err
 
 
-def test_a_tokenizer_with_ids_beyond_the_model_is_refused(refused, made, tmp_path):
+def test_a_tokenizer_with_ids_beyond_the_model_is_refused_where_every_row_holds_one(refused, made, tmp_path):
     source = copy_folder(made / "bert", tmp_path / "bert")
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["then"] = 10_000
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "the tokenizer has ids up to 10000" in refused(source, "--data", made / "texts.csv", "-o", tmp_path / "out")
+    (tmp_path / "texts.csv").write_text("text,label\n" + "".join(f"cat then,{'neg' if i % 2 else 'pos'}\n" for i in range(9)))
+    message = refused(source, "--data", tmp_path / "texts.csv", "-o", tmp_path / "out")
+    assert "9 x holds the token 'then' (10000), which the model has not: it has 29" in message
 
 
 # ---------------------------------------------------------------- what was written

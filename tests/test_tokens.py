@@ -3,15 +3,34 @@
 import csv
 import json
 import os
+import shutil
 import sys
 
+import numpy as np
 import pytest
-from builders import LETTERS, caption_checkpoint, caption_folder, copy_folder, ctc_checkpoint, masked_checkpoint, speech_folder
-from conftest import SHORT
+import small
+from builders import (
+    LETTERS,
+    WORDS,
+    caption_checkpoint,
+    caption_folder,
+    copy_folder,
+    ctc_checkpoint,
+    gpt2_checkpoint,
+    masked_checkpoint,
+    speech_folder,
+    text_file,
+    word_tokenizer,
+)
+from conftest import SHORT, process
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import TOKENS
 
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.tasks import tokens
-from dsd_refine.tasks.tokens import load_tokenizer, tokenized, unreadable
+from dsd_refine.tasks.masked import Masking
+from dsd_refine.tasks.tokens import Doubled, ids_or_reasons, load_tokenizer, tokenized
 
 UNREAD = "unreadable text (the tokenizer: "
 
@@ -38,10 +57,11 @@ def reader(made, tmp_path):
 def test_rows_are_told_apart_wherever_they_stand(monkeypatch, reader):
     monkeypatch.setattr(tokens, "BLOCK", 3)
     rows = [(word,) for word in ("cat", "zebra", "dog", "the a", "bird", "fish", "zebra cat", "\ud800", "old")]
-    found = unreadable(reader, rows, truncation=True, max_length=8)
-    assert [reason is None for reason in found] == [True, False, True, True, True, True, False, False, True]
-    assert all(reason.startswith(UNREAD) for reason in found if reason)
-    assert [reason is None for reason in unreadable(reader, [("cat", "zebra"), ("cat", "dog")])] == [False, True]
+    found = ids_or_reasons(reader, rows, truncation=True, max_length=8)
+    assert [reason is None for _, reason in found] == [True, False, True, True, True, True, False, False, True]
+    assert all(reason.startswith(UNREAD) and ids is None for ids, reason in found if reason)
+    assert all(ids == reader(*row)["input_ids"] for row, (ids, reason) in zip(rows, found, strict=True) if not reason)
+    assert [reason is None for _, reason in ids_or_reasons(reader, [("cat", "zebra"), ("cat", "dog")])] == [False, True]
 
 
 def test_a_text_that_is_refused_is_the_data_s_fault_and_a_panic_the_checkpoint_s(reader):
@@ -144,3 +164,217 @@ def test_texts_of_which_none_can_be_read_are_refused(refused, made, tmp_path):
     (tmp_path / "texts.csv").write_text("text,label\n" + "".join(f"zebra {i},{'neg' if i % 2 else 'pos'}\n" for i in range(9)))
     message = refused(model, "--data", tmp_path / "texts.csv", "-o", tmp_path / "out")
     assert "no row can be used: 9 x unreadable text (the tokenizer: " in message
+
+
+# ---------------------------------------------------------------- tokens that the model has not
+
+
+def with_more(folder, *tokens):
+    """Let the folder's tokenizer have tokens that the model has no embedding for, as one with a new [PAD] has."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.pad_token = tokens[0]
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def documents(path, *more):
+    path.write_text((path.parent / "plain.txt").read_text() + "".join(f"\n{text}\n" for text in more))
+    return path
+
+
+FAMILIES = {
+    "causal-lm": lambda folder: gpt2_checkpoint(folder),
+    "llama": lambda folder: small.save_family(folder, *small.CAUSAL["llama"]),
+    "masked-lm": lambda folder: masked_checkpoint(folder),
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_more_tokens_than_the_model_has_are_named_and_only_rows_that_hold_one_skipped(command, tmp_path, kind):
+    folder = with_more(FAMILIES[kind](tmp_path / "m"), "<fill>", "<image>")
+    text_file(tmp_path / "plain.txt")
+    data = documents(tmp_path / "d.txt", "the cat <image> sees a dog", "a bird eats")
+    found = command(folder, "--data", data, "-o", tmp_path / "out", *SHORT, "--batch-size", "4")
+    assert found.code == 0, found.err
+    reasons, report = skipped(tmp_path / "out", "train")
+    assert reasons == {12: f"holds the token '<image>' ({TOKENS + 1}), which the model has not: it has {TOKENS}"}
+    named = f"the tokenizer has 2 tokens beyond the model's {TOKENS}: '<fill>' ({TOKENS}), '<image>' ({TOKENS + 1}); "
+    assert any(line.startswith(named) for line in report["warnings"])
+
+
+@pytest.mark.parametrize("pad", [None, -1, 0])
+@pytest.mark.parametrize("family", ["GPT2ForSequenceClassification", "LlamaForSequenceClassification"])
+def test_rows_are_never_filled_with_a_token_that_the_model_has_not(command, made, tmp_path, family, pad):
+    """Padded in a batch the model answers as it does row by row."""
+    name = "gpt2" if family.startswith("GPT2") else "llama"
+    config = small.CAUSAL[name][1] | {"pad_token_id": pad, "id2label": {0: "neg", 1: "pos"}}
+    folder = with_more(small.save_family(tmp_path / "m", family, config), "<fill>")
+    found = {}
+    for size in (1, 8):
+        out = tmp_path / f"out{size}"
+        result = command(folder, "--data", made / "texts.csv", "-o", out, *SHORT[:-4], "--device", "cpu", "--batch-size", size)
+        assert result.code == 0, result.err
+        found[size] = json.loads((out / "dsd/report.json").read_text())["arms"]["baseline"]["loss"]
+    assert found[1] == pytest.approx(found[8], rel=1e-5)
+
+
+def test_a_mask_token_that_the_model_has_not_is_refused(refused, made, tmp_path):
+    folder = masked_checkpoint(tmp_path / "m")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"mask_token": "<hidden>"})
+    tokenizer.save_pretrained(folder)
+    message = refused(folder, "--data", made / "documents.txt", "-o", tmp_path / "out")
+    assert f"its tokenizer's mask token '<hidden>' is {TOKENS}, the model has only {TOKENS} tokens" in message
+
+
+def test_chance_words_are_the_model_s_own():
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["one more", "two more"])
+    assert Masking.of(tokenizer, TOKENS).words.max() == TOKENS - 1
+    assert (Masking.of(tokenizer, TOKENS).words == Masking.of(word_tokenizer()).words).all()
+
+
+def test_captions_with_a_token_that_the_model_has_not_are_skipped(command, tmp_path):
+    model, data = with_more(caption_checkpoint(tmp_path / "model"), "<fill>"), caption_folder(tmp_path / "data")
+    file = data / "train/metadata.jsonl"
+    file.write_text(file.read_text().replace("cat", "<fill>", 1))
+    found = command(model, "--data", data, "-o", tmp_path / "out", *SHORT, "--batch-size", "4")
+    assert found.code == 0, found.err
+    reasons, _ = skipped(tmp_path / "out", "train")
+    assert [reason.split(",")[0] for reason in reasons.values()] == [f"holds the token '<fill>' ({TOKENS})"]
+
+
+# ---------------------------------------------------------------- special tokens twice
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        (["[CLS] the cat", "[CLS] a dog", "a bird"], ["2 of 3 rows begin with '[CLS]' twice"]),
+        (["the cat [SEP]", "a dog", "a bird"], ["1 of 3 rows end with '[SEP]' twice"]),
+        (["[CLS] the cat [SEP]"], ["1 of 1 rows begin with '[CLS]' twice", "1 of 1 rows end with '[SEP]' twice"]),
+        (["the cat", "a [CLS] dog", "a [SEP] bird", "zebra zebra", "[PAD] [PAD]"], []),
+    ],
+)
+def test_a_special_token_that_stands_twice_is_counted(texts, says):
+    tokenizer = word_tokenizer()
+    doubled = Doubled(tokenizer)
+    for text in texts:
+        doubled.see(tokenizer(text)["input_ids"])
+    found = doubled.warnings()
+    assert [line.split(":")[0] for line in found] == says
+
+
+@given(st.lists(st.lists(st.sampled_from([2, 3, 5, 6]), max_size=6), max_size=20))
+@settings(deadline=None)
+def test_rows_are_counted_by_their_ids_alone(rows):
+    doubled = Doubled(word_tokenizer())
+    for row in rows:
+        doubled.see(np.asarray(row))
+    assert doubled.count["begin", 2] == sum(row[:2] == [2, 2] for row in rows)
+    assert doubled.count["end", 3] == sum(row[-2:] == [3, 3] for row in rows)
+    assert len([key for key, count in doubled.count.items() if count]) <= 2
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "text-classification"])
+def test_rendered_texts_that_bring_what_the_tokenizer_adds_are_warned_of(command, made, tmp_path, task):
+    if task == "causal-lm":
+        model, data = made / "gpt2", tmp_path / "d.jsonl"
+        rows = [{"text": f"[CLS] {word} the cat sees a dog"} for word in WORDS]
+    else:
+        model, data = made / "bert", tmp_path / "d.jsonl"
+        rows = [{"text": f"[CLS] {word} the cat", "label": ["neg", "pos"][i % 2]} for i, word in enumerate(WORDS)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = command(model, "--data", data, "-o", tmp_path / "out", *SHORT)
+    assert found.code == 0, found.err
+    warnings = skipped(tmp_path / "out", "train")[1]["warnings"]
+    assert any(line.startswith(f"{len(WORDS)} of {len(WORDS)} rows begin with '[CLS]' twice: ") for line in warnings)
+
+
+# ---------------------------------------------------------------- sentencepiece, and files that are none
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A sentencepiece model of the test's words: kind -> file."""
+    import sentencepiece
+
+    place = tmp_path_factory.mktemp("pieces")
+    draw = np.random.default_rng(0)
+    (place / "lines.txt").write_text("\n".join(" ".join(draw.choice(WORDS, 8)) for _ in range(400)))
+    for kind in ("unigram", "bpe"):
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(place / "lines.txt"), model_prefix=str(place / kind), vocab_size=46, model_type=kind, minloglevel=2,
+            character_coverage=1.0, user_defined_symbols=["[CLS]", "[SEP]"],
+        )  # fmt: skip
+    return place
+
+
+PIECES = {
+    "DebertaV2": ("spm.model", "unigram", "MaskedLM", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "XLMRoberta": ("sentencepiece.bpe.model", "unigram", "MaskedLM", {"pad_token_id": 1}),
+    "Albert": ("spiece.model", "unigram", "MaskedLM", {"embedding_size": 16}),
+    "Llama": ("tokenizer.model", "bpe", "CausalLM", {"num_key_value_heads": 2}),
+    "Gemma": ("tokenizer.model", "bpe", "CausalLM", {"num_key_value_heads": 2, "head_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("family", PIECES)
+def test_a_tokenizer_that_is_a_sentencepiece_model_alone_is_read(command, pieces, tmp_path, family):
+    name, kind, head, config = PIECES[family]
+    model = small.family(f"{family}For{head}", small.WIDE | {"vocab_size": 64} | config)
+    model.save_pretrained(tmp_path / "m")
+    shutil.copy(pieces / f"{kind}.model", tmp_path / "m" / name)
+    (tmp_path / "m/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": f"{family}Tokenizer"}))
+    found = command(tmp_path / "m", "--data", text_file(tmp_path / "d.txt", 8), "-o", tmp_path / "out", *SHORT)
+    assert found.code == 0, found.err
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("the cat sees")["input_ids"], skip_special_tokens=True).strip() == "the cat sees"
+
+
+def test_the_packages_that_are_missing_are_named(pieces, made, tmp_path):
+    folder = tmp_path / "m"
+    small.family("LlamaForCausalLM", small.GROUPED).save_pretrained(folder)
+    shutil.copy(pieces / "bpe.model", folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    without = "import sys; sys.modules |= {'sentencepiece': None, 'google.protobuf': None}"
+    code = f"{without}; from dsd_refine.app import main; main()"
+    found = process("-c", code, folder, "--data", made / "documents.txt", "-o", tmp_path / "out", *SHORT)
+    assert found.returncode == 2, found.stderr
+    assert found.stderr.splitlines()[-1] == (
+        f"Error: {folder}/tokenizer.model: the tokenizer is a sentencepiece model, which needs sentencepiece and protobuf: "
+        "pip install sentencepiece protobuf"
+    )
+
+
+def test_a_broken_sentencepiece_model_is_called_so(refused, pieces, made, tmp_path):
+    folder = tmp_path / "m"
+    small.family("LlamaForCausalLM", small.GROUPED).save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes((pieces / "bpe.model").read_bytes()[:100])
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    message = refused(folder, "--data", made / "documents.txt", "-o", tmp_path / "out")
+    assert message == f"{folder}/tokenizer.model: cannot be read as a sentencepiece model; is the file whole?"
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 5\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("bert", "config.json"),
+        ("bert", "tokenizer.json"),
+        ("bert", "tokenizer_config.json"),
+        ("gpt2", "generation_config.json"),
+        ("gpt2", "tokenizer.model"),
+        ("vit", "preprocessor_config.json"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_a_file_that_is_a_pointer_to_itself_is_called_so(refused, made, tmp_path, source, name, verb):
+    folder = copy_folder(made / source, tmp_path / "m")
+    (folder / name).write_text(POINTER)
+    data = {"bert": "texts.csv", "gpt2": "documents.txt", "vit": "colours"}[source]
+    message = refused(verb, folder, "--data", made / data, "-o", tmp_path / "out")
+    assert message == f"{folder}/{name}: is a git-lfs pointer, not the file; run `git lfs pull` or download it anew"

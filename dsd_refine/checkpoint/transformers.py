@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto import modeling_auto
 
-from dsd_refine.checkpoint.layout import listed, read_json
+from dsd_refine.checkpoint.layout import listed, read_json, refuse_pointer
 from dsd_refine.checkpoint.placement import other_size
 from dsd_refine.errors import CheckpointError
 
@@ -37,12 +38,27 @@ ENDINGS = {
     "ForSequenceClassification": "text-classification",
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
+    "ModelWithLMHead": "causal-lm",
     "ForMaskedLM": "masked-lm",
     "ForPreTraining": "masked-lm",
     "ForCTC": "ctc-speech",
     "VisionEncoderDecoderModel": "image-captioning",
     "ForConditionalGeneration": "image-captioning",
 }
+# the kind of each task in transformers' lists of classes (`MODEL_FOR_…_MAPPING_NAMES`)
+KINDS = {
+    "image-classification": "image-classification",
+    "text-classification": "sequence-classification",
+    "causal-lm": "causal-lm",
+    "masked-lm": "masked-lm",
+    "ctc-speech": "ctc",
+    "image-captioning": "image-text-to-text",
+}
+SHOWN = {"seq-to-seq-causal-lm": "seq2seq-lm", "speech-seq-2-seq": "speech-seq2seq", "": "embeddings (no task's head)"}
+VAGUE = ("pretraining", "multimodal-lm", "")  # of the kinds that a class is of, those that say least
+# families whose …ForPreTraining has the head of masked-lm; others tell real tokens from replaced ones, or learn from sounds
+WITH_MASKED_LM = ("Albert", "Bert", "BigBird", "Ernie", "FNet", "MegatronBert", "MobileBert", "RoCBert")
+READ_AS_TEXT = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 # BatchNorm's counter, which older files have not: it starts at 0, as the library lets it
 UNCOUNTED = ".num_batches_tracked"
 
@@ -62,8 +78,9 @@ class TransformersLibrary:
         """Read config.json.
 
         Raises:
-            CheckpointError: an unusable or quantised config, remote code without leave, no task to be seen.
+            CheckpointError: an unusable or quantised config, remote code without leave, git-lfs pointers, no task to be seen.
         """
+        _refuse_pointers(folder)
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         except Exception as error:  # transformers raises whatever a strange config makes it raise
@@ -76,10 +93,12 @@ class TransformersLibrary:
         if getattr(config, "quantization_config", None):
             raise CheckpointError(f"{folder}: quantised weights cannot be refined; give the unquantised checkpoint")
         if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
-            raise CheckpointError(f"{folder}: problem_type {config.problem_type!r} is not single-label classification")
+            raise CheckpointError(
+                f"{folder}: its config's problem_type is {config.problem_type!r}, which is not supported yet: "
+                "classification here is of one label a row (single_label_classification)"
+            )
         task = task or _infer(folder, config)
-        if task == "image-captioning" and config.model_type not in CAPTIONERS:
-            raise CheckpointError(f"{folder}: image-captioning is for {', '.join(CAPTIONERS)}; this is {config.model_type}")
+        _refuse_task(folder, config, task)
         return cls(folder, config, task, trust_remote_code)
 
     @property
@@ -213,15 +232,72 @@ def _code_files(folder: Path) -> set[str]:
     return found
 
 
+def _refuse_pointers(folder: Path) -> None:
+    """The libraries read these files, and say of a pointer only that it is no JSON."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READ_AS_TEXT and path.is_file() and path.stat().st_size < 1024:
+            refuse_pointer(path.read_bytes(), path)
+
+
 def _infer(folder: Path, config: Any) -> str:
-    for architecture in config.architectures or []:
+    """The task that the class named in the config has the head of."""
+    architectures = config.architectures or []
+    for architecture in architectures:
+        if architecture.endswith("WithLMHeadModel") and not getattr(config, "causal", True):
+            return "masked-lm"  # XLM's and Flaubert's one class for both
         for ending, task in ENDINGS.items():
-            if architecture.endswith(ending):
+            if architecture.endswith(ending) and _has_head(architecture, config, task):
                 return task
-    named = ", ".join(config.architectures or [])[:200] or "nothing"
+    done = {*KINDS.values()} - {KINDS["image-captioning"]}
+    others = [(name, kind) for name in architectures for kind in _kinds(name) if kind not in done]
+    for name, kind in others[:1]:
+        shown, hint = SHOWN.get(kind, kind), "; give --task if the weights have a head" if kind in VAGUE else ""
+        raise CheckpointError(f"{folder}: {name} is for {shown}, which is not supported yet; {_SUPPORTED}{hint}")
+    named = ", ".join(architectures)[:200] or "nothing"
     raise CheckpointError(
-        f"{folder}: its config names {named} as architecture, which has no task's head; give --task if the weights have one"
+        f"{folder}: its config names {named} as architecture, which has no task's head that is known here; {_SUPPORTED}; "
+        "give --task if the weights have one"
     )
+
+
+def _refuse_task(folder: Path, config: Any, task: str) -> None:
+    """Refuse a task that transformers, or this program, does not do with such a model."""
+    if task == "image-captioning" and config.model_type not in CAPTIONERS:
+        raise CheckpointError(f"{folder}: image-captioning is for {', '.join(CAPTIONERS)}; this is {config.model_type}")
+    if config.model_type not in _mapping(KINDS[task]) and not getattr(config, "auto_map", None):
+        raise CheckpointError(f"{folder}: transformers has no class that does {task} with {config.model_type}; {_SUPPORTED}")
+
+
+def _has_head(architecture: str, config: Any, task: str) -> bool:
+    """Has the class the task's head? Wav2Vec2ForSequenceClassification, say, is for sounds."""
+    if architecture.endswith("ForPreTraining"):
+        return architecture.removesuffix("ForPreTraining") in WITH_MASKED_LM
+    if task == "image-captioning":
+        return config.model_type in CAPTIONERS
+    kinds = _kinds(architecture)
+    return (
+        KINDS[task] in kinds if kinds else config.model_type in _mapping(KINDS[task]) or bool(getattr(config, "auto_map", None))
+    )
+
+
+def _kinds(architecture: str) -> list[str]:
+    """What transformers has a class for, in its words, the most telling first; "" for one without a head."""
+    found = {kind for kind, classes in _mappings().items() if architecture in classes.values()} - {"text-encoding"}
+    return sorted(found, key=lambda kind: (VAGUE.index(kind) if kind in VAGUE else -1, kind))
+
+
+def _mapping(kind: str) -> dict[str, Any]:
+    return _mappings()[kind]
+
+
+def _mappings() -> dict[str, dict[str, Any]]:
+    """Kind -> model type -> class, as transformers' `Auto…` classes have them."""
+    lists = {name: value for name, value in vars(modeling_auto).items() if name.endswith("MAPPING_NAMES")}
+    kinds = {name: name.removesuffix("MAPPING_NAMES").removeprefix("MODEL_").removeprefix("FOR_") for name in lists}
+    return {kinds[name].strip("_").lower().replace("_", "-"): dict(lists[name]) for name in lists if "CONFIG" not in name}
+
+
+_SUPPORTED = f"supported are {', '.join(AUTO)}"
 
 
 @contextmanager

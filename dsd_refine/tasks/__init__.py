@@ -25,6 +25,7 @@ class Batch:
     """Collated examples. `inputs` go to the model by name (`x`: by position); `count` is the number of real targets.
 
     `aside` and `texts` are the task's own: a row each of what its loss and scores need and the model does not take.
+    `items` are what it was made of, where the loop made it.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -32,6 +33,7 @@ class Batch:
     count: int
     aside: dict[str, torch.Tensor] = field(default_factory=dict)
     texts: tuple[tuple[str, ...], ...] = ()
+    items: tuple[Item, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         def moved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,11 +17,12 @@ from dsd_refine.data.tables import Table, column, in_threads, raw_bytes, undecod
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.tasks import Batch, Forward, Guess, Item, Score, Scores, ratio, require
+from dsd_refine.tasks.causality import WINDOWS, refuse_foresight
 from dsd_refine.tasks.classify import overlap_warning, skip_warnings
 from dsd_refine.tasks.images import IMAGE_COLUMNS, Preprocessing, Seen, examine_picture, look_warnings, pixels
 from dsd_refine.tasks.speaker import Speaker
 from dsd_refine.tasks.text import guess_token
-from dsd_refine.tasks.tokens import or_reason
+from dsd_refine.tasks.tokens import beyond_warnings, or_reason
 
 TEXT_COLUMNS = ("text", "caption", "captions", "sentence", "sentences", "description", "descriptions", "raw")
 ORDERS = 4  # BLEU counts n-grams of 1 to 4 words
@@ -88,6 +89,17 @@ class ImageCaptioning:
         final = torch.tensor([part is self.eval and part.leads(unit) for unit, _ in items])
         texts = tuple(part.rows.texts[row] for row in rows)
         return Batch(inputs, torch.where(real, padded[:, 1:], -100), int(real.sum()), {"final": final}, texts)
+
+    def refuse_foresight(self, forward: Forward, device: torch.device) -> None:
+        """Raises CheckpointError where the model sees the tokens that it is to say."""
+        units = range(min(WINDOWS, self.train.units))
+        windows = [self.batch(self.train, [(unit, None)]).to(device).inputs for unit in units]
+        names = self.speaker.inputs
+
+        def logits(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            return logits_of(forward, inputs)[:, -inputs[names[0]].shape[1] :]
+
+        refuse_foresight(self.name, logits, windows, names)
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         return self._nll(forward, batch).sum()
@@ -194,6 +206,7 @@ def prepare_captions(
     parts = [_part(rows, speaker) if rows else None for rows in (divided.train, divided.holdout, divided.eval)]
     warnings = overlap_warning(divided) + skip_warnings(divided) + _cut_warnings(parts, speaker)
     warnings += look_warnings(looked)
+    warnings += beyond_warnings(speaker.tokenizer, speaker.size)
     train, holdout, judge = parts
     return ImageCaptioning(train, holdout, judge, preprocessing, recipe.augment, speaker, image, warnings)  # type: ignore[arg-type]
 

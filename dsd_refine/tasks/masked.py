@@ -18,7 +18,7 @@ from dsd_refine.data.splits import Examined
 from dsd_refine.data.tables import Table
 from dsd_refine.errors import CheckpointError
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks import Batch, Item
+from dsd_refine.tasks import Batch, Forward, Item
 from dsd_refine.tasks.text import NO_TARGET, CausalLM, Ids, WindowedPart, cut_documents, no_text, text_digest
 
 SALT = b"dsd-refine masked-lm 1"
@@ -34,15 +34,21 @@ class Masking:
     words: Ids
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Masking:
-        """Raises CheckpointError for a tokenizer without mask token."""
+    def of(cls, tokenizer: Any, size: int | None = None) -> Masking:
+        """`size` is the number of the model's embeddings. Raises CheckpointError for a tokenizer without mask token."""
         if tokenizer.mask_token_id is None:
             raise CheckpointError(
                 f"{tokenizer.name_or_path}: its tokenizer has no mask token, which masked-lm hides words with; was it made for "
                 "another task (--task)?"
             )
+        known = min(len(tokenizer), size or len(tokenizer))
+        if tokenizer.mask_token_id >= known:
+            raise CheckpointError(
+                f"{tokenizer.name_or_path}: its tokenizer's mask token {tokenizer.mask_token!r} is "
+                f"{tokenizer.mask_token_id}, the model has only {known} tokens"
+            )
         special = np.unique(np.asarray(tokenizer.all_special_ids, dtype=np.int64))
-        return cls(int(tokenizer.mask_token_id), special, np.setdiff1d(np.arange(len(tokenizer)), special))
+        return cls(int(tokenizer.mask_token_id), special, np.setdiff1d(np.arange(known), special))
 
     def can_hide(self, ids: Ids) -> Ids:
         """Which positions may be asked for."""
@@ -69,6 +75,9 @@ class MaskedLM(CausalLM):
     name: str = "masked-lm"
     masking: Masking = field(kw_only=True)
 
+    def refuse_foresight(self, forward: Forward, device: torch.device) -> None:
+        """Nothing to refuse: what is hidden is hidden by the mask token, and all else is to be seen."""
+
     def batch(self, part: WindowedPart, items: Sequence[Item]) -> Batch:
         pairs = [self._hidden(part, unit, seed) for unit, seed in items]
         ids, targets = (
@@ -91,15 +100,20 @@ def _fixed_seed(part: WindowedPart, unit: int) -> int:
 
 
 def prepare_masked(
-    recipe: Recipe, tables: dict[str, Table], evaluation: dict[str, Table] | None, tokenizer: Any, max_length: int
+    recipe: Recipe,
+    tables: dict[str, Table],
+    evaluation: dict[str, Table] | None,
+    tokenizer: Any,
+    max_length: int,
+    size: int | None = None,
 ) -> MaskedLM:
-    """Tokenize every document, skip those without a token that could be hidden, divide.
+    """Tokenize every document, skip those without a token that could be hidden, divide. `size` as in `prepare_documents`.
 
     Raises:
         CheckpointError: a tokenizer without mask token.
         DataError: no text column, or no usable documents.
     """
-    masking = Masking.of(tokenizer)
+    masking = Masking.of(tokenizer, size)
 
     def examine(text: Any, ids: Ids) -> Examined:
         if no_text(text):
@@ -111,5 +125,5 @@ def prepare_masked(
     def counts(window: Ids) -> bool:
         return bool(masking.can_hide(window).any())
 
-    parts, warnings = cut_documents(recipe, tables, evaluation, tokenizer, max_length, examine, counts)
-    return MaskedLM(*parts, warnings, masking=masking, vocabulary=len(tokenizer))
+    parts, warnings = cut_documents(recipe, tables, evaluation, tokenizer, max_length, examine, counts, size)
+    return MaskedLM(*parts, warnings, masking=masking, vocabulary=min(len(tokenizer), size or len(tokenizer)))

@@ -60,34 +60,38 @@ def _images(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables
 
 
 def _texts(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
-    from dsd_refine.tasks.text import fit_padding, longest, prepare_texts
-    from dsd_refine.tasks.tokens import open_tokenizer
+    from dsd_refine.tasks.text import answer_end, fit_padding, longest, prepare_texts
+    from dsd_refine.tasks.tokens import load_tokenizer, rows_of_embedding
 
-    tokenizer = open_tokenizer(library.folder, library.config, library.trust_remote_code)
+    tokenizer = load_tokenizer(library.folder, library.trust_remote_code)
+    size = rows_of_embedding(model, library.config)
     length = longest(tokenizer, library.config, "text-classification", recipe.max_length, model)
     names, classes = _config_names(library.config), int(library.config.num_labels)
-    task = prepare_texts(recipe, tables, evaluation, tokenizer, length, names, classes)
+    ends = answer_end(library.config)
+    task = prepare_texts(recipe, tables, evaluation, tokenizer, length, names, classes, size, ends)
     fit_padding(task, model)
     return task
 
 
 def _documents(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
     from dsd_refine.tasks.text import longest, prepare_documents
-    from dsd_refine.tasks.tokens import open_tokenizer
+    from dsd_refine.tasks.tokens import load_tokenizer, rows_of_embedding
 
-    tokenizer = open_tokenizer(library.folder, library.config, library.trust_remote_code)
+    tokenizer = load_tokenizer(library.folder, library.trust_remote_code)
+    size = rows_of_embedding(model, library.config)
     length = longest(tokenizer, library.config, "causal-lm", recipe.max_length, model)
-    return prepare_documents(recipe, tables, evaluation, tokenizer, length)
+    return prepare_documents(recipe, tables, evaluation, tokenizer, length, size)
 
 
 def _masked(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
     from dsd_refine.tasks.masked import prepare_masked
     from dsd_refine.tasks.text import longest
-    from dsd_refine.tasks.tokens import open_tokenizer
+    from dsd_refine.tasks.tokens import load_tokenizer, rows_of_embedding
 
-    tokenizer = open_tokenizer(library.folder, library.config, library.trust_remote_code)
+    tokenizer = load_tokenizer(library.folder, library.trust_remote_code)
+    size = rows_of_embedding(model, library.config)
     length = longest(tokenizer, library.config, "masked-lm", recipe.max_length, model)
-    return prepare_masked(recipe, tables, evaluation, tokenizer, length)
+    return prepare_masked(recipe, tables, evaluation, tokenizer, length, size)
 
 
 def _speech(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
@@ -104,12 +108,12 @@ def _captions(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tabl
     from dsd_refine.tasks.captions import prepare_captions
     from dsd_refine.tasks.images import transformers_preprocessing
     from dsd_refine.tasks.speaker import open_speaker
-    from dsd_refine.tasks.tokens import open_tokenizer
+    from dsd_refine.tasks.tokens import load_tokenizer
 
     config = library.config
     vision = getattr(config, "encoder", None) or getattr(config, "vision_config", config)
     preprocessing = transformers_preprocessing(library.folder, vision, library.trust_remote_code)
-    tokenizer = open_tokenizer(library.folder, config, library.trust_remote_code)
+    tokenizer = load_tokenizer(library.folder, library.trust_remote_code)
     speaker = open_speaker(library.folder, tokenizer, model, recipe.max_length)
     return prepare_captions(recipe, tables, evaluation, preprocessing, speaker)
 

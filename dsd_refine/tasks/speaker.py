@@ -36,12 +36,13 @@ class Speaker:
     cut: int
     inputs: tuple[str, str]
     keeps_first: bool
+    size: int | None = None  # embeddings of the model's that writes
 
     def tokens(self, text: str) -> Array:
         """Start, the tokenizer's ids, end (if the tokenizer sets none, for a model must learn to stop): `longest` of them and
         the start. Ids are exactly the tokenizer's; nothing is told from the pad token.
         """
-        ids = list(tokenized(self.tokenizer, text, verbose=False)["input_ids"])
+        ids = list(tokenized(self.tokenizer, text, size=self.size, verbose=False)["input_ids"])
         firsts = (self.tokenizer.cls_token_id, self.tokenizer.bos_token_id)
         if not self.keeps_first and ids and ids[0] in firsts:
             ids = ids[1:]
@@ -89,7 +90,8 @@ def open_speaker(folder: Path, tokenizer: Any, model: Any, asked: int | None) ->
     inputs = ("decoder_input_ids", "decoder_attention_mask") if named else ("input_ids", "attention_mask")
     cut = asked or positions or 10**6
     stops = tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (int(ends),)
-    return Speaker(tokenizer, generation, int(start), stops, longest, cut, inputs, keeps_first=named)
+    size = getattr(text, "vocab_size", None)
+    return Speaker(tokenizer, generation, int(start), stops, longest, cut, inputs, keeps_first=named, size=size)
 
 
 def _first(*values: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks import Batch, Forward, Guess, Item, Score, Scores, ratio
+from dsd_refine.tasks.causality import WINDOWS, refuse_foresight
 from dsd_refine.tasks.classify import (
     LABEL_COLUMNS,
     Classification,
@@ -27,7 +29,7 @@ from dsd_refine.tasks.classify import (
     overlap_warning,
     skip_warnings,
 )
-from dsd_refine.tasks.tokens import or_reason, tokenized, unreadable
+from dsd_refine.tasks.tokens import Doubled, beyond_warnings, ids_or_reasons, or_reason, tokenized
 
 Ids = np.ndarray[Any, Any]
 NONE: Ids = np.empty(0, dtype=np.int32)
@@ -46,6 +48,7 @@ def longest(tokenizer: Any, config: Any, task: str, asked: int | None, model: to
     """
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    positions = positions if positions and positions > 0 else None  # XLNet says -1: it has no table of them
     for name, module in model.named_modules() if model else ():
         if isinstance(module, torch.nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
             positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa's positions begin after the padding's
@@ -62,6 +65,7 @@ class TextClassification(Classification):
     columns: tuple[str, ...]
     tokenizer: Any
     max_length: int
+    size: int | None = None  # embeddings of the model
     pad: int = 0  # the id that fills, and on which side: what `fit_padding` found
     left: bool = False
 
@@ -99,6 +103,7 @@ def fit_padding(task: TextClassification, model: Any) -> None:
     parts = [part for part in (task.train, task.holdout, task.eval) if part is not None]
     configs = [model.config, model.config.get_text_config()]
     known = next((c.pad_token_id for c in configs if getattr(c, "pad_token_id", None) is not None), None)
+    known = known if known is not None and 0 <= known < (task.size or known + 1) else None  # LLaMA's says -1
     task.pad, task.left = 0 if known is None else int(known), task.tokenizer.padding_side == "left"
     if next(model.parameters()).is_meta or model.training:
         return
@@ -123,7 +128,7 @@ def _ends_no_row(task: TextClassification, parts: Sequence[LabelledPart]) -> int
     ids = sorted(set(task.tokenizer.get_vocab().values()))
     free = [task.tokenizer.pad_token_id] if task.tokenizer.pad_token_id is not None else []
     for number in [*free, *ids]:
-        if number not in ends:
+        if number not in ends and number < (task.size or number + 1):
             return int(number)
     raise DataError("the model's config has no pad_token_id, and each of the tokenizer's ids ends some row: none can fill")
 
@@ -148,8 +153,12 @@ def prepare_texts(
     max_length: int,
     aliases: Sequence[Sequence[str]] | None,
     classes: int,
+    size: int | None = None,
+    ends: int | None = None,
 ) -> TextClassification:
     """Match labels, skip rows without label or readable text, divide. `--text-column a,b` gives the tokenizer a pair.
+
+    `size` is the number of the model's embeddings, `ends` an id that the model must find equally often in all rows.
 
     Raises:
         DataError: no text or label column, no usable rows, labels that do not match.
@@ -163,23 +172,53 @@ def prepare_texts(
     def examine(table: Table, labels: list[str | None]) -> list[Examined]:
         names = [column(table, name, (), "text", "--text-column") for name in columns]
         found: list[Examined] = []
+        counts: dict[int, int] = {}  # of `ends`, in each row that can be used
         left = iter(labels)
         for rows in row_blocks(table, names):
             block = [_examine(texts, text_label) for texts, text_label in zip(rows, left, strict=False)]
             good = [number for number, row in enumerate(block) if row.reason is None]
-            problems = unreadable(tokenizer, [rows[number] for number in good], truncation=True, max_length=max_length)
-            for number, problem in zip(good, problems, strict=True):
-                block[number] = replace(block[number], reason=problem) if problem else block[number]
+            texts = [rows[number] for number in good]
+            read = ids_or_reasons(tokenizer, texts, size=size, truncation=True, max_length=max_length)
+            for number, (ids, problem) in zip(good, read, strict=True):
+                if ids is None:
+                    block[number] = replace(block[number], reason=problem)
+                    continue
+                doubled.see(ids)
+                counts[len(found) + number] = 0 if ends is None else ids.count(ends)
             found += block
+        for number, reason in _uneven(counts, tokenizer, ends).items():
+            found[number] = replace(found[number], reason=reason)
         return found
 
+    doubled = Doubled(tokenizer)
     matched, parts, divided = labelled_parts(
         tables, evaluation, label, examine, aliases, classes, recipe.holdout, recipe.label_map
     )
     train, holdout, judge = parts
     task = TextClassification(matched, train, holdout, judge, overlap_warning(divided) + skip_warnings(divided))  # type: ignore[arg-type]
-    task.columns, task.tokenizer, task.max_length = columns, tokenizer, max_length
+    task.warnings += beyond_warnings(tokenizer, size) + doubled.warnings()
+    task.columns, task.tokenizer, task.max_length, task.size = columns, tokenizer, max_length, size
     return task
+
+
+def answer_end(config: Any) -> int | None:
+    """The id that an encoder-decoder classifier reads its answer at: it takes only rows that hold it equally often."""
+    text = config.get_text_config()
+    ends = text.eos_token_id if getattr(text, "is_encoder_decoder", False) else None
+    return ends if isinstance(ends, int) else None
+
+
+def _uneven(counts: Mapping[int, int], tokenizer: Any, ends: int | None) -> dict[int, str]:
+    """Row -> why it cannot stand beside the others: it holds another number of the token that the answer is read at."""
+    if ends is None or not counts:
+        return {}
+    usual = min(Counter(counts.values()).items(), key=lambda pair: (-pair[1], pair[0]))[0]
+    token = tokenizer.convert_ids_to_tokens(ends)
+    return {
+        row: f"holds {token!r} {count} times, other rows {usual}: the model reads its answer there; take it out of the text"
+        for row, count in counts.items()
+        if count != usual
+    }
 
 
 def _asked(text_column: str | None) -> list[str | None]:
@@ -254,6 +293,12 @@ class CausalLM:
         """Targets x vocabulary."""
         return logits_of(forward, batch.inputs)[batch.targets != NO_TARGET]
 
+    def refuse_foresight(self, forward: Forward, device: torch.device) -> None:
+        """Raises CheckpointError where the model sees the tokens that it is to say."""
+        units = range(min(WINDOWS, self.train.units))
+        windows = [self.batch(self.train, [(unit, None)]).to(device).inputs for unit in units]
+        refuse_foresight(self.name, lambda inputs: logits_of(forward, inputs), windows, ("input_ids", "attention_mask"))
+
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         return self._nll(forward, batch).sum()
 
@@ -282,16 +327,23 @@ class CausalLM:
 
 
 def prepare_documents(
-    recipe: Recipe, tables: dict[str, Table], evaluation: dict[str, Table] | None, tokenizer: Any, max_length: int
+    recipe: Recipe,
+    tables: dict[str, Table],
+    evaluation: dict[str, Table] | None,
+    tokenizer: Any,
+    max_length: int,
+    size: int | None = None,
 ) -> CausalLM:
-    """Tokenize every document, skip those without a target, divide.
+    """Tokenize every document, skip those without a target, divide. `size` is the number of the model's embeddings.
 
     Raises:
         DataError: no text column, or no usable documents.
     """
     # the first token of a window is no target: a last window of one token has none
-    parts, warnings = cut_documents(recipe, tables, evaluation, tokenizer, max_length, _document, lambda ids: len(ids) > 1)
-    return CausalLM(*parts, warnings, vocabulary=len(tokenizer))
+    parts, warnings = cut_documents(
+        recipe, tables, evaluation, tokenizer, max_length, _document, lambda ids: len(ids) > 1, size
+    )
+    return CausalLM(*parts, warnings, vocabulary=min(len(tokenizer), size or len(tokenizer)))
 
 
 def guess_token(vocabulary: int) -> Guess:
@@ -307,6 +359,7 @@ def cut_documents(
     max_length: int,
     examine: Callable[[Any, Ids], Examined],
     counts: Callable[[Ids], bool],
+    size: int | None = None,
 ) -> tuple[tuple[WindowedPart, WindowedPart | None, WindowedPart], list[str]]:
     """Tokenize every document, examine it, divide, and cut into consecutive windows; those that `counts` denies are left out.
 
@@ -316,15 +369,18 @@ def cut_documents(
         DataError: no text column, or no usable documents.
     """
     ids: dict[int, list[Ids]] = {}
+    doubled = Doubled(tokenizer)
 
     def examined(table: Table) -> Rows:
         name = column(table, recipe.text_column, TEXT_COLUMNS, "text", "--text-column")
         held = ids[id(table)] = []
         rows: list[Examined] = []
         for text in (text for block in row_blocks(table, [name]) for (text,) in block):
-            found, why = or_reason(_tokens, tokenizer, text)
+            found, why = or_reason(_tokens, tokenizer, text, size)
             held.append(NONE if found is None else found)
             rows.append(Examined(b"", None, why) if found is None else examine(text, found))
+            if rows[-1].reason is None:
+                doubled.see(held[-1])
         return use_rows(table, rows)
 
     def cut(rows: Rows) -> WindowedPart:
@@ -334,11 +390,12 @@ def cut_documents(
     judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
     divided = divide(used, judged, recipe.holdout)
     parts = cut(divided.train), cut(divided.holdout) if divided.holdout else None, cut(divided.eval)
-    return parts, overlap_warning(divided) + skip_warnings(divided)
+    noted = beyond_warnings(tokenizer, size) + doubled.warnings()
+    return parts, overlap_warning(divided) + skip_warnings(divided) + noted
 
 
-def _tokens(tokenizer: Any, text: Any) -> Ids:
-    found = tokenized(tokenizer, text, verbose=False)["input_ids"] if isinstance(text, str) and text else []
+def _tokens(tokenizer: Any, text: Any, size: int | None) -> Ids:
+    found = tokenized(tokenizer, text, size=size, verbose=False)["input_ids"] if isinstance(text, str) and text else []
     return np.asarray(found, dtype=np.int32)
 
 

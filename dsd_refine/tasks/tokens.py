@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,20 +17,25 @@ from dsd_refine.errors import CheckpointError, DataError
 
 T = TypeVar("T")
 BLOCK = 1000  # rows that are tokenized in one call
+PIECES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module that reads its models
 
 
-def open_tokenizer(folder: Path, config: Any, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer, which knows no more tokens than the model. Nothing of it is written.
+def rows_of_embedding(model: Any, config: Any) -> int | None:
+    """How many ids the model can look up. None where neither the model nor its config says so."""
+    embedding = None
+    with suppress(AttributeError, NotImplementedError):  # a model without any
+        embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None) or getattr(config.get_text_config(), "vocab_size", None)
+    return int(rows) if rows else None
 
-    Raises:
-        CheckpointError: the folder has no usable tokenizer, or one of more tokens.
-    """
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    size = getattr(config.get_text_config(), "vocab_size", highest + 1)
-    if highest >= size:
-        raise CheckpointError(f"{folder}: the tokenizer has ids up to {highest}, the model {size} tokens")
-    return tokenizer
+
+def beyond_warnings(tokenizer: Any, size: int | None) -> list[str]:
+    """One line where the tokenizer has tokens that the model has no embedding for. Rows that hold none can be used."""
+    extra = sorted((number, token) for token, number in tokenizer.get_vocab().items() if size is not None and number >= size)
+    if not extra:
+        return []
+    shown = ", ".join(f"{token!r} ({number})" for number, token in extra[:5]) + (", …" if len(extra) > 5 else "")
+    return [f"the tokenizer has {len(extra)} tokens beyond the model's {size:,}: {shown}; rows that hold one are skipped"]
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -45,26 +52,60 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
             with suppress(Exception):  # a word that it has not is no fault of its file
                 tokenizer("a")  # a file that contradicts itself panics here
     except BaseException as error:  # transformers raises whatever a strange file makes it raise
+        if isinstance(error, Exception) and "tiktoken" in str(error) and (file := _pieces(folder)):
+            raise CheckpointError(_no_pieces(file)) from None
         raise _broken(error, f"{folder}: its tokenizer cannot be loaded") from None
     files = set(tokenizer.vocab_files_names.values())
-    if files and not any((folder / name).is_file() for name in files):  # transformers then makes up one that knows no word
+    # without a file transformers makes up one that knows no word
+    if files and not _pieces(folder) and not any((folder / name).is_file() for name in files):
         raise CheckpointError(f"{folder}: has no tokenizer (none of {', '.join(sorted(files))} is there)")
     return tokenizer
 
 
-def tokenized(tokenizer: Any, *texts: Any, **options: Any) -> dict[str, Any]:
-    """What a tokenizer makes of texts.
+def _pieces(folder: Path) -> Path | None:
+    """The folder's sentencepiece model: families name it differently, and what reads one reads all."""
+    return next((path for path in sorted(folder.glob("*.model")) if path.name != "tiktoken.model"), None)
+
+
+def _no_pieces(file: Path) -> str:
+    """Why a sentencepiece model could not be read. The library tries tiktoken next, and speaks of nothing else."""
+    missing = [name for name, module in PIECES.items() if not _installed(module)]
+    if missing:
+        names = " and ".join(missing)
+        return f"{file}: the tokenizer is a sentencepiece model, which needs {names}: pip install {' '.join(missing)}"
+    return f"{file}: cannot be read as a sentencepiece model; is the file whole?"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of what it lies in
+        return False
+
+
+def tokenized(tokenizer: Any, *texts: Any, size: int | None = None, **options: Any) -> dict[str, Any]:
+    """What a tokenizer makes of texts. `size` is the number of the model's embeddings: no id may lie beyond.
 
     Raises:
-        DataError: it refuses them, as a closed vocabulary does words that it has not.
+        DataError: it refuses them, as a closed vocabulary does words that it has not; or the model has no such token.
         CheckpointError: it panics, as one whose file contradicts itself does.
     """
     try:
-        return dict(tokenizer(*texts, **options))
+        found = dict(tokenizer(*texts, **options))
     except Exception as error:  # tokenizers raise whatever a strange text makes them raise
         raise DataError(f"unreadable text (the tokenizer: {in_words(error)[:120]})") from None
     except BaseException as error:
         raise _broken(error, f"{tokenizer.name_or_path}: its tokenizer fails on a text") from None
+    if size is not None:
+        _refuse_beyond(tokenizer, found["input_ids"], size)
+    return found
+
+
+def _refuse_beyond(tokenizer: Any, ids: Any, size: int) -> None:
+    highest = max((one for row in ids for one in (row if isinstance(row, list) else [row])), default=-1)
+    if highest >= size:
+        token = tokenizer.convert_ids_to_tokens(highest)
+        raise DataError(f"holds the token {token!r} ({highest}), which the model has not: it has {size:,}")
 
 
 def or_reason(read: Callable[..., T], *texts: Any) -> tuple[T | None, str | None]:
@@ -75,15 +116,50 @@ def or_reason(read: Callable[..., T], *texts: Any) -> tuple[T | None, str | None
         return None, str(error)
 
 
-def unreadable(tokenizer: Any, rows: Sequence[Sequence[str]], **options: Any) -> list[str | None]:
-    """Why rows of one or more texts each cannot be tokenized; None where they can. One by one only where a block fails."""
+def ids_or_reasons(tokenizer: Any, rows: Sequence[Sequence[str]], **options: Any) -> list[tuple[list[int] | None, str | None]]:
+    """Of each row of one or more texts its ids, or why it cannot be used. One by one only where a block fails."""
     read = partial(tokenized, tokenizer, **options)
-    found: list[str | None] = []
+    found: list[tuple[list[int] | None, str | None]] = []
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
-        _, reason = or_reason(read, *map(list, zip(*block, strict=True)))
-        found += [or_reason(read, *row)[1] for row in block] if reason else [None] * len(block)
+        together, reason = or_reason(read, *map(list, zip(*block, strict=True)))
+        if together is not None:
+            found += [(ids, None) for ids in together["input_ids"]]
+            continue
+        for row in block:
+            alone, reason = or_reason(read, *row)
+            found.append((None if alone is None else alone["input_ids"], reason))
     return found
+
+
+class Doubled:
+    """Counts rows that begin or end with the same special token twice: a text that brings what its tokenizer adds.
+
+    Rendered chat text begins with `<s>`, and a tokenizer puts one more before it; a model has seen only one.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.rows, self.count = tokenizer, 0, Counter[tuple[str, int]]()
+        self.first = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+        self.last = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+
+    def see(self, ids: Any) -> None:
+        """Count a row's ids."""
+        self.rows += 1
+        if len(ids) < 2:
+            return
+        if ids[0] == ids[1] and ids[0] in self.first:
+            self.count["begin", int(ids[0])] += 1
+        if ids[-1] == ids[-2] and ids[-1] in self.last:
+            self.count["end", int(ids[-1])] += 1
+
+    def warnings(self) -> list[str]:
+        """One line for each token that stands twice."""
+        return [
+            f"{count:,} of {self.rows:,} rows {where} with {self.tokenizer.convert_ids_to_tokens(token)!r} twice: the text "
+            "holds what the tokenizer adds, and the model was hardly trained so; take it out of the texts"
+            for (where, token), count in self.count.items()
+        ]
 
 
 @contextmanager

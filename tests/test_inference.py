@@ -1,0 +1,116 @@
+"""Which task a checkpoint is for, told by its config alone; what no task here is for is called what it is."""
+
+import json
+
+import pytest
+
+from dsd_refine.checkpoint.transformers import AUTO, TransformersLibrary
+from dsd_refine.errors import CheckpointError
+
+SUPPORTED = f"supported are {', '.join(AUTO)}"
+PAIRS = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
+
+
+def opened(folder, architecture, model_type, task=None, **more):
+    (folder / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": model_type, **more}))
+    return TransformersLibrary.open(folder, task)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "task"),
+    [
+        ("BertForPreTraining", "bert", "masked-lm"),
+        ("AlbertForPreTraining", "albert", "masked-lm"),
+        ("MobileBertForPreTraining", "mobilebert", "masked-lm"),
+        ("ElectraForMaskedLM", "electra", "masked-lm"),
+        ("XLMWithLMHeadModel", "xlm", "masked-lm"),
+        ("FlaubertWithLMHeadModel", "flaubert", "masked-lm"),
+        ("BertLMHeadModel", "bert", "causal-lm"),
+        ("XLNetLMHeadModel", "xlnet", "causal-lm"),
+        ("ReformerModelWithLMHead", "reformer", "causal-lm"),
+        ("LLaMAForCausalLM", "llama", "causal-lm"),  # as it was once written
+        ("RwkvForCausalLM", "rwkv", "causal-lm"),
+        ("BartForSequenceClassification", "bart", "text-classification"),
+        ("Wav2Vec2ForCTC", "wav2vec2", "ctc-speech"),
+        ("DeiTForImageClassificationWithTeacher", "deit", "image-classification"),
+        ("BlipForConditionalGeneration", "blip", "image-captioning"),
+        ("GitForCausalLM", "git", "image-captioning"),
+    ],
+)
+def test_the_task_is_that_of_the_class(tmp_path, architecture, model_type, task):
+    assert opened(tmp_path, architecture, model_type).task == task
+
+
+def test_one_class_for_two_tasks_is_told_apart_by_the_config(tmp_path):
+    assert opened(tmp_path, "XLMWithLMHeadModel", "xlm", causal=True).task == "causal-lm"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "kind", "more"),
+    [
+        ("T5ForConditionalGeneration", "t5", "seq2seq-lm", {}),
+        ("BartForConditionalGeneration", "bart", "seq2seq-lm", {}),
+        ("MarianMTModel", "marian", "seq2seq-lm", {}),
+        ("EncoderDecoderModel", "encoder-decoder", "seq2seq-lm", PAIRS),
+        ("WhisperForConditionalGeneration", "whisper", "speech-seq2seq", {}),
+        ("Gemma3ForConditionalGeneration", "gemma3", "image-text-to-text", {}),
+        ("LlavaForConditionalGeneration", "llava", "image-text-to-text", {}),
+        ("BertForTokenClassification", "bert", "token-classification", {}),
+        ("DistilBertForQuestionAnswering", "distilbert", "question-answering", {}),
+        ("RobertaForMultipleChoice", "roberta", "multiple-choice", {}),
+        ("BertForNextSentencePrediction", "bert", "next-sentence-prediction", {}),
+        ("Wav2Vec2ForSequenceClassification", "wav2vec2", "audio-classification", {}),
+        ("ASTForAudioClassification", "audio-spectrogram-transformer", "audio-classification", {}),
+        ("DetrForObjectDetection", "detr", "object-detection", {}),
+        ("SegformerForSemanticSegmentation", "segformer", "semantic-segmentation", {}),
+        ("CLIPModel", "clip", "zero-shot-image-classification", {}),
+        ("BertModel", "bert", "embeddings (no task's head)", {}),
+        ("MPNetModel", "mpnet", "embeddings (no task's head)", {}),
+        ("ElectraForPreTraining", "electra", "pretraining", {}),
+        ("FunnelForPreTraining", "funnel", "pretraining", {}),
+        ("Wav2Vec2ForPreTraining", "wav2vec2", "pretraining", {}),
+        ("ViTMAEForPreTraining", "vit_mae", "pretraining", {}),
+    ],
+)
+def test_what_no_task_is_for_is_called_what_it_is(tmp_path, architecture, model_type, kind, more):
+    with pytest.raises(CheckpointError) as refused:
+        opened(tmp_path, architecture, model_type, **more)
+    says = f"{tmp_path}: {architecture} is for {kind}, which is not supported yet; {SUPPORTED}"
+    assert str(refused.value).removesuffix("; give --task if the weights have a head") == says
+
+
+@pytest.mark.parametrize("architecture", ["Nobody", "GPT2DoubleHeadsModel", "T5WithLMHeadModel", "Wav2Vec2ForMaskedLM"])
+def test_a_class_that_nobody_knows_leads_to_the_tasks(tmp_path, architecture):
+    model_type = {"G": "gpt2", "T": "t5", "W": "wav2vec2"}.get(architecture[0], "bert")
+    with pytest.raises(CheckpointError, match=rf"names {architecture} as architecture, .*{SUPPORTED}; give --task if"):
+        opened(tmp_path, architecture, model_type)
+
+
+@pytest.mark.parametrize(
+    ("task", "model_type"), [("causal-lm", "t5"), ("masked-lm", "gpt2"), ("ctc-speech", "bert"), ("image-captioning", "gemma3")]
+)
+def test_a_task_that_is_given_must_be_one_of_the_family_s(tmp_path, task, model_type):
+    with pytest.raises(CheckpointError) as refused:
+        opened(tmp_path, "Whatever", model_type, task)
+    assert task in str(refused.value)
+    assert model_type in str(refused.value)
+    assert len(str(refused.value)) < 400  # the library lists some hundred classes
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_another_kind_of_classification_says_which_is_done(tmp_path, kind):
+    with pytest.raises(CheckpointError, match=rf"problem_type is '{kind}', which is not supported yet"):
+        opened(tmp_path, "BertForSequenceClassification", "bert", problem_type=kind)
+
+
+def test_what_was_pretrained_with_a_masked_lm_head_trains_so(command, tmp_path):
+    import small
+    from builders import text_file
+    from conftest import SHORT
+
+    folder = small.save_family(tmp_path / "m", "BertForPreTraining", small.WIDE)
+    found = command(folder, "--data", text_file(tmp_path / "d.txt", 8), "-o", tmp_path / "out", *SHORT)
+    assert found.code == 0, found.err
+    report = json.loads((tmp_path / "out/dsd/report.json").read_text())
+    assert report["task"] == "masked-lm"
+    assert any("seq_relationship" in line for line in report["warnings"])
