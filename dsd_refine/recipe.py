@@ -5,6 +5,7 @@ Light on purpose: a mistake in a recipe is said before anything heavy is importe
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import math
 import re
@@ -120,6 +121,7 @@ class Recipe(Strict):
     """Everything that decides a result. `dsd/recipe.yaml` of an output is one of these, and repeats the run.
 
     `label_names` are the names of integer labels, in order, for data that have none of their own: a list, or `imagenet-1k`.
+    `encoding` is that of text files without a byte order mark.
     """
 
     name: str = "recipe"
@@ -152,6 +154,16 @@ class Recipe(Strict):
     text_column: str | None = None
     audio_column: str | None = None
     max_length: Annotated[int, Field(gt=1)] | None = None
+    encoding: str = "utf-8"
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            b"".decode(value)  # of text: hex and the like are none
+            return codecs.lookup(value).name
+        except LookupError:
+            raise ValueError("no encoding that is known; such as utf-8, latin-1, cp1252, utf-16") from None
 
     @field_validator("label_names", mode="before")
     @classmethod

@@ -28,10 +28,12 @@ def open_task(
     if recipe.data is None:
         raise DataError("no data: give --data (a directory, a file, or a Hub data set org/name), or a recipe that names one")
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
-    tables = named(by_role(read_tables(recipe.data, cache, download=download), recipe.data), classes)
-    evaluation = None
-    if recipe.eval_data:
-        evaluation = named(by_role(read_tables(recipe.eval_data, cache, download=download), recipe.eval_data), classes)
+
+    def read(spec: str) -> Tables:
+        return named(by_role(read_tables(spec, cache, download=download, encoding=recipe.encoding), spec), classes)
+
+    tables = read(recipe.data)
+    evaluation = read(recipe.eval_data) if recipe.eval_data else None
     return _OPENERS[name](recipe, library, model, tables, evaluation)
 
 
