@@ -160,9 +160,9 @@ class Recipe(Strict):
     @classmethod
     def _known_encoding(cls, value: str) -> str:
         try:
-            b"".decode(value)  # of text: hex and the like are none
+            "x".encode(value)  # of text: hex and the like are none
             return codecs.lookup(value).name
-        except LookupError:
+        except (LookupError, UnicodeError):
             raise ValueError("no encoding that is known; such as utf-8, latin-1, cp1252, utf-16") from None
 
     @field_validator("label_names", mode="before")

@@ -10,10 +10,10 @@ import datasets
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard
 
-from dsd_refine.data.files import Place, guarded, is_table, read_file, validated
+from dsd_refine.data.files import Place, check_shards, guarded, is_table, read_file, validated
 from dsd_refine.data.listing import left_over
 from dsd_refine.data.plain import refuse_pointer, suffix_of
-from dsd_refine.data.reading import Reading, Table, joined, together
+from dsd_refine.data.reading import Reading, Table, joined, listed, together
 from dsd_refine.errors import DataError
 
 
@@ -37,8 +37,7 @@ def read_configured(path: Path, config: str | None, place: Place) -> Reading | N
         for split, found in builder.config.data_files.items()
     }
     every = [file for found in files.values() for file in found]
-    for file in every:
-        refuse_pointer(file)
+    _check(path, name, files)
     is_plain = set(known[name]) <= {"data_files", "data_dir", "default"} and builder.info.features is None
     if is_plain and all(is_table(file) and suffix_of(file) != ".parquet" for file in every):
         found = _own(path, files, place)
@@ -67,6 +66,20 @@ def _chosen(path: Path, known: dict[str, dict[str, Any]], asked: str | None) -> 
     if name is None:
         raise DataError(f"{path}: has several configurations: {', '.join(known)}. Name one: --data {path}:{next(iter(known))}")
     return str(name)
+
+
+def _check(path: Path, config: str, files: dict[str, list[Path]]) -> None:
+    """Raises DataError for a file that was not fetched, and where `datasets` would leave files out without a word."""
+    for split, found in files.items():
+        for file in found:
+            refuse_pointer(file)
+        tables = [file for file in found if is_table(file) and not file.name.startswith("metadata.")]
+        if tables and len(tables) < len([file for file in found if not file.name.startswith("metadata.")]):
+            raise DataError(
+                f"{path}: the configuration {config!r} takes files of several kinds for {split}: "
+                f"{listed([file.relative_to(path).as_posix() for file in found])}; let its `data_files` name one kind"
+            )
+        check_shards(path, split, tables)
 
 
 def _own(path: Path, files: dict[str, list[Path]], place: Place) -> Reading:

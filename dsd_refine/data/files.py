@@ -14,8 +14,8 @@ from typing import Any
 import datasets
 
 from dsd_refine.checkpoint.hub import is_of_the_hub
-from dsd_refine.data.plain import Plain, make_plain, refuse_pointer, suffix_of
-from dsd_refine.data.reading import Reading, Table, role_of
+from dsd_refine.data.plain import Plain, make_plain, refuse_pointer, stem_of, suffix_of
+from dsd_refine.data.reading import SHARD, Reading, Table, role_of
 from dsd_refine.errors import DataError
 from dsd_refine.space import is_full
 
@@ -92,13 +92,31 @@ def guarded(path: Path, read: Callable[[], Any]) -> Any:
         raise DataError(f"{path}: cannot be read: {' '.join(str(cause).split())[:300] or type(cause).__name__}") from None
 
 
+def check_shards(path: Path, split: str, files: list[Path]) -> None:
+    """Raises DataError where files of one split are the same data twice, of several kinds, or not all there."""
+    shown = ", ".join(file.relative_to(path).as_posix() for file in files[:6])
+    kinds = {suffix_of(file) for file in files}
+    if len(kinds - {".json", ".jsonl", ".ndjson"}) + bool(kinds & {".json", ".jsonl", ".ndjson"}) > 1:
+        raise DataError(f"{path}: {shown} could each be its {split} split; keep one kind of file, or give one file itself")
+    stems = [file.parent / stem_of(file) for file in files]
+    if len(set(stems)) < len(stems):
+        raise DataError(f"{path}: {shown} could each be its {split} split; keep one of those that differ by suffix alone")
+    shards = [match for match in (SHARD.match(stem_of(file)) for file in files) if match]
+    for match in shards:
+        if len(shards) < int(match["count"]):
+            raise DataError(
+                f"{path}: {split} has {len(shards)} of its {int(match['count'])} files ({shown}): "
+                "fetch the others, or rename these"
+            )
+
+
 # ---------------------------------------------------------------- CSV and TSV
 
 
 def _read_csv(path: Path, plain: Plain, shown: str, place: Place) -> Reading:
     usual = "\t" if suffix_of(path) == ".tsv" else ","
     separator = _separator(path, plain, usual)
-    is_quoted = separator != "\t" or _head_in_quotes(plain)
+    is_quoted = suffix_of(path) != ".tsv" or separator != "\t" or _head_in_quotes(plain)
     how: dict[str, Any] = {"sep": separator} if is_quoted else {"sep": separator, "quoting": csv.QUOTE_NONE}
     rows = guarded(
         path,
@@ -106,12 +124,12 @@ def _read_csv(path: Path, plain: Plain, shown: str, place: Place) -> Reading:
             datasets.Dataset.from_csv(str(plain.path), keep_default_na=False, na_values=[""], **how, **_options(place))
         ),
     )
+    said = [_lines_and_rows(path, plain, rows, separator, is_quoted)]
     if "__index_level_0__" in rows.column_names:  # pandas takes a first field beyond the head for the row's name
         raise DataError(
             f"{path}: its first row has one field more than its head ({len(rows.column_names) - 1}): put texts that hold "
             f"{_in_words(separator)} in quotes, or name the first column in the head"
         )
-    said = [_lines_and_rows(path, plain, rows, separator, is_quoted)]
     if separator != usual:
         said.append(f"separated by {_in_words(separator)}")
     if not is_quoted and _quoted_texts(rows):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from dsd_refine.data.configs import read_configured
-from dsd_refine.data.files import Place, guarded, is_table, read_file, text_columns, validated
+from dsd_refine.data.files import Place, check_shards, guarded, is_table, read_file, text_columns, validated
 from dsd_refine.data.listing import entries, files_below, folders_in, is_paper, left_over, walk
-from dsd_refine.data.plain import refuse_pointer, stem_of, suffix_of
+from dsd_refine.data.plain import refuse_pointer, stem_of
 from dsd_refine.data.reading import SHARD, Reading, Table, joined, role_of, split_of, together
 from dsd_refine.errors import DataError
 
@@ -113,17 +114,44 @@ def _table_files(path: Path, files: list[Path], place: Place) -> Reading:
         splits["train"] = files
     readings, tables = [], {}
     for split, shards in splits.items():
-        _check_shards(path, split, shards)
+        check_shards(path, split, shards)
         read = [read_file(file, file.relative_to(path).as_posix(), place) for file in shards]
         if any(len(each.tables) > 1 for each in read):
             raise DataError(f"{shards[0]}: holds several splits, and is one of a folder; give the file itself")
         tables[split] = joined(read, path)
         readings += read
-    used = [file for shards in splits.values() for file in shards]
+    used = _used_files(path, [file for shards in splits.values() for file in shards], tables)
+    _refuse_rivals(path, tables, used)
     parts = together(readings)
-    first = used[0].relative_to(path).as_posix()
-    unused = left_over(path, _used_files(path, used, tables), lambda other: _beside(other, first))
+    first = next(iter(tables.values())).origin
+    unused = left_over(path, used, lambda other: _beside(other, first))
     return Reading(tables, parts.unused + unused, parts.notes)
+
+
+def _refuse_rivals(path: Path, tables: dict[str, Table], used: Iterable[Path]) -> None:
+    """Refuse where what is not used could be meant as much as what is: another split, or anything where nothing trains.
+
+    Raises:
+        DataError: names both.
+    """
+    holding = {place for file in used for place in (file, *file.parents)}
+    others = [each for each in entries(path) if each not in holding and not each.name.startswith(".")]
+    others = [each for each in others if (each.is_dir() and entries(each)) or _is_data(each)]
+    roles = {role_of(split) for split in tables}
+    rivals = [each for each in others if each.is_dir() and (role_of(each.name) or _roles_in(each) - roles)]
+    if rivals or (others and "train" not in roles):
+        shown = ", ".join(f"{each.name}/" if each.is_dir() else each.name for each in (rivals or others)[:6])
+        read = ", ".join(table.origin for table in tables.values())
+        raise DataError(
+            f"{path}: {read} would be its {' and '.join(tables)}, and {shown} not be used: which are the data? Keep these in a "
+            "folder of their own, or give the file itself"
+        )
+
+
+def _roles_in(folder: Path) -> set[str | None]:
+    """The roles that the names in a folder say."""
+    names = [stem_of(each) for each in entries(folder) if each.is_dir() or _is_data(each)]
+    return {role_of(split_of(name) or "") for name in names} - {None}
 
 
 def _split_of_file(root: Path, file: Path) -> str | None:
@@ -132,24 +160,6 @@ def _split_of_file(root: Path, file: Path) -> str | None:
         return split_of(stem)
     folders = file.parent.relative_to(root).parts
     return next((split for split in map(split_of, reversed(folders)) if split), None) or split_of(stem)
-
-
-def _check_shards(path: Path, split: str, files: list[Path]) -> None:
-    """Raises DataError where files of one split are the same data twice, of several kinds, or not all there."""
-    shown = ", ".join(file.relative_to(path).as_posix() for file in files[:6])
-    kinds = {suffix_of(file) for file in files}
-    if len(kinds - {".json", ".jsonl", ".ndjson"}) + bool(kinds & {".json", ".jsonl", ".ndjson"}) > 1:
-        raise DataError(f"{path}: {shown} could each be its {split} split; keep one kind of file, or give one file itself")
-    stems = [file.parent / stem_of(file) for file in files]
-    if len(set(stems)) < len(stems):
-        raise DataError(f"{path}: {shown} could each be its {split} split; keep one of those that differ by suffix alone")
-    shards = [match for match in (SHARD.match(stem_of(file)) for file in files) if match]
-    for match in shards:
-        if len(shards) < int(match["count"]):
-            raise DataError(
-                f"{path}: {split} has {len(shards)} of its {int(match['count'])} files ({shown}): "
-                "fetch the others, or rename these"
-            )
 
 
 def _used_files(path: Path, files: list[Path], tables: dict[str, Table]) -> list[Path]:
@@ -203,14 +213,17 @@ def _with_metadata(folder: Path, root: Path, place: Place) -> Reading:
     if outside is not None:
         raise DataError(f"{file}: the {column} {outside!r:.100} leads out of {root}; give paths inside the folder")
     kind = "audio" if any(Path(name).suffix.lower() in AUDIO_SUFFIXES for name in names) else "image"
-    rows = rows.remove_columns([name for name in (column, kind) if name in rows.column_names])
-    rows = rows.add_column(kind, [str((folder / n).absolute()) for n in names])
+    files = datasets.Dataset.from_dict({kind: [str((folder / n).absolute()) for n in names]})
+    others = [name for name in rows.column_names if name not in (column, kind)]
+    rows = datasets.concatenate_datasets([rows.select_columns(others), files], axis=1) if others else files
     table = Table(rows, [(folder / n).relative_to(root).as_posix() for n in names], folder, origin=shown)
     notes = read.notes if column == "file_name" else (f"{read.notes[0]}; file names in the column `{column}`",)
     used = {file, *(folder / name for name in names)}
     unused = left_over(folder, used, lambda path: f"named by no row of {file.name}")
     prefix = "" if folder == root else f"{folder.name}/"
     parts = _by_first_folder(table, folder, names) if folder == root else {"train": table}
+    if folder == root:
+        _refuse_rivals(root, parts, used)
     return Reading(parts, tuple(prefix + line for line in unused), notes)
 
 
@@ -274,7 +287,9 @@ def _class_or_split_folders(path: Path, folders: list[Path], place: Place) -> Re
         (table,) = found.tables.values()
         readings.append(Reading({part.name: table}, found.unused, found.notes))
     shown = ", ".join(f"{part.name}/" for part in parts)
-    return together([*readings, Reading({}, left_over(path, parts, lambda p: _beside_splits(p, shown)))])
+    found = together(readings)
+    _refuse_rivals(path, found.tables, parts)
+    return together([found, Reading({}, left_over(path, parts, lambda p: _beside_splits(p, shown)))])
 
 
 def _beside_splits(path: Path, shown: str) -> str:

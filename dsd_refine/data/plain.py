@@ -88,9 +88,9 @@ def make_plain(path: Path, cache: Path, encoding: str = "utf-8") -> Plain:
 
 def _known(encoding: str) -> str:
     try:
-        b"".decode(encoding)  # of text: hex and the like are none
+        "x".encode(encoding)  # of text: hex and the like are none
         return codecs.lookup(encoding).name
-    except LookupError:
+    except (LookupError, UnicodeError):
         raise DataError(f"--encoding {encoding}: no encoding that is known; such as latin-1, cp1252, utf-16") from None
 
 

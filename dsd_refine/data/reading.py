@@ -106,7 +106,7 @@ def joined(shards: list[Reading], root: Path) -> Table:
     for table in tables:
         if set(table.rows.column_names) != set(first.rows.column_names):
             raise DataError(
-                f"{table.origin}: has the columns {', '.join(table.rows.column_names)}, but {first.origin}, of the same "
+                f"{root}: {table.origin} has the columns {', '.join(table.rows.column_names)}, but {first.origin}, of the same "
                 f"split, has {', '.join(first.rows.column_names)}"
             )
     if len(tables) == 1:
@@ -116,7 +116,7 @@ def joined(shards: list[Reading], root: Path) -> Table:
         rows = datasets.concatenate_datasets([table.rows.cast(kinds) for table in tables])
     except Exception as error:  # pyarrow raises whatever a value that does not fit makes it raise
         names = ", ".join(table.origin for table in tables)
-        raise DataError(f"{names}: do not go together: {' '.join(str(error).split())[:200]}") from None
+        raise DataError(f"{root}: {names} do not go together: {' '.join(str(error).split())[:200]}") from None
     advice = next((table.advice for table in tables if table.advice), "")
     folder = first.folder if len(folders) == 1 else root
     return replace(first, rows=rows, folder=folder, origin=listed([t.origin for t in tables]), advice=advice)
