@@ -14,7 +14,7 @@ from dsd_refine.data.configs import read_configured
 from dsd_refine.data.files import Place, check_shards, guarded, is_table, read_file, text_columns, validated
 from dsd_refine.data.listing import entries, files_below, folders_in, is_paper, left_over, walk
 from dsd_refine.data.plain import refuse_pointer, stem_of
-from dsd_refine.data.reading import SHARD, Reading, Table, joined, role_of, split_of, together
+from dsd_refine.data.reading import SHARD, Reading, Table, joined, listed, role_of, split_of, together
 from dsd_refine.errors import DataError
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".m4a"}
@@ -46,7 +46,7 @@ def read_folder(path: Path, config: str | None, place: Place) -> Reading:
         return _table_files(path, top, place)
     if _metadata(path):
         return _with_metadata(path, path, place)
-    with_metadata = any(_metadata(folder) for folder in folders)
+    with_metadata = any(role_of(folder.name) and _metadata(folder) for folder in folders)
     if not with_metadata and _holds_only_tables(path):
         return _table_files(path, _tables_below(path), place)
     return _class_or_split_folders(path, folders, place)
@@ -312,6 +312,12 @@ def _class_folders(folder: Path, root: Path) -> Reading:
         labels += [c.name] * len(files)
     if not names:
         raise DataError(f"{folder}: no images in class folders here. {KNOWN_FORMS}")
+    tables = [path.name for path in entries(folder) if _is_data(path)]
+    if len(classes) == 1 and tables:
+        raise DataError(
+            f"{folder}: holds tables ({listed(tables)}) and one folder of other files ({classes[0].name}/): which are the data? "
+            "Give the table itself; one that names the files is called metadata.csv"
+        )
     place = root.absolute()
     rows = datasets.Dataset.from_dict({"image": [str(place / name) for name in names], "label": labels})
     origin = prefix or f"{root.absolute().name}/"

@@ -74,7 +74,10 @@ def walk(folder: Path) -> Iterator[tuple[Path, str]]:
             yield place, "a link to a folder that holds it" if real in above else "a link to a folder that is read already"
             continue
         read.add(real)
-        for path in entries(place):
+        inner = entries(place)
+        if not inner and place != folder:
+            yield place, "an empty folder"
+        for path in inner:
             if path.name.startswith("."):
                 yield path, "hidden"
             elif os.path.isdir(path):  # False for a link in a circle, where is_dir() raises
