@@ -315,8 +315,8 @@ def _class_folders(folder: Path, root: Path) -> Reading:
     tables = [path.name for path in entries(folder) if _is_data(path)]
     if len(classes) == 1 and tables:
         raise DataError(
-            f"{folder}: holds tables ({listed(tables)}) and one folder of other files ({classes[0].name}/): which are the data? "
-            "Give the table itself; one that names the files is called metadata.csv"
+            f"{folder}: holds tables ({listed(tables)}) and one folder of other files ({classes[0].name}/): which are the "
+            "data? Give the table itself; one that names the files is called metadata.csv"
         )
     place = root.absolute()
     rows = datasets.Dataset.from_dict({"image": [str(place / name) for name in names], "label": labels})
