@@ -74,9 +74,13 @@ def _saved(path: Path) -> Reading:
     for name, rows in splits.items():
         used += [path / name / "state.json", path / name / "dataset_info.json"]
         used += [path / name / Path(file["filename"]).name for file in rows.cache_files]
-    tables = {name or "train": Table(rows, origin=f"{path.name}/{name}") for name, rows in splits.items()}
-    notes = tuple(f"{path.name}/{name}: {len(rows)} rows" for name, rows in splits.items())
+    tables = {name or "train": Table(rows, origin=name or _own_name(path)) for name, rows in splits.items()}
+    notes = tuple(f"{name or _own_name(path)}: {len(rows)} rows" for name, rows in splits.items())
     return Reading(tables, left_over(path, used, lambda _: "no part of what save_to_disk wrote here"), notes)
+
+
+def _own_name(path: Path) -> str:
+    return f"{path.absolute().name}/"
 
 
 # ---------------------------------------------------------------- table files
@@ -320,7 +324,7 @@ def _class_folders(folder: Path, root: Path) -> Reading:
         )
     place = root.absolute()
     rows = datasets.Dataset.from_dict({"image": [str(place / name) for name in names], "label": labels})
-    origin = prefix or f"{root.absolute().name}/"
+    origin = prefix or _own_name(root)
     table = Table(rows.cast_column("image", datasets.Image(decode=False)), names, folder, origin=origin)
     unused += [prefix + line for line in left_over(folder, classes, _beside_classes)]
     return Reading({"train": table}, tuple(unused), (f"{origin}: {len(classes)} class folders, {len(names)} files",))
