@@ -272,6 +272,18 @@ def test_one_split_in_two_kinds_of_file_is_refused(tmp_path):
         shutil.rmtree(tmp_path / "d")
 
 
+def test_what_could_be_meant_as_much_as_what_is_read_is_refused(tmp_path):
+    image_folder(tmp_path / "d", per_class=1, splits=("val",))
+    assert sizes(read(tmp_path / "d", tmp_path / "c")) == {"val": 3}
+    image_folder(tmp_path / "d", per_class=1, splits=("more",))
+    with pytest.raises(DataError, match=rf"val/ would be its val, and more/ would not be used.*such as {tmp_path}/d/val"):
+        read(tmp_path / "d", tmp_path / "c")
+    image_folder(tmp_path / "e", per_class=1)
+    jsonl(tmp_path / "e/train.jsonl")
+    with pytest.raises(DataError, match=r"train.jsonl would be its train, and test/, train/ would not be used"):
+        read(tmp_path / "e", tmp_path / "c")
+
+
 def test_splits_inside_class_folders_are_refused(tmp_path):
     image_folder(tmp_path / "d", classes=["train", "test"], per_class=1, splits=("cats", "dogs"))
     with pytest.raises(DataError, match=r"cats/test/, cats/train/: splits inside a class folder"):

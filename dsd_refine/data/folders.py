@@ -147,8 +147,8 @@ def _refuse_rivals(path: Path, tables: dict[str, Table], used: Iterable[Path]) -
         shown = ", ".join(f"{each.name}/" if each.is_dir() else each.name for each in (rivals or others)[:6])
         read = ", ".join(table.origin for table in tables.values())
         raise DataError(
-            f"{path}: {read} would be its {' and '.join(tables)}, and {shown} not be used: which are the data? Keep these in a "
-            "folder of their own, or give the file itself"
+            f"{path}: {read} would be its {' and '.join(tables)}, and {shown} would not be used: which are the data? Move the "
+            f"others away, or give what is meant itself, such as {path / next(iter(tables.values())).origin}"
         )
 
 
