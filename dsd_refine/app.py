@@ -108,6 +108,7 @@ RECIPE_OPTIONS = _together(
     click.option("--text-column"),
     click.option("--audio-column"),
     click.option("--max-length", type=int),
+    click.option("--encoding", help="Of text files that are not UTF-8: latin-1, cp1252, utf-16, …"),
 )  # fmt: skip
 TRUST_OPTIONS = _together(
     click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along."),

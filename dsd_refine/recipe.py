@@ -5,6 +5,7 @@ Light on purpose: a mistake in a recipe is said before anything heavy is importe
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import math
 import re
@@ -122,6 +123,7 @@ class Recipe(Strict):
     `weights_key` says which of the sets of weights in one pickle is the model.
     `label_names` are the names of integer labels, in order, in place of the data's own: a list, or `imagenet-1k`.
     `label_map` says which class of the model (its name, or its number where it has none) a label of the data is.
+    `encoding` is that of text files without a byte order mark.
     """
 
     name: str = "recipe"
@@ -156,6 +158,16 @@ class Recipe(Strict):
     text_column: str | None = None
     audio_column: str | None = None
     max_length: Annotated[int, Field(gt=1)] | None = None
+    encoding: str = "utf-8"
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            "x".encode(value)  # of text: hex and the like are none
+            return codecs.lookup(value).name
+        except (LookupError, UnicodeError):
+            raise ValueError("no encoding that is known; such as utf-8, latin-1, cp1252, utf-16") from None
 
     @field_validator("label_names", mode="before")
     @classmethod

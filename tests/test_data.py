@@ -14,9 +14,10 @@ import torch
 from builders import WORDS, image_folder, text_file, word_tokenizer
 from PIL import Image
 
+from dsd_refine.data.files import paragraphs
 from dsd_refine.data.labels import label_texts, match_labels
 from dsd_refine.data.splits import SALT, Rows, by_role, carve, divide
-from dsd_refine.data.tables import AT_ONCE, Table, column, paragraphs, read_tables
+from dsd_refine.data.tables import AT_ONCE, Table, column, read_tables
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks import Scores
@@ -184,7 +185,7 @@ def test_metadata_without_file_names_is_refused(tmp_path):
         ("head.csv", b"text,label\n", "holds no rows"),
         ("blank.txt", b"\n \n", "holds no rows"),
         ("bytes.txt", b"caf\xe9\n", "not UTF-8"),
-        ("bytes.csv", b"text,label\ncaf\xe9,a\n", "cannot be read"),
+        ("bytes.csv", b"text,label\ncaf\xe9,a\n", "not UTF-8"),
         ("broken.parquet", b"PAR1 nothing", "cannot be read"),
         ("broken.jsonl", b'{"text": "a"\n{', "cannot be read"),
         ("model.bin", b"x", "known are"),

@@ -36,7 +36,8 @@ def ask(made, rows, tmp_path):
 
     def go(*more, model="org/tiny", data=None, work=lambda work: work, constants=(), **failing):
         args = (model, "--data", data or made / "texts.csv", "-o", tmp_path / "out", *STEPS, *more)
-        with hub({"org/tiny": made / "bert"}, failing.pop("answers", ()), datasets={"org/rows": rows}, **failing) as server:
+        sets = {"org/rows": failing.pop("repository", rows)}
+        with hub({"org/tiny": made / "bert"}, failing.pop("answers", ()), datasets=sets, **failing) as server:
             child = Child(on_hub(server.url, tmp_path / "home", work(command(*args)), **dict(constants)), tmp_path / "log")
             code = child.wait()
         assert "Traceback" not in child.said()
@@ -182,6 +183,20 @@ def test_a_data_set_of_the_hub(ask, tmp_path):
     assert code == 0, said
     assert fetched(server, ROWS) == 2
     assert json.loads((tmp_path / "out/dsd/report.json").read_text())["data"]["train"]["rows"] == 18
+
+
+def test_configurations_of_a_data_set_are_listed_and_named(ask, rows, tmp_path):
+    folder = tmp_path / "several"
+    for name in ("de", "fr"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "train.parquet").write_bytes((rows / ROWS).read_bytes())
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("de", "fr"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    code, said, _ = ask(data="org/rows", repository=folder)
+    assert code == 2, said
+    assert "org/rows: has several configurations ('de', 'fr'); name one: --data org/rows:CONFIG" in said
+    code, said, _ = ask(data="org/rows:fr", repository=folder)
+    assert code == 0, said
 
 
 @pytest.mark.parametrize(

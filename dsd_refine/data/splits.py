@@ -146,12 +146,17 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
     elif selecting is not None:
         rule += "; holdout is validation"
     if not len(train) or not len(judge):
-        raise DataError(f"too few rows: {len(train)} left for training, {len(judge)} for evaluation")
+        raise DataError(f"too few rows: {len(train)} left for training, {len(judge)} for evaluation{_advice(tables)}")
     if selecting is not None and not len(selecting):
-        raise DataError("too few rows for a holdout; give more data, or --holdout 0 with --keep last")
+        raise DataError(f"too few rows for a holdout; give more data, or --holdout 0 with --keep last{_advice(tables)}")
     seen = {*train.digests, *(selecting.digests if selecting is not None else ())}
     unused = tuple(name for name, rows in tables.items() if rows.skipped and not len(rows))
     return Parts(train, selecting, judge, sum(digest in seen for digest in judge.digests), rule, unused)
+
+
+def _advice(tables: dict[str, Rows]) -> str:
+    """What the reader knows of why the rows are few."""
+    return "".join(dict.fromkeys(f"\n{rows.table.advice}" for rows in tables.values() if rows.table.advice))
 
 
 def _why(rows: Rows | None) -> str:

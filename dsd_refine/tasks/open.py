@@ -31,10 +31,12 @@ def open_task(
     if name in WITHOUT_CLASSES and (recipe.label_names or recipe.label_map):
         raise DataError(f"label_names and label_map are of classes, and {name} has none: leave them out")
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
-    tables = named(by_role(read_tables(recipe.data, cache, download=download), recipe.data), classes)
-    evaluation = None
-    if recipe.eval_data:
-        evaluation = named(by_role(read_tables(recipe.eval_data, cache, download=download), recipe.eval_data), classes)
+
+    def read(spec: str) -> Tables:
+        return named(by_role(read_tables(spec, cache, download=download, encoding=recipe.encoding), spec), classes)
+
+    tables = read(recipe.data)
+    evaluation = read(recipe.eval_data) if recipe.eval_data else None
     return _OPENERS[name](recipe, library, model, tables, evaluation)
 
 

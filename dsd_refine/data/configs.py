@@ -1,0 +1,111 @@
+"""A data set's folder as it came from the Hub: the configurations in its README say which files are which split."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCard
+
+from dsd_refine.data.files import Place, check_shards, guarded, is_table, read_file, validated
+from dsd_refine.data.listing import left_over
+from dsd_refine.data.plain import refuse_pointer, suffix_of
+from dsd_refine.data.reading import Reading, Table, joined, listed, together
+from dsd_refine.errors import DataError
+
+
+def read_configured(path: Path, config: str | None, place: Place) -> Reading | None:
+    """The folder as `datasets` opens it, where the README in it has configurations; None where it has none.
+
+    Text files are read by us, who count lines, unless the README says more of them than where they are.
+
+    Raises:
+        DataError: several configurations and none is asked for or the default, or one that is not there.
+    """
+    known = _configs(path)
+    if not known:
+        if config is not None:
+            raise DataError(f"{path}:{config}: its README.md names no configurations; give {path}")
+        return None
+    name = _chosen(path, known, config)
+    builder = guarded(path, lambda: datasets.load_dataset_builder(str(path), name, cache_dir=str(place.cache)))
+    files = {
+        str(split): [path / os.path.relpath(file, path.resolve()) for file in found]
+        for split, found in builder.config.data_files.items()
+    }
+    every = [file for found in files.values() for file in found]
+    _check(path, name, files)
+    is_plain = set(known[name]) <= {"data_files", "data_dir", "default"} and builder.info.features is None
+    if is_plain and all(is_table(file) and suffix_of(file) != ".parquet" for file in every):
+        found = _own(path, files, place)
+    else:
+        found = _theirs(path, builder, files)
+    reason = f"no file of the configuration {name!r} (README.md)"
+    return Reading(found.tables, found.unused + left_over(path, every, lambda _: reason), found.notes)
+
+
+def _configs(path: Path) -> dict[str, dict[str, Any]]:
+    card = path / "README.md"
+    if not card.is_file():
+        return {}
+    try:
+        return dict(MetadataConfigs.from_dataset_card_data(DatasetCard.load(card, ignore_metadata_errors=True).data))
+    except Exception as error:  # a card may hold anything
+        if "configs:" not in card.read_text(encoding="utf-8", errors="replace"):
+            return {}
+        raise DataError(f"{card}: its configurations cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def _chosen(path: Path, known: dict[str, dict[str, Any]], asked: str | None) -> str:
+    if asked is not None and asked not in known:
+        raise DataError(f"{path}: has no configuration {asked!r}; README.md names {', '.join(known)}")
+    name = asked or guarded(path, lambda: MetadataConfigs(known).get_default_config_name())
+    if name is None:
+        raise DataError(f"{path}: has several configurations: {', '.join(known)}. Name one: --data {path}:{next(iter(known))}")
+    return str(name)
+
+
+def _check(path: Path, config: str, files: dict[str, list[Path]]) -> None:
+    """Raises DataError for a file that was not fetched, and where `datasets` would leave files out without a word."""
+    for split, found in files.items():
+        for file in found:
+            refuse_pointer(file)
+        tables = [file for file in found if is_table(file) and not file.name.startswith("metadata.")]
+        if tables and len(tables) < len([file for file in found if not file.name.startswith("metadata.")]):
+            raise DataError(
+                f"{path}: the configuration {config!r} takes files of several kinds for {split}: "
+                f"{listed([file.relative_to(path).as_posix() for file in found])}; let its `data_files` name one kind"
+            )
+        check_shards(path, split, tables)
+
+
+def _own(path: Path, files: dict[str, list[Path]], place: Place) -> Reading:
+    tables, parts = {}, []
+    for split, shards in files.items():
+        read = [read_file(file, file.relative_to(path).as_posix(), place) for file in shards]
+        tables[split] = joined(read, path)
+        parts += read
+    found = together(parts)
+    return Reading(tables, found.unused, found.notes)
+
+
+def _theirs(path: Path, builder: Any, files: dict[str, list[Path]]) -> Reading:
+    def load() -> Any:
+        builder.download_and_prepare()
+        return validated(builder.as_dataset())
+
+    found = guarded(path, load)
+    tables = {
+        str(split): Table(rows, folder=path, origin=f"{split} ({_files(path, files[str(split)])})")
+        for split, rows in found.items()
+    }
+    notes = tuple(f"{table.origin}: {len(table.rows)} rows" for table in tables.values())
+    return Reading(tables, (), notes)
+
+
+def _files(path: Path, files: list[Path]) -> str:
+    first = files[0].relative_to(path).as_posix()
+    return first if len(files) == 1 else f"{len(files)} files, {first} …"

@@ -1,0 +1,132 @@
+"""What lies in a folder: its files, with links followed, and in words what of it nobody read.
+
+Left unsaid are only the files that systems and tools leave behind (`is_junk`) and a data set's papers (README, LICENSE, …),
+unless these have the suffix of a table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from dsd_refine.data.files import is_table
+from dsd_refine.errors import DataError
+
+JUNK = re.compile(
+    r"\.DS_Store|\._.*|\.localized|\.Spotlight-V100|\.fseventsd|\.Trash.*|\.directory|Thumbs\.db|ehthumbs\.db|desktop\.ini"
+    r"|__MACOSX|__pycache__|\.ipynb_checkpoints|\.git|\.git(attributes|ignore|keep|modules)|\.cache|\.huggingface|\.nfs.*",
+    re.IGNORECASE,
+)
+PAPERS = re.compile(
+    r"(readme|licen[cs]e|notice|copying|citation|changelog|contributing|authors|datasheet|dataset_infos?|\.huggingface)"
+    r"([-_.].*)?",
+    re.IGNORECASE,
+)
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+SHOWN = 5  # entries of a folder that are named one by one
+
+
+def is_junk(name: str) -> bool:
+    """Is it what a system, an editor or git leaves in a folder?"""
+    return JUNK.fullmatch(name) is not None
+
+
+def is_paper(path: Path) -> bool:
+    """Is it about the data, and no table? README.md, LICENSE, dataset_info.json."""
+    about = PAPERS.fullmatch(path.name) is not None
+    return about and (not is_table(path) or path.suffix.lower() == ".json")
+
+
+def entries(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted, without junk.
+
+    Raises:
+        DataError: it cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as found:
+            return sorted(folder / entry.name for entry in found if not is_junk(entry.name))
+    except OSError as error:
+        raise DataError(f"{error.filename or folder}: cannot be listed ({error.strerror or error})") from None
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The visible folders in it, links to folders too."""
+    return [path for path in entries(folder) if path.is_dir() and not path.name.startswith(".")]
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, str]]:
+    """(file, "") for every visible file below, and (path, reason) for what was not entered.
+
+    Links to folders are followed, after the folders themselves. Each folder is read once, and none that holds this one.
+    """
+    above = {place.resolve() for place in (folder, *folder.absolute().parents, *folder.resolve().parents)}
+    read: set[Path] = set()
+    places: list[Path] = [folder]
+    links: list[Path] = []
+    while places or links:
+        place = places.pop() if places else links.pop(0)
+        real = place.resolve()
+        if place != folder and (real in above or real in read):
+            yield place, "a link to a folder that holds it" if real in above else "a link to a folder that is read already"
+            continue
+        read.add(real)
+        inner = entries(place)
+        if not inner and place != folder:
+            yield place, "an empty folder"
+        for path in inner:
+            if path.name.startswith("."):
+                yield path, "hidden"
+            elif os.path.isdir(path):  # False for a link in a circle, where is_dir() raises
+                (links if path.is_symlink() else places).append(path)
+            else:
+                yield path, ""
+
+
+def files_below(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Every visible file below a folder, sorted, and what was not entered, with reasons."""
+    found = list(walk(folder))
+    return sorted(path for path, reason in found if not reason), sorted((path, why) for path, why in found if why)
+
+
+def left_over(root: Path, used: Iterable[Path], why: Callable[[Path], str]) -> tuple[str, ...]:
+    """What lies under `root` beside `used` (files, and folders that are used as a whole), each with its reason.
+
+    Many of one reason in one folder are counted, and the first of them named.
+    """
+    taken = set(used)
+    holding = {parent for path in taken for parent in path.parents}
+    lines: list[str] = []
+    places = [root]
+    while places:
+        groups: dict[str, list[str]] = defaultdict(list)
+        for path in entries(places.pop(0)):
+            if path in taken or is_paper(path):
+                continue
+            if path in holding:
+                places.append(path)
+                continue
+            name = path.relative_to(root).as_posix() + "/" * os.path.isdir(path)
+            groups[_plain_reason(path) or why(path)].append(name)
+        for reason, names in groups.items():
+            more = f" and {len(names) - SHOWN} more beside them" if len(names) > SHOWN else ""
+            lines += [f"{', '.join(names[:SHOWN])}{more}: {reason}"] if more else [f"{name}: {reason}" for name in names]
+    return tuple(lines)
+
+
+def _plain_reason(path: Path) -> str:
+    """Why it is not read, where that is plain whatever the data are."""
+    if path.is_symlink() and not os.path.exists(path):
+        return f"a link to {os.readlink(path)}, which is not there"
+    if path.name.startswith("."):
+        return "hidden"
+    if os.path.isdir(path):
+        return "" if entries(path) else "an empty folder"
+    if PAPERS.fullmatch(path.name):
+        return "a paper about the data"
+    if path.suffix.lower() in ARCHIVES and not is_table(path):
+        return "an archive; unpack it to use it"
+    return ""

@@ -1,0 +1,129 @@
+"""What DATA was read as: a table for each split, what was left unread, and how lines became rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import datasets
+
+from dsd_refine.errors import DataError
+
+# The names that `datasets` gives a meaning (datasets.data_files.KEYWORDS_IN_DIR_NAME_BASE_PATTERNS): name -> role.
+ROLES = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split as read. `names` are file names relative to the data, None for a table (rows are numbered from 0).
+
+    `folder` is what relative file names in columns count from. `classes` are the names of integer labels, in order, where
+    somebody said them whom the table itself does not: the recipe, or we who know the data set. `origin` says to a reader
+    what was read: a file, a folder or a split of the data. `advice` is what to say where the rows are too few.
+    """
+
+    rows: datasets.Dataset
+    names: list[str] | None = None
+    folder: Path | None = None
+    classes: tuple[str, ...] | None = None
+    origin: str = ""
+    advice: str = ""
+
+    def name(self, row: int) -> str | int:
+        return self.names[row] if self.names is not None else row
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What DATA was read as: a table for each split, under the split's own name.
+
+    `unused` names what lies there and was not read, each with its reason; `notes` say how what was read became rows.
+    """
+
+    tables: dict[str, Table]
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def role_of(name: str) -> str | None:
+    """train, validation or test, for a split, folder or file stem of one of the names that `datasets` knows."""
+    return ROLES.get(name.casefold())
+
+
+def named(tables: dict[str, Table], classes: tuple[str, ...] | None) -> dict[str, Table]:
+    """The same, with `classes` for the integers of the tables, in place of names that they had."""
+    return {split: replace(table, classes=classes or table.classes) for split, table in tables.items()}
+
+
+# what stands around a split's name in a file's, and what numbers a shard: as in datasets.data_files
+SEPARATOR = "[-._ 0-9]"
+SHARD = re.compile(r"^(?P<split>.+?)-\d{5}-of-(?P<count>\d{5})")
+NUMBER = re.compile(r"[-._ ]?\d+([-._ ]of[-._ ]\d+)?$")
+KEYWORD = re.compile(rf"(?:^|(?<={SEPARATOR}))({'|'.join(sorted(ROLES, key=len, reverse=True))})(?={SEPARATOR}|$)")
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file's stem or a folder's name says, where `datasets` would see one; None: no split.
+
+    `train_0` and `imdb-train` are `train`; `validation_matched` is a split of its own.
+
+    Raises:
+        DataError: names of two roles in one.
+    """
+    shard = SHARD.match(name)
+    if shard:
+        return shard["split"]
+    said = KEYWORD.findall(name.casefold())
+    if len({ROLES[word] for word in said}) > 1:
+        raise DataError(f"{name}: is named like {' and '.join(dict.fromkeys(said))} at once; rename it")
+    bare = NUMBER.sub("", name)
+    last = re.split("[-._ ]", bare)[-1]
+    return None if not said else last if role_of(last) else bare
+
+
+def together(parts: Iterable[Reading]) -> Reading:
+    """Several readings as one. Splits of the same name are the caller's to keep apart."""
+    found = Reading({})
+    for part in parts:
+        found = Reading(found.tables | part.tables, found.unused + part.unused, found.notes + part.notes)
+    return found
+
+
+def joined(shards: list[Reading], root: Path) -> Table:
+    """The rows of one split out of several files, in their order.
+
+    Raises:
+        DataError: a file with other columns than the first, or whose columns hold something else.
+    """
+    tables = [table for shard in shards for table in shard.tables.values()]
+    first, folders = tables[0], {table.folder for table in tables}
+    for table in tables:
+        if set(table.rows.column_names) != set(first.rows.column_names):
+            raise DataError(
+                f"{root}: {table.origin} has the columns {', '.join(table.rows.column_names)}, but {first.origin}, of the same "
+                f"split, has {', '.join(first.rows.column_names)}"
+            )
+    if len(tables) == 1:
+        return first
+    try:
+        kinds = first.rows.features
+        rows = datasets.concatenate_datasets([table.rows.cast(kinds) for table in tables])
+    except Exception as error:  # pyarrow raises whatever a value that does not fit makes it raise
+        names = ", ".join(table.origin for table in tables)
+        raise DataError(f"{root}: {names} do not go together: {' '.join(str(error).split())[:200]}") from None
+    advice = next((table.advice for table in tables if table.advice), "")
+    folder = first.folder if len(folders) == 1 else root
+    return replace(first, rows=rows, folder=folder, origin=listed([t.origin for t in tables]), advice=advice)
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """Names with commas; of many the first and the last."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{names[0]} … {names[-1]} ({len(names)} files)"
