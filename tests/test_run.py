@@ -635,13 +635,14 @@ def test_the_evaluation_batch_size_changes_no_figure(go):
         assert figures[0][arm] == pytest.approx(figures[1][arm], rel=1e-6)
 
 
-def test_a_restored_weight_is_minus_rate_times_gradient(go, made):
+@pytest.mark.parametrize("momentum", ["0", "0.9"])  # whose first step is a plain one
+def test_a_restored_weight_is_minus_rate_times_gradient(go, made, momentum):
     """re-Dense begins at 0 with a new optimizer: after one plain SGD step a restored weight is exactly -lr * g."""
     options = [
         "--optimizer",
         "sgd",
         "--momentum",
-        "0",
+        momentum,
         "--weight-decay",
         "0",
         "--set",

@@ -200,7 +200,7 @@ def test_masked_gradients_do_not_count_in_the_norm():
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
-@pytest.mark.parametrize(("batch", "accumulate"), [(2, 4), (4, 2), (1, 8), (3, 3)])
+@pytest.mark.parametrize(("batch", "accumulate"), [(2, 4), (4, 2), (1, 8), (3, 3), (3, 4)])  # the last: groups of 3, 3, 2
 def test_a_step_does_not_depend_on_how_its_rows_are_split(batch, accumulate):
     whole, split = mlp(), mlp()
     size = batch * accumulate
