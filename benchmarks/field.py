@@ -60,33 +60,35 @@ def ran(case: Case, place: Path) -> Result | None:
     return Result(code, told.read_text(errors="replace"), (folder / "stderr.txt").read_text(errors="replace"), folder)
 
 
-def judged(case: Case, place: Path) -> Checked:
-    """The decisive fact of a case, and whether it is right."""
-    result = ran(case, place)
-    if result is None:
-        return f"the case could not be made, see {place / case.id / 'stderr.txt'}", False
-    try:
-        fact, right = case.check(result)
-    except Exception as error:  # a report of another shape than the check knows
-        fact, right = f"cannot be judged: {error!r}", False
+def judged(case: Case, result: Result) -> Checked:
+    """The decisive fact of what a case did, and whether it is right."""
     if result.crashed:
-        fact, right = f"traceback: {result.message}", False
-    return f"exit {result.code}: {fact}", right
+        return f"traceback: {result.message}", False
+    try:
+        return case.check(result)
+    except Exception as error:  # a report of another shape than the check knows
+        return f"cannot be judged: {error!r}", False
 
 
-def was_so(case: Case, place: Path) -> Checked:
-    """Whether this checkout does what the column "before" says."""
-    result = ran(case, place)
-    if result is None:
-        return f"the case could not be made, see {place / case.id / 'stderr.txt'}", False
+def was_so(case: Case, result: Result, right: bool) -> bool:
+    """Is what a case did what the column "before" says?"""
     code, pattern = case.was
     held = "\n".join([result.err, result.out, str(result.report)])
-    return f"exit {result.code}: {case.check(result)[0]}", result.code == code and bool(re.search(pattern, held))
+    return result.code == code and bool(re.search(pattern, held)) and right == case.already
 
 
-def show(case: Case, now: str, right: bool) -> None:
+def looked_at(case: Case, place: Path, before: bool) -> Checked:
+    """What a case did, and whether that is right; with `before`, whether it is what the table says of it."""
+    result = ran(case, place)
+    if result is None:
+        return f"the case could not be made, see {place / case.id / 'stderr.txt'}", False
+    fact, right = judged(case, result)
+    return f"exit {result.code}: {fact}", was_so(case, result, right) if before else right
+
+
+def show(case: Case, now: str, question: str, good: bool) -> None:
     print(f"\n{case.id:<5}{case.name}")
-    for title, text in (("before", case.before), ("now", now), ("right?", "yes" if right else "NO")):
+    for title, text in (("before", case.before), ("now", now), (question, "yes" if good else "NO")):
         short = textwrap.shorten(text, 400, placeholder=" …")
         print(textwrap.fill(short, WIDTH, initial_indent=f"     {title:<8}", subsequent_indent=" " * 13), flush=True)
 
@@ -107,8 +109,8 @@ def main() -> int:
         if chosen:
             print(f"\n{title}\n{'=' * len(title)}")
         for case in chosen:
-            now, good = (was_so if given.before else judged)(case, place)
-            show(case, now, good)
+            now, good = looked_at(case, place, given.before)
+            show(case, now, "true?" if given.before else "right?", good)
             right, count = right + good, count + 1
     words = "as the table says" if given.before else "right"
     print(f"\n{right} of {count} {words}, in {(time.monotonic() - started) / 60:.1f} minutes")

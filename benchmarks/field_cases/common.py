@@ -74,7 +74,7 @@ class Case:
     """`make` fills a folder and returns the command's arguments; `check` says what came of it, and if that is right.
 
     `before` is what release 0.1.0 did, in words; `was` the exit code and a pattern in what it said or reported, which
-    `--before` holds against a checkout of it.
+    `--before` holds against a checkout of it. `already`: that was right.
     """
 
     id: str
@@ -83,6 +83,7 @@ class Case:
     was: tuple[int, str]
     make: Callable[[Path], Arguments]
     check: Check
+    already: bool = False
 
 
 def run(model: Any, folder: Path, *options: Any, data: Any = None) -> Arguments:
@@ -95,13 +96,23 @@ def baseline(model: Any, folder: Path, *options: Any, data: Any = None) -> Argum
     return [model, "--data", data, "-o", folder / "out", *STILL, *ALONE, *options]
 
 
+def of_a_finished_run(check: Check) -> Check:
+    """The check, where the run finished; else the fact is what was said, and it is not right."""
+
+    def finished(result: Result) -> Checked:
+        return check(result) if result.code == 0 and result.report else (result.message, False)
+
+    return finished
+
+
 def refused(*words: str, never: str = "") -> Check:
     """Exit code 2 in a few lines that hold each pattern, and not `never`."""
 
     def check(result: Result) -> Checked:
         text = result.message
         good = result.code == 2 and not result.crashed and all(re.search(word, text, re.IGNORECASE) for word in words)
-        return text, good and not (never and re.search(never, text, re.IGNORECASE))
+        good = good and not (never and re.search(never, text, re.IGNORECASE))
+        return text if result.code else "not refused", good
 
     return check
 
@@ -109,11 +120,12 @@ def refused(*words: str, never: str = "") -> Check:
 def warned(*words: str) -> Check:
     """A finished run whose warnings hold each pattern."""
 
+    @of_a_finished_run
     def check(result: Result) -> Checked:
         lines = result.report.get("warnings", []) + list(map(str, result.report.get("data", {}).get("unused", [])))
         told = [line for line in lines if any(re.search(word, line, re.IGNORECASE) for word in words)]
         text = "\n".join(lines)
-        good = result.code == 0 and all(re.search(word, text, re.IGNORECASE) for word in words)
+        good = all(re.search(word, text, re.IGNORECASE) for word in words)
         return (f"warned: {told[0]}" if told else f"{len(lines)} warnings, none of it"), good
 
     return check
@@ -122,12 +134,13 @@ def warned(*words: str) -> Check:
 def counts(**wanted: int) -> Check:
     """A finished run whose parts have so many rows; `trained` counts training and holdout together, `all` everything."""
 
+    @of_a_finished_run
     def check(result: Result) -> Checked:
         held = {name: result.rows(name) for name in ("train", "holdout", "eval")}
         held["trained"] = held["train"] + held["holdout"]
         held["all"] = held["trained"] + held["eval"]
         told = ", ".join(f"{held[name]} {name}" for name in wanted)
-        return f"rows: {told}", result.code == 0 and all(held[name] == count for name, count in wanted.items())
+        return f"rows: {told}", all(held[name] == count for name, count in wanted.items())
 
     return check
 
@@ -135,17 +148,19 @@ def counts(**wanted: int) -> Check:
 def figure(arm: str, metric: str, value: Callable[[Result], float], tolerance: float = 1e-6) -> Check:
     """A finished run whose arm has this figure on the evaluation rows."""
 
+    @of_a_finished_run
     def check(result: Result) -> Checked:
         found = result.report.get("arms", {}).get(arm, {}).get(metric)
-        good = result.code == 0 and found is not None and abs(found - value(result)) <= tolerance
+        good = found is not None and abs(found - value(result)) <= tolerance
         return f"{arm} {metric} {found if found is None else round(found, 4)} (right: {value(result):.4f})", good
 
     return check
 
 
+@of_a_finished_run
 def done(result: Result) -> Checked:
     """A finished run."""
-    return "done", result.code == 0 and bool(result.report)
+    return "done", True
 
 
 def both(*checks: Check) -> Check:
@@ -160,13 +175,11 @@ def both(*checks: Check) -> Check:
 
 
 def either(*checks: Check) -> Check:
-    """One of several right ways; where none is right, the fact that fits the exit code."""
+    """One of several right ways; where none is right, the facts of all."""
 
     def check(result: Result) -> Checked:
         found = [each(result) for each in checks]
         right = [fact for fact, good in found if good]
-        if right:
-            return right[0], True
-        return (result.message if result.code else found[0][0]), False
+        return (right[0], True) if right else ("; ".join(dict.fromkeys(fact for fact, _ in found)), False)
 
     return check

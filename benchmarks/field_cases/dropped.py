@@ -390,7 +390,7 @@ def one_row_is_skipped(result: Result) -> Checked:
 
 CASES = [
     Case("A1", "folders Training/ and Testing/, 36 and 24 pictures", "Testing's 24 pictures ignored, all parts carved from "
-         "Training, exit 0", (0, "carved|'rows': 7|Training"), training_and_testing, counts(trained=36, eval=24)),
+         "Training, exit 0", (0, "'rows': 6"), training_and_testing, counts(trained=36, eval=24)),
     Case("A2", "folders train/, test/ and extra/", "extra/ ignored without a word, exit 0", (0, "'rows': 24"),
          a_folder_too_many, either(refused("extra"), warned("extra"))),
     Case("A3", "tables train.csv, test.csv and february.csv", "february.csv ignored without a word, exit 0", (0, "'rows': 24"),
@@ -401,9 +401,9 @@ CASES = [
     Case("A5", "the same with --eval-split and --holdout-split", "no such options, exit 2", (2, "No such option"),
          named_splits, counts(train=60, holdout=16, eval=20)),
     Case("A6", "a class folder that holds a link to a folder of 44 pictures", "the linked pictures ignored: 24 of 68 rows, "
-         "exit 0", (0, "'rows'"), a_linked_folder, either(counts(all=68), warned("cam1"), refused("cam1"))),
+         "exit 0", (0, ""), a_linked_folder, either(counts(all=68), warned("cam1"), refused("cam1"))),
     Case("A7", "a class folder that holds a link to itself", "not followed: 24 rows, exit 0", (0, "'rows'"),
-         a_link_in_a_circle, either(counts(all=24), refused("again"))),
+         a_link_in_a_circle, either(counts(all=24), refused("again")), already=True),
     Case("A8", "a .bin with `model` and `model_ema`", "the raw weights taken, unsaid, exit 0", (0, ""),
          two_sets_of_weights, weights_are("second", "model_ema")),
     Case("A9", "the same with --weights-key model", "no such option, exit 2", (2, "No such option"),
@@ -412,7 +412,7 @@ CASES = [
          (2, "plain mapping"), lambda folder: two_sets_of_weights(folder, names=("teacher", "student")),
          refused("teacher", "student", "--weights-key")),
     Case("A11", "label_names with 4 names, a head of 3 classes", "the names dropped, sorted order used, exit 0", (0, "sorted"),
-         one_name_too_many, refused("label_names", "4", "3")),
+         one_name_too_many, refused("label_names", r"\b4\b", r"\b3\b")),
     Case("A12", "12 classes LABEL_0 … LABEL_11, data labelled so", "sorted as text, LABEL_10 before LABEL_2: the baseline is "
          "wrong, exit 0", (0, "sorted"), label_k, figure("baseline", "accuracy", transformers_accuracy)),
     Case("A13", "classes without names, data named in another order", "sorted order used: a baseline of 0, exit 0",
@@ -431,21 +431,21 @@ CASES = [
          lambda folder: sees_all(folder, "bert"), refused("later token|sees|causal", "is_decoder")),
     Case("A20", "an XLM that was built without causality, as causal-lm", "trained: it copies its answer, exit 0", (0, ""),
          lambda folder: sees_all(folder, "xlm"), refused("later token|sees|causal")),
-    Case("A21", "which file trains, selects and judges, which columns", "stood nowhere but in `rule` of the code, exit 0",
-         (0, ""), everything_is_said, sources_everywhere),
+    Case("A21", "which file trains, selects and judges, which columns", "said nowhere: not in the "
+         "output, report.json, report.html or the card", (0, ""), everything_is_said, sources_everywhere),
     Case("A22", "the same in `plan --json`", "row counts alone, exit 0", (0, "24 train"), planned, plan_says_all),
     Case("A23", "language_model/5gram.bin of a speech recogniser", "not copied: \"other copies of the weights\", exit 0",
          (0, "not copied"), lambda folder: beside_speech(folder, "language_model/5gram.bin"),
          copied("language_model/5gram.bin")),
-    Case("A24", "adapter.fra.safetensors of a speech recogniser", "several weight files without an index, or not copied",
+    Case("A24", "adapter.fra.safetensors of a speech recogniser", "not copied: \"other copies of the weights\", exit 0",
          (0, "not copied"), lambda folder: beside_speech(folder, "adapter.fra.safetensors"),
-         either(copied("adapter.fra.safetensors"), warned(r"adapter\.fra"))),
+         copied("adapter.fra.safetensors")),
     Case("A25", "full weights with a LoRA adapter beside them", "the output holds the adapter's config without its weights, "
          "exit 0", (0, "adapter_model"), adapter_beside_weights, refused("adapter", "merge")),
     Case("A26", "texts that begin with <s>, to a tokenizer that adds one", "nothing said, exit 0", (0, ""),
          doubled_start, warned("<s>")),
-    Case("A27", "a float16 ResNet whose running variance passes 65504", "all arms trained and scored, then \"cannot\" hold, "
-         "exit 5", (5, "cannot"), variance_out_of_range, stopped_at_first_look),
+    Case("A27", "a float16 ResNet whose running variance passes 65504", "all arms trained and scored, then \"holds values "
+         "that float16 cannot\", exit 5", (5, "cannot"), variance_out_of_range, stopped_at_first_look),
     Case("A28", "BART as classifier, a text holds </s>", "a traceback in the middle, exit 1", (1, "Traceback|bug"),
          end_token_in_a_text, both(done, one_row_is_skipped)),
 ]  # fmt: skip
