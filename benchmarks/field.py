@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from field_cases import dropped, refusals, wording  # noqa: E402
 from field_cases.common import Case, Checked, Result  # noqa: E402
-from forked import UNEXPECTED, Child, alone  # noqa: E402
+from forked import Child, alone  # noqa: E402
 
 SECTIONS = {
     "Something was dropped or taken without a word": dropped.CASES,
@@ -32,6 +32,7 @@ SECTIONS = {
     "Refused rightly, with words that lead nowhere": wording.CASES,
 }
 TIMEOUT = 180  # seconds of a case
+TIMED_OUT = 124  # stands for the exit code of one that took longer
 WIDTH = 118
 
 
@@ -54,7 +55,7 @@ def ran(case: Case, place: Path) -> Result | None:
     try:
         code = Child(work, folder / "stderr.txt").wait(TIMEOUT)
     except TimeoutError:
-        code = UNEXPECTED
+        code = TIMED_OUT
     if not told.is_file():
         return None
     return Result(code, told.read_text(errors="replace"), (folder / "stderr.txt").read_text(errors="replace"), folder)
@@ -62,6 +63,8 @@ def ran(case: Case, place: Path) -> Result | None:
 
 def judged(case: Case, result: Result) -> Checked:
     """The decisive fact of what a case did, and whether it is right."""
+    if result.code == TIMED_OUT:
+        return f"did not end in {TIMEOUT} s: {result.message}", False
     if result.crashed:
         return f"traceback: {result.message}", False
     try:

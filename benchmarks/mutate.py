@@ -1,9 +1,9 @@
-"""Would a test notice? Important lines of the package, each made wrong in a copy: `python benchmarks/mutate.py [NUMBER …]`.
+"""Would a test notice? Important lines of the package, each made wrong: `python benchmarks/mutate.py [--check] [NUMBER …]`.
 
 Each mutation is applied by itself to a copy of the checkout in a temporary folder, and the tests that are named for it
 are run there: one of them must fail. First all of them must pass on the unchanged copy. Ends with a count, and exit code
 1 if any mutation is not caught. A line that is no longer found exactly once is an error that says so, and counts as not
-caught: write its entry anew below.
+caught: write its entry anew below. --check: only whether each line is found, which takes no time.
 """
 
 from __future__ import annotations
@@ -410,12 +410,19 @@ def run_tests(checkout: Path, names: list[str]) -> subprocess.CompletedProcess[s
     return python(checkout, "-m", "pytest", *options, *(f"tests/{name}" for name in names))
 
 
+def not_found(checkout: Path, mutation: Mutation) -> str:
+    """Why a mutation cannot be applied; empty where it can."""
+    file = checkout / "dsd_refine" / mutation.file
+    times = file.read_text(encoding="utf-8").count(mutation.old) if file.is_file() else 0
+    return "" if times == 1 else f"{mutation.file}: found {times} times, must be once: {mutation.old.strip()!r:.90}"
+
+
 def outcome(checkout: Path, mutation: Mutation) -> tuple[str, str]:
     """What came of a mutation, and why where it is not caught. The copy is as before, after."""
+    if why := not_found(checkout, mutation):
+        return BROKEN, why
     file = checkout / "dsd_refine" / mutation.file
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if text.count(mutation.old) != 1:
-        return BROKEN, f"{mutation.file}: found {text.count(mutation.old)} times, must be once: {mutation.old.strip()!r:.90}"
+    text = file.read_text(encoding="utf-8")
     file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
         ran = run_tests(checkout, mutation.tests.split())
@@ -442,9 +449,20 @@ def check_copy(checkout: Path, mutations: list[Mutation]) -> None:
     print(f"without a mutation the {len(names)} tests that are named pass", flush=True)
 
 
+def check(mutations: list[tuple[int, Mutation]]) -> int:
+    """Say which lines are no longer there, in this checkout."""
+    lost = [(number, one, why) for number, one in mutations if (why := not_found(ROOT, one))]
+    for number, one, why in lost:
+        print(f"{number:>3}  {one.what}\n{'':>5}{why}")
+    print(f"{len(mutations) - len(lost)} of {len(mutations)} lines found")
+    return int(bool(lost))
+
+
 def main() -> int:
-    chosen = {int(text) for text in sys.argv[1:]} or set(range(1, len(MUTATIONS) + 1))
+    chosen = {int(text) for text in sys.argv[1:] if text != "--check"} or set(range(1, len(MUTATIONS) + 1))
     mutations = [(number, one) for number, one in enumerate(MUTATIONS, 1) if number in chosen]
+    if "--check" in sys.argv:
+        return check(mutations)
     caught = 0
     with tempfile.TemporaryDirectory(prefix="dsd-refine-mutate-") as place:
         checkout = copied(Path(place))

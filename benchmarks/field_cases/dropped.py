@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .common import (
     done,
     either,
     figure,
+    of_a_finished_run,
     refused,
     run,
     warned,
@@ -214,42 +216,47 @@ def column_is_spoken_for(first: str, second: str) -> Any:
     return check
 
 
+COLUMNS = ("--text-column", "utterance", "--label-column", "intent")
+
+
 def everything_is_said(folder: Path) -> Arguments:
-    data = folder / "data"
     for number, name in enumerate(("train", "dev", "test")):
-        builders.text_csv(data / f"{name}.csv", seed=number)
-    return run(builders.bert_checkpoint(folder / "model"), folder, data=data)
+        file = builders.text_csv(folder / f"data/{name}.csv", seed=number)
+        file.write_text(file.read_text().replace("text,label", "utterance,intent"))
+    return run(builders.bert_checkpoint(folder / "model"), folder, *COLUMNS, data=folder / "data")
 
 
+def lacking(text: str, *words: str) -> list[str]:
+    """Those of the words that the text does not hold."""
+    return [word for word in words if not re.search(rf"\b{word}\b", text)]
+
+
+@of_a_finished_run
 def sources_everywhere(result: Result) -> Checked:
     """Each part's file with its rows, and the columns: report.json, report.html, the card, standard error."""
-    data = result.report.get("data", {})
+    data = result.report["data"]
     sources = {one.get("part"): one for one in data.get("sources", [])}
-    if result.code or not {"train", "holdout", "eval"} <= set(sources):
-        return "report.json does not say which file or split trains, selects and judges", False
-    columns = json.dumps(data.get("columns", {}))
-    places = {
+    if not {"train", "holdout", "eval"} <= set(sources) or not data.get("columns") or not data.get("rule"):
+        return "report.json does not say which files and columns train, select and judge", False
+    texts = {
         "report.json": json.dumps(data),
         "report.html": (result.folder / "out/dsd/report.html").read_text(),
-        "README.md": (result.folder / "out/README.md").read_text(),
+        "the card": (result.folder / "out/README.md").read_text(),
         "standard error": result.err,
     }
-    missing = [name for name, text in places.items() if not ("test" in text and "dev" in text and "text" in text)]
-    good = not missing and "text" in columns and "label" in columns and bool(data.get("rule"))
-    return f"sources, columns and rule in {len(places) - len(missing)} of {len(places)} places", good
+    missing = {name: lacking(text, "dev", "test", "utterance", "intent") for name, text in texts.items()}
+    told = [f"{name} lacks {' '.join(words)}" for name, words in missing.items() if words]
+    return "; ".join(told) or f"said in {', '.join(texts)}", not told
 
 
 def planned(folder: Path) -> Arguments:
     args = everything_is_said(folder)
-    return ["plan", args[0], "--data", folder / "data", "--json"]
+    return ["plan", args[0], "--data", folder / "data", *COLUMNS, "--json"]
 
 
 def plan_says_all(result: Result) -> Checked:
-    if result.code:
-        return result.message, False
-    told = {word: word in result.out for word in ("train", "dev", "test", '"text"', '"label"')}
-    missing = [word for word, said in told.items() if not said]
-    return f"plan names {'all' if not missing else 'not ' + ', '.join(missing)}", not missing
+    missing = lacking(result.out, "train", "dev", "test", "utterance", "intent")
+    return f"plan lacks {' '.join(missing)}" if missing else "plan names all", result.code == 0 and not missing
 
 
 # ---------------------------------------------------------------- models that see too much, files beside the weights

@@ -112,6 +112,12 @@ def two_forms_of_one_name(folder: Path) -> Arguments:
     return run(model, folder, data=data)
 
 
+def alike_but_not_equal(folder: Path) -> Arguments:
+    """The data's "cat" is written with a Cyrillic a."""
+    model = builders.bert_checkpoint(folder / "model", labels=("cat", "dog"))
+    return run(model, folder, data=builders.text_csv(folder / "train.csv", labels=("c\u0430t", "dog")))
+
+
 SYNSETS = ("n01440764", "n01443537")  # tench and goldfish
 
 
@@ -330,4 +336,6 @@ CASES = [
              lambda folder, encoding=encoding: encoded(folder, encoding), opens())
         for number, encoding in ((27, "utf-16"), (28, "latin-1"))
     ),
+    Case("B29", "a name written with a letter of another alphabet", "refused rightly, two lists that look alike, exit 2",
+         (2, "no class names"), alike_but_not_equal, refused(r"\\u0430|U\+0430|CYRILLIC")),
 ]  # fmt: skip

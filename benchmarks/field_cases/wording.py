@@ -78,6 +78,12 @@ def semicolons(folder: Path) -> Arguments:
     return run(builders.bert_checkpoint(folder / "model"), folder, data=folder / "train.csv")
 
 
+def utf_16(folder: Path) -> Arguments:
+    data = builders.text_csv(folder / "train.csv")
+    data.write_text(data.read_text(), encoding="utf-16")
+    return run(builders.bert_checkpoint(folder / "model"), folder, data=data)
+
+
 def pictures_elsewhere(folder: Path) -> Arguments:
     lines = ["image,label", *(f"pictures/{row}.png,{'abc'[row % 3]}" for row in range(12))]
     (folder / "train.csv").write_text("\n".join(lines) + "\n")
@@ -245,4 +251,6 @@ CASES = [
          both(done, warned("EXIF|turned", "8"))),
     Case("C27", "pictures of 12 bits in files of 16", "nearly black, unsaid", (0, ""), twelve_bits,
          both(done, warned("16.bit|black|dark"))),
+    Case("C28", "a CSV in UTF-16, without a flag", "\"'utf-8' codec can't decode byte 0xff\"", (2, "codec|decode"), utf_16,
+         either(counts(all=24), refused("--encoding", "UTF-?8"))),
 ]  # fmt: skip
