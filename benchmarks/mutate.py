@@ -268,22 +268,22 @@ MUTATIONS = [
     Mutation(
         "McNemar's test is one-sided",
         "compare.py",
-        "binomtest(gained, changed, 0.5)",
-        'binomtest(gained, changed, 0.5, alternative="greater")',
+        "p_value, p_value, gained, lost",
+        "p_value / 2, p_value / 2, gained, lost",
         "test_compare.py::test_mcnemar_is_the_exact_binomial_test",
     ),
     Mutation(
         "gained and lost are exchanged",
         "compare.py",
-        "gained, lost = int(",
-        "lost, gained = int(",
+        "gained, lost = ",
+        "lost, gained = ",
         "test_compare.py::test_mcnemar_is_the_exact_binomial_test",
     ),
     Mutation(
-        "a lower loss is worse",
+        "a score that falls counts like one that rises",
         "compare.py",
-        "difference = (1.0 if higher_is_better else -1.0) * (first - second).astype(np.float64)",
-        "difference = (first - second).astype(np.float64)",
+        "(first - second).astype(np.float64)",
+        "np.abs(first - second).astype(np.float64)",
         "test_compare.py::test_a_lower_loss_is_a_positive_delta_and_the_bootstrap_is_seeded",
     ),
     Mutation(
@@ -296,8 +296,8 @@ MUTATIONS = [
     Mutation(
         "beats-control is met by beating one control of several",
         "compare.py",
-        "return better and all(",
-        "return better and any(",
+        "all(other.p_adjusted < ALPHA",
+        "any(other.p_adjusted < ALPHA",
         "test_compare.py::test_every_control_must_be_beaten",
     ),
     Mutation(
@@ -332,8 +332,8 @@ MUTATIONS = [
     Mutation(
         "labels go in sorted order where the model has names",
         "data/labels.py",
-        "mapping = {text: next(iter(owners[text])) for text in sorted(found)}",
-        "mapping = {text: number for number, text in enumerate(sorted(found))}",
+        "next(iter(owners[text]))",
+        "sorted(owners).index(text)",
         "test_data.py::test_labels_go_by_name",
     ),
     Mutation(
@@ -411,10 +411,17 @@ def run_tests(checkout: Path, names: list[str]) -> subprocess.CompletedProcess[s
 
 
 def not_found(checkout: Path, mutation: Mutation) -> str:
-    """Why a mutation cannot be applied; empty where it can."""
+    """Why a mutation cannot be applied or its tests not run; empty where both can."""
     file = checkout / "dsd_refine" / mutation.file
     times = file.read_text(encoding="utf-8").count(mutation.old) if file.is_file() else 0
-    return "" if times == 1 else f"{mutation.file}: found {times} times, must be once: {mutation.old.strip()!r:.90}"
+    if times != 1:
+        return f"{mutation.file}: found {times} times, must be once: {mutation.old.strip()!r:.90}"
+    for name in mutation.tests.split():
+        test, _, function = name.partition("::")
+        held = (checkout / "tests" / test).read_text(encoding="utf-8") if (checkout / "tests" / test).is_file() else ""
+        if f"def {function.partition('[')[0]}(" not in held:
+            return f"there is no test {name}"
+    return ""
 
 
 def outcome(checkout: Path, mutation: Mutation) -> tuple[str, str]:
