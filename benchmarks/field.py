@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from common import machine  # noqa: E402
 from field_cases import dropped, refusals, wording  # noqa: E402
 from field_cases.common import Case, Checked, Result  # noqa: E402
 from forked import Child, alone  # noqa: E402
@@ -106,6 +107,7 @@ def main() -> int:
     place.mkdir(parents=True, exist_ok=True)
     only = {name.strip() for name in given.only.split(",") if name.strip()}
     alone(place / "home")
+    print(machine())
     started, right, count = time.monotonic(), 0, 0
     for title, cases in SECTIONS.items():
         chosen = [case for case in cases if not only or only & {case.id, case.id[0]}]

@@ -517,8 +517,8 @@ def test_the_evaluation_rows_select_nothing(go, tmp_path):
         lines = [f"{text},{names[row % 2]}" for row, text in enumerate(texts)]
         judge = tmp_path / f"judge{number}.csv"
         judge.write_text("\n".join(["text,label", *lines]) + "\n")
-        options = ["--eval-data", judge, *STRONG, "--sparsity", "0.25,0.8", "--seeds", "2", "--dense-steps", "9"]
-        outs.append(go("bert", *options, "--dense-lr", "0.01", "--holdout", "0.4"))
+        options = ["--eval-data", judge, *STRONG, "--sparsity", "0.25,0.8", "--seeds", "2", "--control", "none"]
+        outs.append(go("bert", *options, "--dense-lr", "0.01", "--dense-steps", "9", "--holdout", "0.4"))
     one, two = (report_of(out) for out in outs)
     assert one["arms"] != two["arms"]
     assert one["selected"] == two["selected"]
@@ -529,7 +529,7 @@ def test_the_evaluation_rows_select_nothing(go, tmp_path):
 def test_among_equals_the_first_is_selected(go):
     """At rate 0 every epoch, sparsity (neither masks a weight) and seed ends the same: what came first is kept."""
     still = ["--lr", "0", "--dense-lr", "0", "--weight-decay", "0", "--dense-steps", "9"]
-    out = go("vit", *still, "--sparsity", "0,1e-9", "--seeds", "2")
+    out = go("vit", *still, "--sparsity", "0,1e-9", "--seeds", "2", "--control", "none")
     report = report_of(out)
     ends = [phase["holdout"] for phase in report["phases"] if phase["arm"] == "refined"]
     assert all(end == ends[0] for end in ends)

@@ -244,7 +244,7 @@ CASES = [
     Case("C23", "three mean values for one channel", "\"the preprocessing … is not usable: output with shape …\"",
          (2, "not usable"), three_means, refused("mean|std", r"\b3\b|three", r"\b1\b|one")),
     Case("C24", "a position table of another grid", "\"a base model without its head?\"",
-         (2, "without its head"), another_grid, refused("pos_embed", "img_size", r"\b(16|17|4|64)\b")),
+         (2, "without its head"), another_grid, refused("pos_embed", "img_size", "17|16|64")),
     Case("C25", "a head that differs from the embedding it is tied to", "\"two different tensors: kept as two\", which?",
          (0, "kept as two"), untied, warned(r"lm_head\.weight|lm_head")),
     Case("C26", "pictures that EXIF turns", "turned upright, as timm's own evaluation does not; not counted", (0, ""), turned,
