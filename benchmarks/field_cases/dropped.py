@@ -358,8 +358,6 @@ def end_token_in_a_text(folder: Path) -> Arguments:
     """BART answers at its last end token: a text that holds one has two."""
     import transformers
 
-    from dsd_refine.tasks.tokens import load_tokenizer  # noqa: F401  (imports what a child needs)
-
     names = ["<s>", "<pad>", "</s>", "<unk>"]
     config = transformers.BartConfig(
         vocab_size=4 + len(builders.WORDS), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
@@ -427,17 +425,17 @@ CASES = [
     Case("A14", "a TSV of 60 lines, two texts begin with a quotation mark", "40 rows; 20 lines became one text, exit 0",
          (0, "'rows'"), tsv_quotes, all_sixty),
     Case("A15", "the same as CSV", "40 rows; 20 lines became one text, unsaid, exit 0", (0, "'rows'"),
-         csv_quotes, either(both(warned(r"lines? \d+")), refused(r"lines? \d+"))),
+         csv_quotes, either(warned(r"lines? \d+"), refused(r"lines? \d+"))),
     Case("A16", "columns question, sentence, label", "sentence alone, unsaid, exit 0", (0, ""),
          lambda folder: two_texts(folder, ("question", "sentence")), column_is_spoken_for("question", "sentence")),
     Case("A17", "columns title, content, label", "content alone, unsaid, exit 0", (0, ""),
          lambda folder: two_texts(folder, ("title", "content")), column_is_spoken_for("title", "content")),
     Case("A18", "XLNet as causal-lm", "trained: the loss falls, for it copies its answer, exit 0", (0, ""),
-         lambda folder: sees_all(folder, "xlnet"), refused("later token|sees|causal")),
+         lambda folder: sees_all(folder, "xlnet"), refused("later tokens?|sees ")),
     Case("A19", "a BERT that was built without is_decoder, as causal-lm", "trained: it copies its answer, exit 0", (0, ""),
-         lambda folder: sees_all(folder, "bert"), refused("later token|sees|causal", "is_decoder")),
+         lambda folder: sees_all(folder, "bert"), refused("later tokens?|sees ", "is_decoder")),
     Case("A20", "an XLM that was built without causality, as causal-lm", "trained: it copies its answer, exit 0", (0, ""),
-         lambda folder: sees_all(folder, "xlm"), refused("later token|sees|causal")),
+         lambda folder: sees_all(folder, "xlm"), refused("later tokens?|sees ")),
     Case("A21", "which file trains, selects and judges, which columns", "said nowhere: not in the "
          "output, report.json, report.html or the card", (0, ""), everything_is_said, sources_everywhere),
     Case("A22", "the same in `plan --json`", "row counts alone, exit 0", (0, "24 train"), planned, plan_says_all),
