@@ -91,6 +91,13 @@ def test_holm_is_statsmodels():
         assert [one.p_adjusted for one in found.values()] == pytest.approx(multipletests(values, method="holm")[1])
 
 
+def test_every_control_must_be_beaten():
+    found = {"refined_vs_baseline": some(0.01), "refined_vs_dense": some(0.01), "refined_vs_random": some(0.2)}
+    assert not gate_passed("beats-control", found, 0.005, ["dense", "random"])
+    found["refined_vs_random"] = some(0.01)
+    assert gate_passed("beats-control", found, 0.005, ["dense", "random"])
+
+
 @pytest.mark.parametrize(
     ("found", "said"),
     [
@@ -98,6 +105,7 @@ def test_holm_is_statsmodels():
         (some(0.01, -0.01), "worse"),
         (some(0.5, 0.0, (-0.004, 0.004)), "same"),
         (some(0.5, 0.0, (-0.006, 0.004)), "inconclusive"),
+        (Comparison(0.01, (-0.02, 0.04), 0.03, 0.06, 1, 0, "mcnemar-exact"), "inconclusive"),
     ],
 )
 def test_the_verdict(found, said):

@@ -163,6 +163,25 @@ def test_dropconnect_draws_a_new_mask_each_step(command, made, tmp_path):
         assert int((now == 0).sum()) == layer["masked"] + int((then == 0).sum())
 
 
+def test_dropconnect_s_masks_are_drawn_independently_of_each_other(command, made, tmp_path):
+    """A phase of N steps ends under the mask of its last step: phases of one to three steps show three masks."""
+    zeros = []
+    for steps in (1, 2, 3):
+        out = tmp_path / str(steps)
+        found = command(
+            made / "timm", "--data", made / "pictures", "-o", out, "--recipe", "dropconnect", "--batch-size", "8",
+            "--sparse-steps", steps, "--dense-steps", "0", "--lr", "0", "--gate", "none", "--control", "none", "--device", "cpu",
+            "--quiet", "--save-phases", "--set", "weight_decay=0",
+        )  # fmt: skip
+        assert found.code == 0, found.err
+        held = load_file(out / "dsd/phases/1-sparse/model.safetensors")
+        names = [layer["name"] for layer in report_of(out)["layers"] if layer["masked"]]
+        zeros.append(torch.cat([held[name].flatten() == 0 for name in names]))
+    share = float(zeros[0].float().mean())
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert float((zeros[one] & zeros[other]).float().mean()) == pytest.approx(share**2, rel=0.1)
+
+
 # ---------------------------------------------------------------- averages
 
 
@@ -184,16 +203,17 @@ def test_swa_is_the_mean_of_what_it_was_shown():
     assert all(torch.equal(value, shown[-1][name]) for name, value in model.state_dict().items())
 
 
-def test_ema_follows_its_formula_and_its_state_comes_back():
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99])  # of 0.5 alone old and new would weigh the same
+def test_ema_follows_its_formula_and_its_state_comes_back(decay):
     model = mlp()
-    given = phase(average="ema", ema_decay=0.5)
+    given = phase(average="ema", ema_decay=decay)
     average, expected = Average(given, dict(model.named_parameters()), {}), None
     for _ in range(4):
         with torch.no_grad():
             model[0].weight.add_(1.0)
         average.step_end()
         now = model[0].weight.detach().clone()
-        expected = now if expected is None else 0.5 * expected + 0.5 * now
+        expected = now if expected is None else decay * expected + (1 - decay) * now
         average = Average(given, dict(model.named_parameters()), average.pack())  # as after a stop
     assert average.settle()
     assert torch.allclose(model[0].weight, expected)

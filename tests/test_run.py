@@ -509,6 +509,54 @@ def test_the_holdout_picks_the_best_epoch_of_the_last_phase(go):
     assert report["selected"]["epoch"] == ranked[0] + 1
 
 
+def test_the_evaluation_rows_select_nothing(go, tmp_path):
+    """The same training rows beside rows that want the opposite: each choice, and each figure it was made by, stays."""
+    texts = [f"{word} cat {word} dog" for word in ("good", "bad", "old", "new", "red", "blue", "small", "large")]
+    outs = []
+    for number, names in enumerate((("neg", "pos"), ("pos", "neg"))):
+        lines = [f"{text},{names[row % 2]}" for row, text in enumerate(texts)]
+        judge = tmp_path / f"judge{number}.csv"
+        judge.write_text("\n".join(["text,label", *lines]) + "\n")
+        options = ["--eval-data", judge, *STRONG, "--sparsity", "0.25,0.8", "--seeds", "2", "--control", "none"]
+        outs.append(go("bert", *options, "--dense-lr", "0.01", "--dense-steps", "9", "--holdout", "0.4"))
+    one, two = (report_of(out) for out in outs)
+    assert one["arms"] != two["arms"]
+    assert one["selected"] == two["selected"]
+    assert [phase["holdout"] for phase in one["phases"]] == [phase["holdout"] for phase in two["phases"]]
+    assert (outs[0] / "model.safetensors").read_bytes() == (outs[1] / "model.safetensors").read_bytes()
+
+
+def test_among_equals_the_first_is_selected(go):
+    """At rate 0 every epoch, sparsity (neither masks a weight) and seed ends the same: what came first is kept."""
+    still = ["--lr", "0", "--dense-lr", "0", "--weight-decay", "0", "--dense-steps", "9"]
+    out = go("vit", *still, "--sparsity", "0,1e-9", "--seeds", "2", "--control", "none")
+    report = report_of(out)
+    ends = [phase["holdout"] for phase in report["phases"] if phase["arm"] == "refined"]
+    assert all(end == ends[0] for end in ends)
+    assert len({phase["seed"] for phase in report["phases"]}) > 1
+    assert report["selected"] == {"sparsity": 0.0, "epoch": 1, "seed": report["seed"]}
+
+
+def test_a_bfloat16_source_is_judged_and_selected_as_it_is_written(go, made, tmp_path):
+    """The loss of the published weights, by transformers itself, is the one reported; of the unrounded ones it is not."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = copy_folder(made / "gpt2", tmp_path / "gpt2-half")
+    tensors = {name: t.to(torch.bfloat16) for name, t in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    out = go(source, *STRONG, "--keep", "last")
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    tokenizer, losses = AutoTokenizer.from_pretrained(made / "gpt2"), {}
+    for row, text in enumerate((made / "documents.txt").read_text().split("\n\n")):
+        ids = torch.tensor([tokenizer(text.strip())["input_ids"]])
+        windows = [window for window in ids.split(32, dim=1) if window.shape[1] > 1]
+        with torch.no_grad():
+            losses[row] = sum(float(model(w, labels=w).loss) * (w.shape[1] - 1) for w in windows)
+    table = pq.read_table(out / "dsd/predictions.parquet").to_pydict()
+    for row, score in zip(table["row"], table["score_refined"], strict=True):
+        assert score == pytest.approx(losses[row], rel=1e-6)
+
+
 def test_random_masks_have_the_same_counts(go):
     report = report_of(go("timm", "--control", "random", "--control", "dense"))
     sparse = {p["arm"]: p["measured_sparsity"] for p in report["phases"] if p["kind"] == "sparse"}
@@ -587,13 +635,14 @@ def test_the_evaluation_batch_size_changes_no_figure(go):
         assert figures[0][arm] == pytest.approx(figures[1][arm], rel=1e-6)
 
 
-def test_a_restored_weight_is_minus_rate_times_gradient(go, made):
+@pytest.mark.parametrize("momentum", ["0", "0.9"])  # whose first step is a plain one
+def test_a_restored_weight_is_minus_rate_times_gradient(go, made, momentum):
     """re-Dense begins at 0 with a new optimizer: after one plain SGD step a restored weight is exactly -lr * g."""
     options = [
         "--optimizer",
         "sgd",
         "--momentum",
-        "0",
+        momentum,
         "--weight-decay",
         "0",
         "--set",

@@ -121,6 +121,18 @@ def test_of_a_run_s_three_comparisons_any_errs_at_most_once_in_twenty(fewer_draw
     assert any_called / SETS <= MOST
 
 
+@pytest.mark.parametrize("rows", [12, 20])
+def test_the_interval_of_few_rows_is_widened_to_student_s(rows):
+    """A plain percentile interval is sqrt((m - 1) / m) of it in the mean, with the normal's 1.96 narrower still."""
+    generator, share = np.random.default_rng(4), []
+    for seed in range(40):
+        difference = generator.normal(3, 1, rows)
+        found = judged(difference, seed)
+        student = t.isf(0.025, rows - 1) * difference.std(ddof=1) / math.sqrt(rows)
+        share.append((found.ci95[1] - found.ci95[0]) / (2 * student))
+    assert np.mean(share) == pytest.approx(1, abs=0.025)
+
+
 # ---------------------------------------------------------------- a known effect
 
 

@@ -1,7 +1,7 @@
 """The loop: schedules, shares, step-then-mask, loss weighting, and what evaluation leaves alone."""
 
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -200,7 +200,7 @@ def test_masked_gradients_do_not_count_in_the_norm():
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
-@pytest.mark.parametrize(("batch", "accumulate"), [(2, 4), (4, 2), (1, 8), (3, 3)])
+@pytest.mark.parametrize(("batch", "accumulate"), [(2, 4), (4, 2), (1, 8), (3, 3), (3, 4)])  # the last: groups of 3, 3, 2
 def test_a_step_does_not_depend_on_how_its_rows_are_split(batch, accumulate):
     whole, split = mlp(), mlp()
     size = batch * accumulate
@@ -276,6 +276,53 @@ def test_dropout_is_a_function_of_seed_and_step():
         run(loop_of(model), steps=5)
         results.append(values(model))
     assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
+
+
+class Watched(Numbers):
+    """Notes the augmentation seeds that each row is asked for with, in order."""
+
+    def __init__(self):
+        super().__init__(rows=12)
+        self.seeds = {}
+
+    def batch(self, part, items):
+        for unit, seed in items:
+            self.seeds.setdefault(unit, []).append(seed)
+        return super().batch(part, items)
+
+
+def test_augmentation_differs_by_row_and_epoch_and_repeats_with_the_phase():
+    tasks = [Watched(), Watched()]
+    for task in tasks:
+        run(loop_of(mlp(), task), steps=None, epochs=3)
+    assert tasks[0].seeds == tasks[1].seeds
+    assert {len(each) for each in tasks[0].seeds.values()} == {3}
+    drawn = [seed for each in tasks[0].seeds.values() for seed in each]
+    assert len(set(drawn)) == 12 * 3
+    assert None not in drawn
+
+
+def test_evaluation_uses_the_weights_as_written_and_augments_nothing():
+    """`as_written` is what knows the file's dtypes: every score is of the weights that it gives, which go back after."""
+    model, task = mlp(), Watched()
+    loop = loop_of(model, task)
+    before, rounded = values(model), mlp()
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+
+    @contextmanager
+    def as_written(held):
+        held.load_state_dict(rounded.state_dict())
+        yield
+        held.load_state_dict(before)
+
+    loop.as_written = as_written
+    found, expected = evaluate(loop, task.eval), evaluate(loop_of(rounded, task), task.eval)
+    assert np.array_equal(found.loss, expected.loss)
+    loop.as_written = lambda held: nullcontext()
+    assert not np.array_equal(found.loss, evaluate(loop, task.eval).loss)
+    assert {seed for each in task.seeds.values() for seed in each} == {None}
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step():
