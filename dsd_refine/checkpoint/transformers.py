@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from dsd_refine.checkpoint.layout import listed, read_json, refuse_pointer
+from dsd_refine.checkpoint.layout import listed, read_json
 from dsd_refine.checkpoint.placement import other_size
 from dsd_refine.errors import CheckpointError
 
@@ -58,7 +58,6 @@ SHOWN = {"seq-to-seq-causal-lm": "seq2seq-lm", "speech-seq-2-seq": "speech-seq2s
 VAGUE = ("pretraining", "multimodal-lm", "")  # of the kinds that a class is of, those that say least
 # families whose …ForPreTraining has the head of masked-lm; others tell real tokens from replaced ones, or learn from sounds
 WITH_MASKED_LM = ("Albert", "Bert", "BigBird", "Ernie", "FNet", "MegatronBert", "MobileBert", "RoCBert")
-READ_AS_TEXT = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 # BatchNorm's counter, which older files have not: it starts at 0, as the library lets it
 UNCOUNTED = ".num_batches_tracked"
 
@@ -78,9 +77,8 @@ class TransformersLibrary:
         """Read config.json.
 
         Raises:
-            CheckpointError: an unusable or quantised config, remote code without leave, git-lfs pointers, no task to be seen.
+            CheckpointError: an unusable or quantised config, remote code without leave, no task to be seen.
         """
-        _refuse_pointers(folder)
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         except Exception as error:  # transformers raises whatever a strange config makes it raise
@@ -230,13 +228,6 @@ def _code_files(folder: Path) -> set[str]:
         for value in classes.values() if isinstance(classes, dict) else ():
             found |= {str(name).rsplit(".", 1)[0] + ".py" for name in (value if isinstance(value, list) else [value]) if name}
     return found
-
-
-def _refuse_pointers(folder: Path) -> None:
-    """The libraries read these files, and say of a pointer only that it is no JSON."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix in READ_AS_TEXT and path.is_file() and path.stat().st_size < 1024:
-            refuse_pointer(path.read_bytes(), path)
 
 
 def _infer(folder: Path, config: Any) -> str:
