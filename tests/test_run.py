@@ -120,7 +120,7 @@ def test_the_report_has_the_contracts_fields(runs, model):
     assert [name for name in report if name != "preprocessing"] == [*FIELDS, "rows_to_decide", "seeds"]
     assert ("preprocessing" in report) == (model in ("timm", "vit"))
     assert list(report["environment"]) == ENVIRONMENT
-    assert list(report["source"]) == ["model", "resolved", "revision", "library", "files"]
+    assert list(report["source"]) == ["model", "resolved", "revision", "library", "weights_key", "files"]
     assert list(report["output"]) == ["path", "files"]
     assert list(report["metric"]) == ["name", "higher_is_better"]
     assert list(report["data"]) == ["train", "holdout", "eval"]
