@@ -21,8 +21,9 @@ from dsd_refine.layers import few_maskable, outside_embeddings
 from dsd_refine.moments import mean_abs
 from dsd_refine.power import rows_to_decide
 from dsd_refine.report import Report, environment
-from dsd_refine.report.card import SourceCard, card, eval_results, read_card
+from dsd_refine.report.card import SourceCard, card, eval_results, public, read_card
 from dsd_refine.report.page import page, read_lines
+from dsd_refine.tasks.open import parts_of
 from dsd_refine.train import Loop, exact
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _page(run: Run, report: Report, log: Path) -> str:
     pictures = (run.state.get("pictures") or {}).get(attempt, {})
     before, after = mean_abs(run.layers, run.start), mean_abs(run.layers, run.loop.parameters)
     means = {name: (before[name], after[name]) for name in before}
-    return page(report.data, read_lines(log), pictures, run.recipe.dump(), means)
+    return page(report.data, read_lines(log), pictures, public(run.recipe.model_dump(mode="json", exclude_none=True)), means)
 
 
 def _write_dsd(run: Run, report: Report, ready: Path) -> None:
@@ -136,7 +137,9 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
     outside = outside_embeddings(run.layers)
     first = _first_sparsity(run, selected["attempt"])
     extra = dict(task.report())
-    warnings = [*run.checkpoint.warnings, *extra.pop("warnings"), *run.state["preflight"], *_warnings(run), *noted]
+    data = run.given.entry(parts_of(task))
+    said = [*run.checkpoint.warnings, *extra.pop("warnings"), *data["unused"], *run.state["preflight"], *_warnings(run), *noted]
+    warnings = list(dict.fromkeys(said))
     device = str(run.loop.accelerator.device)
     masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
     return {
@@ -153,11 +156,7 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "task": task.name,
         "metric": {"name": task.metric, "higher_is_better": task.higher_is_better},
         **extra,
-        "data": {
-            "train": task.train.rows.summary(),
-            "holdout": task.holdout.rows.summary() if task.holdout else None,
-            "eval": task.eval.rows.summary(),
-        },
+        "data": data,
         "phases": [{name: value for name, value in phase.items() if name != "attempt"} for phase in run.state["phases"]],
         "layers": [_layer(run, layer, first, zeros) for layer in run.layers],
         "masked_share": masked / outside,

@@ -119,6 +119,7 @@ class Augment(Strict):
 class Recipe(Strict):
     """Everything that decides a result. `dsd/recipe.yaml` of an output is one of these, and repeats the run.
 
+    `eval_split` and `holdout_split` name the splits of the data that evaluate and select.
     `label_names` are the names of integer labels, in order, for data that have none of their own: a list, or `imagenet-1k`.
     """
 
@@ -127,6 +128,8 @@ class Recipe(Strict):
     models: Names = ()
     data: str | None = None
     eval_data: str | None = None
+    eval_split: str | None = None
+    holdout_split: str | None = None
     phases: Annotated[tuple[Phase, ...], Field(strict=False, min_length=1)]
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

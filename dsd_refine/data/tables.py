@@ -35,17 +35,14 @@ AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".ai
 TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt"}
 
 
-class MissingColumn(DataError):
-    """A split has no column of the name asked for, or of any known name."""
-
-
 @dataclass(frozen=True)
 class Table:
     """One split as read. `names` are file names relative to the data, None for a table (rows are numbered from 0).
 
     `folder` is what relative file names in columns count from. `classes` are the names of integer labels, in order, where
     somebody said them whom the table itself does not: the recipe, or we who know the data set. `origin` says to a reader
-    what was read: a file, a folder or a split of the data.
+    what was read: a file, a folder or a split of the data. `data` is what DATA is called there, `split` the split's own name
+    (where there are splits), `option` the flag that named it.
     """
 
     rows: datasets.Dataset
@@ -53,6 +50,9 @@ class Table:
     folder: Path | None = None
     classes: tuple[str, ...] | None = None
     origin: str = ""
+    data: str = ""
+    split: str = ""
+    option: str = ""
 
     def name(self, row: int) -> str | int:
         return self.names[row] if self.names is not None else row
@@ -283,26 +283,6 @@ def _checked(name: str, load: Callable[[], Any]) -> Any:
                 shutil.rmtree(Path(file["filename"]).parent, ignore_errors=True)
             raise
     return found
-
-
-def column(table: Table, asked: str | None, known: Sequence[str], what: str, flag: str, feature: Any = None) -> str:
-    """The name of a column: the one asked for, else the one of a telling type, else the first of the known names.
-
-    Raises:
-        MissingColumn: lists the columns found.
-    """
-    columns = table.rows.column_names
-    if asked is not None and asked in columns:
-        return asked
-    if asked is None:
-        typed = [n for n, kind in table.rows.features.items() if feature is not None and isinstance(kind, feature)]
-        named = [n for n in known if n in columns]
-        if len(typed) == 1 or (typed and not named):
-            return str(typed[0])
-        if named:
-            return named[0]
-    missing = f"no column {asked!r}" if asked else f"no {what} column found (looked for {', '.join(known)})"
-    raise MissingColumn(f"{missing}; the data has {', '.join(columns)}. Name it with {flag}")
 
 
 def undecoded(table: Table, name: str, feature: Any) -> Table:

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from dsd_refine.report import words
+from dsd_refine.report.data import data_lines
 from dsd_refine.report.report import WORDS
 
 LIMIT = 1_000_000  # characters of front matter; cards with hundreds of results in their model-index have a few hundred thousand
@@ -240,16 +241,22 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str 
         f"`baseline` is the source; metrics on the evaluation rows of {code(evaluated_on(recipe).name)}. "
         "Everything measured is in `dsd/report.json`, drawn in `dsd/report.html`.",
         "",
+        *_data_section(data),
         "### How to load it",
         "",
         *_fenced(snippet or load_snippet(report), "python"),
         "",
         "### Recipe",
         "",
-        *_fenced(_public(recipe), "yaml"),
+        *_fenced(public(recipe), "yaml"),
         "",
     ]
     return "\n".join(lines)
+
+
+def _data_section(data: Mapping[str, Any]) -> list[str]:
+    lines = data_lines(data)
+    return ["### Data", "", *(f"- {_plain(line)}" for line in lines), ""] if lines else []
 
 
 def _arms_table(report: Mapping[str, Any]) -> list[str]:
@@ -315,7 +322,7 @@ def load_snippet(report: Mapping[str, Any]) -> str:
     )
 
 
-def _public(recipe: Mapping[str, Any]) -> str:
+def public(recipe: Mapping[str, Any]) -> str:
     """The recipe without the paths of the machine that it ran on."""
     shown = dict(recipe)
     for key in ("data", "eval_data"):

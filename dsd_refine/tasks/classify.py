@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dsd_refine.data.columns import MissingColumn
+from dsd_refine.data.given import Given
 from dsd_refine.data.labels import LabelMap, label_texts, match_labels
 from dsd_refine.data.splits import Examined, Parts, Rows, divide, use_rows
-from dsd_refine.data.tables import MissingColumn, Table
+from dsd_refine.data.tables import Table
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of, weighted_logits
 from dsd_refine.tasks import Batch, Forward, Guess, Score, Scores, ratio
-
-LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category", "y", "cls")
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,39 @@ def labelled_parts(
         labels = replace(labels, rule=f"{labels.rule}, integers by the names that the recipe or the data set's own name gives")
     parts = divide(used, judged, holdout)
     return labels, [_with_ids(rows, labels) for rows in (parts.train, parts.holdout, parts.eval)], parts
+
+
+def check_labels(
+    given: Given, aliases: Sequence[Sequence[str]] | None, classes: int, counts: Callable[[Table, tuple[str, ...], int], bool]
+) -> None:
+    """Match the labels of all splits with the classes before any row is examined, and so before any model is needed.
+
+    Only where that fails are rows looked at: a label counts if some row that has it can be used (`counts`).
+
+    Raises:
+        DataError: as `match_labels` says.
+    """
+    (label,) = given.columns["label"]
+    content = next(names for what, names in given.columns.items() if what != "label")
+    tables = [*given.tables.values(), *(given.evaluation or {}).values()]
+    held = [(table, label_texts(table, label)) for table in tables if label in table.rows.column_names]
+    declared = _declared(given.tables, lambda table: label)
+    found = {text for _, texts in held for text in texts if text is not None}
+    if not found:
+        raise DataError(f"no row has a label (column {label!r})")
+    try:
+        match_labels(aliases, classes, found, declared)
+    except DataError:
+        used: set[str] = set()
+        for table, texts in held:
+            for row, text in enumerate(texts):
+                if text is not None and text not in used and counts(table, content, row):
+                    used.add(text)
+        if used == found:
+            raise
+        if not used:  # that no row can be used is what is wrong: it is said with the reasons where rows are examined
+            return
+        match_labels(aliases, classes, used, declared)
 
 
 def _examined(table: Table, label_column: Callable[[Table], str], examine: Examine, may_lack: bool = False) -> Rows:
