@@ -21,7 +21,7 @@ from dsd_refine.layers import few_maskable, outside_embeddings
 from dsd_refine.moments import mean_abs
 from dsd_refine.power import rows_to_decide
 from dsd_refine.report import Report, environment
-from dsd_refine.report.card import SourceCard, card, eval_results, public, read_card
+from dsd_refine.report.card import SourceCard, card, eval_results, read_card
 from dsd_refine.report.page import page, read_lines
 from dsd_refine.tasks.open import parts_of
 from dsd_refine.train import Loop, exact
@@ -83,7 +83,7 @@ def _page(run: Run, report: Report, log: Path) -> str:
     pictures = (run.state.get("pictures") or {}).get(attempt, {})
     before, after = mean_abs(run.layers, run.start), mean_abs(run.layers, run.loop.parameters)
     means = {name: (before[name], after[name]) for name in before}
-    return page(report.data, read_lines(log), pictures, public(run.recipe.model_dump(mode="json", exclude_none=True)), means)
+    return page(report.data, read_lines(log), pictures, run.recipe.dump(), means)
 
 
 def _write_dsd(run: Run, report: Report, ready: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsd_refine.data.columns import Kind, aligned, choose, unused_columns
-from dsd_refine.data.splits import Rows, Splits, by_role
+from dsd_refine.data.splits import Rows, Splits, by_role, where_of
 from dsd_refine.data.tables import Reading, Table, read_tables
 
 Columns = dict[str, tuple[str, ...]]
@@ -62,11 +62,10 @@ class _Side:
 
     def public(self, lines: Sequence[str], *, several: bool) -> list[str]:
         """Lines about these data: without the paths of the machine, and with the data's name where there are `several`."""
-        path = Path(self.spec)
-        name = path.resolve().name if path.exists() else self.spec
-        for place in {str(path.absolute()), str(path.resolve())} if path.exists() else ():
-            lines = [line.replace(place, name) for line in lines]
-        return [f"{name}: {line}" if several and name not in line else line for line in lines]
+        name, path = where_of(self.spec)
+        for place in [path.absolute(), path.resolve()] if path else []:
+            lines = [line.replace(str(place), place.name) for line in lines]
+        return [f"{name}: {line}" if several and not line.startswith(name) else line for line in lines]
 
     def aligned(
         self, columns: Columns, kinds: Sequence[Kind], asked: Mapping[str, str | None], *, may_lack_label: bool

@@ -122,7 +122,10 @@ def by_role(
         exact[role_of(name)].append(name)
     if use != "train" and "test" not in given and len(names) > 1:
         _refuse_unclear(exact, given, names, spec)
-    roles = {role: held[0] for role, held in exact.items() if role is not None and len(held) == 1} | given
+    named = {role: held[0] for role, held in exact.items() if role is not None and len(held) == 1}
+    roles = named | given
+    if "validation" in given and "validation" in named and use == "all":  # what selects is named: the other may judge
+        roles.setdefault("test", named["validation"])
     if use == "evaluate":
         roles = _judging(roles, given, names, spec)
     else:
@@ -205,20 +208,32 @@ def _judging(roles: dict[str, str], given: dict[str, str], names: Sequence[str],
     return roles
 
 
+def where_of(spec: str) -> tuple[str, Path | None]:
+    """(what DATA is called, where it lies): a path by its last name; None for a data set of the Hub."""
+    folder, colon, config = spec.rpartition(":")
+    for place, more in ((spec, ""), (folder, colon + config)):
+        if place and Path(place).exists():
+            return Path(place).resolve().name + more, Path(place)
+    return spec, None
+
+
 def _placed(reading: Reading, name: str, spec: str, option: str) -> Table:
     """The table with where it stands among the data: paths count from DATA, which is called by its last name."""
-    table, path = reading.tables[name], Path(spec)
-    if not path.exists():
-        return replace(table, data=spec, origin=spec, split=name, option=option)
-    data = path.resolve().name
+    table = reading.tables[name]
+    data, path = where_of(spec)
+    if path is None or not path.is_dir():
+        split = name if path is None or len(reading.tables) > 1 else ""
+        return replace(table, data=data, origin=data, split=split, option=option)
     if table.names is not None:  # a class may be called train
         own = len(reading.tables) > 1 or all(file.startswith(f"{name}/") for file in table.names)
     else:
         own = len(reading.tables) > 1 or (path / name).exists() or any(path.glob(f"{glob.escape(name)}.*"))
-    inner = Path(table.origin).name if Path(table.origin).is_absolute() else table.origin
-    inside = path.is_dir() and inner and (own or inner != name)
-    origin = f"{data}/{inner}" if inside and inner != data else data
-    return replace(table, data=data, origin=origin, split=name if own and path.is_dir() else "", option=option)
+    inner = table.origin.rstrip("/")
+    if Path(inner).is_absolute() or (inner == name and not own):
+        inner = ""
+    inside = inner and inner != data and not inner.startswith(f"{data}/")
+    origin = f"{data}/{inner}" if inside else inner or data
+    return replace(table, data=data, origin=origin, split=name if own else "", option=option)
 
 
 def use_rows(table: Table, examined: Sequence[Examined]) -> Rows:
@@ -255,7 +270,7 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
             raise DataError("no usable rows in --eval-data")
         judge, rule = given[0], "--eval-data"
     elif test is not None:
-        judge, rule = test, "test"
+        judge, rule = test, role_of(test.table.split) or "test"
     elif validation is not None and not validation.table.option:
         judge, rule, selecting = validation, "validation", None
     else:

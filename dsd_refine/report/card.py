@@ -248,7 +248,7 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str 
         "",
         "### Recipe",
         "",
-        *_fenced(public(recipe), "yaml"),
+        *_fenced(_public(recipe), "yaml"),
         "",
     ]
     return "\n".join(lines)
@@ -322,7 +322,7 @@ def load_snippet(report: Mapping[str, Any]) -> str:
     )
 
 
-def public(recipe: Mapping[str, Any]) -> str:
+def _public(recipe: Mapping[str, Any]) -> str:
     """The recipe without the paths of the machine that it ran on."""
     shown = dict(recipe)
     for key in ("data", "eval_data"):

@@ -15,7 +15,7 @@ def data_lines(data: Mapping[str, Any]) -> list[str]:
     """
     lines = [_part(data, source) for source in data.get("sources", ())]
     if data.get("rule"):
-        lines.append(f"evaluation is {data['rule']}")
+        lines.append(f"rule: evaluation is {data['rule']}")
     if data.get("columns"):
         lines.append(
             "columns: " + "; ".join(f"{what} = {names.replace(',', ' + ')}" for what, names in data["columns"].items())

@@ -124,14 +124,17 @@ def labelled_parts(
 
 
 def check_labels(
-    given: Given, aliases: Sequence[Sequence[str]] | None, classes: int, counts: Callable[[Table, tuple[str, ...], int], bool]
+    given: Given,
+    match: Callable[[set[str], Sequence[str] | None], object],
+    counts: Callable[[Table, tuple[str, ...], int], bool],
 ) -> None:
     """Match the labels of all splits with the classes before any row is examined, and so before any model is needed.
 
-    Only where that fails are rows looked at: a label counts if some row that has it can be used (`counts`).
+    `match` takes the labels found and the data set's own class names. Only where it fails are rows looked at: a label counts if
+    some row that has it can be used (`counts`).
 
     Raises:
-        DataError: as `match_labels` says.
+        DataError: no labels, or as `match` says.
     """
     (label,) = given.columns["label"]
     content = next(names for what, names in given.columns.items() if what != "label")
@@ -142,7 +145,7 @@ def check_labels(
     if not found:
         raise DataError(f"no row has a label (column {label!r})")
     try:
-        match_labels(aliases, classes, found, declared)
+        match(found, declared)
     except DataError:
         used: set[str] = set()
         for table, texts in held:
@@ -151,9 +154,8 @@ def check_labels(
                     used.add(text)
         if used == found:
             raise
-        if not used:  # that no row can be used is what is wrong: it is said with the reasons where rows are examined
-            return
-        match_labels(aliases, classes, used, declared)
+        if used:  # that no row can be used at all is said, with the reasons, where rows are examined
+            match(used, declared)
 
 
 def _examined(table: Table, label_column: Callable[[Table], str], examine: Examine, may_lack: bool = False) -> Rows:

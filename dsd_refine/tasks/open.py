@@ -12,6 +12,7 @@ import torch
 from dsd_refine.data.columns import AUDIO, CAPTION, DOCUMENT, IMAGE, LABEL, TEXT, TRANSCRIPT, Kind
 from dsd_refine.data.given import Given, read_given
 from dsd_refine.data.imagenet import synsets
+from dsd_refine.data.labels import match_labels
 from dsd_refine.data.splits import Rows
 from dsd_refine.data.tables import Table, named
 from dsd_refine.errors import DataError
@@ -57,7 +58,7 @@ def _check_labels(given: Given, name: str, library: Any) -> None:
     else:
         from dsd_refine.tasks.text import is_text as counts
     aliases, classes = _classes(library)
-    check_labels(given, aliases, classes, counts)
+    check_labels(given, lambda found, declared: match_labels(aliases, classes, found, declared), counts)
 
 
 def open_task(recipe: Recipe, name: str, library: Any, model: torch.nn.Module, cache: Path, download: Download) -> Task:

@@ -1,0 +1,393 @@
+"""Which splits and columns are used: spoken for, refused or named, from the data to stderr, plan, report, page and card."""
+
+import json
+import re
+
+import datasets
+import numpy as np
+import pytest
+from builders import WORDS, image_folder, text_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsd_refine.data.columns import AUDIO, CAPTION, DOCUMENT, IMAGE, LABEL, PAIRS, TEXT, TRANSCRIPT, choose
+from dsd_refine.data.splits import Rows, by_role, divide, speaks_of
+from dsd_refine.data.tables import Reading, Table
+from dsd_refine.errors import DataError
+
+MNLI = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+PLAN = ("--sparse-steps", "1", "--dense-steps", "1", "--json")
+
+
+def rows_of(count, seed=0, **more):
+    """Rows of text and label; `more` are further columns, a function of the row's number each."""
+    texts = [f"the {WORDS[(row + seed) % 9]} sees {WORDS[(row * 5 + seed) % 11]} {WORDS[row % 3]}" for row in range(count)]
+    made = {"text": texts, "label": [("neg", "pos")[row % 2] for row in range(count)]}
+    return datasets.Dataset.from_dict(made | {name: [of(row) for row in range(count)] for name, of in more.items()})
+
+
+def saved(folder, splits, rows=20):
+    """A DatasetDict as save_to_disk writes it."""
+    made = {name: rows_of(rows + number, number) for number, name in enumerate(splits)}
+    datasets.DatasetDict(made).save_to_disk(folder)
+    return folder
+
+
+def split_files(folder, splits, rows=20):
+    folder.mkdir()
+    for number, name in enumerate(splits):
+        rows_of(rows + number, number).to_csv(folder / f"{name}.csv")
+    return folder
+
+
+def split_folders(folder, splits):
+    for number, name in enumerate(splits):
+        image_folder(folder, splits=[name], per_class=10 + number, seed=number)
+    return folder
+
+
+@pytest.fixture
+def plan(command):
+    """What `plan --json` says of the data of a run."""
+
+    def run(model, data, *options):
+        found = command("plan", model, "--data", data, *PLAN, *options)
+        assert found.code == 0, found.err
+        return json.loads(found.out)
+
+    return run
+
+
+def where(plan):
+    """part -> (the split or file that it comes from, rows)."""
+    return {one["part"]: (one.get("split") or one["file"], one["rows"]) for one in plan["data"]["sources"]}
+
+
+# ---------------------------------------------------------------- roles of splits
+
+
+def roles(names, **options):
+    reading = Reading({name: Table(datasets.Dataset.from_dict({"text": ["a"]})) for name in names})
+    found = by_role(reading, "org/data", **options)
+    return {role: table.split for role, table in found.tables.items()}, [line.split(":")[0] for line in found.unused]
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "found", "unused"),
+    [
+        (["train", "test"], {}, {"train": "train", "test": "test"}, []),
+        (["Training", "Dev"], {}, {"train": "Training", "validation": "Dev"}, []),
+        (["train", "test", "unsupervised"], {}, {"train": "train", "test": "test"}, ["split unsupervised"]),
+        (["train", "train_small", "test"], {}, {"train": "train", "test": "test"}, ["split train_small"]),
+        (["train_full", "test"], {}, {"train": "train_full", "test": "test"}, []),
+        (["everything"], {}, {"train": "everything"}, []),
+        (
+            ["train", "validation", "test"],
+            {"evaluates": "validation"},
+            {"train": "train", "test": "validation"},
+            ["split test"],
+        ),
+        (
+            ["train", "validation", "test"],
+            {"selects": "test"},
+            {"train": "train", "validation": "test", "test": "validation"},
+            [],
+        ),
+        (
+            MNLI,
+            {"evaluates": "validation_matched"},
+            {"train": "train", "test": "validation_matched"},
+            ["split validation_mismatched", "split test_matched", "split test_mismatched"],
+        ),
+        (
+            ["train", "val", "dev", "test"],
+            {"selects": "dev"},
+            {"train": "train", "validation": "dev", "test": "test"},
+            ["split val"],
+        ),
+        (["train", "test", "validation"], {"use": "train"}, {"train": "train", "validation": "validation"}, ["split test"]),
+        (["train", "validation_matched"], {"use": "train"}, {"train": "train"}, ["split validation_matched"]),
+        (["only"], {"use": "evaluate"}, {"test": "only"}, []),
+        (["train", "test_a"], {"use": "evaluate", "evaluates": "TEST_A"}, {"test": "test_a"}, ["split train"]),
+    ],
+)
+def test_every_split_has_a_role_or_is_named(names, options, found, unused):
+    assert roles(names, **options) == (found, unused)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "says"),
+    [
+        (MNLI, {}, "test_matched, test_mismatched, validation_matched, validation_mismatched evaluates is not known"),
+        (MNLI, {"selects": "validation_matched"}, "test_matched, test_mismatched, validation_mismatched evaluates"),
+        (["train", "validation", "validation_2"], {}, "validation_2, validation evaluates"),
+        (["train", "test", "test_small"], {}, "test_small, test evaluates"),
+        (["train", "testA", "testB"], {}, "testA, testB"),
+        (["train.clean", "en.dev", "en.test"], {}, "en.test, en.dev"),
+        (["train", "val", "dev"], {}, "val, dev evaluates"),
+        (["train", "test", "evaluation"], {}, "test, evaluation"),
+        (["train", "training"], {}, "train and training could each be its train split"),
+        (["train_a", "train_b", "test"], {}, "train_a and train_b could each be its train split"),
+        (["test"], {}, "has only the split test; none is train"),
+        (["first", "second"], {}, "first, second; none is train"),
+        (["train", "test"], {"evaluates": "dev"}, "--eval-split dev: org/data has no split of that name; it has train, test"),
+        (["train", "test"], {"selects": "tset"}, "--holdout-split tset: .*it has train, test"),
+        (["train", "test"], {"evaluates": "train"}, "--eval-split train: that split trains"),
+        (["train", "test"], {"evaluates": "test", "selects": "test"}, "both name test"),
+        (["first", "second"], {"use": "evaluate"}, "first, second; which evaluates is not known: give --eval-split"),
+        (["train", "test_a", "test_b"], {"use": "evaluate"}, "test_a, test_b evaluates is not known"),
+    ],
+)
+def test_splits_that_nobody_spoke_for_are_refused(names, options, says):
+    with pytest.raises(DataError, match=says):
+        roles(names, **options)
+
+
+@given(
+    st.lists(
+        st.builds(
+            lambda start, end: start + end,
+            st.sampled_from(["train", "validation", "val", "dev", "test", "eval", "extra", "unlabelled", "en.test"]),
+            st.sampled_from(["", "_matched", "_2", "A", ".clean", "-small", "2017"]),
+        ),
+        min_size=1,
+        max_size=6,
+        unique=True,
+    )
+)
+@settings(max_examples=300, deadline=None)
+def test_any_splits_are_used_refused_or_named(names):
+    try:
+        taken, left = roles(names)
+    except DataError as error:
+        said = str(error)
+    else:
+        said = " ".join([*taken.values(), *left])
+        assert all(speaks_of(line.removeprefix("split ")) in (None, "train") for line in left)
+    assert all(name in said for name in names)
+
+
+@pytest.mark.parametrize("form", ["saved", "files"])
+def test_a_split_is_named_by_an_option(plan, refused, made, tmp_path, form):
+    names = ("train", "val", "dev", "test", *(["unlabelled"] if form == "saved" else []))
+    data = {"saved": saved, "files": split_files}[form](tmp_path / "d", names)
+    message = refused("plan", made / "bert", "--data", data)
+    assert re.search(
+        "Which of (val, dev|dev, val) evaluates is not known: give --eval-split NAME, and --holdout-split", message
+    )
+    found = plan(made / "bert", data, "--eval-split", "dev", "--holdout-split", "val")
+    assert where(found) == {"train": ("train", 20), "holdout": ("val", 21), "eval": ("dev", 22)}
+    assert found["data"]["rule"] == "--eval-split dev; holdout is --holdout-split val"
+    assert found["data"]["unused"][0] == "split test: not used"
+    assert ("split unlabelled: not used" in found["warnings"]) == (form == "saved")
+
+
+def test_split_folders_of_pictures(plan, refused, made, tmp_path):
+    data = split_folders(tmp_path / "d", ("train", "val", "dev"))
+    assert "Which of dev, val evaluates is not known" in refused("plan", made / "timm", "--data", data)
+    found = plan(made / "timm", data, "--eval-split", "val", "--holdout-split", "dev")
+    assert where(found) == {"train": ("train", 30), "eval": ("val", 33), "holdout": ("dev", 36)}
+    assert {one["file"] for one in found["data"]["sources"]} == {"d/train", "d/val", "d/dev"}
+
+
+def test_the_holdout_of_a_named_evaluation_split(plan, made, tmp_path):
+    data = saved(tmp_path / "d", ("train", "validation", "test_1", "test_2"))
+    found = plan(made / "bert", data, "--eval-split", "test_2")
+    assert where(found) == {"train": ("train", 20), "holdout": ("validation", 21), "eval": ("test_2", 23)}
+    found = plan(made / "bert", data, "--eval-split", "validation")
+    assert where(found) == {"train": ("train", 18), "holdout": ("train", 2), "eval": ("validation", 21)}
+    assert found["data"]["unused"] == ["split test_1: not used", "split test_2: not used"]
+
+
+def test_a_named_split_without_labels_is_refused(refused, made, tmp_path):
+    hidden = rows_of(12).remove_columns("label").add_column("label", [None] * 12)
+    splits = {"train": rows_of(20), "test": rows_of(10, 3), "test_hidden": hidden}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
+    for option in ("--eval-split", "--holdout-split"):
+        options = ("--eval-split", "test") if option == "--holdout-split" else ()
+        message = refused("plan", made / "bert", "--data", tmp_path / "d", option, "test_hidden", *options)
+        assert f"{option} test_hidden: the split has no usable rows: 12 rows were skipped (12 no label)" in message
+
+
+def test_evaluation_data_with_splits_of_their_own(plan, refused, made, tmp_path):
+    data = split_files(tmp_path / "d", ("train", "test"))
+    judges = saved(tmp_path / "judges", ("train", "validation", "test"), rows=30)
+    found = plan(made / "bert", data, "--eval-data", judges)
+    assert where(found)["eval"] == ("test", 32)
+    assert found["data"]["rule"].startswith("--eval-data; holdout carved")
+    assert found["data"]["unused"] == [
+        "split train of judges: not used",
+        "split validation of judges: not used",
+        "d: split test: not used (--eval-data evaluates)",
+    ]
+    found = plan(made / "bert", data, "--eval-data", judges, "--eval-split", "validation")
+    assert where(found)["eval"] == ("validation", 31)
+    assert found["data"]["rule"].startswith("--eval-split validation")
+    assert "judges has no split" in refused(
+        "plan", made / "bert", "--data", data, "--eval-data", judges, "--eval-split", "dev"
+    ).replace(f"{tmp_path}/", "")
+
+
+# ---------------------------------------------------------------- too few rows to carve
+
+
+@pytest.mark.parametrize(("classes", "each"), [(100, 4), (30, 3), (5, 2), (1, 4)])
+def test_a_holdout_that_rounds_to_nothing_names_the_share_that_does_not(classes, each):
+    labels = [f"c{number}" for number in range(classes) for _ in range(each)]
+    contents = [f"row {number}".encode() for number in range(len(labels))]
+    table = Table(datasets.Dataset.from_dict({"text": labels}))
+    rows = Rows(table, np.arange(len(labels)), contents, labels)
+    test = {"test": Rows(table, np.arange(1), [b"t"], ["c0"])}
+    with pytest.raises(DataError, match="too few rows for a holdout") as error:
+        divide({"train": rows} | test, None, 0.1)
+    share = float(re.search(r"--holdout ([\d.]+) takes (\d+)", str(error.value))[1])
+    promised = int(re.search(r"--holdout ([\d.]+) takes (\d+)", str(error.value))[2])
+    found = divide({"train": rows} | test, None, share)
+    assert len(found.holdout) == promised >= classes
+    assert len(set(found.holdout.labels)) == classes
+    assert "--holdout-split NAME" in str(error.value)
+
+
+def test_evaluation_rows_that_round_to_nothing_are_asked_for(refused, made, tmp_path):
+    rows_of(4).to_csv(tmp_path / "few.csv")
+    message = refused("plan", made / "bert", "--data", tmp_path / "few.csv")
+    assert "0.2 of the 2 rows of each class rounds to no row that evaluates" in message
+    assert "--eval-data" in message
+
+
+# ---------------------------------------------------------------- columns
+
+
+def table(**columns):
+    return Table(datasets.Dataset.from_dict(columns))
+
+
+def several(prefix, rows=20):
+    return [f"{prefix} number {row} of many words" for row in range(rows)]
+
+
+NAMES = ["neg", "pos"] * 10
+NOTHING = {"text": None, "label": None, "image": None, "audio": None}
+
+
+def chosen(kinds, asked=None, **columns):
+    return choose(table(**columns), kinds, NOTHING | (asked or {}))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_pairs_of_texts_are_taken_in_the_order_of_their_task(pair):
+    columns = {pair[1].upper(): several("b"), "idx": list(range(20)), "label": NAMES, pair[0]: several("a")}
+    assert chosen((TEXT, LABEL), **columns)["text"] == (pair[0], pair[1].upper())
+
+
+@pytest.mark.parametrize(
+    ("columns", "used"),
+    [
+        ({"Text": several("a"), "Label": NAMES}, ("Text", "Label")),
+        ({"review": several("a"), "sentiment": NAMES}, ("review", "sentiment")),
+        ({"my words": several("a"), "y": NAMES}, ("my words", "y")),
+        ({"tweet": several("a"), "Sentiment": NAMES, "user_name": several("b")}, ("tweet", "Sentiment")),
+        ({"text": several("a"), "label": NAMES, "label_text": NAMES}, ("text", "label")),
+        ({"text": several("a"), "label": NAMES, "url": several("b"), "date": several("c")}, ("text", "label")),
+        ({"text": several("a"), "label": NAMES, "topic_of_it": ["sport and more", "the arts"] * 10}, ("text", "label")),
+        ({"text": several("a"), "label": NAMES, "remark": ["always the same"] * 20}, ("text", "label")),
+        ({"text": several("a"), "label": NAMES, "category": NAMES}, ("text", "label")),
+    ],
+)
+def test_columns_by_name_whatever_their_case(columns, used):
+    found = chosen((TEXT, LABEL), **columns)
+    assert (*found["text"], *found["label"]) == used
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"title": several("a"), "content": several("b")},
+        {"text": several("a"), "summary": several("b")},
+        {"text": several("a"), "sentence": several("b")},
+        {"premise": several("a"), "hypothesis": several("b"), "explanation": several("c")},
+        {"question": several("a"), "answer": several("b")},
+    ],
+)
+def test_a_further_column_of_texts_is_refused(columns):
+    with pytest.raises(DataError, match=r"--text-column") as error:
+        chosen((TEXT, LABEL), label=NAMES, **columns)
+    assert all(name in str(error.value) for name in columns)
+    asked = ",".join(columns)
+    assert chosen((TEXT, LABEL), {"text": asked}, label=NAMES, **columns)["text"] == tuple(columns)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "columns", "flag"),
+    [
+        ((TEXT, LABEL), {"text": several("a"), "fine_label": NAMES, "coarse_label": NAMES}, "--label-column"),
+        ((TEXT, LABEL), {"text": several("a"), "label_fine": NAMES, "label_coarse": NAMES}, "--label-column"),
+        ((TEXT, LABEL), {"text": several("a"), "label": NAMES, "labels": NAMES}, "--label-column"),
+        ((DOCUMENT,), {"text": several("a"), "content": several("b")}, "--text-column"),
+        ((DOCUMENT,), {"story": several("a"), "moral": several("b")}, "--text-column"),
+        ((IMAGE, CAPTION), {"image": several("a"), "caption": several("b"), "description": several("c")}, "--text-column"),
+        ((IMAGE, LABEL), {"jpg": several("a"), "png": several("b"), "label": NAMES}, "--image-column"),
+        ((AUDIO, TRANSCRIPT), {"audio": several("a"), "text": several("b"), "sentence": several("c")}, "--text-column"),
+    ],
+)
+def test_columns_of_equal_standing_are_refused(kinds, columns, flag):
+    with pytest.raises(DataError, match=flag):
+        chosen(kinds, **columns)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "columns", "used"),
+    [
+        ((DOCUMENT,), {"title": several("a"), "text": several("b"), "id": several("c")}, ["text"]),
+        ((IMAGE, LABEL), {"image": several("a"), "path": several("b"), "label": NAMES}, ["image", "label"]),
+        ((IMAGE, LABEL), {"Image_Path": several("a"), "image_id": several("b"), "label": NAMES}, ["Image_Path", "label"]),
+        ((IMAGE, LABEL), {"image_id": several("a"), "label": NAMES}, ["image_id", "label"]),
+        ((AUDIO, TRANSCRIPT), {"path": several("a"), "sentence": several("b"), "accent": several("c")}, ["path", "sentence"]),
+        ((AUDIO, TRANSCRIPT), {"file": several("a"), "text": several("b"), "normalized_text": several("c")}, ["file", "text"]),
+    ],
+)
+def test_a_surer_name_is_taken_and_the_other_is_left(kinds, columns, used):
+    assert [name for names in chosen(kinds, **columns).values() for name in names] == used
+
+
+def test_a_picture_beside_a_mask_and_two_pictures():
+    rows = {"mask": [None], "image": [None], "label": ["a"]}
+    kinds = datasets.Features({"mask": datasets.Image(), "image": datasets.Image(), "label": datasets.Value("string")})
+    both = Table(datasets.Dataset.from_dict(rows, features=kinds))
+    assert choose(both, (IMAGE, LABEL), NOTHING)["image"] == ("image",)
+    with pytest.raises(DataError, match=r"mask and before could each be the image column.*--image-column"):
+        choose(Table(both.rows.rename_column("image", "before")), (IMAGE, LABEL), NOTHING)
+
+
+@pytest.mark.parametrize("text", ["stars", "Stars"])
+def test_what_is_missing_lists_the_columns_and_the_remedy(refused, made, tmp_path, text):
+    rows_of(8).rename_columns({"label": "stars_given"}).to_csv(tmp_path / "d.csv")
+    message = refused("plan", made / "bert", "--data", tmp_path / "d.csv")
+    assert "no label column found" in message
+    assert "the data has text, stars_given. Name it with --label-column" in message
+
+
+def test_a_text_file_has_no_labels(refused, made, tmp_path):
+    text_file(tmp_path / "d.txt")
+    message = refused("plan", made / "bert", "--data", tmp_path / "d.txt")
+    assert "the data has text. A .txt file holds texts alone: give a CSV, JSON-lines or Parquet file" in message
+
+
+def test_splits_may_call_their_columns_otherwise(plan, made, tmp_path):
+    rows_of(20).rename_columns({"text": "Text", "label": "Label"}).to_json(tmp_path / "train.jsonl")
+    rows_of(9, 2, stars=lambda row: row).rename_columns({"text": "sentence", "label": "target"}).to_csv(tmp_path / "test.csv")
+    found = plan(made / "bert", tmp_path)
+    assert where(found)["eval"] == ("test", 9)
+    assert found["data"]["columns"] == {"text": "Text", "label": "Label"}
+    assert found["data"]["unused"] == ["columns not used: stars"]
+
+
+def test_a_split_without_a_column_that_is_used_is_refused(refused, made, tmp_path):
+    rows_of(20).to_json(tmp_path / "train.jsonl")
+    rows_of(9, 2).rename_columns({"text": "prose_1"}).add_column("prose_2", several("a", 9)).to_csv(tmp_path / "test.csv")
+    message = refused("plan", made / "bert", "--data", tmp_path)
+    assert "test: no column 'text'" in message
+    assert "the data has prose_1, label, prose_2. Name it with --text-column" in message
+    (tmp_path / "judge.csv").write_text("text,mark\na cat,pos\n")
+    message = refused("plan", made / "bert", "--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "judge.csv")
+    assert "judge.csv: no column 'label'; the data has text, mark. Name it with --label-column" in message
