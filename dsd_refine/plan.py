@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsd_refine import space
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_shapes
+from dsd_refine.data.splits import is_on_hub
 from dsd_refine.layers import few_maskable, open_layers
 from dsd_refine.masks import Layer
 from dsd_refine.method import arm_phases
@@ -28,9 +29,9 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
     Raises:
         UsageError: as a run would, for what can be seen without weights.
     """
-    here = recipe.data is not None and Path(recipe.data).exists()
+    absent = _not_here(recipe)
     with tempfile.TemporaryDirectory() as cache:
-        given = look_at_data(recipe, library.task, library, Path(cache), lambda *_: False) if here else None
+        given = look_at_data(recipe, library.task, library, Path(cache), lambda *_: False) if not absent else None
         checkpoint = open_shapes(source, library, allow_pickle=allow_pickle)
         check_settings(checkpoint.model, recipe, checkpoint.filled)
         layers = open_layers(checkpoint, recipe, [])
@@ -49,7 +50,7 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
         "model": source.model, "resolved": source.resolved, "revision": source.revision, "library": source.library,
         "task": library.task, "recipe": recipe.name, "layers": rows,
         "totals": _totals(checkpoint, layers, rows, shares)
-        | _steps(checkpoint, recipe, task)
+        | (_steps(checkpoint, recipe, task) if task else {"steps": f"not known{absent}"})
         | _sizes(checkpoint, layers, recipe),
         "data": data, "warnings": [*dict.fromkeys([*warnings, *few_maskable(layers)])],
     }  # fmt: skip
@@ -71,11 +72,16 @@ def _totals(
     return found
 
 
-def _steps(checkpoint: Checkpoint, recipe: Recipe, task: Task | None) -> dict[str, str]:
-    """Optimizer steps per phase, where the data are here to be counted."""
-    if task is None:
-        missing = "no data given (--data)" if recipe.data is None else None
-        return {"steps": f"not known: {missing}" if missing else f"not known before {recipe.data} is fetched"}
+def _not_here(recipe: Recipe) -> str:
+    """Why the data cannot be looked at; nothing where they can, or where it is to be said that there are none."""
+    if recipe.data is None:
+        return ": no data given (--data)"
+    fetched = [spec for spec in (recipe.data, recipe.eval_data) if spec and is_on_hub(spec)]
+    return f" before {' and '.join(fetched)} is fetched" if fetched else ""
+
+
+def _steps(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> dict[str, str]:
+    """Optimizer steps per phase."""
     holdout = len(task.holdout.rows) if task.holdout else 0
     found = {"rows": f"{len(task.train.rows):,} train, {holdout:,} holdout, {len(task.eval.rows):,} evaluation"}
     batchnorm = any(isinstance(module, _BatchNorm) for module in checkpoint.model.modules())

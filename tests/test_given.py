@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 
 import datasets
 import numpy as np
 import pytest
-from builders import WORDS, image_folder, text_file
+from builders import WORDS, image_folder, text_csv, text_file
+from conftest import SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,8 +68,11 @@ def where(plan):
 # ---------------------------------------------------------------- roles of splits
 
 
+ONE_ROW = Table(datasets.Dataset.from_dict({"text": ["a"]}))
+
+
 def roles(names, **options):
-    reading = Reading({name: Table(datasets.Dataset.from_dict({"text": ["a"]})) for name in names})
+    reading = Reading(dict.fromkeys(names, ONE_ROW))
     found = by_role(reading, "org/data", **options)
     return {role: table.split for role, table in found.tables.items()}, [line.split(":")[0] for line in found.unused]
 
@@ -155,7 +160,7 @@ def test_splits_that_nobody_spoke_for_are_refused(names, options, says):
         unique=True,
     )
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_splits_are_used_refused_or_named(names):
     try:
         taken, left = roles(names)
@@ -391,3 +396,113 @@ def test_a_split_without_a_column_that_is_used_is_refused(refused, made, tmp_pat
     (tmp_path / "judge.csv").write_text("text,mark\na cat,pos\n")
     message = refused("plan", made / "bert", "--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "judge.csv")
     assert "judge.csv: no column 'label'; the data has text, mark. Name it with --label-column" in message
+
+
+# ---------------------------------------------------------------- one place says it
+
+
+def said_of_data(found, out):
+    """The report's data, and the texts that must say the same."""
+    report = json.loads((out / "dsd/report.json").read_text())
+    return report, [found.err, found.out, (out / "dsd/report.html").read_text(), (out / "README.md").read_text()]
+
+
+def test_a_run_says_which_data_it_uses(command, made, tmp_path):
+    data = tmp_path / "private place" / "words"
+    splits = {"train": rows_of(24), "dev_1": rows_of(12, 1), "dev_2": rows_of(11, 2), "notes": rows_of(3)}
+    datasets.DatasetDict({name: rows.add_column("idx", list(range(len(rows)))) for name, rows in splits.items()}).save_to_disk(
+        data
+    )
+    out = tmp_path / "out"
+    found = command(made / "bert", "--data", data, "--eval-split", "dev_2", "-o", out, *SHORT)
+    assert found.code == 0, found.err
+    report, texts = said_of_data(found, out)
+    said = report["data"]
+    assert said["sources"] == [
+        {"part": "train", "file": "words/train", "split": "train", "rows": 22},
+        {"part": "holdout", "file": "words/train", "split": "train", "rows": 2},
+        {"part": "eval", "file": "words/dev_2", "split": "dev_2", "rows": 11},
+    ]
+    assert said["columns"] == {"text": "text", "label": "label"}
+    assert said["rule"] == "--eval-split dev_2; holdout carved (0.1) from the training rows"
+    assert said["unused"] == ["split dev_1: not used", "split notes: not used", "columns not used: idx"]
+    assert set(said["unused"]) <= set(report["warnings"])
+    lines = ["22 rows of words/train", "11 rows of words/dev_2", said["rule"], "text = text; label = label", *said["unused"]]
+    for text in texts:
+        for line in lines:
+            assert line in text.replace("\\_", "_")
+    assert "data: train: 22 rows of words/train" in found.err.splitlines()
+    assert "private place" not in json.dumps({**said, "warnings": report["warnings"]})
+    card = (out / "README.md").read_text()
+    assert "private place" not in card
+    section = (out / "dsd/report.html").read_text().split(">Data</h3>")[1].split("<h3")[0]
+    assert "private place" not in section
+
+
+def test_the_plan_says_it_in_words_too(command, made, tmp_path):
+    rows_of(20, url=lambda row: f"http://a/{row}").to_csv(tmp_path / "d.csv")
+    found = command("plan", made / "bert", "--data", tmp_path / "d.csv")
+    lines = [" ".join(line.split()) for line in found.out.splitlines()]
+    assert "data train: 14 rows of d.csv" in lines
+    assert "data rule: evaluation is carved (0.2) from the training rows; holdout carved (0.1) from the training rows" in lines
+    assert "data columns: text = text; label = label" in lines
+    assert "warning columns not used: url" in lines
+
+
+# ---------------------------------------------------------------- before the weights
+
+
+def without_weights(source, folder):
+    """A copy whose weights are cut in the middle."""
+    shutil.copytree(source, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    return folder
+
+
+def bad_data(kind, model, place):
+    """Arguments with one fault in the data, and what is to be said of it."""
+    pictures = {"timm": "pictures", "vit": "colours"}.get(model)
+    data = place / pictures if pictures else place / "texts.csv"
+    if kind == "no such file":
+        return ["--data", place / "nothing.csv"], "no such file"
+    if kind == "no such split":
+        return ["--data", data, "--eval-split", "dev"], "--eval-split dev"
+    if kind == "no such label":
+        return ["--data", data, "--label-column", "mark"], "no column 'mark'"
+    if kind == "no such eval data":
+        return ["--data", data, "--eval-data", place / "nothing"], "no such file"
+    return ["--data", data, "--set", "label_names=[x, y, z]"], "labels|names|classes"
+
+
+@pytest.mark.parametrize("verb", [[], ["plan"]])
+@pytest.mark.parametrize("model", ["bert", "timm", "vit"])
+@pytest.mark.parametrize("kind", ["no such file", "no such split", "no such label", "no such eval data"])
+def test_a_fault_of_the_data_is_said_before_the_weights_are_opened(refused, made, tmp_path, verb, model, kind):
+    broken = without_weights(made / model, tmp_path / model)
+    args, says = bad_data(kind, model, made)
+    more = [] if verb else ["-o", tmp_path / "out"]
+    assert re.search(says, refused(*verb, broken, *args, *more))
+
+
+@pytest.mark.parametrize("verb", [[], ["plan"]])
+def test_labels_that_the_config_does_not_know_are_said_before_the_weights_are_opened(refused, made, tmp_path, verb):
+    more = [] if verb else ["-o", tmp_path / "out"]
+    broken = without_weights(made / "bert", tmp_path / "bert")
+    text_csv(tmp_path / "d.csv", labels=("neg", "pos", "so-so"))
+    assert "so-so" in refused(*verb, broken, "--data", tmp_path / "d.csv", *more)
+    broken = without_weights(made / "timm", tmp_path / "timm")
+    image_folder(tmp_path / "d", classes=["a", "b", "wolf"], per_class=2)
+    assert "wolf" in refused(*verb, broken, "--data", tmp_path / "d", *more)
+    good = refused(*verb, broken, "--data", made / "pictures", *more)
+    assert "model.safetensors" in good
+
+
+def test_a_folder_of_no_pictures_is_no_class(plan, made, tmp_path):
+    """Labels count where a row that has them can be used, also before the rows are examined."""
+    image_folder(tmp_path / "d", per_class=8, splits=[])
+    (tmp_path / "d/notes").mkdir()
+    (tmp_path / "d/notes/read me.txt").write_text("no picture")
+    found = plan(made / "timm", tmp_path / "d")
+    assert sum(rows for _, rows in where(found).values()) == 24
+    assert any("notes/read me.txt" in line for line in found["warnings"])

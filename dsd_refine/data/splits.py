@@ -189,7 +189,8 @@ def _training(exact: dict[str | None, list[str]], rest: Sequence[str], names: Se
             return known[0]
         if known:
             raise DataError(
-                f"{spec}: {' and '.join(known)} could each be its train split; give the one that is meant as --data"
+                f"{spec}: has the splits {', '.join(names)}. {' and '.join(known)} could each be its train split: "
+                "give the one that is meant as --data"
             )
     if len(names) == 1 and speaks_of(names[0]) is None:
         return names[0]
@@ -215,6 +216,12 @@ def where_of(spec: str) -> tuple[str, Path | None]:
         if place and Path(place).exists():
             return Path(place).resolve().name + more, Path(place)
     return spec, None
+
+
+def is_on_hub(spec: str) -> bool:
+    """Is it the name of a data set of the Hub, and nothing that lies here?"""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not spec.startswith(".")
+    return bool(named) and where_of(spec)[1] is None
 
 
 def _placed(reading: Reading, name: str, spec: str, option: str) -> Table:
