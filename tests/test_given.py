@@ -297,6 +297,7 @@ def test_pairs_of_texts_are_taken_in_the_order_of_their_task(pair):
         ({"text": several("a"), "label": NAMES, "topic_of_it": ["sport and more", "the arts"] * 10}, ("text", "label")),
         ({"text": several("a"), "label": NAMES, "remark": ["always the same"] * 20}, ("text", "label")),
         ({"text": several("a"), "label": NAMES, "category": NAMES}, ("text", "label")),
+        ({"text": several("a"), "label": NAMES, "labels": [None] * 20, "review": [5] * 20}, ("text", "label")),
     ],
 )
 def test_columns_by_name_whatever_their_case(columns, used):
@@ -506,3 +507,68 @@ def test_a_folder_of_no_pictures_is_no_class(plan, made, tmp_path):
     found = plan(made / "timm", tmp_path / "d")
     assert sum(rows for _, rows in where(found).values()) == 24
     assert any("notes/read me.txt" in line for line in found["warnings"])
+
+
+# ---------------------------------------------------------------- whatever is added: used, refused or named
+
+ADDED = ("title", "sentence", "Text", "labels", "Category", "idx", "url", "stars", "img", "file_name", "premise", "body text")
+CONTENT = {
+    "texts": lambda row: f"some words that row {row} says",
+    "one text": lambda row: "always the same words",
+    "names": lambda row: ("red", "blue")[row % 2],
+    "numbers": lambda row: row,
+    "lists": lambda row: [row, row],
+    "nothing": lambda row: None,
+}
+
+
+def table_for(model, path, made):
+    """A table that the model's task takes."""
+    if model == "gpt2":
+        return rows_of(20).remove_columns("label")
+    if model == "bert":
+        return rows_of(20)
+    files = sorted((made / ("pictures" if model == "timm" else "colours") / "train").rglob("*.png"))
+    return datasets.Dataset.from_dict({"image": list(map(str, files)), "label": [file.parent.name for file in files]})
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2", "timm"])
+@pytest.mark.parametrize("name", ADDED)
+def test_any_column_more_is_used_refused_or_named(command, made, tmp_path, model, name):
+    data = table_for(model, tmp_path, made)
+    taken = [column for column in data.column_names if column != name]
+    for number, (content, of) in enumerate(CONTENT.items()):
+        path = tmp_path / f"{number}.jsonl"
+        more = data.select_columns(taken).add_column(name, [of(row) for row in range(len(data))])
+        more.to_json(path)
+        found = command("plan", made / model, "--data", path, "--holdout", "0.34", *PLAN)
+        if found.code == 2:
+            assert name in found.err, content
+            assert re.search(r"--(text|label|image)-column", found.err), content
+            continue
+        assert found.code == 0, found.err
+        said = json.loads(found.out)["data"]
+        used = [column for names in said["columns"].values() for column in names.split(",")]
+        named = [line for line in said["unused"] if line.startswith("columns not used: ")]
+        assert (name in used) != any(name in line for line in named), content
+
+
+@pytest.mark.parametrize("name", ["validation", "dev", "test_2", "valid_small", "train_extra", "unlabelled", "TEST", "eval-b"])
+@pytest.mark.parametrize("base", [("train",), ("train", "test"), ("train", "validation", "test")])
+def test_any_split_more_is_used_refused_or_named(command, made, tmp_path, base, name):
+    if name in base:
+        return
+    data = saved(tmp_path / "d", (*base, name))
+    found = command("plan", made / "bert", "--data", data, *PLAN)
+    if found.code == 2:
+        assert name in found.err
+        assert "--eval-split NAME" in found.err
+        again = command("plan", made / "bert", "--data", data, "--eval-split", name, *PLAN)
+        assert again.code == 0, again.err
+        found = again
+    said = json.loads(found.out)
+    used = {one["split"] for one in said["data"]["sources"]}
+    assert (name in used) != (f"split {name}: not used" in said["data"]["unused"])
+    assert set(said["data"]["unused"]) <= set(said["warnings"])
+    for other in base:
+        assert other in used or f"split {other}: not used" in said["warnings"]

@@ -225,11 +225,18 @@ def _preferred(table: Table, kind: Kind, taken: Sequence[str]) -> list[str]:
     free = [name for name in table.rows.column_names if name not in taken]
     typed = [name for name in free if _is_typed(table, name, kind)]
     candidates = typed if typed and kind.decides else [name for name in free if name in typed or kind.rank(name) is not None]
+    candidates = [name for name in candidates if _may_hold(table, name, kind)] or candidates
     # a column of a telling type and no known name stands with the second rank
     ranks = {name: 1 if (rank := kind.rank(name)) is None else rank for name in candidates}
     best = [name for name in candidates if ranks[name] == min(ranks.values())]
     untyped = not kind.decides and not any(name in typed for name in best)
     return [name for name in candidates if name in best or (untyped and name in typed)]
+
+
+def _may_hold(table: Table, name: str, kind: Kind) -> bool:
+    """Is it not empty, and for a text no number?"""
+    dtype = str(getattr(table.rows.features[name], "dtype", ""))
+    return dtype != "null" and not (kind.what == "text" and re.match("u?int|float|bool", dtype))
 
 
 def _is_typed(table: Table, name: str, kind: Kind) -> bool:
