@@ -7,7 +7,7 @@ import shutil
 import datasets
 import numpy as np
 import pytest
-from builders import WORDS, image_folder, text_csv, text_file
+from builders import WORDS, bert_checkpoint, image_folder, text_csv, text_file
 from conftest import SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -258,6 +258,18 @@ def test_evaluation_rows_that_round_to_nothing_are_asked_for(refused, made, tmp_
     message = refused("plan", made / "bert", "--data", tmp_path / "few.csv")
     assert "0.2 of the 2 rows of each class rounds to no row that evaluates" in message
     assert "--eval-data" in message
+
+
+def test_many_classes_of_few_rows_need_the_share_that_the_message_names(plan, refused, tmp_path):
+    names = [f"c{number:02}" for number in range(30)]
+    model = bert_checkpoint(tmp_path / "bert", labels=names)
+    for name, each in (("train", 4), ("test", 1)):
+        lines = [f"the {WORDS[number % 9]} {number} {name},{label}" for number, label in enumerate(names * each)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *lines]))
+    message = refused("plan", model, "--data", tmp_path)
+    assert "too few rows for a holdout: 0.1 of the 4 rows of each class rounds to no row" in message
+    assert "--holdout 0.25 takes 30 of 30 classes; or name a split that selects, --holdout-split NAME" in message
+    assert where(plan(model, tmp_path, "--holdout", "0.25"))["holdout"] == ("train", 30)
 
 
 # ---------------------------------------------------------------- columns

@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Rows:
             [self.texts[i] for i in chosen] if self.texts else [],
         )
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over content, label and texts of every row in order."""
         digest = hashlib.sha256()
