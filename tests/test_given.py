@@ -303,6 +303,7 @@ def test_pairs_of_texts_are_taken_in_the_order_of_their_task(pair):
         ({"Text": several("a"), "Label": NAMES}, ("Text", "Label")),
         ({"review": several("a"), "sentiment": NAMES}, ("review", "sentiment")),
         ({"my words": several("a"), "y": NAMES}, ("my words", "y")),
+        ({"words, as they came": several("a"), "y": NAMES}, ("words, as they came", "y")),
         ({"tweet": several("a"), "Sentiment": NAMES, "user_name": several("b")}, ("tweet", "Sentiment")),
         ({"text": several("a"), "label": NAMES, "label_text": NAMES}, ("text", "label")),
         ({"text": several("a"), "label": NAMES, "url": several("b"), "date": several("c")}, ("text", "label")),
@@ -315,6 +316,7 @@ def test_pairs_of_texts_are_taken_in_the_order_of_their_task(pair):
 def test_columns_by_name_whatever_their_case(columns, used):
     found = chosen((TEXT, LABEL), **columns)
     assert (*found["text"], *found["label"]) == used
+    assert chosen((TEXT, LABEL), {what: ",".join(names) for what, names in found.items()}, **columns) == found
 
 
 @pytest.mark.parametrize(

@@ -187,8 +187,9 @@ def unused_columns(table: Table, chosen: Mapping[str, tuple[str, ...]]) -> list[
 
 def _texts(table: Table, asked: str | None, kind: Kind, taken: Sequence[str]) -> tuple[str, ...]:
     """One text column, or the two of a pair; a further column of texts is refused, for which is meant is not known."""
-    if asked is not None:
-        return tuple(_called(table, name.strip(), kind) for name in asked.split(","))
+    if asked is not None:  # a name may hold a comma itself
+        names = [asked] if asked in table.rows.column_names else [name.strip() for name in asked.split(",")]
+        return tuple(_called(table, name, kind) for name in names)
     plain = {name.strip().casefold(): name for name in table.rows.column_names if name not in taken}
     pairs = [(plain[a], plain[b]) for a, b in PAIRS if a in plain and b in plain]
     used = pairs[0] if pairs else (column(table, None, kind, taken),)
