@@ -76,6 +76,8 @@ RECIPE_OPTIONS = _together(
     click.option("--set", "sets", metavar="A.B=V", multiple=True, help="Override one recipe field; repeatable."),
     click.option("--data", metavar="D", help="Hub data set, directory or file to train on."),
     click.option("--eval-data", metavar="D", help="A file or directory used for evaluation only."),
+    click.option("--eval-split", metavar="NAME", help="The split of the data that evaluates."),
+    click.option("--holdout-split", metavar="NAME", help="The split of --data that selects."),
     click.option("--task", help="Inferred from the model's config."),
     click.option("--sparsity", type=Shares(), help="Share of zeros per layer; of several, the holdout picks."),
     click.option("--sparse-epochs", type=float, help="Length of the sparse phases; 0 masks only."),

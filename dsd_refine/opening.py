@@ -21,13 +21,13 @@ from dsd_refine.errors import DsdError, UsageError
 from dsd_refine.layers import open_layers
 from dsd_refine.publish import probes
 from dsd_refine.recipe import Recipe
-from dsd_refine.report import environment
+from dsd_refine.report import data_lines, environment
 from dsd_refine.run import Options, Run
 from dsd_refine.runstate import Workspace
 from dsd_refine.settings import check_settings
 from dsd_refine.signals import Signals
 from dsd_refine.tasks import Item, Task
-from dsd_refine.tasks.open import open_task
+from dsd_refine.tasks.open import look_at_data, parts_of, prepare_task
 from dsd_refine.train import Loop, exact, seed_all, unreached, without_variance
 
 PRECISIONS = ("no", "fp16", "bf16")
@@ -75,11 +75,15 @@ def _open(
     workspace: Workspace,
     signals: Signals,
 ) -> Run:
+    with accelerator.main_process_first():  # before the weights: what is wrong with the data shows at once
+        given = look_at_data(recipe, library.task, library, workspace.partial / "cache", options.download)
     seed_all(recipe.seed, accelerator.device)
     checkpoint = open_checkpoint(source, library, allow_pickle=options.allow_pickle, weights_key=recipe.weights_key)
     model = checkpoint.model
     with accelerator.main_process_first():
-        task = open_task(recipe, library.task, library, model, workspace.partial / "cache", options.download)
+        task = prepare_task(recipe, library.task, library, model, given)
+    for line in data_lines(given.entry(parts_of(task))):
+        options.say(f"data: {line}")
     loop = open_loop(checkpoint, task, recipe, options, accelerator, workspace, signals)
     lost = first_look(loop)
     if accelerator.is_main_process:
@@ -95,7 +99,8 @@ def _open(
     workspace.begin(_identity(recipe, hashes, task, accelerator), options.resume)
     accelerator.wait_for_everyone()
     start = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
-    run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, teacher=_teacher(recipe, task, model))
+    teacher = _teacher(recipe, task, model)
+    run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, given, teacher=teacher)
     _wrap(run)
     if accelerator.scaler is not None and workspace.state.get("scaler"):
         accelerator.scaler.load_state_dict(workspace.state["scaler"])
@@ -253,7 +258,7 @@ def check_compiler(device: torch.device) -> None:
 def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: Accelerator) -> dict[str, Any]:
     """What must be equal for a resumed run to end in the same bytes."""
     versions = environment(str(accelerator.device), accelerator.num_processes)
-    data = {name: part.rows.fingerprint for name, part in _parts(task).items()}
+    data = {name: rows.fingerprint for name, rows in parts_of(task).items() if rows is not None}
     return _flat({"recipe": recipe.model_dump(mode="json"), "source": hashes, "data": data} | versions)
 
 
@@ -263,8 +268,3 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
         return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
     return {key: leaf for part, inner in items for key, leaf in _flat(inner, f"{name}.{part}".lstrip(".")).items()}
-
-
-def _parts(task: Task) -> dict[str, Any]:
-    parts = {"train": task.train, "holdout": task.holdout, "eval": task.eval}
-    return {name: part for name, part in parts.items() if part is not None}

@@ -10,12 +10,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsd_refine import space
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_shapes
+from dsd_refine.data.splits import is_on_hub
 from dsd_refine.layers import few_maskable, open_layers
 from dsd_refine.masks import Layer
 from dsd_refine.method import arm_phases
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.settings import check_settings
-from dsd_refine.tasks.open import open_task
+from dsd_refine.tasks import Task
+from dsd_refine.tasks.open import look_at_data, parts_of, prepare_task
 from dsd_refine.train import micro_batches
 
 FLOAT = 4  # bytes of a float32
@@ -27,9 +29,15 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
     Raises:
         UsageError: as a run would, for what can be seen without weights.
     """
-    checkpoint = open_shapes(source, library, allow_pickle=allow_pickle, weights_key=recipe.weights_key)
-    check_settings(checkpoint.model, recipe, checkpoint.filled)
-    layers = open_layers(checkpoint, recipe, [])
+    absent = _not_here(recipe)
+    with tempfile.TemporaryDirectory() as cache:
+        given = look_at_data(recipe, library.task, library, Path(cache), lambda *_: False) if not absent else None
+        checkpoint = open_shapes(source, library, allow_pickle=allow_pickle, weights_key=recipe.weights_key)
+        check_settings(checkpoint.model, recipe, checkpoint.filled)
+        layers = open_layers(checkpoint, recipe, [])
+        task = prepare_task(recipe, library.task, library, checkpoint.model, given) if given else None
+        data = given.entry(parts_of(task)) if given and task else None
+    warnings = [*task.report()["warnings"], *data["unused"]] if task and data else []
     shares = [_first_sparsity(recipe, tried) for tried in recipe.sparsities]
     rows = [
         {
@@ -42,9 +50,9 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
         "model": source.model, "resolved": source.resolved, "revision": source.revision, "library": source.library,
         "task": library.task, "recipe": recipe.name, "layers": rows,
         "totals": _totals(checkpoint, layers, rows, shares)
-        | _steps(checkpoint, library, recipe)
+        | (_steps(checkpoint, recipe, task) if task else {"steps": f"not known{absent}"})
         | _sizes(checkpoint, layers, recipe),
-        "warnings": few_maskable(layers),
+        "data": data, "warnings": [*dict.fromkeys([*warnings, *few_maskable(layers)])],
     }  # fmt: skip
 
 
@@ -64,18 +72,20 @@ def _totals(
     return found
 
 
-def _steps(checkpoint: Checkpoint, library: Library, recipe: Recipe) -> dict[str, str]:
-    """Optimizer steps per phase, where the data are here to be counted."""
+def _not_here(recipe: Recipe) -> str:
+    """Why the data cannot be looked at; nothing where they can, or where it is to be said that there are none."""
     if recipe.data is None:
-        return {"steps": "not known: no data given (--data)"}
-    if not Path(recipe.data).exists():
-        return {"steps": f"not known before {recipe.data} is fetched"}
-    with tempfile.TemporaryDirectory() as cache:
-        task = open_task(recipe, library.task, library, checkpoint.model, Path(cache), lambda name, size: False)
-        holdout = len(task.holdout.rows) if task.holdout else 0
-        found = {"rows": f"{len(task.train.rows):,} train, {holdout:,} holdout, {len(task.eval.rows):,} evaluation"}
-        batchnorm = any(isinstance(module, _BatchNorm) for module in checkpoint.model.modules())
-        micro = len(micro_batches(task.train.units, recipe.batch_size, batchnorm))
+        return ": no data given (--data)"
+    fetched = [spec for spec in (recipe.data, recipe.eval_data) if spec and is_on_hub(spec)]
+    return f" before {' and '.join(fetched)} is fetched" if fetched else ""
+
+
+def _steps(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> dict[str, str]:
+    """Optimizer steps per phase."""
+    holdout = len(task.holdout.rows) if task.holdout else 0
+    found = {"rows": f"{len(task.train.rows):,} train, {holdout:,} holdout, {len(task.eval.rows):,} evaluation"}
+    batchnorm = any(isinstance(module, _BatchNorm) for module in checkpoint.model.modules())
+    micro = len(micro_batches(task.train.units, recipe.batch_size, batchnorm))
     per_epoch = -(-micro // recipe.gradient_accumulation_steps)
     for number, phase in enumerate(recipe.phases, 1):
         found[f"{number}-{phase.kind}"] = _phase(phase, per_epoch)

@@ -26,6 +26,7 @@ from dsd_refine.report import Report, environment
 from dsd_refine.report.card import SourceCard, card, eval_results, read_card
 from dsd_refine.report.page import page, read_lines
 from dsd_refine.tasks import Batch, Forward
+from dsd_refine.tasks.open import parts_of
 from dsd_refine.train import Loop, exact
 
 if TYPE_CHECKING:
@@ -145,7 +146,9 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
     outside = outside_embeddings(run.layers)
     first = _first_sparsity(run, selected["attempt"])
     extra = dict(task.report())
-    warnings = [*run.checkpoint.warnings, *extra.pop("warnings"), *run.state["preflight"], *_warnings(run), *noted]
+    data = run.given.entry(parts_of(task))
+    said = [*run.checkpoint.warnings, *extra.pop("warnings"), *data["unused"], *run.state["preflight"], *_warnings(run), *noted]
+    warnings = list(dict.fromkeys(said))
     device = str(run.loop.accelerator.device)
     masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
     return {
@@ -162,11 +165,7 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "task": task.name,
         "metric": {"name": task.metric, "higher_is_better": task.higher_is_better},
         **extra,
-        "data": {
-            "train": task.train.rows.summary(),
-            "holdout": task.holdout.rows.summary() if task.holdout else None,
-            "eval": task.eval.rows.summary(),
-        },
+        "data": data,
         "phases": [{name: value for name, value in phase.items() if name != "attempt"} for phase in run.state["phases"]],
         "layers": [_layer(run, layer, first, zeros) for layer in run.layers],
         "masked_share": masked / outside,

@@ -124,6 +124,7 @@ class Recipe(Strict):
     `label_names` are the names of integer labels, in order, in place of the data's own: a list, or `imagenet-1k`.
     `label_map` says which class of the model (its name, or its number where it has none) a label of the data is.
     `encoding` is that of text files without a byte order mark.
+    `eval_split` and `holdout_split` name the splits of the data that evaluate and select.
     """
 
     name: str = "recipe"
@@ -132,6 +133,8 @@ class Recipe(Strict):
     weights_key: str | None = None
     data: str | None = None
     eval_data: str | None = None
+    eval_split: str | None = None
+    holdout_split: str | None = None
     phases: Annotated[tuple[Phase, ...], Field(strict=False, min_length=1)]
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -12,6 +12,7 @@ from torch import nn
 
 from dsd_refine.checkpoint import Checkpoint
 from dsd_refine.compare import Comparison
+from dsd_refine.data.given import Given
 from dsd_refine.masks import Layer
 from dsd_refine.recipe import Recipe
 from dsd_refine.runstate import Workspace
@@ -51,6 +52,7 @@ class Run:
     workspace: Workspace
     source_hashes: dict[str, str]
     start: dict[str, torch.Tensor]
+    given: Given
     teacher: nn.Module | None = None
     scores: dict[str, Scores] = field(default_factory=dict)
     seeds: dict[str, list[Scores]] = field(default_factory=dict)

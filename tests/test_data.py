@@ -14,10 +14,11 @@ import torch
 from builders import WORDS, image_folder, text_file, word_tokenizer
 from PIL import Image
 
+from dsd_refine.data.columns import LABEL, column
 from dsd_refine.data.files import paragraphs
 from dsd_refine.data.labels import label_texts, match_labels
 from dsd_refine.data.splits import SALT, Rows, by_role, carve, divide
-from dsd_refine.data.tables import AT_ONCE, Table, column, read_tables
+from dsd_refine.data.tables import AT_ONCE, Table, read_tables
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks import Scores
@@ -26,7 +27,7 @@ from dsd_refine.tasks.text import longest, prepare_documents, prepare_texts
 
 
 def read(spec, cache):
-    return by_role(read_tables(str(spec), cache, download=lambda name, size: False), str(spec))
+    return by_role(read_tables(str(spec), cache, download=lambda name, size: False), str(spec)).tables
 
 
 def sizes(tables):
@@ -460,11 +461,13 @@ def test_a_missing_column_lists_what_is_there():
 
 def test_columns_by_type_by_name_and_as_asked():
     data = datasets.Dataset.from_dict({"label": ["x"], "kind": [0]})
-    data = data.cast_column("kind", datasets.ClassLabel(names=["n"]))
-    both = Table(data)
-    assert column(both, None, ("label",), "label", "--label-column", datasets.ClassLabel) == "kind"
-    assert column(both, None, ("label",), "label", "--label-column") == "label"
-    assert column(both, "label", (), "label", "--label-column", datasets.ClassLabel) == "label"
+    named = Table(data)
+    both = Table(data.cast_column("kind", datasets.ClassLabel(names=["n"])))
+    assert column(named, None, LABEL) == "label"
+    assert column(Table(both.rows.remove_columns("label")), None, LABEL) == "kind"
+    assert column(both, "kind", LABEL) == "kind"
+    with pytest.raises(DataError, match=r"label and kind could each be the label column.*--label-column"):
+        column(both, None, LABEL)
 
 
 def test_two_text_columns_are_a_pair():

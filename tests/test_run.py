@@ -123,9 +123,11 @@ def test_the_report_has_the_contracts_fields(runs, model):
     assert list(report["source"]) == ["model", "resolved", "revision", "library", "weights_key", "files"]
     assert list(report["output"]) == ["path", "files"]
     assert list(report["metric"]) == ["name", "higher_is_better"]
-    assert list(report["data"]) == ["train", "holdout", "eval"]
-    for part in report["data"].values():
+    assert list(report["data"]) == ["train", "holdout", "eval", "sources", "columns", "rule", "unused", "notes"]
+    for source in report["data"]["sources"]:
+        part = report["data"][source["part"]]
         assert list(part) == ["rows", "skipped", "fingerprint"]
+        assert part["rows"] == source["rows"]
     for phase in report["phases"]:
         assert list(phase) == [*PHASE, "seed", "batchnorm_reestimated"]
     for layer in report["layers"]:

@@ -25,7 +25,8 @@ class Table:
 
     `folder` is what relative file names in columns count from. `classes` are the names of integer labels, in order, where
     somebody said them whom the table itself does not: the recipe, or we who know the data set. `origin` says to a reader
-    what was read: a file, a folder or a split of the data. `advice` is what to say where the rows are too few.
+    what was read: a file, a folder or a split of the data. `advice` is what to say where the rows are too few. `data` is
+    what DATA is called there, `split` the split's own name (where there are splits), `option` the flag that named it.
     """
 
     rows: datasets.Dataset
@@ -34,6 +35,9 @@ class Table:
     classes: tuple[str, ...] | None = None
     origin: str = ""
     advice: str = ""
+    data: str = ""
+    split: str = ""
+    option: str = ""
 
     def name(self, row: int) -> str | int:
         return self.names[row] if self.names is not None else row

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +20,9 @@ from dsd_refine.errors import DataError
 
 SALT = b"dsd-refine holdout 1"
 EVAL_SHARE = 0.2
+FLAGS = {"test": "--eval-split", "validation": "--holdout-split"}
+# how the words begin by which a split's name speaks of a role
+STARTS = {"train": "train", "val": "validation", "dev": "validation", "test": "test", "eval": "test"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +42,7 @@ class Examined:
 class Rows:
     """The used rows of one part, in the data's order. `at` indexes `table.rows`; `labels` are texts ("" without classes).
 
-    `texts` are each row's `Examined.texts`, empty for a task without them.
+    `texts` are each row's `Examined.texts`, empty for a task without them. `why` is the rule by which these rows are the part.
     """
 
     table: Table
@@ -43,6 +51,7 @@ class Rows:
     labels: list[str]
     skipped: list[dict[str, Any]] = field(default_factory=list)
     texts: list[tuple[str, ...]] = field(default_factory=list)
+    why: str = ""
 
     def __len__(self) -> int:
         return len(self.at)
@@ -61,7 +70,7 @@ class Rows:
             [self.texts[i] for i in chosen] if self.texts else [],
         )
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over content, label and texts of every row in order."""
         digest = hashlib.sha256()
@@ -86,21 +95,153 @@ class Parts:
     unused: tuple[str, ...] = ()
 
 
-def by_role(reading: Reading, spec: str) -> dict[str, Table]:
-    """Role (train, validation, test) -> table. Every split has a role of its own, or the data are refused.
+@dataclass(frozen=True)
+class Splits:
+    """The splits of one DATA that are used, by role (train, validation, test); `unused` names the others with the reason."""
+
+    tables: dict[str, Table]
+    unused: tuple[str, ...] = ()
+
+
+def by_role(
+    reading: Reading, spec: str, *, evaluates: str | None = None, selects: str | None = None, use: str = "all"
+) -> Splits:
+    """Give the splits of DATA their roles. `evaluates` and `selects` name splits (`--eval-split`, `--holdout-split`).
+
+    A split whose name speaks of a role without being its name (`validation_matched`, `test_small`) is no guess of ours: while
+    it could be the one that evaluates or selects, the data are refused. `use`: "all", "train" (other data evaluate), or
+    "evaluate" (these only evaluate).
 
     Raises:
-        DataError: a split of no known role, or two of one.
+        DataError: no such split, none that trains, or several that could each have a role.
     """
-    owners: dict[str | None, list[str]] = defaultdict(list)
-    for name in reading.tables:
-        owners[role_of(name)].append(name)
-    if None in owners and len(owners) == 1:
-        raise DataError(f"{spec}: has the splits {', '.join(reading.tables)}; none is train, validation or test")
-    for role, names in owners.items():
-        if role is not None and len(names) > 1:
-            raise DataError(f"{spec}: {' and '.join(names)} could each be its {role} split")
-    return {role: reading.tables[names[0]] for role, names in owners.items() if role is not None}
+    names = list(reading.tables)
+    given = _given(names, spec, evaluates, selects, trains=use != "evaluate")
+    rest = [name for name in names if name not in given.values()]
+    exact: dict[str | None, list[str]] = defaultdict(list)
+    for name in rest:
+        exact[role_of(name)].append(name)
+    if use != "train" and "test" not in given and len(names) > 1:
+        _refuse_unclear(exact, given, names, spec)
+    named = {role: held[0] for role, held in exact.items() if role is not None and len(held) == 1}
+    roles = named | given
+    if "validation" in given and "validation" in named and use == "all":  # what selects is named: the other may judge
+        roles.setdefault("test", named["validation"])
+    if use == "evaluate":
+        roles = _judging(roles, given, names, spec)
+    else:
+        roles["train"] = _training(exact, rest, names, spec)
+    if use == "train":
+        roles.pop("test", None)
+    tables = {role: _placed(reading, name, spec, FLAGS[role] if role in given else "") for role, name in roles.items()}
+    others = " (--eval-data evaluates)" if use == "train" else ""
+    left = [name for name in names if name not in roles.values()]
+    return Splits(tables, tuple(f"split {name}: not used{others if role_of(name) == 'test' else ''}" for name in left))
+
+
+def _given(names: Sequence[str], spec: str, evaluates: str | None, selects: str | None, *, trains: bool) -> dict[str, str]:
+    """Role -> the split that an option names for it."""
+    given = {}
+    for role, asked in (("test", evaluates), ("validation", selects)):
+        if asked is None:
+            continue
+        alike = [name for name in names if name == asked] or [n for n in names if n.casefold() == asked.casefold()]
+        if len(alike) != 1:
+            raise DataError(f"{FLAGS[role]} {asked}: {spec} has no split of that name; it has {', '.join(names)}")
+        if trains and (role_of(alike[0]) == "train" or len(names) == 1):
+            raise DataError(f"{FLAGS[role]} {asked}: that split trains; {spec} has {', '.join(names)}")
+        given[role] = alike[0]
+    if len(given) == 2 and given["test"] == given["validation"]:
+        raise DataError(f"--eval-split and --holdout-split both name {given['test']}: rows that select cannot judge")
+    return given
+
+
+def speaks_of(name: str) -> str | None:
+    """The role that a split's name has or speaks of: `validation_matched`, `testA`, `en.dev`, `train_small`."""
+    for word in re.split("[^a-z]+", name.casefold()):
+        role = role_of(word) or next((role for start, role in STARTS.items() if word.startswith(start)), None)
+        if role:
+            return role
+    return None
+
+
+def _refuse_unclear(exact: dict[str | None, list[str]], given: dict[str, str], names: Sequence[str], spec: str) -> None:
+    """Refuse while a split that speaks of evaluating or selecting is spoken for by nobody.
+
+    Once the split that selects is named, only those matter that could be the one that judges.
+    """
+    near = {role: [name for name in exact[None] if speaks_of(name) == role] for role in ("test", "validation")}
+    unclear = []
+    for role in ("test", "validation"):
+        if role == "validation" and "validation" in given and len(exact["test"]) == 1:
+            continue
+        unclear += near[role] + (exact[role] if near[role] or len(exact[role]) > 1 else [])
+    if unclear:
+        raise DataError(
+            f"{spec}: has the splits {', '.join(names)}. Which of {', '.join(unclear)} evaluates is not known: "
+            "give --eval-split NAME, and --holdout-split NAME for one that selects"
+        )
+
+
+def _training(exact: dict[str | None, list[str]], rest: Sequence[str], names: Sequence[str], spec: str) -> str:
+    """The split that trains: by its name, else the only one that speaks of it, else the only one there is."""
+    for known in (exact["train"], [name for name in exact[None] if speaks_of(name) == "train"]):
+        if len(known) == 1:
+            return known[0]
+        if known:
+            raise DataError(
+                f"{spec}: has the splits {', '.join(names)}. {' and '.join(known)} could each be its train split: "
+                "give the one that is meant as --data"
+            )
+    if len(names) == 1 and speaks_of(names[0]) is None:
+        return names[0]
+    only = f"has only the split {names[0]}" if len(names) == 1 else f"has the splits {', '.join(names)}"
+    raise DataError(f"{spec}: {only}; none is train, and which is to train is not known")
+
+
+def _judging(roles: dict[str, str], given: dict[str, str], names: Sequence[str], spec: str) -> dict[str, str]:
+    """What may evaluate, of data that only evaluate: the split named, else those with a role, else the only one."""
+    if given:
+        return {"test": given["test"]}
+    if not roles and len(names) == 1:
+        return {"test": names[0]}
+    if not roles:
+        raise DataError(f"{spec}: has the splits {', '.join(names)}; which evaluates is not known: give --eval-split NAME")
+    return roles
+
+
+def where_of(spec: str) -> tuple[str, Path | None]:
+    """(what DATA is called, where it lies): a path by its last name; None for a data set of the Hub."""
+    folder, colon, config = spec.rpartition(":")
+    for place, more in ((spec, ""), (folder, colon + config)):
+        if place and Path(place).exists():
+            return Path(place).resolve().name + more, Path(place)
+    return spec, None
+
+
+def is_on_hub(spec: str) -> bool:
+    """Is it the name of a data set of the Hub, and nothing that lies here?"""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not spec.startswith(".")
+    return bool(named) and where_of(spec)[1] is None
+
+
+def _placed(reading: Reading, name: str, spec: str, option: str) -> Table:
+    """The table with where it stands among the data: paths count from DATA, which is called by its last name."""
+    table = reading.tables[name]
+    data, path = where_of(spec)
+    if path is None or not path.is_dir():
+        split = name if path is None or len(reading.tables) > 1 else ""
+        return replace(table, data=data, origin=data, split=split, option=option)
+    if table.names is not None:  # a class may be called train
+        own = len(reading.tables) > 1 or all(file.startswith(f"{name}/") for file in table.names)
+    else:
+        own = len(reading.tables) > 1 or (path / name).exists() or any(path.glob(f"{glob.escape(name)}.*"))
+    inner = table.origin.rstrip("/")
+    if Path(inner).is_absolute() or (inner == name and not own):
+        inner = ""
+    inside = inner and inner != data and not inner.startswith(f"{data}/")
+    origin = f"{data}/{inner}" if inside else inner or data
+    return replace(table, data=data, origin=origin, split=name if own else "", option=option)
 
 
 def use_rows(table: Table, examined: Sequence[Examined]) -> Rows:
@@ -121,8 +262,11 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
     """Which rows train, select and judge, as the contract's splits say. A split without labelled rows counts as absent.
 
     Raises:
-        DataError: nothing left to train on or to evaluate on.
+        DataError: nothing left to train on or to evaluate on, or a split that was named has no usable rows.
     """
+    for rows in [*tables.values(), *(evaluation or {}).values()]:
+        if rows.table.option and not len(rows):
+            raise DataError(f"{rows.table.option} {rows.table.split}: the split has no usable rows{_why(rows)}")
     splits = {name: rows for name, rows in tables.items() if len(rows)}
     if "train" not in splits:
         raise DataError(f"no usable training rows{_why(tables.get('train'))}")
@@ -134,29 +278,73 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
             raise DataError("no usable rows in --eval-data")
         judge, rule = given[0], "--eval-data"
     elif test is not None:
-        judge, rule = test, "test"
-    elif validation is not None:
+        judge, rule = test, role_of(test.table.split) or "test"
+    elif validation is not None and not validation.table.option:
         judge, rule, selecting = validation, "validation", None
     else:
+        whole = train
         train, judge = carve(train, EVAL_SHARE)
         rule = f"carved ({EVAL_SHARE}) from the training rows"
+        if not len(judge):
+            raise DataError(_no_evaluation(whole))
+    judge = replace(judge, why=_chosen(judge) or rule)
     if selecting is None and holdout_share:
+        whole = train
         train, selecting = carve(train, holdout_share)
-        rule += f"; holdout carved ({holdout_share}) from the training rows"
+        selecting = replace(selecting, why=f"holdout carved ({holdout_share}) from the training rows")
+        if not len(selecting):
+            raise DataError(_no_holdout(whole, holdout_share))
     elif selecting is not None:
-        rule += "; holdout is validation"
-    if not len(train) or not len(judge):
-        raise DataError(f"too few rows: {len(train)} left for training, {len(judge)} for evaluation{_advice(tables)}")
-    if selecting is not None and not len(selecting):
-        raise DataError(f"too few rows for a holdout; give more data, or --holdout 0 with --keep last{_advice(tables)}")
+        selecting = replace(selecting, why=f"holdout is {_chosen(selecting) or 'validation'}")
+    if not len(train):
+        raise DataError(f"too few rows: {len(train)} left for training, {len(judge)} for evaluation{_advice(train)}")
     seen = {*train.digests, *(selecting.digests if selecting is not None else ())}
     unused = tuple(name for name, rows in tables.items() if rows.skipped and not len(rows))
+    rule = "; ".join([judge.why, *([selecting.why] if selecting is not None else [])])
     return Parts(train, selecting, judge, sum(digest in seen for digest in judge.digests), rule, unused)
 
 
-def _advice(tables: dict[str, Rows]) -> str:
+def _advice(rows: Rows) -> str:
     """What the reader knows of why the rows are few."""
-    return "".join(dict.fromkeys(f"\n{rows.table.advice}" for rows in tables.values() if rows.table.advice))
+    return f"\n{rows.table.advice}" if rows.table.advice else ""
+
+
+def _chosen(rows: Rows) -> str:
+    """The option that names these rows' split, with the name."""
+    return f"{rows.table.option} {rows.table.split}" if rows.table.option else ""
+
+
+def _sizes(rows: Rows) -> str:
+    """How many rows a class has, in words."""
+    counts = Counter(rows.labels)
+    least, most = min(counts.values()), max(counts.values())
+    number = str(most) if least == most else f"{least} to {most}"
+    return (
+        f"the {number} row{'' if most == 1 else 's'} of each class"
+        if len(counts) > 1
+        else f"{most} row{'' if most == 1 else 's'}"
+    )
+
+
+def _no_evaluation(rows: Rows) -> str:
+    """Why no evaluation rows could be carved, and what to do."""
+    return (
+        f"too few rows: {EVAL_SHARE} of {_sizes(rows)} rounds to no row that evaluates. Give rows to evaluate on: "
+        f"--eval-data, or a test split{_advice(rows)}"
+    )
+
+
+def _no_holdout(rows: Rows, share: float) -> str:
+    """Why no holdout could be carved, and which share would: one that takes a row of each class that has two."""
+    sizes = [count for count in Counter(rows.labels).values() if count > 1]
+    larger = math.ceil(100 / min(sizes)) / 100 if sizes else 0.0  # a row of the smallest class that has two
+    taken = carve(rows, larger)[1] if sizes else rows.subset([])
+    of_classes = f" of {len(set(taken.labels))} classes" if len(set(taken.labels)) > 1 else ""
+    takes = f"--holdout {larger:g} takes {len(taken)}{of_classes}; or " if len(taken) else ""
+    return (
+        f"too few rows for a holdout: {share:g} of {_sizes(rows)} rounds to no row. {takes}"
+        f"name a split that selects, --holdout-split NAME, or give --holdout 0 with --keep last{_advice(rows)}"
+    )
 
 
 def _why(rows: Rows | None) -> str:

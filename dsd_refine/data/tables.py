@@ -28,10 +28,6 @@ LARGEST = 10**9  # bytes of one example
 AT_ONCE = 1000  # rows that wait for threads
 
 
-class MissingColumn(DataError):
-    """A split has no column of the name asked for, or of any known name."""
-
-
 def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool], encoding: str = "utf-8") -> Reading:
     """Read any form of `--data`. Files are parsed into `cache`; text files are in `encoding`, unless they are marked.
 
@@ -79,26 +75,6 @@ def tried(path: Path) -> str:
         close = []
     hint = f", which has {close[0]!r}" if close else ""
     return f": looked for {whole}; {there} has no {missing!r}{hint}" if there != whole else f": looked for {whole}"
-
-
-def column(table: Table, asked: str | None, known: Sequence[str], what: str, flag: str, feature: Any = None) -> str:
-    """The name of a column: the one asked for, else the one of a telling type, else the first of the known names.
-
-    Raises:
-        MissingColumn: lists the columns found.
-    """
-    columns = table.rows.column_names
-    if asked is not None and asked in columns:
-        return asked
-    if asked is None:
-        typed = [n for n, kind in table.rows.features.items() if feature is not None and isinstance(kind, feature)]
-        named = [n for n in known if n in columns]
-        if len(typed) == 1 or (typed and not named):
-            return str(typed[0])
-        if named:
-            return named[0]
-    missing = f"no column {asked!r}" if asked else f"no {what} column found (looked for {', '.join(known)})"
-    raise MissingColumn(f"{missing}; the data has {', '.join(columns)}. Name it with {flag}")
 
 
 def undecoded(table: Table, name: str, feature: Any) -> Table:

@@ -18,6 +18,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from dsd_refine.links import leads_out
 from dsd_refine.report import words
+from dsd_refine.report.data import data_lines
 from dsd_refine.report.report import WORDS
 
 LIMIT = 1_000_000  # characters of front matter; cards with hundreds of results in their model-index have a few hundred thousand
@@ -243,6 +244,7 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str 
         f"`baseline` is the source; metrics on the evaluation rows of {code(evaluated_on(recipe).name)}. "
         "Everything measured is in `dsd/report.json`, drawn in `dsd/report.html`.",
         "",
+        *_data_section(data),
         "### How to load it",
         "",
         *_fenced(snippet or load_snippet(report), "python"),
@@ -253,6 +255,11 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str 
         "",
     ]
     return "\n".join(lines)
+
+
+def _data_section(data: Mapping[str, Any]) -> list[str]:
+    lines = data_lines(data)
+    return ["### Data", "", *(f"- {_plain(line)}" for line in lines), ""] if lines else []
 
 
 def _arms_table(report: Mapping[str, Any]) -> list[str]:

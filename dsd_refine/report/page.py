@@ -19,6 +19,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from dsd_refine.report import figures, words
+from dsd_refine.report.data import data_lines
 from dsd_refine.report.report import WORDS
 
 SHOWN_ROWS = 20  # skipped rows and class names that are listed; the rest is counted
@@ -61,6 +62,7 @@ def page(
         layers=_layers(report, means or {}),
         reasons=Counter(layer["excluded"] for layer in report["layers"] if layer["excluded"]),
         parts=_parts(report),
+        data_lines=data_lines(report["data"]),
         labels=_labels(report),
         command=["dsd-refine", *(shlex.quote(str(arg)) for arg in report["argv"])],
         recipe_yaml=recipe_yaml,

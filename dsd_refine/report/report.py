@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dsd_refine.report.data import data_lines
+
 LIBRARIES = ("torch", "timm", "transformers", "accelerate", "datasets", "safetensors")
 WORDS = {
     "better": "better than the source",
@@ -67,6 +69,7 @@ def summary(report: Report) -> str:
         f"  selected  {chosen}, epoch {selected['epoch']} of the last phase",
         f"  gate      {gate['rule']}: {'met' if gate['passed'] else 'NOT met; the checkpoint lies under rejected/'}",
         f"  output    {report.output}",
+        *(f"  data      {line}" for line in data_lines({**data["data"], "unused": ()})),
         *(f"  warning   {warning}" for warning in data["warnings"]),
     ]
     return "\n".join(lines)
@@ -99,5 +102,6 @@ def plan_text(plan: Mapping[str, Any]) -> str:
             f"  {layer['name'].ljust(width)}  {'x'.join(map(str, layer['shape'])):>18}  {layer['weights']:>12,}  {what}"
         )
     lines += ["", *(f"  {name.ljust(18)} {text}" for name, text in plan["totals"].items())]
+    lines += [f"  {'data'.ljust(18)} {line}" for line in data_lines({**(plan.get("data") or {}), "unused": ()})]
     lines += [f"  {'warning'.ljust(18)} {warning}" for warning in plan["warnings"]]
     return "\n".join(lines)

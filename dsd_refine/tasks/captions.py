@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dsd_refine.data.columns import CAPTION, IMAGE, column
 from dsd_refine.data.splits import Examined, Rows, divide, use_rows
-from dsd_refine.data.tables import Table, column, in_threads, raw_bytes, undecoded
+from dsd_refine.data.tables import Table, in_threads, raw_bytes, undecoded
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.tasks import Batch, Forward, Guess, Item, Score, Scores, ratio, require
 from dsd_refine.tasks.causality import WINDOWS, refuse_foresight
 from dsd_refine.tasks.classify import overlap_warning, skip_warnings
-from dsd_refine.tasks.images import IMAGE_COLUMNS, Preprocessing, Seen, examine_picture, look_warnings, pixels
+from dsd_refine.tasks.images import Preprocessing, Seen, examine_picture, look_warnings, pixels
 from dsd_refine.tasks.speaker import Speaker
 from dsd_refine.tasks.text import guess_token
 from dsd_refine.tasks.tokens import beyond_warnings, or_reason
 
-TEXT_COLUMNS = ("text", "caption", "captions", "sentence", "sentences", "description", "descriptions", "raw")
 ORDERS = 4  # BLEU counts n-grams of 1 to 4 words
 BLEU_STATS = 2 + 2 * ORDERS  # lengths of caption and reference, n-grams found, n-grams written
 
@@ -192,11 +192,11 @@ def prepare_captions(
     """
     require("image-captioning", "captions", "sacrebleu")
     first = next(iter(tables.values()))
-    image = column(first, recipe.image_column, IMAGE_COLUMNS, "image", "--image-column", datasets.Image)
+    image = column(first, recipe.image_column, IMAGE)
 
     def examined(table: Table) -> Rows:
         table = undecoded(table, image, datasets.Image)
-        text = column(table, recipe.text_column, TEXT_COLUMNS, "text", "--text-column")
+        text = column(table, recipe.text_column, CAPTION, [image])
         return use_rows(table, _examine(table, image, table.rows[text][:], preprocessing.channels, speaker, looked))
 
     looked: list[tuple[str | int, Seen]] = []

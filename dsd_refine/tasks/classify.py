@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dsd_refine.data.columns import MissingColumn
+from dsd_refine.data.given import Given
 from dsd_refine.data.labels import LabelMap, has_integers, label_texts, match_labels, refuse_one_output
 from dsd_refine.data.splits import Examined, Parts, Rows, divide, use_rows
-from dsd_refine.data.tables import MissingColumn, Table
+from dsd_refine.data.tables import Table
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of, weighted_logits
 from dsd_refine.tasks import Batch, Forward, Guess, Score, Scores, ratio
-
-LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label", "category", "y", "cls")
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,41 @@ def labelled_parts(
     labels = _with_said_names(aliases, labels, [*tables.values(), *(evaluation or {}).values()], label_column)
     parts = divide(used, judged, holdout)
     return labels, [_with_ids(rows, labels) for rows in (parts.train, parts.holdout, parts.eval)], parts
+
+
+def check_labels(
+    given: Given,
+    match: Callable[[set[str], Sequence[str] | None], object],
+    counts: Callable[[Table, tuple[str, ...], int], bool],
+) -> None:
+    """Match the labels of all splits with the classes before any row is examined, and so before any model is needed.
+
+    `match` takes the labels found and the data set's own class names. Only where it fails are rows looked at: a label counts if
+    some row that has it can be used (`counts`).
+
+    Raises:
+        DataError: no labels, or as `match` says.
+    """
+    (label,) = given.columns["label"]
+    content = next(names for what, names in given.columns.items() if what != "label")
+    tables = [*given.tables.values(), *(given.evaluation or {}).values()]
+    held = [(table, label_texts(table, label)) for table in tables if label in table.rows.column_names]
+    declared = _declared(given.tables, lambda table: label)
+    found = {text for _, texts in held for text in texts if text is not None}
+    if not found:
+        raise DataError(f"no row has a label (column {label!r})")
+    try:
+        match(found, declared)
+    except DataError:
+        used: set[str] = set()
+        for table, texts in held:
+            for row, text in enumerate(texts):
+                if text is not None and text not in used and counts(table, content, row):
+                    used.add(text)
+        if used == found:
+            raise
+        if used:  # that no row can be used at all is said, with the reasons, where rows are examined
+            match(used, declared)
 
 
 def _examined(table: Table, label_column: Callable[[Table], str], examine: Examine, may_lack: bool = False) -> Rows:

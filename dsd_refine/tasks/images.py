@@ -21,13 +21,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import Compose, InterpolationMode, Normalize, PILToTensor, RandomResizedCrop, functional
 
+from dsd_refine.data.columns import IMAGE, LABEL, column
 from dsd_refine.data.splits import Examined
-from dsd_refine.data.tables import Table, column, in_threads, in_words, raw_bytes, undecoded
+from dsd_refine.data.tables import Table, in_threads, in_words, raw_bytes, undecoded
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.tasks import Batch, Item
 from dsd_refine.tasks.classify import (
-    LABEL_COLUMNS,
     Classification,
     LabelledPart,
     labelled_parts,
@@ -35,7 +35,6 @@ from dsd_refine.tasks.classify import (
     skip_warnings,
 )
 
-IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values", "file", "path", "file_name", "jpg", "jpeg", "png", "webp")
 Pixels = Callable[[Image.Image], torch.Tensor]
 # what is opened at all: others bring programs along (PostScript) or documents, whatever the file's name says
 Image.init()
@@ -418,12 +417,12 @@ def prepare_images(
         DataError: no image or label column, no usable rows, labels that do not match.
     """
     first = next(iter(tables.values()))
-    image = column(first, recipe.image_column, IMAGE_COLUMNS, "image", "--image-column", datasets.Image)
+    image = column(first, recipe.image_column, IMAGE)
     tables = {name: undecoded(table, image, datasets.Image) for name, table in tables.items()}
     evaluation = {name: undecoded(t, image, datasets.Image) for name, t in evaluation.items()} if evaluation else None
 
     def label(table: Table) -> str:
-        return column(table, recipe.label_column, LABEL_COLUMNS, "label", "--label-column", datasets.ClassLabel)
+        return column(table, recipe.label_column, LABEL)
 
     looked: list[tuple[str | int, Seen]] = []
 
@@ -443,6 +442,16 @@ def prepare_images(
     task = ImageClassification(matched, train, holdout, judge, said)  # type: ignore[arg-type]
     task.preprocessing, task.augment, task.image_column, task.input_name = preprocessing, recipe.augment, image, input_name
     return task
+
+
+def is_picture(table: Table, names: Sequence[str], row: int) -> bool:
+    """Can a row's picture be read, by a model of whatever channels?"""
+    (image,) = names
+    try:
+        decode(raw_bytes(undecoded(table, image, datasets.Image), image, row), channels=3)
+    except (OSError, DataError, TypeError):
+        return False
+    return True
 
 
 def _examine(table: Table, name: str, row: int, label: str | None, channels: int) -> tuple[Examined, Seen]:

@@ -2,42 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dsd_refine.data.columns import AUDIO, CAPTION, DOCUMENT, IMAGE, LABEL, TEXT, TRANSCRIPT, Kind
+from dsd_refine.data.given import Given, read_given
 from dsd_refine.data.imagenet import outputs, synsets
+from dsd_refine.data.labels import LabelMap, match_labels
 from dsd_refine.data.names import are_placeholders, listed
-from dsd_refine.data.splits import by_role
-from dsd_refine.data.tables import Table, named, read_tables
+from dsd_refine.data.splits import Rows
+from dsd_refine.data.tables import Table, named
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks import Task
 
+Download = Callable[[str, int], bool]
+COLUMNS: dict[str, tuple[Kind, ...]] = {
+    "image-classification": (IMAGE, LABEL),
+    "text-classification": (TEXT, LABEL),
+    "causal-lm": (DOCUMENT,),
+    "masked-lm": (DOCUMENT,),
+    "ctc-speech": (AUDIO, TRANSCRIPT),
+    "image-captioning": (IMAGE, CAPTION),
+}
 
-def open_task(
-    recipe: Recipe, name: str, library: Any, model: torch.nn.Module, cache: Path, download: Callable[[str, int], bool]
-) -> Task:
+
+def look_at_data(recipe: Recipe, name: str, library: Any, cache: Path, download: Download) -> Given:
+    """What can be known of the recipe's data before the weights are touched: splits, columns, labels.
+
+    Raises:
+        DataError: no data given, or data that do not fit the task or the classes of the checkpoint's config.
+    """
+    if recipe.data is None:
+        raise DataError("no data: give --data (a directory, a file, or a Hub data set org/name), or a recipe that names one")
+    if name in WITHOUT_CLASSES and (recipe.label_names or recipe.label_map):
+        raise DataError(f"label_names and label_map are of classes, and {name} has none: leave them out")
+    kinds = COLUMNS[name]
+    asked = {kind.what: getattr(recipe, f"{kind.what}_column") for kind in kinds}
+    splits = recipe.eval_split, recipe.holdout_split
+    given = read_given(recipe.data, recipe.eval_data, splits, kinds, asked, cache, download, recipe.encoding)
+    classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
+    evaluation = None if given.evaluation is None else named(given.evaluation, classes)
+    given = replace(given, tables=named(given.tables, classes), evaluation=evaluation)
+    if LABEL in kinds:
+        _check_labels(given, recipe, name, library)
+    return given
+
+
+def _check_labels(given: Given, recipe: Recipe, name: str, library: Any) -> None:
+    from dsd_refine.tasks.classify import check_labels
+
+    if name == "image-classification":
+        from dsd_refine.tasks.images import is_picture as counts
+    else:
+        from dsd_refine.tasks.text import is_text as counts
+    aliases, classes = _classes(library)
+
+    def match(labels: set[str], declared: Sequence[str] | None) -> LabelMap:
+        return match_labels(aliases, classes, labels, declared, recipe.label_map)
+
+    check_labels(given, match, counts)
+
+
+def open_task(recipe: Recipe, name: str, library: Any, model: torch.nn.Module, cache: Path, download: Download) -> Task:
     """Read the recipe's data for a task and hold it against the model.
 
     Raises:
         DataError: no data given, or data that do not fit.
         CheckpointError: the checkpoint lacks its preprocessing.
     """
-    if recipe.data is None:
-        raise DataError("no data: give --data (a directory, a file, or a Hub data set org/name), or a recipe that names one")
-    if name in WITHOUT_CLASSES and (recipe.label_names or recipe.label_map):
-        raise DataError(f"label_names and label_map are of classes, and {name} has none: leave them out")
-    classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
+    return prepare_task(recipe, name, library, model, look_at_data(recipe, name, library, cache, download))
 
-    def read(spec: str) -> Tables:
-        return named(by_role(read_tables(spec, cache, download=download, encoding=recipe.encoding), spec), classes)
 
-    tables = read(recipe.data)
-    evaluation = read(recipe.eval_data) if recipe.eval_data else None
-    return _OPENERS[name](recipe, library, model, tables, evaluation)
+def prepare_task(recipe: Recipe, name: str, library: Any, model: torch.nn.Module, given: Given) -> Task:
+    """The task with data that were looked at: every row is examined.
+
+    Raises:
+        DataError: data that do not fit.
+        CheckpointError: the checkpoint lacks its preprocessing.
+    """
+    chosen = {f"{what}_column": ",".join(names) for what, names in given.columns.items()}
+    return _OPENERS[name](recipe.model_copy(update=chosen), library, model, given.tables, given.evaluation)
+
+
+def parts_of(task: Task) -> dict[str, Rows | None]:
+    """The rows of each part, as the report names the parts."""
+    holdout = task.holdout.rows if task.holdout is not None else None
+    return {"train": task.train.rows, "holdout": holdout, "eval": task.eval.rows}
 
 
 Tables = dict[str, Table]
@@ -47,18 +102,15 @@ WITHOUT_CLASSES = ("causal-lm", "masked-lm", "ctc-speech", "image-captioning")
 def _images(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
     from dsd_refine.tasks import images
 
-    prepare_images = images.prepare_images
+    names, classes = _classes(library)
     if library.name == "timm":
-        classes = int(model.num_classes)  # type: ignore[arg-type]
-        return prepare_images(
-            recipe, tables, evaluation, images.timm_preprocessing(model), _timm_names(library, classes), classes, "x"
-        )
-    if library.name == "torchvision":
-        preprocessing, names = images.torchvision_preprocessing(library.preprocessing), _torchvision_names(library)
-        return prepare_images(recipe, tables, evaluation, preprocessing, names, library.num_classes, "x")
-    classes = int(library.config.num_labels)
-    preprocessing = images.transformers_preprocessing(library.folder, library.config, library.trust_remote_code)
-    return prepare_images(recipe, tables, evaluation, preprocessing, _config_names(library.config), classes, "pixel_values")
+        preprocessing = images.timm_preprocessing(model)
+    elif library.name == "torchvision":
+        preprocessing = images.torchvision_preprocessing(library.preprocessing)
+    else:
+        preprocessing = images.transformers_preprocessing(library.folder, library.config, library.trust_remote_code)
+    taken = "pixel_values" if library.name == "transformers" else "x"
+    return images.prepare_images(recipe, tables, evaluation, preprocessing, names, classes, taken)
 
 
 def _texts(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> Task:
@@ -68,7 +120,7 @@ def _texts(recipe: Recipe, library: Any, model: torch.nn.Module, tables: Tables,
     tokenizer = load_tokenizer(library.folder, library.trust_remote_code)
     size = rows_of_embedding(model, library.config)
     length = longest(tokenizer, library.config, "text-classification", recipe.max_length, model)
-    names, classes = _config_names(library.config), int(library.config.num_labels)
+    names, classes = _classes(library)
     ends = answer_end(library.config)
     task = prepare_texts(recipe, tables, evaluation, tokenizer, length, names, classes, size, ends)
     fit_padding(task, model)
@@ -128,6 +180,16 @@ _OPENERS: dict[str, Callable[..., Task]] = {
     "ctc-speech": _speech,
     "image-captioning": _captions,
 }
+
+
+def _classes(library: Any) -> tuple[Sequence[Sequence[str]] | None, int]:
+    """(the names of each class, None where there are none; how many classes), as the checkpoint's config says."""
+    if library.name == "timm":
+        classes = int(library.args.get("num_classes", library.cfg["num_classes"]))
+        return _timm_names(library, classes), classes
+    if library.name == "torchvision":
+        return _torchvision_names(library), int(library.num_classes)
+    return _config_names(library.config), int(library.config.num_labels)
 
 
 def _config_names(config: Any) -> list[list[str]] | None:

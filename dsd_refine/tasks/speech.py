@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dsd_refine.data.columns import AUDIO, TRANSCRIPT, column
 from dsd_refine.data.splits import Examined, Rows, divide, use_rows
-from dsd_refine.data.tables import Table, column, in_threads, raw_bytes, undecoded
+from dsd_refine.data.tables import Table, in_threads, raw_bytes, undecoded
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
@@ -24,9 +25,6 @@ from dsd_refine.tasks import Batch, Forward, Guess, Item, Score, Scores, ratio, 
 from dsd_refine.tasks.classify import overlap_warning, skip_warnings
 from dsd_refine.tasks.sound import Hearing, Lengths, SpecAugment, count_frames, decode, lengths_of, resample, spec_augment
 from dsd_refine.tasks.tokens import or_reason, tokenized
-
-AUDIO_COLUMNS = ("audio", "speech", "clip", "file", "path", "file_name")
-TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence", "normalized_text", "raw_transcription")
 
 
 def open_words(tokenizer: Any, config: Any) -> Words:
@@ -225,12 +223,12 @@ def prepare_speech(
     """
     require("ctc-speech", "speech", "soundfile", "jiwer")
     first = next(iter(tables.values()))
-    audio = column(first, recipe.audio_column, AUDIO_COLUMNS, "audio", "--audio-column", datasets.Audio)
+    audio = column(first, recipe.audio_column, AUDIO)
     clips: dict[int, list[Clip | None]] = {}
 
     def examined(table: Table) -> Rows:
         table = undecoded(table, audio, datasets.Audio)
-        text = column(table, recipe.text_column, TEXT_COLUMNS, "text", "--text-column")
+        text = column(table, recipe.text_column, TRANSCRIPT, [audio])
         found = _examine(table, audio, table.rows[text][:], hearing, words, model)
         clips[id(table)] = [clip for _, clip in found]
         return use_rows(table, [row for row, _ in found])

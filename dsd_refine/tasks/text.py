@@ -9,20 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dsd_refine.data.columns import DOCUMENT, LABEL, TEXT, choose, column
 from dsd_refine.data.splits import Examined, Rows, divide, use_rows
-from dsd_refine.data.tables import Table, column, row_blocks
+from dsd_refine.data.tables import Table, row_blocks
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks import Batch, Forward, Guess, Item, Score, Scores, ratio
 from dsd_refine.tasks.causality import WINDOWS, refuse_foresight
 from dsd_refine.tasks.classify import (
-    LABEL_COLUMNS,
     Classification,
     LabelledPart,
     labelled_parts,
@@ -35,7 +34,6 @@ Ids = np.ndarray[Any, Any]
 NONE: Ids = np.empty(0, dtype=np.int32)
 NO_TARGET = -100  # at a position that nothing is to be predicted at
 PADDING_NOISE = 1e-4  # what rounding may do, as a share of the largest logit
-TEXT_COLUMNS = ("text", "sentence", "content", "document", "review", "tweet")
 # tokens, where neither tokenizer nor config name a limit
 LONGEST = {"text-classification": 512, "causal-lm": 1024, "masked-lm": 512}
 
@@ -163,14 +161,14 @@ def prepare_texts(
     Raises:
         DataError: no text or label column, no usable rows, labels that do not match.
     """
-    first = next(iter(tables.values()))
-    columns = tuple(column(first, name, TEXT_COLUMNS, "text", "--text-column") for name in _asked(recipe.text_column))
+    first = tables.get("train") or next(iter(tables.values()))
+    columns = choose(first, (TEXT, LABEL), {"text": recipe.text_column, "label": recipe.label_column})["text"]
 
     def label(table: Table) -> str:
-        return column(table, recipe.label_column, LABEL_COLUMNS, "label", "--label-column", datasets.ClassLabel)
+        return column(table, recipe.label_column, LABEL)
 
     def examine(table: Table, labels: list[str | None]) -> list[Examined]:
-        names = [column(table, name, (), "text", "--text-column") for name in columns]
+        names = [column(table, name, TEXT) for name in columns]
         found: list[Examined] = []
         counts: dict[int, int] = {}  # of `ends`, in each row that can be used
         left = iter(labels)
@@ -221,16 +219,17 @@ def _uneven(counts: Mapping[int, int], tokenizer: Any, ends: int | None) -> dict
     }
 
 
-def _asked(text_column: str | None) -> list[str | None]:
-    return [name.strip() for name in text_column.split(",")] if text_column else [None]
-
-
 def _examine(texts: Sequence[Any], label: str | None) -> Examined:
     if label is None:
         return Examined(b"", None, "no label")
     if any(no_text(text) for text in texts):
         return Examined(b"", label, "no text")
     return Examined(text_digest(*texts), label)
+
+
+def is_text(table: Table, names: Sequence[str], row: int) -> bool:
+    """Does a row have its text, or both of its pair?"""
+    return all(name in table.rows.column_names and not no_text(table.rows[row][name]) for name in names)
 
 
 def no_text(text: Any) -> bool:
@@ -372,7 +371,7 @@ def cut_documents(
     doubled = Doubled(tokenizer)
 
     def examined(table: Table) -> Rows:
-        name = column(table, recipe.text_column, TEXT_COLUMNS, "text", "--text-column")
+        name = column(table, recipe.text_column, DOCUMENT)
         held = ids[id(table)] = []
         rows: list[Examined] = []
         for text in (text for block in row_blocks(table, [name]) for (text,) in block):
