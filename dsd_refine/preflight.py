@@ -8,8 +8,8 @@ from pathlib import Path
 from scipy.stats import binomtest
 
 from dsd_refine.claims import Claim, claims
-from dsd_refine.compare import ALPHA
 from dsd_refine.errors import UsageError
+from dsd_refine.paired import ALPHA
 from dsd_refine.recipe import Recipe
 from dsd_refine.report.card import evaluated_on
 from dsd_refine.tasks import Guess, Task

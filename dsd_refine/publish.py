@@ -14,7 +14,7 @@ import torch
 from dsd_refine.checkpoint import verify
 from dsd_refine.checkpoint.verify import PROBE, save_probe
 from dsd_refine.checkpoint.write import copy_file, write_text
-from dsd_refine.compare import Corpus, corpus_over_seeds, over_seeds
+from dsd_refine.compare import Corpus, corpus_over_seeds, credit, over_seeds
 from dsd_refine.errors import Interrupted, VerifyError
 from dsd_refine.forward import logits_of
 from dsd_refine.layers import few_maskable, outside_embeddings
@@ -23,6 +23,7 @@ from dsd_refine.power import rows_to_decide
 from dsd_refine.report import Report, environment
 from dsd_refine.report.card import SourceCard, card, eval_results, read_card
 from dsd_refine.report.page import page, read_lines
+from dsd_refine.report.places import from_home, local_name
 from dsd_refine.train import Loop, exact
 
 if TYPE_CHECKING:
@@ -141,15 +142,16 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
     masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
     return {
         "schema": SCHEMA,
-        "argv": list(run.options.argv),
+        "argv": [from_home(arg) for arg in run.options.argv],
         "seed": recipe.seed,
         "exit_code": 0 if passed else GATE_EXIT,
         "environment": environment(device, run.loop.world),
         "source": {
-            "model": source.model, "resolved": source.resolved, "revision": source.revision, "library": source.library,
+            "model": from_home(source.model), "resolved": local_name(source.resolved),
+            "revision": source.revision, "library": source.library,
             "files": _files(run.source_hashes),
         },
-        "output": {"path": str(run.options.output_dir), "files": _files(written)},
+        "output": {"path": from_home(str(run.options.output_dir)), "files": _files(written)},
         "task": task.name,
         "metric": {"name": task.metric, "higher_is_better": task.higher_is_better},
         **extra,
@@ -167,7 +169,8 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "verdict": verdict,
         "gate": {"rule": recipe.gate, "passed": passed},
         "selected": {name: selected[name] for name in ("sparsity", "epoch", *(["seed"] if recipe.seeds > 1 else []))},
-        "warnings": warnings,
+        "warnings": [from_home(warning) for warning in warnings],
+        "credit": credit(verdict, run.comparisons, recipe.control),
         "rows_to_decide": _rows_to_decide(run, verdict),
         "seeds": seeds_data(run) if recipe.seeds > 1 else None,
     }  # fmt: skip
@@ -197,8 +200,8 @@ def _over_seeds(run: Run, other: str) -> tuple[float, tuple[float, float], float
     theirs = [scores.compared(corpus) for scores in run.seeds[other]] * (len(mine) if other == "baseline" else 1)
     better, seed = run.task.higher_is_better, run.recipe.seed
     if corpus is not None:
-        return corpus_over_seeds(mine, theirs, corpus, higher_is_better=better, seed=seed)
-    return over_seeds(mine, theirs, run.scores["refined"].count, higher_is_better=better, seed=seed)
+        return corpus_over_seeds(mine, theirs, corpus, higher_is_better=better, seed=seed, groups=run.groups)
+    return over_seeds(mine, theirs, run.scores["refined"].count, higher_is_better=better, seed=seed, groups=run.groups)
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

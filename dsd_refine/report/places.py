@@ -1,0 +1,23 @@
+"""Places of this machine in what is published: nobody else needs them, and they tell who ran it where."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def from_home(text: str) -> str:
+    """The home directory as `~`; else the text as it was given."""
+    home = str(Path.home())
+    return text if home == "/" else re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?=/|$)", "~", text)
+
+
+def last_part(text: str) -> str:
+    """A full path by its last part, also behind `--option=`; else the text as it was given."""
+    option, equals, place = text.rpartition("=")
+    return f"{option}{equals}{Path(place).name or place}" if Path(place).is_absolute() else text
+
+
+def local_name(resolved: str) -> str:
+    """A folder of this machine by its name, any other source by what it resolved to."""
+    return Path(resolved).name or resolved if Path(resolved).is_absolute() else resolved
