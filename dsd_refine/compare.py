@@ -177,7 +177,7 @@ def _judged(delta: float, drawn: Array, changed: int, unseen: float) -> Comparis
         low, high = min(low, delta - unseen), max(high, delta + unseen)
     if p_value >= ALPHA:
         low, high = min(low, 0.0), max(high, 0.0)
-    error = wide * float(drawn.std())
+    error = float(drawn.std())
     return Comparison(delta, (low, high), p_value, p_value, None, None, "paired-bootstrap", changed, error=error)
 
 
