@@ -23,11 +23,11 @@ from dsd_refine.power import rows_to_decide
 from dsd_refine.report import Report, environment
 from dsd_refine.report.card import SourceCard, card, eval_results, read_card
 from dsd_refine.report.page import page, read_lines
-from dsd_refine.report.places import from_home, local_name
+from dsd_refine.report.places import from_home
 from dsd_refine.train import Loop, exact
 
 if TYPE_CHECKING:
-    from dsd_refine.checkpoint import Checkpoint
+    from dsd_refine.checkpoint import Checkpoint, Source
     from dsd_refine.run import Run
 
 SCHEMA = 1
@@ -147,9 +147,8 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "exit_code": 0 if passed else GATE_EXIT,
         "environment": environment(device, run.loop.world),
         "source": {
-            "model": from_home(source.model), "resolved": local_name(source.resolved),
-            "revision": source.revision, "library": source.library,
-            "files": _files(run.source_hashes),
+            "model": from_home(source.model), "resolved": _resolved(source), "revision": source.revision,
+            "library": source.library, "files": _files(run.source_hashes),
         },
         "output": {"path": from_home(str(run.options.output_dir)), "files": _files(written)},
         "task": task.name,
@@ -174,6 +173,11 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "rows_to_decide": _rows_to_decide(run, verdict),
         "seeds": seeds_data(run) if recipe.seeds > 1 else None,
     }  # fmt: skip
+
+
+def _resolved(source: Source) -> str:
+    """Name of a repository or a release; a folder of this machine as it was given, and not the full path to it."""
+    return from_home(source.model if Path(source.resolved).is_absolute() else source.resolved)
 
 
 def _rows_to_decide(run: Run, verdict: str) -> int | None:

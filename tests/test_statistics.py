@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import binomtest, multinomial, nct, t
 
 from dsd_refine import compare
-from dsd_refine.compare import Comparison, bootstrap, bootstrap_corpus, holm, mcnemar, over_seeds, verdict
+from dsd_refine.compare import bootstrap, bootstrap_corpus, holm, mcnemar, over_seeds, verdict
 from dsd_refine.power import chance_of_same, critical, power, rows_to_decide
 from dsd_refine.tasks.captions import bleu
 

@@ -221,15 +221,15 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str 
     name = code(source["resolved"] if source["revision"] else _short_name(report))
     at = f" at {code(source['revision'])}" if source["revision"] else ""
     rule, met = report["gate"]["rule"], report["gate"]["passed"]
-    asked = f" ({words.GATES[rule]})" if rule in words.GATES else ""
-    gate = f" Gate {code(rule)}{asked}: met." if met else f" The gate {code(rule)}{asked} was not met: it was set aside."
+    asked = f": {words.GATES[rule]}" if rule in words.GATES else ""
+    gate = f" The gate {code(rule)} was met{asked}." if met else f" The gate {code(rule)} was not met: it was set aside."
     lines = [
         "## Refined with dsd-refine",
         "",
         f"Refined from {name}{at} by Dense-Sparse-Dense training ({PAPER}) on {data['train']['rows']:,} rows of "
         f"{code(data_name(recipe.get('data')).name)}. Same files, names, shapes and dtypes: it loads as the source does.",
         "",
-        f"**Verdict: {report['verdict']}** ({words.said(report)}).{gate}",
+        f"**Verdict: {report['verdict']}** ({_plain(words.said(report))}).{gate}",
         "",
         _plain(" ".join(text for text in (words.measured(report), words.edge(report), words.rows_words(report)) if text)),
         *(f"\n{_plain(sentence)}" for sentence in words.credit(report)),

@@ -16,8 +16,3 @@ def last_part(text: str) -> str:
     """A full path by its last part, also behind `--option=`; else the text as it was given."""
     option, equals, place = text.rpartition("=")
     return f"{option}{equals}{Path(place).name or place}" if Path(place).is_absolute() else text
-
-
-def local_name(resolved: str) -> str:
-    """A folder of this machine by its name, any other source by what it resolved to."""
-    return Path(resolved).name or resolved if Path(resolved).is_absolute() else resolved
