@@ -638,7 +638,10 @@ def test_a_browser_shows_it_and_asks_for_nothing(chromium, tmp_path, width, whic
         assert chromium.run("return [document.documentElement.scrollWidth <= innerWidth, innerWidth]") == [True, width]
         chromium.screenshot(screenshots(tmp_path) / f"{which}-{width}.png")
         if width == 1280 and which != "long":
-            assert chromium.run("return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)") == []
+            assert (
+                chromium.run("return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)")
+                == []
+            )
         assert chromium.requests() == [f"{address}/report.html"]
         assert set(asked) == {"/report.html"}
     outside = """return [...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, pre') && !e.closest('svg')
