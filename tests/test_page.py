@@ -181,6 +181,8 @@ def test_where_no_row_changed_it_is_said_that_nobody_knows():
     report["comparison"]["refined_vs_baseline"] = reports.comparison(0.0, -0.0038, 0.0038, 1.0, 0, 0)
     for text in (made(report), summary(Report(report, Path("out")))):
         assert "No row changed sides: 1,000 rows are too few" in text
+    report["comparison"]["refined_vs_baseline"] = reports.comparison(0.0, -0.02, 0.02, 1.0, 9, 9)
+    assert "How many rows would decide cannot be told from these." in made(report)
 
 
 @pytest.mark.parametrize(

@@ -116,10 +116,8 @@ def rows_words(report: Mapping[str, Any]) -> str | None:
     if rows and rows > used:
         return f"About {rows:,} evaluation rows would decide it, if things are as found (power 0.8)."
     if found["gained"] == found["lost"] == 0:
-        return (
-            f"No row changed sides: {used:,} rows are too few to show that none would, and how many would decide is not known."
-        )
-    return None
+        return f"No row changed sides: {used:,} rows are too few to show that none would; how many would decide is not known."
+    return None if rows else "How many rows would decide cannot be told from these."
 
 
 def credit(report: Mapping[str, Any]) -> list[str]:
