@@ -286,3 +286,16 @@ def test_seeds_and_rows_both_widen_the_interval():
     assert deviation == pytest.approx(np.std([0, 0.2, 0.4, 0.6], ddof=1))
     assert interval[1] - interval[0] > 0.3
     assert over_seeds(wild, [np.zeros(200)] * 4, count, higher_is_better=False)[0] == pytest.approx(-0.3)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 60 + [2] * 20 + [4] * 10, [3] * 50])
+def test_equal_rows_neither_call_differences_nor_narrow_intervals(sizes):
+    """Rows in groups of these sizes, which change together."""
+    generator, groups, calls, covered = np.random.default_rng(9), np.repeat(np.arange(len(sizes)), sizes), 0, 0
+    for _ in range(400):
+        drawn = generator.random(len(sizes))[groups]
+        alike = mcnemar(drawn < 0.1, (drawn >= 0.1) & (drawn < 0.2), groups)
+        low, high = mcnemar(drawn < 0.1, (drawn >= 0.1) & (drawn < 0.14), groups).ci95
+        calls, covered = calls + (alike.p_value < 0.05), covered + (low <= 0.06 <= high)
+    assert calls / 400 <= 0.05
+    assert covered / 400 >= 0.93

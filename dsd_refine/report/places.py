@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 
 def from_home(text: str) -> str:
     """The home directory as `~`; else the text as it was given."""
-    home = str(Path.home())
-    return text if home == "/" else re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?=/|$)", "~", text)
+    home = os.path.expanduser("~")
+    return text if home in ("/", "~") else re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?=/|$)", "~", text)
 
 
 def last_part(text: str) -> str:
