@@ -177,7 +177,10 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
 
 def _resolved(source: Source) -> str:
     """Name of a repository or a release; a folder of this machine as it was given, and not the full path to it."""
-    return from_home(source.model if Path(source.resolved).is_absolute() else source.resolved)
+    if not Path(source.resolved).is_absolute():
+        return source.resolved
+    named = Path(source.model).name not in ("", "..")  # "." has no name of its own
+    return from_home(source.model) if named else Path(source.resolved).name
 
 
 def _rows_to_decide(run: Run, verdict: str) -> int | None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import browser
 import pytest
 import reports
 import torch
+from builders import copy_folder
+from conftest import SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reports import HOSTILE
@@ -602,6 +605,23 @@ def test_a_run_leaves_its_page(finished, made):
     name = next(layer["name"] for layer in report["layers"] if layer["excluded"] is None)
     for tensors in (source, found):
         assert f"{float(tensors[name].abs().mean()):#.4g}" in reader.text
+
+
+@pytest.mark.parametrize("model", ["net", "./net/", "."])
+def test_a_run_on_relative_paths_publishes_no_full_one(command, made, tmp_path, monkeypatch, model):
+    copy_folder(made / "bert", tmp_path / "net")
+    shutil.copy(made / "texts.csv", tmp_path / "texts.csv")
+    monkeypatch.chdir(tmp_path / "net" if model == "." else tmp_path)
+    up = ".." if model == "." else "."
+    assert command(model, "--data", f"{up}/texts.csv", "-o", f"{up}/out", *SHORT, "--control", "none").code == 0
+    report = json.loads((tmp_path / "out/dsd/report.json").read_text())
+    assert report["source"]["model"] == model
+    assert Path(report["source"]["resolved"]).name == "net"
+    assert report["output"]["path"] == str(Path(up, "out"))
+    for name in ("README.md", "dsd/report.html", "dsd/report.json"):
+        text = (tmp_path / "out" / name).read_text()
+        assert str(tmp_path) not in text
+        assert "net" in text
 
 
 def test_log_lines_are_read_one_by_one(tmp_path):
