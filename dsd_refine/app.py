@@ -14,6 +14,7 @@ import click
 
 from dsd_refine import __version__
 from dsd_refine.errors import DsdError, Interrupted, RunError, UsageError
+from dsd_refine.report.words import GATES
 from dsd_refine.signals import Signals
 from dsd_refine.streams import fill_streams
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dsd_refine.recipe import Recipe
 
 BUG = 1
+GATE_HELP = "; ".join(f"{rule}: {what}" for rule, what in GATES.items()) + "."
 # quiet libraries, no bars of theirs, nothing sent anywhere: set before any of them is imported
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -99,7 +101,7 @@ RECIPE_OPTIONS = _together(
     click.option("--control", type=click.Choice(["dense", "random", "none"]), multiple=True, help="Same-budget arms (dense)."),
     click.option("--holdout", type=float, help="Share of the training rows that selects (0.1)."),
     click.option("--keep", type=click.Choice(["best", "last", "sparse"])),
-    click.option("--gate", type=click.Choice(["none", "not-worse", "better", "beats-control"]), help="What exit 0 requires."),
+    click.option("--gate", type=click.Choice(list(GATES)), help="What exit 0 requires (not-worse). " + GATE_HELP),
     click.option("--margin", type=float, help="What counts as the same (0.005)."),
     click.option("--seed", type=int),
     click.option("--seeds", type=int, help="Repeat every arm with this many seeds; the holdout picks (1)."),

@@ -358,7 +358,7 @@ def judge_all(run: Run) -> None:
         corpus = getattr(run.task, "corpus", None)
         run.comparisons[f"refined_vs_{other}"] = compare(
             mine.compared(corpus), theirs.compared(corpus), mine.count,
-            higher_is_better=run.task.higher_is_better, seed=run.recipe.seed, corpus=corpus,
+            higher_is_better=run.task.higher_is_better, seed=run.recipe.seed, corpus=corpus, groups=run.groups,
         )  # fmt: skip
     run.comparisons = holm(run.comparisons)
 

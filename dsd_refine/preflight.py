@@ -10,11 +10,11 @@ import numpy as np
 from scipy.stats import binomtest
 
 from dsd_refine.claims import Claim, claims
-from dsd_refine.compare import ALPHA
 from dsd_refine.confusion import Assignment, better_assignment, suspected
 from dsd_refine.data.labels import LabelMap
 from dsd_refine.data.names import MOST, map_option
 from dsd_refine.errors import UsageError
+from dsd_refine.paired import ALPHA
 from dsd_refine.recipe import Recipe
 from dsd_refine.report.card import evaluated_on
 from dsd_refine.tasks import Guess, Scores, Task

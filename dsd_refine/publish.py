@@ -16,7 +16,7 @@ from dsd_refine.blame import computed
 from dsd_refine.checkpoint import verify
 from dsd_refine.checkpoint.verify import PROBE, save_probe
 from dsd_refine.checkpoint.write import copy_file, write_text
-from dsd_refine.compare import Corpus, corpus_over_seeds, over_seeds
+from dsd_refine.compare import Corpus, corpus_over_seeds, credit, over_seeds
 from dsd_refine.errors import Interrupted, VerifyError
 from dsd_refine.forward import logits_of
 from dsd_refine.layers import few_maskable, outside_embeddings
@@ -25,12 +25,13 @@ from dsd_refine.power import rows_to_decide
 from dsd_refine.report import Report, environment
 from dsd_refine.report.card import SourceCard, card, eval_results, read_card
 from dsd_refine.report.page import page, read_lines
+from dsd_refine.report.places import from_home
 from dsd_refine.tasks import Batch, Forward
 from dsd_refine.tasks.open import parts_of
 from dsd_refine.train import Loop, exact
 
 if TYPE_CHECKING:
-    from dsd_refine.checkpoint import Checkpoint
+    from dsd_refine.checkpoint import Checkpoint, Source
     from dsd_refine.run import Run
 
 SCHEMA = 1
@@ -153,15 +154,15 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
     masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
     return {
         "schema": SCHEMA,
-        "argv": list(run.options.argv),
+        "argv": [from_home(arg) for arg in run.options.argv],
         "seed": recipe.seed,
         "exit_code": 0 if passed else GATE_EXIT,
         "environment": environment(device, run.loop.world),
         "source": {
-            "model": source.model, "resolved": source.resolved, "revision": source.revision, "library": source.library,
-            "weights_key": run.checkpoint.layout.weights_key, "files": _files(run.source_hashes),
+            "model": from_home(source.model), "resolved": _resolved(source), "revision": source.revision,
+            "library": source.library, "weights_key": run.checkpoint.layout.weights_key, "files": _files(run.source_hashes),
         },
-        "output": {"path": str(run.options.output_dir), "files": _files(written)},
+        "output": {"path": from_home(str(run.options.output_dir)), "files": _files(written)},
         "task": task.name,
         "metric": {"name": task.metric, "higher_is_better": task.higher_is_better},
         **extra,
@@ -175,10 +176,19 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "verdict": verdict,
         "gate": {"rule": recipe.gate, "passed": passed},
         "selected": {name: selected[name] for name in ("sparsity", "epoch", *(["seed"] if recipe.seeds > 1 else []))},
-        "warnings": warnings,
+        "warnings": [from_home(warning) for warning in warnings],
+        "credit": credit(verdict, run.comparisons, recipe.control),
         "rows_to_decide": _rows_to_decide(run, verdict),
         "seeds": seeds_data(run) if recipe.seeds > 1 else None,
     }  # fmt: skip
+
+
+def _resolved(source: Source) -> str:
+    """Name of a repository or a release; a folder of this machine as it was given, and not the full path to it."""
+    if not Path(source.resolved).is_absolute():
+        return source.resolved
+    named = Path(source.model).name not in ("", "..")  # "." has no name of its own
+    return from_home(source.model) if named else Path(source.resolved).name
 
 
 def _rows_to_decide(run: Run, verdict: str) -> int | None:
@@ -205,8 +215,8 @@ def _over_seeds(run: Run, other: str) -> tuple[float, tuple[float, float], float
     theirs = [scores.compared(corpus) for scores in run.seeds[other]] * (len(mine) if other == "baseline" else 1)
     better, seed = run.task.higher_is_better, run.recipe.seed
     if corpus is not None:
-        return corpus_over_seeds(mine, theirs, corpus, higher_is_better=better, seed=seed)
-    return over_seeds(mine, theirs, run.scores["refined"].count, higher_is_better=better, seed=seed)
+        return corpus_over_seeds(mine, theirs, corpus, higher_is_better=better, seed=seed, groups=run.groups)
+    return over_seeds(mine, theirs, run.scores["refined"].count, higher_is_better=better, seed=seed, groups=run.groups)
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

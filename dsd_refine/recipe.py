@@ -148,7 +148,7 @@ class Recipe(Strict):
     control: Annotated[tuple[Literal["dense", "random"], ...], Field(strict=False)] = ("dense",)
     holdout: Share = 0.1
     keep: Literal["best", "last", "sparse"] = "best"
-    gate: Literal["none", "not-worse", "better", "beats-control"] = "not-worse"
+    gate: Literal["none", "not-worse", "non-inferior", "better", "beats-control"] = "not-worse"
     margin: Annotated[float, Field(ge=0)] = 0.005
     seed: Seed = 0
     seeds: Annotated[int, Field(gt=0, le=1000)] = 1

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from dsd_refine.checkpoint import Checkpoint
-from dsd_refine.compare import Comparison
+from dsd_refine.compare import Comparison, groups_of
 from dsd_refine.data.given import Given
 from dsd_refine.masks import Layer
 from dsd_refine.recipe import Recipe
@@ -62,6 +64,12 @@ class Run:
     @property
     def state(self) -> dict[str, Any]:
         return self.workspace.state
+
+    @cached_property
+    def groups(self) -> np.ndarray[Any, Any] | None:
+        """The group of each evaluation row, where some have equal content and so count as one."""
+        digests = self.task.eval.rows.digests
+        return groups_of(digests) if len(set(digests)) < len(digests) else None
 
     @property
     def arms(self) -> tuple[str, ...]:

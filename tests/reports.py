@@ -80,6 +80,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "gate": {"rule": "not-worse", "passed": True},
         "selected": {"sparsity": 0.3, "epoch": 2},
         "warnings": [],
+        "credit": "training",
         "rows_to_decide": None,
         "seeds": None,
     }  # fmt: skip
@@ -100,7 +101,7 @@ def loss_report(**changes: Any) -> dict[str, Any]:
             "refined_vs_dense": comparison(-0.15, -0.2, -0.1, 0.001, None, None),
         },
         verdict="inconclusive", gate={"rule": "better", "passed": False}, selected={"sparsity": None, "epoch": 0},
-        rows_to_decide=5400, warnings=["something is odd"],
+        rows_to_decide=5400, warnings=["something is odd"], credit="none",
         phases=[phase("refined", kind, None) for kind in ("sparse", "dense")],
     )  # fmt: skip
     made["source"] |= {"model": "./net", "resolved": "/home/someone/net", "revision": None, "library": "transformers"}

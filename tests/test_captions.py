@@ -101,7 +101,8 @@ def test_the_corpus_bootstrap_sees_a_difference_and_its_sign():
     assert worse.delta == -better.delta
     assert worse.ci95 == pytest.approx((-better.ci95[1], -better.ci95[0]))
     none = bootstrap_corpus(good, good, bleu, higher_is_better=True)
-    assert (none.delta, none.ci95, none.p_value) == (0.0, (0.0, 0.0), 1.0)
+    assert (none.delta, none.p_value) == (0.0, 1.0)
+    assert none.ci95[0] == -none.ci95[1] < -0.05  # 60 rows cannot show that no other would change
 
 
 def test_the_corpus_bootstrap_of_a_ratio_is_the_ratios():

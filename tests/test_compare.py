@@ -1,14 +1,32 @@
 """The paired tests against scipy, statsmodels and numbers worked out by hand; the verdict; the gates."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
-from scipy.stats import beta, binom, t
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from scipy.stats import binom, norm, t
 from scipy.stats import bootstrap as scipy_bootstrap
 from statsmodels.stats import contingency_tables
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
-from dsd_refine.compare import Comparison, bootstrap, compare, gate_passed, holm, mcnemar, verdict
+from dsd_refine.compare import (
+    Comparison,
+    bootstrap,
+    bootstrap_corpus,
+    compare,
+    credit,
+    gate_passed,
+    groups_of,
+    holm,
+    mcnemar,
+    over_seeds,
+    verdict,
+)
+from dsd_refine.paired import sign_flips
 
 
 def rows(gained, lost, same, n_right=0):
@@ -24,9 +42,6 @@ def test_mcnemar_is_the_exact_binomial_test(gained, lost):
     changed, n = gained + lost, len(first)
     tail = binom.cdf(min(gained, lost), changed, 0.5)
     assert found.p_value == pytest.approx(min(1.0, 2 * tail))
-    low = 0.0 if gained == 0 else beta.ppf(0.025, gained, lost + 1)
-    high = 1.0 if lost == 0 else beta.ppf(0.975, gained + 1, lost)
-    assert found.ci95 == pytest.approx(((2 * low - 1) * changed / n, (2 * high - 1) * changed / n))
     assert (found.gained, found.lost, found.delta) == (gained, lost, pytest.approx((gained - lost) / n))
 
 
@@ -34,14 +49,148 @@ def test_mcnemar_is_the_exact_binomial_test(gained, lost):
 def test_mcnemar_is_statsmodels(gained, lost):
     found = mcnemar(*rows(gained, lost, 200, 150))
     assert found.p_value == pytest.approx(contingency_tables.mcnemar([[150, gained], [lost, 50]], exact=True).pvalue)
-    low, high = proportion_confint(gained, gained + lost, method="beta")
-    n = 200 + gained + lost
-    assert found.ci95 == pytest.approx(tuple((2 * share - 1) * (gained + lost) / n for share in (low, high)))
 
 
-def test_arms_that_agree_everywhere_are_the_same():
-    found = mcnemar(*rows(0, 0, 50, 30))
-    assert (found.delta, found.p_value, found.ci95) == (0.0, 1.0, (0.0, 0.0))
+def deviations(gained, lost, n, difference):
+    """Tango's statistic from its definition: the variance at the likeliest chances that have this difference."""
+
+    def against(share):
+        shares = (share + difference, share, 1 - 2 * share - difference)
+        counts = zip((gained, lost, n - gained - lost), shares, strict=True)
+        return -sum(count * math.log(max(chance, 1e-300)) for count, chance in counts if count)
+
+    bounds = (max(0.0, -difference), (1 - difference) / 2)
+    share = minimize_scalar(against, bounds=bounds, method="bounded", options={"xatol": 1e-13}).x
+    return (gained - lost - n * difference) / math.sqrt(n * (2 * share + difference - difference**2))
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 500))
+@settings(deadline=None, max_examples=60)
+def test_the_interval_of_right_and_wrong_ends_where_the_score_is_rejected(gained, lost, same):
+    n = gained + lost + same
+    if n == 0:
+        return
+    low, high = mcnemar(*rows(gained, lost, same)).ci95
+    assert -1 <= low <= (gained - lost) / n <= high <= 1
+    for end, sign in ((low, 1), (high, -1)):
+        if -1 < end < 1:
+            assert sign * deviations(gained, lost, n, end) == pytest.approx(norm.isf(0.025), abs=1e-3)
+
+
+def test_the_interval_is_the_published_one():
+    """Fagerland, Lydersen and Laake 2014 (Statistics in Medicine 33:2850-2875): 1 and 7 of 21 pairs, Tango's interval."""
+    assert mcnemar(*rows(1, 7, 13, 1)).ci95 == pytest.approx((-0.517, -0.026), abs=6e-4)
+
+
+@pytest.mark.parametrize("n", [1, 20, 50, 700])
+def test_no_changed_row_leaves_room_for_some(n):
+    found = mcnemar(*rows(0, 0, n, n // 2))
+    assert (found.delta, found.p_value, found.gained, found.lost) == (0.0, 1.0, 0, 0)
+    room = norm.isf(0.025) ** 2 / (n + norm.isf(0.025) ** 2)
+    assert found.ci95 == pytest.approx((-room, room))
+    assert verdict(found, 0.005) == "inconclusive"
+
+
+def test_no_changed_row_among_enough_is_the_same():
+    assert verdict(mcnemar(*rows(0, 0, 800, 400)), 0.005) == "same"
+
+
+# ---------------------------------------------------------------- equal rows
+
+
+@given(st.lists(st.integers(-4, 4), max_size=11))
+@settings(deadline=None)
+def test_flipping_signs_counts_every_way(sums):
+    ways = [sum(s * f for s, f in zip(sums, flips, strict=True)) for flips in itertools.product((1, -1), repeat=len(sums))]
+    counted = sum(abs(way) >= abs(sum(sums)) for way in ways) / len(ways)
+    assert sign_flips(np.array(sums, dtype=np.int64)) == pytest.approx(counted)
+
+
+@pytest.mark.parametrize("times", [2, 3, 10])
+@pytest.mark.parametrize(("gained", "lost", "same"), [(5, 0, 45), (9, 2, 89), (0, 0, 20), (20, 6, 4)])
+def test_rows_given_several_times_show_no_more_than_once(times, gained, lost, same):
+    once = rows(gained, lost, same)
+    groups = groups_of([bytes([row]) for row in range(len(once[0]))] * times)
+    found, single = mcnemar(*(np.tile(arm, times) for arm in once), groups), mcnemar(*once)
+    assert (found.gained, found.lost) == (times * gained, times * lost)
+    assert (found.delta, found.p_value) == (pytest.approx(single.delta), pytest.approx(single.p_value))
+    assert found.ci95 == pytest.approx(single.ci95)
+
+
+def test_five_rows_twice_are_no_ten():
+    first, second = (np.repeat(arm, 2) for arm in rows(5, 0, 45))
+    alone = mcnemar(first, second)
+    known = mcnemar(first, second, groups_of([bytes([row // 2]) for row in range(100)]))
+    assert (verdict(alone, 0.005), verdict(known, 0.005)) == ("better", "inconclusive")
+    assert known.test != alone.test
+
+
+def test_a_row_that_is_most_of_the_split_is_one_row():
+    """One row 40 times, lost, and ten rows gained: no sign could make the ten outweigh it."""
+    first, second = rows(10, 40, 50)
+    found = mcnemar(first, second, np.concatenate([np.arange(10), np.full(40, 10), np.arange(11, 61)]))
+    assert (found.delta, found.p_value) == (pytest.approx(-0.3), 1.0)
+    assert found.ci95[1] > 0
+
+
+def test_equal_rows_of_different_labels_pull_both_ways():
+    found = mcnemar(*rows(6, 6, 88), np.concatenate([np.arange(6), np.arange(6), np.arange(6, 94)]))
+    assert (found.gained, found.lost, found.delta, found.p_value, found.changed) == (6, 6, 0.0, 1.0, 0)
+
+
+def test_groups_of_one_change_nothing():
+    generator = np.random.default_rng(0)
+    arms = generator.normal(size=(2, 80))
+    right = arms > 0
+    stats = generator.integers(1, 9, (2, 80, 2)).astype(float)
+    apart, count = groups_of(generator.bytes(32) for _ in range(80)), np.ones(80)
+    assert mcnemar(*right, apart) == mcnemar(*right)
+    both = {"higher_is_better": True}
+    assert bootstrap(*arms, count, **both, groups=apart) == bootstrap(*arms, count, **both)
+    assert bootstrap_corpus(*stats, quotient, **both, groups=apart) == bootstrap_corpus(*stats, quotient, **both)
+    seeds = ([arms[0]] * 2, [arms[1]] * 2, count)
+    assert over_seeds(*seeds, **both, groups=apart) == over_seeds(*seeds, **both)
+
+
+def quotient(sums):
+    return sums[..., 0] / sums[..., 1]
+
+
+def test_the_bootstrap_draws_equal_rows_together():
+    generator = np.random.default_rng(1)
+    arms, count = generator.normal((0.3, 0.0), 1, (40, 2)).T, generator.integers(1, 5, 40).astype(float)
+    groups, both = np.tile(np.arange(40), 3), {"higher_is_better": True}
+    thrice = [np.tile(arm, 3) for arm in (*arms, count)]
+    once, known, alone = bootstrap(*arms, count, **both), bootstrap(*thrice, **both, groups=groups), bootstrap(*thrice, **both)
+    assert (known.delta, known.ci95, known.p_value) == (
+        pytest.approx(once.delta),
+        pytest.approx(once.ci95),
+        pytest.approx(once.p_value),
+    )
+    assert np.diff(alone.ci95) < 0.7 * np.diff(known.ci95)
+    stats = [np.stack([arm, count], axis=1) for arm in arms]
+    corpus = bootstrap_corpus(*(np.tile(one, (3, 1)) for one in stats), quotient, **both, groups=groups)
+    assert corpus.ci95 == pytest.approx(bootstrap_corpus(*stats, quotient, **both).ci95)
+
+
+# ---------------------------------------------------------------- the bootstrap
+
+
+@pytest.mark.parametrize("changed", [0, 1, 3, 5])
+def test_few_changed_rows_are_no_evidence_of_none(changed):
+    """Errors of a hundred transcripts of ten words, of which hardly one changed: another could change wholly."""
+    errors = np.repeat([1.0, 0.0], [changed, 100 - changed])
+    found = bootstrap(errors, np.zeros(100), np.full(100, 10.0), higher_is_better=False)
+    assert found.ci95[0] < -0.03
+    assert found.ci95[1] > 0.03
+    assert verdict(found, 0.01) == "inconclusive"
+    stats = np.stack([errors, np.full(100, 10.0)], axis=1), np.stack([np.zeros(100), np.full(100, 10.0)], axis=1)
+    assert verdict(bootstrap_corpus(*stats, quotient, higher_is_better=False), 0.01) == "inconclusive"
+
+
+def test_no_changed_row_among_a_thousand_is_the_same_for_sums_too():
+    same = np.zeros(1000), np.zeros(1000), np.full(1000, 10.0)
+    assert verdict(bootstrap(*same, higher_is_better=False), 0.005) == "same"
 
 
 def test_a_lower_loss_is_a_positive_delta_and_the_bootstrap_is_seeded():
@@ -118,6 +267,10 @@ def test_the_verdict(found, said):
         ("none", some(0.01, -0.1), some(1), True),
         ("not-worse", some(0.9, 0.0), some(1), True),
         ("not-worse", some(0.9, -0.001), some(1), False),
+        ("non-inferior", some(0.9, 0.0, (-0.004, 0.03)), some(1), True),
+        ("non-inferior", some(0.9, 0.02, (-0.005, 0.04)), some(1), False),
+        ("non-inferior", some(0.9, 0.02, (-0.2, 0.3)), some(1), False),
+        ("non-inferior", some(0.001, -0.003, (-0.0045, -0.001)), some(1), True),
         ("better", some(0.2), some(1), False),
         ("better", some(0.01), some(1), True),
         ("beats-control", some(0.01), some(0.2), False),
@@ -127,3 +280,21 @@ def test_the_verdict(found, said):
 )
 def test_the_gates(rule, baseline, dense, met):
     assert gate_passed(rule, {"refined_vs_baseline": baseline, "refined_vs_dense": dense}, 0.005, ["dense"]) is met
+
+
+@pytest.mark.parametrize(
+    ("said", "controls", "whose"),
+    [
+        ("better", {"dense": some(0.01)}, "mask"),
+        ("better", {"dense": some(0.2)}, "training"),
+        ("better", {"dense": some(0.01, -0.1)}, "training"),
+        ("better", {"dense": some(0.01), "random": some(0.2)}, "training"),
+        ("better", {"dense": some(0.01), "random": some(0.03)}, "mask"),
+        ("better", {}, "unknown"),
+        ("same", {"dense": some(0.01)}, "none"),
+        ("inconclusive", {}, "none"),
+        ("worse", {"dense": some(0.01)}, "none"),
+    ],
+)
+def test_whose_doing_it_is(said, controls, whose):
+    assert credit(said, {f"refined_vs_{name}": found for name, found in controls.items()}, list(controls)) == whose

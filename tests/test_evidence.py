@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, SHORT
 from safetensors.torch import load_file, save_file
-from scipy.stats import beta, binomtest, norm
+from scipy.optimize import brentq
+from scipy.stats import binomtest, norm
 from scipy.stats import t as student
+from test_compare import deviations
 from test_run import report_of
 
 DEMO = ROOT / "recipes/demo"
@@ -54,12 +56,16 @@ def told(mine, other, count, right_wrong):
     """(delta, low, high, p) of two arms, from the contract's words and scipy. A lower loss is a positive delta."""
     if right_wrong:
         gained, lost = int((mine > other).sum()), int((mine < other).sum())
-        if gained + lost == 0:
-            return 0.0, 0.0, 0.0, 1.0
-        low = beta.ppf(0.025, gained, lost + 1) if gained else 0.0
-        high = beta.ppf(0.975, gained + 1, lost) if lost else 1.0
-        ends = [(2 * share - 1) * (gained + lost) / len(mine) for share in (low, high)]
-        return (gained - lost) / len(mine), *ends, binomtest(gained, gained + lost).pvalue
+        delta = (gained - lost) / len(mine)
+
+        def off(at, limit):
+            return deviations(gained, lost, len(mine), at) - limit
+
+        ends = [
+            brentq(off, *within, args=(limit,), xtol=1e-6)
+            for within, limit in (((-0.999, delta), 1.96), ((delta, 0.999), -1.96))
+        ]
+        return delta, *ends, binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     drawn = np.random.default_rng(1).integers(0, len(mine), (10_000, len(mine)))
     deltas = (other - mine)[drawn].sum(1) / count[drawn].sum(1)
     m = int((mine != other).sum())
@@ -87,7 +93,7 @@ def test_the_comparisons_follow_from_the_predictions(run, request):
     for name, found in report["comparison"].items():
         delta, low, high, p = mine[name]
         assert found["delta"] == pytest.approx(delta)
-        assert found["ci95"] == pytest.approx([low, high], abs=0.05 * (high - low) if chance else 1e-9)
+        assert found["ci95"] == pytest.approx([low, high], abs=0.05 * (high - low) if chance else 1e-4)
         assert found["p_value"] == pytest.approx(p, **chance)
         assert found["p_adjusted"] == pytest.approx(holm[name], **chance)
     delta, low, high, _ = mine["refined_vs_baseline"]
@@ -95,6 +101,8 @@ def test_the_comparisons_follow_from_the_predictions(run, request):
     same = "same" if -margin <= low and high <= margin else "inconclusive"
     verdict = same if holm["refined_vs_baseline"] >= 0.05 else "better" if delta > 0 else "worse"
     assert report["verdict"] == verdict
+    beaten = all(holm[name] < 0.05 and mine[name][0] > 0 for name in mine if name != "refined_vs_baseline")
+    assert report["credit"] == ("none" if verdict != "better" else "mask" if beaten else "training")
 
 
 @pytest.mark.parametrize("run", ["seeded", "by_loss"])
@@ -196,7 +204,7 @@ def test_where_the_mask_truly_helps_it_gets_the_credit(command, noisy, tmp_path)
     report = digits(
         command, noisy, tmp_path / "out", "--lr", "0", "--sparsity", "0.4", "--control", "dense", "--control", "random"
     )
-    assert report["verdict"] == "better"
+    assert (report["verdict"], report["credit"]) == ("better", "mask")
     for control in ("dense", "random"):
         found = report["comparison"][f"refined_vs_{control}"]
         assert found["delta"] > 0
@@ -205,7 +213,9 @@ def test_where_the_mask_truly_helps_it_gets_the_credit(command, noisy, tmp_path)
 
 def test_where_only_training_on_helps_the_control_shares_the_credit(command, tmp_path):
     report = digits(command, DEMO / "checkpoint", tmp_path / "out", "--gate", "beats-control", "--sparsity", "0.1", code=3)
-    assert report["verdict"] == "better"
+    assert (report["verdict"], report["credit"]) == ("better", "training")
+    assert "no better than training on without a mask" in (tmp_path / "out/rejected/README.md").read_text()
+    assert "no better than training on without a mask" in (tmp_path / "out/dsd/report.html").read_text()
     assert report["gate"] == {"rule": "beats-control", "passed": False}
     against = report["comparison"]["refined_vs_dense"]
     assert against["p_adjusted"] >= 0.05
@@ -222,5 +232,59 @@ def test_where_all_hurt_all_are_worse(command, tmp_path, monkeypatch):
     wrong = rows.remove_columns("label").add_column("label", labels).cast(features)
     wrong.to_parquet(str(tmp_path / "wrong.parquet"))
     report = digits(command, DEMO / "checkpoint", tmp_path / "out", "--lr", "0.2", train=tmp_path / "wrong.parquet")
-    assert report["verdict"] == "worse"
+    assert (report["verdict"], report["credit"]) == ("worse", "none")
     assert report["arms"]["dense"]["accuracy"] < report["arms"]["baseline"]["accuracy"] - 0.05
+
+
+# ---------------------------------------------------------------- equal rows
+
+
+def test_equal_evaluation_rows_are_counted_named_and_count_once(command, tmp_path):
+    """The demo's test rows, each twice: half of them tell nothing new."""
+    from datasets import Dataset, concatenate_datasets
+
+    rows = Dataset.from_parquet(str(DEMO / "test.parquet"), cache_dir=str(tmp_path / "cache")).select(range(120))
+    rows.to_parquet(str(tmp_path / "once.parquet"))
+    concatenate_datasets([rows, rows]).to_parquet(str(tmp_path / "twice.parquet"))
+    reports = {}
+    for name in ("once", "twice"):
+        found = command(
+            DEMO / "checkpoint", "--data", DEMO / "train.parquet", "--eval-data", tmp_path / f"{name}.parquet", "--recipe",
+            "digits", "-o", tmp_path / name, "--gate", "none", "--device", "cpu", "--sparse-steps", "8", "--dense-steps", "4",
+        )  # fmt: skip
+        assert found.code == 0, found.err
+        reports[name] = report_of(tmp_path / name)
+    distinct = len({image["bytes"] for image in pq.read_table(tmp_path / "once.parquet")["image"].to_pylist()})
+    warned = f"{240 - distinct} of 240 evaluation rows repeat the content of another"
+    assert any(warned in warning for warning in reports["twice"]["warnings"])
+    assert warned in found.out
+    once, twice = (reports[name]["comparison"]["refined_vs_baseline"] for name in ("once", "twice"))
+    assert (twice["gained"], twice["lost"]) == (2 * once["gained"], 2 * once["lost"])
+    assert once["gained"] + once["lost"]
+    assert (twice["p_value"], twice["ci95"]) == (pytest.approx(once["p_value"]), pytest.approx(once["ci95"]))
+
+
+# ---------------------------------------------------------------- what is read in the terminal, and the gate
+
+
+@pytest.mark.parametrize(("margin", "code"), [("0.9", 0), ("0", 3)])
+def test_the_gate_of_non_inferiority_looks_at_the_interval_s_lower_end(command, made, tmp_path, margin, code):
+    found = command(
+        made / "bert", "--data", made / "texts.csv", "-o", tmp_path / "out", *SHORT, "--gate", "non-inferior",
+        "--margin", margin, "--lr", "0", "--sparsity", "0",
+    )  # fmt: skip
+    assert found.code == code, found.err
+    report = report_of(tmp_path / "out")
+    low, _ = report["comparison"]["refined_vs_baseline"]["ci95"]
+    assert report["gate"] == {"rule": "non-inferior", "passed": low > -float(margin)}
+    assert "the 95 % interval ends less than the margin below the source" in found.out
+
+
+def test_without_a_control_nobody_gets_the_credit(command, noisy, tmp_path):
+    found = command(
+        noisy, "--data", DEMO / "train.parquet", "--eval-data", DEMO / "test.parquet", "-o", tmp_path / "out", "--recipe",
+        "digits", "--control", "none", "--device", "cpu", "--lr", "0", "--sparsity", "0.4", "--sparse-steps", "1", "--dense-steps", "1",
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    assert report_of(tmp_path / "out")["credit"] == "unknown"
+    assert "better than the source; no control was run" in found.out

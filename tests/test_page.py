@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import browser
 import pytest
 import reports
 import torch
+from builders import copy_folder
+from conftest import SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reports import HOSTILE
@@ -20,8 +23,10 @@ from safetensors.torch import load_file
 
 from dsd_refine import moments
 from dsd_refine.masks import Layer, Spot
-from dsd_refine.report import figures, words
+from dsd_refine.report import Report, figures, summary, words
+from dsd_refine.report.card import SourceCard, card
 from dsd_refine.report.page import margin_of, page, read_lines
+from dsd_refine.report.places import from_home
 
 SECTIONS = ["verdict", "arms", "flips", "curves", "weights", "layers", "run", "warnings"]
 MEANS = {"conv2.weight": (0.05, 0.045), "fc.weight": (0.1, 0.12), "conv1.weight": (0.2, 0.2), "fc.bias": (0.0, 0.0)}
@@ -118,7 +123,6 @@ def test_no_gain_is_claimed_that_is_not_shown():
         said = " ".join([words.headline(report), words.measured(report), *words.credit(report)])
         assert "better than the source" not in said
         assert "gained" not in said
-    assert words.headline(reports.report()) == "Better: better than the source"
     report = reports.report()
     report["comparison"]["refined_vs_dense"]["p_adjusted"] = 0.01
     assert "better than the dense control" in words.credit(report)[0]
@@ -126,9 +130,118 @@ def test_no_gain_is_claimed_that_is_not_shown():
     assert "worse than the dense control" in words.credit(report)[0]
 
 
+def credited(credit, **p_values):
+    """A better report with this credit, whose controls have these p values."""
+    report = reports.report(credit=credit)
+    found = report["comparison"].pop("refined_vs_dense")
+    report["comparison"] |= {f"refined_vs_{arm}": found | {"p_adjusted": p} for arm, p in p_values.items()}
+    return report
+
+
+TRAINING_ON, BY_CHANCE = "training on without a mask", "training on with a mask drawn by chance"
+
+
+@pytest.mark.parametrize(
+    ("report", "sentence"),
+    [
+        (credited("mask", dense=0.01), f"better than the source, and better than {TRAINING_ON}"),
+        (credited("mask", dense=0.01, random=0.01), f"the source, and better than {TRAINING_ON} and than {BY_CHANCE}"),
+        (credited("training", dense=0.2), f"better than the source; no better than {TRAINING_ON}"),
+        (credited("training", dense=0.01, random=0.2), f"better than the source; no better than {BY_CHANCE}"),
+        (credited("training", dense=0.3, random=0.2), f"no better than {TRAINING_ON} or than {BY_CHANCE}"),
+        (credited("unknown"), "better than the source; no control was run"),
+    ],
+)
+def test_whose_doing_a_gain_is_stands_in_the_headline_s_sentence(report, sentence):
+    """On the page, in the terminal and in the card; and only the mask's own gain is green."""
+    page_, told = Reader(made(report)), summary(Report(report, Path("out")))
+    written = card(report, SourceCard({}, ""), reports.recipe())
+    for text in (words.headline(report), page_.text.replace("Better than", "better than"), told, written):
+        assert sentence in text
+    classes = page_.all("section", id="verdict")[0]["class"].split()
+    assert classes == ["verdict", "better", f"credit-{report['credit']}"]
+    assert Report(report, Path("out")).credit == report["credit"]
+
+
+def test_a_gain_of_training_on_has_not_the_colour_of_one_of_the_mask():
+    rules = re.findall(r"([^{}]+)\{ --tone: var\((--[a-z]+)\)", Reader(made()).style)
+    tone = {name.strip(): colour for names, colour in rules for name in names.split(",")}
+    assert tone[".better"] == "--good"
+    for other in (".credit-training", ".credit-unknown"):
+        assert tone[other] not in (tone[".better"], None)
+        assert list(tone).index(other) > list(tone).index(".better")  # of two classes the later rule holds
+    assert ".credit-mask" not in tone
+
+
 def test_rows_that_would_decide_are_said_where_they_are_more():
-    assert "5,400 evaluation rows would decide" in made(reports.loss_report())
+    for text in (made(reports.loss_report()), summary(Report(reports.loss_report(), Path("out")))):
+        assert "5,400 evaluation rows would decide" in text
     assert "would decide" not in made(reports.loss_report(rows_to_decide=400))
+
+
+def test_where_no_row_changed_it_is_said_that_nobody_knows():
+    report = reports.report(verdict="inconclusive", credit="none")
+    report["comparison"]["refined_vs_baseline"] = reports.comparison(0.0, -0.0038, 0.0038, 1.0, 0, 0)
+    for text in (made(report), summary(Report(report, Path("out")))):
+        assert "No row changed sides: 1,000 rows are too few" in text
+    report["comparison"]["refined_vs_baseline"] = reports.comparison(0.0, -0.02, 0.02, 1.0, 9, 9)
+    assert "How many rows would decide cannot be told from these." in made(report)
+
+
+@pytest.mark.parametrize(
+    ("p", "adjusted", "interval", "said"),
+    [
+        (0.01, 0.02, (-0.001, 0.04), "The interval reaches 0; the verdict goes by p."),
+        (0.03, 0.06, (0.001, 0.04), "the verdict goes by p, which, adjusted for all comparisons, is not below 0.05"),
+        (0.06, 0.12, (0.001, 0.04), "the verdict goes by p, which is not below 0.05"),
+        (0.01, 0.02, (0.001, 0.04), None),
+        (0.3, 0.6, (-0.001, 0.04), None),
+    ],
+)
+def test_where_p_and_interval_differ_it_is_said_which_decides(p, adjusted, interval, said):
+    report = reports.report(credit="training")
+    report["comparison"]["refined_vs_baseline"] |= {"p_value": p, "p_adjusted": adjusted, "ci95": list(interval)}
+    for text in (made(report), summary(Report(report, Path("out")))):
+        assert "the verdict goes by p" in text if said else "the verdict goes by p" not in text
+        assert said is None or said in text
+
+
+@pytest.mark.parametrize(("rule", "said"), [("not-worse", "be it by chance"), ("non-inferior", "less than the margin below")])
+def test_what_a_gate_lets_through_is_said(rule, said):
+    report = reports.report(gate={"rule": rule, "passed": True})
+    for text in (made(report), summary(Report(report, Path("out"))), card(report, SourceCard({}, ""), reports.recipe())):
+        assert said in text
+
+
+def test_places_of_this_machine_stay_here():
+    report = reports.loss_report(
+        argv=["run", "/data/secret/net", "--data=/data/secret/rows.csv", "-o", "/data/secret/out", "a/b"]
+    )
+    report["source"] |= {"model": "/data/secret/net", "resolved": "/data/secret/net"}
+    report["output"]["path"] = "/data/secret/out"
+    reader = Reader(made(report, recipe_yaml=reports.recipe(data="/data/secret/rows.csv")))
+    assert "secret" not in reader.text
+    for kept in ("net", "--data=rows.csv", "rows.csv", "a/b"):
+        assert kept in reader.text
+    assert "secret" not in card(report, SourceCard({}, ""), reports.recipe(data="/data/secret/rows.csv"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("{home}/nets/a", "~/nets/a"),
+        ("--data={home}/d", "--data=~/d"),
+        ("{home}", "~"),
+        ("{home}less/x", "{home}less/x"),
+        ("/mnt{home}/x", "/mnt{home}/x"),
+        ("nets/a", "nets/a"),
+        ("./a", "./a"),
+        ("{home}/a: lost; {home}/b too", "~/a: lost; ~/b too"),
+    ],
+)
+def test_the_home_directory_is_not_named(monkeypatch, text, shown):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert from_home(text.format(home="/home/someone")) == shown.format(home="/home/someone")
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-9, 0.00012, 0.049, 0.5, 1.0])
@@ -266,11 +379,32 @@ def test_thinning_keeps_ends_and_extremes(values, most):
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=300))
-def test_smoothing_keeps_the_ends_and_stays_within(values):
+def test_smoothing_keeps_the_steps_and_stays_within(values):
     smoothed = figures.smooth(list(enumerate(values)))
     assert [x for x, _ in smoothed] == list(range(len(values)))
     room = 1e-6 * max(1.0, *map(abs, values))
     assert all(min(values) - room <= y <= max(values) + room for _, y in smoothed)
+
+
+@pytest.mark.parametrize("steps", [15, 300, 2000])
+def test_short_last_batches_make_no_spikes(steps):
+    """Every tenth batch has 2 rows instead of 64, the last one too, and a loss far off; the others' is 1."""
+    losses = [9.0 if number % 10 == 9 or number == steps - 1 else 1.0 for number in range(steps)]
+    sizes = [2.0 if loss > 1 else 64.0 for loss in losses]
+    bold = [y for _, y in figures.smooth(list(enumerate(losses)), sizes)]
+    assert max(bold) < 1.3
+    plain = [y for _, y in figures.smooth(list(enumerate([1.0] * (steps - 1) + [9.0])))]
+    assert plain[-1] < 4  # a single step at the end is one of a few, as elsewhere
+
+
+def test_the_curve_of_a_run_weighs_its_batches():
+    lines = [line for line in reports.log(("refined",)) if line["event"] == "step"]
+    for entry in lines:
+        entry |= {"loss": 1.0, "samples": 64} if entry["step"] % 8 else {"loss": 100.0, "samples": 1}
+    panel = figures.curves(figures.read_log(lines), "accuracy", True).panels[0]
+    tops = [min(float(y) for y in re.findall(r" ([\d.]+)", path)) for path in (panel.curves[0].faint, panel.curves[0].bold)]
+    assert tops[0] < 100  # single steps reach the top
+    assert tops[1] > 500
 
 
 @given(st.lists(st.floats(-1e9, 1e9, allow_nan=False), max_size=5), st.floats(0, 1))
@@ -459,7 +593,9 @@ def test_a_run_leaves_its_page(finished, made):
     reader = Reader(text)
     harmless(reader)
     report = json.loads((finished / "dsd/report.json").read_text())
-    assert reader.all("section", id="verdict")[0]["class"] == f"verdict {report['verdict']}"
+    assert reader.all("section", id="verdict")[0]["class"].split()[:2] == ["verdict", report["verdict"]]
+    assert str(made) not in text
+    assert str(finished) not in text
     for layer in report["layers"]:
         assert layer["name"] in reader.text
     cells = [each for name, each in reader.elements if name == "div" and each.get("class") == "cell"]
@@ -469,6 +605,23 @@ def test_a_run_leaves_its_page(finished, made):
     name = next(layer["name"] for layer in report["layers"] if layer["excluded"] is None)
     for tensors in (source, found):
         assert f"{float(tensors[name].abs().mean()):#.4g}" in reader.text
+
+
+@pytest.mark.parametrize("model", ["net", "./net/", "."])
+def test_a_run_on_relative_paths_publishes_no_full_one(command, made, tmp_path, monkeypatch, model):
+    copy_folder(made / "bert", tmp_path / "net")
+    shutil.copy(made / "texts.csv", tmp_path / "texts.csv")
+    monkeypatch.chdir(tmp_path / "net" if model == "." else tmp_path)
+    up = ".." if model == "." else "."
+    assert command(model, "--data", f"{up}/texts.csv", "-o", f"{up}/out", *SHORT, "--control", "none").code == 0
+    report = json.loads((tmp_path / "out/dsd/report.json").read_text())
+    assert report["source"]["model"] == model
+    assert Path(report["source"]["resolved"]).name == "net"
+    assert report["output"]["path"] == str(Path(up, "out"))
+    for name in ("README.md", "dsd/report.html", "dsd/report.json"):
+        text = (tmp_path / "out" / name).read_text()
+        assert str(tmp_path) not in text
+        assert "net" in text
 
 
 def test_log_lines_are_read_one_by_one(tmp_path):
@@ -506,6 +659,11 @@ def test_a_browser_shows_it_and_asks_for_nothing(chromium, tmp_path, width, whic
         chromium.open(f"{address}/report.html", width, dark=which == "loss")
         assert chromium.run("return [document.documentElement.scrollWidth <= innerWidth, innerWidth]") == [True, width]
         chromium.screenshot(screenshots(tmp_path) / f"{which}-{width}.png")
+        if width == 1280 and which != "long":
+            assert (
+                chromium.run("return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)")
+                == []
+            )
         assert chromium.requests() == [f"{address}/report.html"]
         assert set(asked) == {"/report.html"}
     outside = """return [...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, pre') && !e.closest('svg')

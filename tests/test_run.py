@@ -117,7 +117,7 @@ MODELS = pytest.mark.parametrize("model", list(DATA))
 @MODELS
 def test_the_report_has_the_contracts_fields(runs, model):
     report = report_of(runs[model])
-    assert [name for name in report if name != "preprocessing"] == [*FIELDS, "rows_to_decide", "seeds"]
+    assert [name for name in report if name != "preprocessing"] == [*FIELDS, "credit", "rows_to_decide", "seeds"]
     assert ("preprocessing" in report) == (model in ("timm", "vit"))
     assert list(report["environment"]) == ENVIRONMENT
     assert list(report["source"]) == ["model", "resolved", "revision", "library", "weights_key", "files"]
@@ -367,7 +367,8 @@ def test_no_steps_and_no_sparsity_give_the_sources_bytes(go, made, model):
     report = report_of(out)
     assert report["comparison"]["refined_vs_baseline"]["delta"] == 0
     assert [phase["optimizer_steps"] for phase in report["phases"]] == [0] * 4
-    assert report["verdict"] == "same"
+    assert report["verdict"] == "inconclusive"  # so few rows cannot show that none would change
+    assert (report["credit"], report["rows_to_decide"]) == ("none", None)
 
 
 @MODELS

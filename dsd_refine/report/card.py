@@ -19,7 +19,6 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from dsd_refine.links import leads_out
 from dsd_refine.report import words
 from dsd_refine.report.data import data_lines
-from dsd_refine.report.report import WORDS
 
 LIMIT = 1_000_000  # characters of front matter; cards with hundreds of results in their model-index have a few hundred thousand
 FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
@@ -225,16 +224,18 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str 
     source, data = report["source"], report["data"]
     name = code(source["resolved"] if source["revision"] else _short_name(report))
     at = f" at {code(source['revision'])}" if source["revision"] else ""
-    gate = "" if report["gate"]["passed"] else f" The gate {code(report['gate']['rule'])} was not met: it was set aside."
+    rule, met = report["gate"]["rule"], report["gate"]["passed"]
+    asked = f": {words.GATES[rule]}" if rule in words.GATES else ""
+    gate = f" The gate {code(rule)} was met{asked}." if met else f" The gate {code(rule)} was not met: it was set aside."
     lines = [
         "## Refined with dsd-refine",
         "",
         f"Refined from {name}{at} by Dense-Sparse-Dense training ({PAPER}) on {data['train']['rows']:,} rows of "
         f"{code(data_name(recipe.get('data')).name)}. Same files, names, shapes and dtypes: it loads as the source does.",
         "",
-        f"**Verdict: {report['verdict']}** ({WORDS[report['verdict']]}).{gate}",
+        f"**Verdict: {report['verdict']}** ({_plain(words.said(report))}).{gate}",
         "",
-        _plain(" ".join(text for text in (words.measured(report), words.rows_words(report)) if text)),
+        _plain(" ".join(text for text in (words.measured(report), words.edge(report), words.rows_words(report)) if text)),
         *(f"\n{_plain(sentence)}" for sentence in words.credit(report)),
         "",
         *_arms_table(report),
@@ -251,7 +252,7 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str 
         "",
         "### Recipe",
         "",
-        *_fenced(_public(recipe), "yaml"),
+        *_fenced(public_recipe(recipe), "yaml"),
         "",
     ]
     return "\n".join(lines)
@@ -325,7 +326,7 @@ def load_snippet(report: Mapping[str, Any]) -> str:
     )
 
 
-def _public(recipe: Mapping[str, Any]) -> str:
+def public_recipe(recipe: Mapping[str, Any]) -> str:
     """The recipe without the paths of the machine that it ran on."""
     shown = dict(recipe)
     for key in ("data", "eval_data"):

@@ -162,6 +162,7 @@ class Track:
     steps: array[float] = field(default_factory=lambda: array("d"))
     loss: array[float] = field(default_factory=lambda: array("d"))
     lr: array[float] = field(default_factory=lambda: array("d"))
+    samples: array[float] = field(default_factory=lambda: array("d"))
     looks: list[tuple[float, Mapping[str, Any]]] = field(default_factory=list)
 
     @property
@@ -222,6 +223,7 @@ def read_log(lines: Iterable[Mapping[str, Any]]) -> Tries:
             track.steps.append(entry["step"])
             track.loss.append(_real(entry["loss"]))
             track.lr.append(_real(entry["lr"]))
+            track.samples.append(max(1.0, _real(entry.get("samples"))))  # of what is no number, 1
         elif entry.get("part") == "holdout":
             track.looks.append((float(entry["step"]), entry))
     return tries
@@ -278,8 +280,10 @@ def _loss_panel(parts: Parts, axis: Scale) -> Panel | None:
     for arm, tracks in parts.items():
         share = max(20, POINTS // max(1, len(tracks)))
         runs = [_finite(zip((at + step for step in track.steps), track.loss, strict=True)) for at, track in tracks]
+        sizes = [[n for n, loss in zip(track.samples, track.loss, strict=True) if math.isfinite(loss)] for _, track in tracks]
+        means = [smooth(points, weights) for points, weights in zip(runs, sizes, strict=True)]
         faint = "".join(line(_placed(thin(points, share), axis, scale)) for points in runs)
-        bold = "".join(line(_placed(thin(smooth(points), share), axis, scale)) for points in runs)
+        bold = "".join(line(_placed(thin(points, share), axis, scale)) for points in means)
         drawn.append(Curve(arm, bold, faint))
     return Panel("training loss", drawn, _upward(scale, 4), log)
 
@@ -322,16 +326,21 @@ def _finite(points: Iterable[Point]) -> list[Point]:
     return [(x, y) for x, y in points if math.isfinite(y)]
 
 
-def smooth(points: Sequence[Point]) -> list[Point]:
-    """The moving mean over a SMOOTHth of the points, centred, shorter at the ends."""
-    half = len(points) // (2 * SMOOTH)
-    sums = [0.0]
-    for _, y in points:
-        sums.append(sums[-1] + y)
+def smooth(points: Sequence[Point], samples: Sequence[float] | None = None) -> list[Point]:
+    """The mean over as many points as a SMOOTHth of them, and at least three, around each, every sample weighing the same.
+
+    At the ends the points are the first or the last ones, so that no single batch, least of all a short one, shows as a jump.
+    """
+    weights = samples or [1.0] * len(points)
+    span = min(len(points), 2 * max(1, len(points) // (2 * SMOOTH)) + 1)
+    sums, weighed = [0.0], [0.0]
+    for (_, y), weight in zip(points, weights, strict=True):
+        sums.append(sums[-1] + weight * y)
+        weighed.append(weighed[-1] + weight)
     found = []
     for i, (x, _) in enumerate(points):
-        reach = min(half, i, len(points) - 1 - i)
-        found.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+        first = max(0, min(i - span // 2, len(points) - span))
+        found.append((x, (sums[first + span] - sums[first]) / (weighed[first + span] - weighed[first])))
     return found
 
 

@@ -19,8 +19,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from dsd_refine.report import figures, words
+from dsd_refine.report.card import public_recipe
 from dsd_refine.report.data import data_lines
-from dsd_refine.report.report import WORDS
+from dsd_refine.report.places import last_part
 
 SHOWN_ROWS = 20  # skipped rows and class names that are listed; the rest is counted
 EXPLAINED = {
@@ -64,8 +65,8 @@ def page(
         parts=_parts(report),
         data_lines=data_lines(report["data"]),
         labels=_labels(report),
-        command=["dsd-refine", *(shlex.quote(str(arg)) for arg in report["argv"])],
-        recipe_yaml=recipe_yaml,
+        command=["dsd-refine", *(shlex.quote(last_part(str(arg))) for arg in report["argv"])],
+        recipe_yaml=public_recipe(recipe) if recipe else recipe_yaml,
         environment=report["environment"],
     )
     return text.encode("utf-8", "replace").decode()  # a file name may hold what is no Unicode
@@ -102,12 +103,13 @@ def _template() -> Template:
         "interval": lambda found: _typeset(words.interval(found)),
         "typeset": _typeset,
         "arm": figures.css_arm,
+        "place": last_part,
         "units": figures.number,
         "share": _share,
         "small": _small,
         "rate": lambda value: "–" if value is None else f"{value:.3g}".replace("-", "−"),
     }
-    environment.globals |= {"words": words, "verdicts": WORDS, "explained": EXPLAINED, "most": SHOWN_ROWS}
+    environment.globals |= {"words": words, "explained": EXPLAINED, "most": SHOWN_ROWS}
     return environment.get_template("page.html.j2")
 
 

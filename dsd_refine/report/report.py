@@ -10,15 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dsd_refine.report import words
 from dsd_refine.report.data import data_lines
 
 LIBRARIES = ("torch", "timm", "transformers", "accelerate", "datasets", "safetensors")
-WORDS = {
-    "better": "better than the source",
-    "worse": "worse than the source",
-    "same": "the same as the source, within the margin",
-    "inconclusive": "the evaluation rows cannot tell it from the source",
-}
 
 
 @dataclass(frozen=True)
@@ -31,6 +26,11 @@ class Report:
     @property
     def exit_code(self) -> int:
         return int(self.data["exit_code"])
+
+    @property
+    def credit(self) -> str:
+        """Whose doing a better verdict is: mask | training | unknown (no control was run); none: it is not better."""
+        return str(self.data["credit"])
 
     def to_json(self) -> str:
         return json.dumps(self.data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -61,13 +61,14 @@ def summary(report: Report) -> str:
             f", p = {found['p_adjusted']:.3g}{rows}"
         )
     lines += _seed_lines(data, metric)
-    selected, gate = data["selected"], data["gate"]
+    selected = data["selected"]
     chosen = f"sparsity {selected['sparsity']:g}" if selected["sparsity"] is not None else "no sparse phase"
     lines += [
         "",
-        f"  verdict   {data['verdict']}: {WORDS[data['verdict']]}{_would_decide(data)}",
+        f"  verdict   {data['verdict']}: {words.said(data)}",
+        *(f"            {sentence}" for sentence in (words.edge(data), words.rows_words(data)) if sentence),
         f"  selected  {chosen}, epoch {selected['epoch']} of the last phase",
-        f"  gate      {gate['rule']}: {'met' if gate['passed'] else 'NOT met; the checkpoint lies under rejected/'}",
+        f"  gate      {words.gate_words(data)}",
         f"  output    {report.output}",
         *(f"  data      {line}" for line in data_lines({**data["data"], "unused": ()})),
         *(f"  warning   {warning}" for warning in data["warnings"]),
@@ -85,11 +86,6 @@ def _seed_lines(data: Mapping[str, Any], metric: str) -> list[str]:
         low, high = found["ci95"]
         lines.append(f"  {name.replace('_', ' ')}: {found['delta']:+.4f} [{low:+.4f}, {high:+.4f}] over seeds and rows")
     return lines
-
-
-def _would_decide(data: Mapping[str, Any]) -> str:
-    rows = data.get("rows_to_decide")
-    return f"; about {rows:,} would decide (power 0.8, if things are as found)" if rows else ""
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:

@@ -5,13 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dsd_refine.report.report import WORDS
-
 ALPHA = 0.05
-TESTS = {"mcnemar-exact": "exact McNemar test", "paired-bootstrap": "paired bootstrap"}
+WORDS = {
+    "better": "better than the source",
+    "worse": "worse than the source",
+    "same": "the same as the source, within the margin",
+    "inconclusive": "the evaluation rows cannot tell it from the source",
+}
+TESTS = {
+    "mcnemar-exact": "exact McNemar test",
+    "mcnemar-exact-grouped": "exact McNemar test, equal rows counted as one",
+    "paired-bootstrap": "paired bootstrap",
+}
 CONTROLS = {
     "dense": "the dense control (same rows, steps and rates, no mask)",
     "random": "the random control (as many weights masked, drawn by chance)",
+}
+CREDITS = ("mask", "training", "unknown")
+SHORT = {"dense": "training on without a mask", "random": "training on with a mask drawn by chance"}
+GATES = {
+    "none": "nothing is asked",
+    "not-worse": "no worse than the source on these rows, be it by chance: the rows may not be able to tell",
+    "non-inferior": "the 95 % interval ends less than the margin below the source",
+    "better": "the verdict is better",
+    "beats-control": "better than the source and than every control",
 }
 
 
@@ -32,7 +49,36 @@ def interval(found: Mapping[str, Any]) -> str:
 
 
 def headline(report: Mapping[str, Any]) -> str:
-    return f"{report['verdict'].capitalize()}: {WORDS[report['verdict']]}"
+    return f"{report['verdict'].capitalize()}: {said(report)}"
+
+
+def said(report: Mapping[str, Any]) -> str:
+    """The verdict in one sentence, with whose doing it is: no gain of training on passes for one of the mask."""
+    verdict = report["verdict"]
+    return f"{WORDS[verdict]}{_whose(report) if verdict == 'better' else ''}"
+
+
+def _whose(report: Mapping[str, Any]) -> str:
+    others = {name.removeprefix("refined_vs_"): found for name, found in report["comparison"].items()}
+    beaten = {name: found["p_adjusted"] < ALPHA and found["delta"] > 0 for name, found in others.items() if name != "baseline"}
+    match report.get("credit"):
+        case "mask":
+            return ", and better than " + " and than ".join(map(_short, beaten))
+        case "training":
+            return "; no better than " + " or than ".join(_short(name) for name, won in beaten.items() if not won)
+        case "unknown":
+            return "; no control was run that would show whether by the mask or by training on"
+    return ""
+
+
+def _short(control: str) -> str:
+    return SHORT.get(control, f"the {control} control")
+
+
+def tone(report: Mapping[str, Any]) -> str:
+    """The class that gives the verdict its colour: a gain that is not the mask's has its own."""
+    credit = report.get("credit")
+    return f"better credit-{credit}" if report["verdict"] == "better" and credit in CREDITS else report["verdict"]
 
 
 def measured(report: Mapping[str, Any]) -> str:
@@ -49,11 +95,29 @@ def measured(report: Mapping[str, Any]) -> str:
     )
 
 
+def edge(report: Mapping[str, Any]) -> str | None:
+    """Which of p and interval decides, where the two do not say the same."""
+    found = report["comparison"]["refined_vs_baseline"]
+    low, high = found["ci95"]
+    if found["p_adjusted"] < ALPHA and low <= 0 <= high:
+        return "The interval reaches 0; the verdict goes by p."
+    if found["p_adjusted"] >= ALPHA and not low <= 0 <= high:
+        why = ", adjusted for all comparisons," if found["p_value"] < ALPHA else ""
+        return f"The interval leaves 0 out, but the verdict goes by p, which{why} is not below {ALPHA}."
+    return None
+
+
 def rows_words(report: Mapping[str, Any]) -> str | None:
-    """How many rows would decide an inconclusive comparison, where it is more than there were."""
-    rows = report.get("rows_to_decide") or 0
-    more = rows > report["data"]["eval"]["rows"]
-    return f"About {rows:,} evaluation rows would decide it, if things are as found (power 0.8)." if more else None
+    """How many rows would decide an inconclusive comparison; that nobody knows, where no row changed."""
+    rows, used = report.get("rows_to_decide"), report["data"]["eval"]["rows"]
+    found = report["comparison"]["refined_vs_baseline"]
+    if report["verdict"] != "inconclusive":
+        return None
+    if rows and rows > used:
+        return f"About {rows:,} evaluation rows would decide it, if things are as found (power 0.8)."
+    if found["gained"] == found["lost"] == 0:
+        return f"No row changed sides: {used:,} rows are too few to show that none would; how many would decide is not known."
+    return None if rows else "How many rows would decide cannot be told from these."
 
 
 def credit(report: Mapping[str, Any]) -> list[str]:
@@ -79,4 +143,5 @@ def _against(control: str, found: Mapping[str, Any], gained: bool) -> str:
 
 def gate_words(report: Mapping[str, Any]) -> str:
     gate = report["gate"]
-    return f"{gate['rule']}: {'met' if gate['passed'] else 'not met; the checkpoint lies under rejected/'}"
+    asked = f" ({GATES[gate['rule']]})" if gate["rule"] in GATES else ""
+    return f"{gate['rule']}{asked}: {'met' if gate['passed'] else 'NOT met; the checkpoint lies under rejected/'}"

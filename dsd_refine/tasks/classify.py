@@ -208,11 +208,20 @@ def _with_ids(rows: Rows | None, labels: LabelMap) -> LabelledPart | None:
 
 
 def overlap_warning(parts: Parts) -> list[str]:
-    """Evaluation rows that also train or select are counted and warned of."""
-    if not parts.overlap:
-        return []
-    count = f"{parts.overlap} of {len(parts.eval)} evaluation rows"
-    return [f"{count} have the content of a training or holdout row: the figures flatter"]
+    """Evaluation rows that also train or select, or are equal to one another, are counted and warned of."""
+    rows = len(parts.eval)
+    lines = []
+    if parts.overlap:
+        lines.append(
+            f"{parts.overlap} of {rows} evaluation rows have the content of a training or holdout row: the figures flatter"
+        )
+    repeated = rows - len(set(parts.eval.digests))
+    if repeated:
+        lines.append(
+            f"{repeated} of {rows} evaluation rows repeat the content of another: p and interval count equal rows as one, "
+            f"{rows - repeated} in all"
+        )
+    return lines
 
 
 def skip_warnings(parts: Parts) -> list[str]:
