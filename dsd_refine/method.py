@@ -90,7 +90,7 @@ def arm_phases(arm: str, recipe: Recipe, sparsity: float | None) -> tuple[Phase,
 def one_phase(run: Run, phase: Phase, done: Progress, last: bool) -> None:
     """Sparse: mask by |w| of the weights now held, then train under the mask. Dense: train all, restored ones from 0."""
     masks = trained(run, phase, done, last)
-    settle(run, masks, done, last)
+    settle(run, phase, masks, done, last)
     masking.check_masks(masks, run.loop.parameters)
     look(run, "after S" if masks else "after re-D" if phase.kind == "dense" else None)
     leave(run, phase, done, masks, last)
@@ -124,10 +124,10 @@ def trained(run: Run, phase: Phase, done: Progress, last: bool) -> Masks:
     def epoch_end(epoch: int) -> None:
         average.epoch_end()
         if last and run.recipe.keep == "best":
-            with kept_buffers(loop.model), average.held() as averaged:
+            with kept_buffers(loop.model), average.held() as averaged, held_back(run, phase, done) as returned:
                 if averaged:
                     reestimate(loop, key)
-                consider(run, epoch, masks)
+                consider(run, epoch, masks, returned)
 
     loop.loss = distilled(run.task, run.teacher, phase.distill) if phase.distill and run.teacher else None
     train_phase(loop, phase, key, at["label"], masks, done, optimizer, remask=make, epoch_end=epoch_end,
@@ -149,13 +149,50 @@ def look(run: Run, moment: str | None, begun: bool = False) -> None:
     moments.take(book, moments.choose(run.layers, run.loop.parameters), run.loop.parameters, moment)
 
 
-def settle(run: Run, masks: Masks, done: Progress, last: bool) -> None:
-    """What follows a phase's last step: the mean takes the weights' place; BatchNorm looks again where nothing trained."""
+def settle(run: Run, phase: Phase, masks: Masks, done: Progress, last: bool) -> None:
+    """What follows a phase's last step: the mean takes the weights' place; what no gradient has brought back is given back;
+    BatchNorm looks again where nothing trained.
+    """
     run.state["masked_only"] = not done.step and (bool(masks) or run.state.get("masked_only", False))
     reason = "averaged weights" if run.current["average"].settle() else None
+    run.state["returned"] = {**run.state["returned"], **give_back(run, without_gradient(run, phase, done))}
     if last and run.state["masked_only"]:
         reason = "masked without training after"
     run.current["statistics"] = reason if reason and reestimate(run.loop, phase_key(run)) else None
+
+
+def without_gradient(run: Run, phase: Phase, done: Progress) -> Masks:
+    """Where weights that were masked have had no gradient in a dense phase: they are 0 still, and could not come back.
+
+    Nowhere before the phase has made a step at some rate: what is 0 then is what the user asked for.
+    """
+    at = run.current
+    before = arm_phases(at["arm"], run.recipe, run.tries[at["attempt"]])[: at["number"]]
+    masked = any(earlier.kind == "sparse" and earlier.sparsity for earlier in before)
+    if phase.kind == "sparse" or not masked or not done.optimizer_steps or not done.lr_peak:
+        return {}
+    return masking.never_back(run.layers, run.loop.parameters, run.start)
+
+
+@torch.no_grad()
+def give_back(run: Run, lost: Masks) -> dict[str, int]:
+    """Put the source's values where `lost` is True; layer name -> number of such weights."""
+    for key, flags in lost.items():
+        parameter = run.loop.parameters[key]
+        parameter.copy_(torch.where(flags, run.start[key].to(parameter.device), parameter))
+    return masking.count_in_layers(run.layers, lost)
+
+
+@contextmanager
+def held_back(run: Run, phase: Phase, done: Progress) -> Iterator[dict[str, int]]:
+    """Within, the model holds what it would hold if the phase ended here (see `give_back`); later steps may still reach it."""
+    lost = without_gradient(run, phase, done)
+    try:
+        yield give_back(run, lost)
+    finally:
+        with torch.no_grad():
+            for key, flags in lost.items():
+                run.loop.parameters[key].masked_fill_(flags, 0.0)
 
 
 def passed(run: Run, arm: str, attempt: int, number: int) -> bool:
@@ -178,7 +215,9 @@ def enter(run: Run, arm: str, attempt: int, number: int, phase: Phase) -> Progre
     progress = Progress(**run.state["progress"]) if saved and run.state.get("progress") else Progress()
     attempts = f" try {attempt + 1}" if len(run.tries) > 1 else ""
     if number == 0:
-        run.state["masked_only"] = False
+        run.state["masked_only"], run.state["returned"] = False, {}
+        if run.loss_scale is not None and not saved:
+            run.loop.accelerator.scaler.load_state_dict(run.loss_scale)  # what one arm has found out, the next must as well
     run.current = {
         "place": place, "arm": arm, "attempt": attempt, "number": number, "progress": progress,
         "label": f"{arm}{attempts}/{number + 1}-{phase.kind}", "saved": saved, "optimizer": None,
@@ -209,7 +248,7 @@ def leave(run: Run, phase: Phase, done: Progress, masks: Masks, last: bool) -> N
     at, sparse = run.current, phase.kind == "sparse"
     zeros = masking.count_zeros(run.layers, run.loop.parameters)
     if last and (run.recipe.keep != "best" or done.step == 0):
-        consider(run, math.ceil(done.step / run.loop.steps_per_epoch), masks)
+        consider(run, math.ceil(done.step / run.loop.steps_per_epoch), masks, {})
     run.state.setdefault("phases", []).append(
         {
             "arm": at["arm"], "attempt": at["attempt"], "kind": phase.kind,
@@ -264,8 +303,11 @@ def measure_holdout(run: Run, masks: Masks, log: bool = True) -> dict[str, float
     return found
 
 
-def consider(run: Run, epoch: int, masks: Masks) -> None:
-    """Keep the weights now held as the arm's result if the holdout prefers them (metric, then loss, then the earlier)."""
+def consider(run: Run, epoch: int, masks: Masks, returned: dict[str, int]) -> None:
+    """Keep the weights now held as the arm's result if the holdout prefers them (metric, then loss, then the earlier).
+
+    `returned` counts the weights that have the source's values back, by layer (see `give_back`).
+    """
     at = run.current
     found, repeat = measure_holdout(run, masks), str(at["repeat"])
     best = run.state.setdefault("best", {}).setdefault(at["arm"], {})
@@ -274,7 +316,7 @@ def consider(run: Run, epoch: int, masks: Masks) -> None:
     name = f"best-{at['arm']}-{at['attempt']}-{epoch}.safetensors"
     run.workspace.write_tensors(name, run.loop.model.state_dict())
     chosen = {"attempt": at["attempt"], "epoch": epoch, "sparsity": at["sparsity"], "seed": at["seed"]}
-    best[repeat] = {"file": name, **chosen, "holdout": found}
+    best[repeat] = {"file": name, **chosen, "holdout": found, "returned": {**run.state["returned"], **returned}}
 
 
 def save(run: Run) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dsd_refine import space
 from dsd_refine.allocator import keep_freed_memory
@@ -30,6 +32,8 @@ from dsd_refine.tasks.open import open_task
 from dsd_refine.train import Loop, seed_all, unreached, without_variance
 
 PRECISIONS = ("no", "fp16", "bf16")
+# how long processes wait for each other: the main one may fetch, write or verify for hours, and NCCL gives ten minutes
+PATIENCE = timedelta(days=7)
 
 
 @contextmanager
@@ -95,8 +99,9 @@ def _open(
     start = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
     run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, teacher=_teacher(recipe, task, model))
     _wrap(run)
-    if accelerator.scaler is not None and workspace.state.get("scaler"):
-        accelerator.scaler.load_state_dict(workspace.state["scaler"])
+    if accelerator.scaler is not None:
+        run.loss_scale = accelerator.scaler.state_dict()
+        accelerator.scaler.load_state_dict(workspace.state.get("scaler") or run.loss_scale)
     return run
 
 
@@ -133,9 +138,11 @@ def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
         raise UsageError("--device cuda: torch sees no CUDA device here")
     if options.device == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: torch sees no MPS device here")
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    patient = InitProcessGroupKwargs(timeout=PATIENCE)
     try:
-        accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=options.device == "cpu", kwargs_handlers=[unused])
+        accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision, cpu=options.device == "cpu", kwargs_handlers=[patient]
+        )
     except (ValueError, ImportError) as error:
         raise UsageError(f"accelerate refuses this device and precision: {error}") from None
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -216,10 +223,19 @@ def _teacher(recipe: Recipe, task: Task, model: nn.Module) -> nn.Module | None:
 def _wrap(run: Run) -> None:
     loop = run.loop
     if loop.world > 1:
-        loop.forward = loop.accelerator.prepare_model(loop.model)
+        loop.forward = parallel(loop.model, loop.accelerator.device)
     if run.options.compile:
         check_compiler(loop.accelerator.device)
         loop.forward = torch.compile(loop.forward)
+
+
+def parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The model for several processes; what it computes by itself stays as it is.
+
+    By hand: `accelerator.prepare_model` puts autocast into the model's own `forward`, so that the proof of the output, which
+    is float32, would be computed in bf16 or fp16. Autocast lies around each call of the loop.
+    """
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import torch
 
 from dsd_refine.checkpoint import verify
+from dsd_refine.checkpoint.layout import listed
 from dsd_refine.checkpoint.verify import PROBE, save_probe
 from dsd_refine.checkpoint.write import copy_file, write_text
 from dsd_refine.compare import Corpus, corpus_over_seeds, over_seeds
@@ -238,4 +239,16 @@ def _warnings(run: Run) -> list[str]:
             f"{sum(count for count, _ in empty.values()):,} filters held only zeros at the sparse phase's end, in {len(empty)} "
             f"layers ({most}: {empty[most][0]} of {empty[most][1]}); --exclude leaves such layers out"
         )
-    return lines + few_maskable(run.layers)
+    return lines + _returned_warning(run) + few_maskable(run.layers)
+
+
+def _returned_warning(run: Run) -> list[str]:
+    """Masked weights that no row of the dense phase has reached."""
+    returned: dict[str, int] = run.selected("refined").get("returned", {})
+    if not returned:
+        return []
+    names = [f"{name}: {returned[name]:,}" for name in sorted(returned, key=lambda name: -returned[name])]
+    return [
+        f"{sum(returned.values()):,} masked weights in {len(names)} layers got no gradient in the dense phase, so they could "
+        f"not come back from 0; they have the source's values again, since no training row reaches them ({listed(names, 30)})"
+    ]

@@ -52,6 +52,7 @@ class Run:
     source_hashes: dict[str, str]
     start: dict[str, torch.Tensor]
     teacher: nn.Module | None = None
+    loss_scale: dict[str, Any] | None = None  # fp16's, as each try begins with it
     scores: dict[str, Scores] = field(default_factory=dict)
     seeds: dict[str, list[Scores]] = field(default_factory=dict)
     comparisons: dict[str, Comparison] = field(default_factory=dict)

@@ -244,8 +244,9 @@ def train_phase(
         anew = bool(phase.refresh) and step % int(phase.refresh or 1) == 0 and step < total
         free = anew and phase.criterion == "magnitude"  # what is masked may come back by its gradient
         loss, samples, stop = _step(
-            loop, [next(batches) for _ in group], key, step, optimizer, {} if free else masks, _nothing if free else mask
-        )
+            loop, [next(batches) for _ in group], key, step, optimizer, {} if free else masks, _nothing if free else mask,
+            bool(phase.refresh),
+        )  # fmt: skip
         if not math.isfinite(loss):
             raise RunError(f"{label}: the loss of step {step} of {total} is {loss}; try a lower --lr, or --max-grad-norm")
         if anew:
@@ -305,11 +306,13 @@ def _count(done: Progress, step: int, rate: float, loss: float, samples: int, sk
 
 
 def _step(
-    loop: Loop, group: list[Batch], key: Key, step: int, optimizer: Any, masks: Masks, mask: Callable[[], None]
+    loop: Loop, group: list[Batch], key: Key, step: int, optimizer: Any, masks: Masks, mask: Callable[[], None], changing: bool
 ) -> tuple[float, int, bool]:
     """One optimizer step over a group of micro-batches: (mean loss, samples, should the run stop), over all processes.
 
     The loss is the sum over the group's real targets divided by their number, however they were split (rule 12).
+    `changing`: the mask is made anew in this phase. What is masked now comes back later, and its momentum with it, so its
+    gradients must not enter that; a weight that stays masked to the phase's end has no use for its momentum.
     """
     device, rank = loop.accelerator.device, loop.accelerator.process_index
     targets, samples = sum(b.count for b in group), sum(len(b.targets) for b in group if b.count)
@@ -327,8 +330,9 @@ def _step(
             weight = loop.world / max(1, targets) if batch.count else 0.0  # several processes average their gradients
             loop.accelerator.backward(loss * weight)
         total += loss.detach() * bool(batch.count)
-    if loop.recipe.max_grad_norm is not None:
+    if changing or loop.recipe.max_grad_norm is not None:
         mask_gradients(masks, loop.parameters)
+    if loop.recipe.max_grad_norm is not None:
         loop.accelerator.unscale_gradients(optimizer)
         nn.utils.clip_grad_norm_(loop.model.parameters(), loop.recipe.max_grad_norm)
     optimizer.step()
