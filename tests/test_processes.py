@@ -125,6 +125,7 @@ from dsd_refine.run import Options
 phases = [{"kind": "dense", "steps": 1, "lr": 0.1}]
 recipe = Recipe.model_validate({"phases": phases, "mixed_precision": "bf16"})
 accelerator = open_accelerator(recipe, Options(output_dir=None, device="cpu"))
+torch.manual_seed(0)
 model = nn.Linear(3, 2)
 x = torch.randn(4, 3, generator=torch.Generator().manual_seed(accelerator.process_index))
 before = model(x)

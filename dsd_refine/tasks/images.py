@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -50,6 +51,7 @@ _one_at_a_time = threading.Lock()
 class Preprocessing:
     """A checkpoint's own: `evaluation` and `training` turn a picture into a float tensor (channels, height, width).
 
+    It goes to the processes that load data: what is in it can be pickled (no lambda, no function within a function).
     `normalise` is the part after any cropping, `size` the training crop (height, width), `shown` what the report says.
     """
 
@@ -96,8 +98,12 @@ def _timm_preprocessing(model: torch.nn.Module) -> Preprocessing:
 
 def _normalising(mean: Sequence[float], std: Sequence[float]) -> Pixels:
     """From a cropped picture to floats, in place."""
-    found: Pixels = Compose([PILToTensor(), lambda x: x.float().div_(255), Normalize(mean, std, inplace=True)])
+    found: Pixels = Compose([PILToTensor(), _as_fractions, Normalize(mean, std, inplace=True)])
     return found
+
+
+def _as_fractions(values: torch.Tensor) -> torch.Tensor:
+    return values.float().div_(255)
 
 
 def torchvision_preprocessing(config: dict[str, Any]) -> Preprocessing:
@@ -141,13 +147,8 @@ def transformers_preprocessing(folder: Path, config: Any, trust_remote_code: boo
     except Exception as error:  # transformers raises whatever a strange config makes it raise
         raise CheckpointError(f"{folder}: its image processor cannot be loaded: {error!s:.200}") from None
 
-    def pixels(image: Image.Image, **options: Any) -> torch.Tensor:
-        found: torch.Tensor = processor(image, return_tensors="pt", **options)["pixel_values"][0]
-        return found
-
-    def normalise(image: Image.Image) -> torch.Tensor:
-        return pixels(image, do_resize=False, do_center_crop=False)
-
+    pixels = partial(_processed, processor)
+    normalise = partial(_processed, processor, do_resize=False, do_center_crop=False)
     channels = getattr(config, "num_channels", 3)
     size = _tried(folder, pixels, normalise, channels)
     return Preprocessing(
@@ -161,6 +162,11 @@ def transformers_preprocessing(folder: Path, config: Any, trust_remote_code: boo
         ),
         shown=_plain(processor.to_dict()),
     )
+
+
+def _processed(processor: Any, image: Image.Image, **options: Any) -> torch.Tensor:
+    found: torch.Tensor = processor(image, return_tensors="pt", **options)["pixel_values"][0]
+    return found
 
 
 def _tried(folder: Path, pixels: Pixels, normalise: Pixels, channels: Any) -> tuple[int, int]:
