@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
@@ -32,6 +33,7 @@ from dsd_refine.tasks.open import open_task
 from dsd_refine.train import Loop, seed_all, unreached, without_variance
 
 PRECISIONS = ("no", "fp16", "bf16")
+KERNEL_SETTINGS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE")
 # how long processes wait for each other: the main one may fetch, write or verify for hours, and NCCL gives ten minutes
 PATIENCE = timedelta(days=7)
 
@@ -94,7 +96,7 @@ def _open(
     workspace.need = space.of_run(checkpoint, layers, recipe, save_phases=options.save_phases)
     if workspace.writes:
         space.check_room(workspace.partial, workspace.need)
-    workspace.begin(_identity(recipe, hashes, task, accelerator), options.resume)
+    workspace.begin(_identity(recipe, hashes, task, accelerator, options), options.resume)
     accelerator.wait_for_everyone()
     start = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
     run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, teacher=_teacher(recipe, task, model))
@@ -253,11 +255,21 @@ def check_compiler(device: torch.device) -> None:
         ) from None
 
 
-def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: Accelerator) -> dict[str, Any]:
+def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: Accelerator, options: Options) -> dict[str, Any]:
     """What must be equal for a resumed run to end in the same bytes."""
     versions = environment(str(accelerator.device), accelerator.num_processes)
     data = {name: part.rows.fingerprint for name, part in _parts(task).items()}
-    return _flat({"recipe": recipe.model_dump(mode="json"), "source": hashes, "data": data} | versions)
+    computed = versions | _kernels(accelerator.device) | {"--compile": options.compile}
+    return _flat({"recipe": recipe.model_dump(mode="json"), "source": hashes, "data": data} | computed)
+
+
+def _kernels(device: torch.device) -> dict[str, Any]:
+    """What chooses the order in which numbers are added: threads, the processor, and what is set for its libraries."""
+    on_gpu = device.type == "cuda"
+    return {
+        "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
+        "processor": torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
+    } | {name: os.environ.get(name) for name in KERNEL_SETTINGS}
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
