@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,28 +18,33 @@ from dsd_refine import masks as masking
 from dsd_refine import moments
 from dsd_refine.average import Average
 from dsd_refine.checkpoint import Library, Source
-from dsd_refine.compare import compare, gate_passed, holm, verdict
+from dsd_refine.compare import ALPHA, Comparison, compare, gate_passed, holm, verdict
 from dsd_refine.distill import distilled
 from dsd_refine.errors import Interrupted
 from dsd_refine.masks import Masks
 from dsd_refine.opening import opened
-from dsd_refine.preflight import preflight
+from dsd_refine.preflight import clearly_lower, harm_warnings, near, preflight, rising_warnings, view_warnings
 from dsd_refine.publish import publish
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report import Report
 from dsd_refine.run import Options, Run
 from dsd_refine.runstate import pack_masks, pack_optimizer, unpack_masks, unpack_optimizer
 from dsd_refine.settings import settings
-from dsd_refine.tasks import Scores
+from dsd_refine.tasks import Item, Score, Scores
 from dsd_refine.train import (
+    EARLY,
     Key,
     Progress,
     evaluate,
+    first_items,
     make_optimizer,
     place_of,
     reestimate,
+    scored,
     train_phase,
 )
+
+MOST_LOOKED_AT = 256  # training rows that the source is tried on as training shows them
 
 
 def refine(source: Source, library: Library, recipe: Recipe, options: Options) -> Report:
@@ -53,6 +59,7 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
     with opened(source, library, recipe, options) as run:
         run.loop.save = lambda: save(run)
         judge(run, "baseline")
+        look_at_source(run)
         for arm in run.arms:
             for attempt, sparsity in enumerate(run.tries):
                 phases = arm_phases(arm, recipe, sparsity)
@@ -67,6 +74,7 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
                 load_selected(run, arm, seed)
                 judge(run, arm, seed)
         judge_all(run)
+        look_for_harm(run)
         load_selected(run, "refined", run.preferred("refined"))
         return finish(run)
 
@@ -121,6 +129,11 @@ def trained(run: Run, phase: Phase, done: Progress, last: bool) -> Masks:
     optimizer = at["optimizer"] = make_optimizer(loop, phase)
     unpack_optimizer(at["saved"], optimizer)
 
+    def step_end() -> None:
+        average.step_end()
+        if done.step == EARLY:
+            look_at_losses(run, done.early)  # and not only at the phase's end, which may be days away
+
     def epoch_end(epoch: int) -> None:
         average.epoch_end()
         if last and run.recipe.keep == "best":
@@ -131,7 +144,8 @@ def trained(run: Run, phase: Phase, done: Progress, last: bool) -> Masks:
 
     loop.loss = distilled(run.task, run.teacher, phase.distill) if phase.distill and run.teacher else None
     train_phase(loop, phase, key, at["label"], masks, done, optimizer, remask=make, epoch_end=epoch_end,
-                step_end=average.step_end)  # fmt: skip
+                step_end=step_end)  # fmt: skip
+    look_at_losses(run, done.early)
     return masks
 
 
@@ -387,6 +401,83 @@ def judge(run: Run, arm: str, seed: int = 0) -> None:
     run.workspace.save(None)
     if run.loop.stopping() and run.loop.world == 1:
         raise Interrupted(f"stopped after the evaluation of {label}; go on with --resume")
+
+
+def warn(run: Run, lines: list[str]) -> None:
+    """Say what harms, at once and in the report; what has been said of a run that is taken up again is not said twice."""
+    known = run.state.setdefault("harm", [])
+    for line in lines:
+        if line not in known:
+            known.append(line)
+            run.options.say(f"warning: {line}")
+
+
+def look_at_source(run: Run) -> None:
+    """The source on the holdout, which arms are seen against, and on the first training rows as training shows them."""
+    if "looked" in run.state:
+        return
+    loop, task = run.loop, run.task
+    looked: dict[str, Any] = {"holdout": None, "loss": None}
+    if task.holdout is not None:
+        looked["holdout"] = task.metrics(evaluate(loop, task.holdout))
+        place = {"arm": "baseline", "phase": None, "step": None, "epoch": None}
+        run.workspace.log({"event": "evaluation", **place, "part": "holdout", **looked["holdout"]})
+    steps = run.recipe.phases_at(run.tries[0])[0].total_steps(loop.steps_per_epoch)
+    batch = loop.recipe.batch_size * loop.recipe.gradient_accumulation_steps * loop.world
+    items = first_items(loop, Key(run.recipe.seed, 0), min(MOST_LOOKED_AT, steps * batch))
+    if items:
+        seen = _in_order(scored(loop, task.train, items))
+        looked["loss"] = task.metrics(Scores.of(enumerate(seen), len(seen))).get("loss")
+        if not _as_in_evaluation(run, items[0]):
+            plain = _in_order(scored(loop, task.train, [(unit, None) for unit, _ in items]))
+            warn(run, view_warnings(task, plain, seen, run.recipe))
+    run.state["looked"] = looked
+    run.workspace.save(None)
+
+
+def _in_order(found: list[tuple[int, Score]]) -> list[Score]:
+    return [score for _, score in sorted(found, key=lambda pair: pair[0])]
+
+
+def _as_in_evaluation(run: Run, item: Item) -> bool:
+    """Does training see a row just as evaluation does, as most tasks have it?"""
+    one, two = (run.task.batch(run.task.train, [given]).inputs for given in (item, (item[0], None)))
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def look_at_losses(run: Run, losses: list[float]) -> None:
+    """The first steps of an arm: do they go up?"""
+    source, at = run.state.get("looked", {}).get("loss"), run.current
+    if source is not None and at["attempt"] == at["number"] == 0:
+        warn(run, rising_warnings(at["arm"], losses, source))
+
+
+def look_for_harm(run: Run) -> None:
+    """Have all arms become worse than the source, on the evaluation split or on the holdout that chose them?"""
+    task, arms = run.task, run.arms
+    found = {arm: task.metrics(run.scores[arm]) for arm in ("baseline", *arms)}
+    warn(run, harm_warnings(task, run.recipe, "evaluation split", found, lambda arm: against_source(run, arm).p_value < ALPHA))
+    held = {"baseline": run.state["looked"]["holdout"]} | {arm: run.selected(arm)["holdout"] for arm in arms}
+    if task.holdout is None or not all(held.values()):
+        return
+    rows, counted = len(task.holdout.rows), any(guess.rows is not None for guess in task.guesses)
+
+    def surely(arm: str) -> bool:
+        mine, base = (held[each].get(task.metric, held[each].get("loss")) for each in (arm, "baseline"))
+        if counted:
+            return clearly_lower(mine, base, rows)
+        return not near(mine, base, task, task.metric, 2 * run.recipe.margin)
+
+    warn(run, harm_warnings(task, run.recipe, "holdout", held, surely))
+
+
+def against_source(run: Run, arm: str) -> Comparison:
+    """An arm's scores on the evaluation split beside the source's."""
+    corpus, scores = getattr(run.task, "corpus", None), run.scores
+    mine, theirs = (scores[each].compared(corpus) for each in (arm, "baseline"))
+    return compare(
+        mine, theirs, scores[arm].count, higher_is_better=run.task.higher_is_better, seed=run.recipe.seed, corpus=corpus
+    )
 
 
 def judge_all(run: Run) -> None:

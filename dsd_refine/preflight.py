@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from scipy.stats import binomtest
 
 from dsd_refine.claims import Claim, claims
@@ -12,8 +15,10 @@ from dsd_refine.compare import ALPHA
 from dsd_refine.errors import UsageError
 from dsd_refine.recipe import Recipe
 from dsd_refine.report.card import evaluated_on
-from dsd_refine.tasks import Guess, Task
+from dsd_refine.tasks import Guess, Score, Task
 
+FEWEST = 20  # rows or steps from which damage is spoken of
+ERRORS = 3.0  # standard errors that it must be beyond
 UNBOUNDED = ("loss", "perplexity")  # every other metric is a fraction
 
 
@@ -80,3 +85,85 @@ def _beats(value: float, guess: Guess, margin: float) -> bool:
     if guess.rows is not None:
         return bool(binomtest(round(value * guess.rows), guess.rows, guess.value, alternative="greater").pvalue < ALPHA)
     return value > guess.value if guess.higher_is_better else value < guess.value * (1 - margin)
+
+
+def view_warnings(task: Task, plain: Sequence[Score], seen: Sequence[Score], recipe: Recipe) -> list[str]:
+    """Does the source still know its rows as training shows them? `plain` and `seen` are scores of the same training rows.
+
+    Said where it loses more than half of what it is better than guessing by, beyond ERRORS standard errors of the rows'
+    differences: augmentation that suits the pictures costs far less.
+    """
+    guess = next((each for each in task.guesses if each.rows is not None or each.metric == "loss"), None)
+    if guess is None or len(plain) < FEWEST:
+        return []
+    before, after = (np.array([_value(one, guess) for one in scores]) for scores in (plain, seen))
+    sign = 1.0 if guess.higher_is_better else -1.0
+    ahead, lost = sign * (before.mean() - guess.value), sign * (before - after)
+    if ahead <= 0 or lost.mean() <= ahead / 2 or not _surely_above(lost, 0.0):
+        return []
+    milder = _milder(recipe, task)
+    return [
+        f"as training shows them, the source's {guess.metric} on {len(plain):,} training rows is {after.mean():.4f}; with the "
+        f"preprocessing of evaluation it is {before.mean():.4f}. Training on such rows costs what the source knows; "
+        f"{f'try {milder}' if milder else 'is the preprocessing of training right?'}"
+    ]
+
+
+def _value(score: Score, guess: Guess) -> float:
+    """A row's own share of the guess's metric."""
+    return (score.loss if guess.metric == "loss" else score.score) / max(1, score.count)
+
+
+def _surely_above(values: np.ndarray[Any, Any], limit: float) -> bool:
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    return bool(values.mean() - ERRORS * error > limit)
+
+
+def rising_warnings(label: str, losses: Sequence[float], source: float) -> list[str]:
+    """Has the loss of an arm's first steps risen far above the `source`'s own on the first rows as training sees them?
+
+    Far: twice as high, and by more than 1 besides, over the steps after the fifth and beyond ERRORS of their standard errors.
+    """
+    late = np.array(losses[5:])
+    if len(late) < FEWEST or not _surely_above(late, max(2 * source, source + 1)):
+        return []
+    return [
+        f"{label}: the training loss of steps 6 to {len(losses)} is {late.mean():.4f}, the source's on such rows {source:.4f}. "
+        "The rate is too high: give a lower --lr, or --warmup-steps"
+    ]
+
+
+def harm_warnings(
+    task: Task,
+    recipe: Recipe,
+    where: str,
+    found: Mapping[str, Mapping[str, float]],
+    surely: Callable[[str], bool],
+) -> list[str]:
+    """Do all arms end below the source? `found` are metrics by arm, with `baseline`; `surely(arm)` tells chance apart."""
+    base, metric = found["baseline"], task.metric if task.metric in found["baseline"] else "loss"
+    sign = 1 if task.higher_is_better and metric == task.metric else -1
+    arms = [arm for arm in found if arm != "baseline"]
+    if not all(sign * (found[arm][metric] - base[metric]) < 0 and surely(arm) for arm in arms):
+        return []
+    ends = ", ".join(f"{arm} {found[arm][metric]:.4f}" for arm in arms)
+    change = [each for each in ("a lower --lr", "fewer epochs", _milder(recipe, task)) if each]
+    return [
+        f"every arm ends below the source on the {where} (source {metric} {base[metric]:.4f}; {ends}): it is the training that "
+        f"does harm, with a mask or without. Try {', '.join(change[:-1])} or {change[-1]}"
+    ]
+
+
+def _milder(recipe: Recipe, task: Task) -> str:
+    """What takes the augmentation out, where there is any."""
+    if not hasattr(task, "augment") or not hasattr(task, "preprocessing"):
+        return ""
+    given = ["--set augment.crop=none"] if recipe.augment.crop != "none" else []
+    given += ["--set augment.flip=0"] if recipe.augment.flip else []
+    return f"less augmentation ({' '.join(given)})" if given else ""
+
+
+def clearly_lower(mine: float, base: float, rows: int) -> bool:
+    """Is a share of `rows` lower than another beyond two standard errors of the two, as if of different rows?"""
+    error = math.sqrt((mine * (1 - mine) + base * (1 - base)) / max(1, rows))
+    return base - mine > 2 * error

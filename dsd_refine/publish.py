@@ -137,7 +137,14 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
     outside = outside_embeddings(run.layers)
     first = _first_sparsity(run, selected["attempt"])
     extra = dict(task.report())
-    warnings = [*run.checkpoint.warnings, *extra.pop("warnings"), *run.state["preflight"], *_warnings(run), *noted]
+    warnings = [
+        *run.checkpoint.warnings,
+        *extra.pop("warnings"),
+        *run.state["preflight"],
+        *run.state.get("harm", []),
+        *_warnings(run),
+        *noted,
+    ]
     device = str(run.loop.accelerator.device)
     masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
     return {
@@ -164,6 +171,7 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "masked_share": masked / outside,
         "maskable_share": sum(layer.weights for layer in maskable) / outside,
         "arms": {arm: task.metrics(scores) for arm, scores in run.scores.items()},
+        "holdout": _holdout(run),
         "comparison": {name: found.to_dict() for name, found in run.comparisons.items()},
         "verdict": verdict,
         "gate": {"rule": recipe.gate, "passed": passed},
@@ -172,6 +180,12 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "rows_to_decide": _rows_to_decide(run, verdict),
         "seeds": seeds_data(run) if recipe.seeds > 1 else None,
     }  # fmt: skip
+
+
+def _holdout(run: Run) -> dict[str, dict[str, float]] | None:
+    """The holdout's metrics of the source and of what it chose of each arm; None where there is no holdout."""
+    baseline = run.state["looked"]["holdout"]
+    return {"baseline": baseline} | {arm: run.selected(arm)["holdout"] for arm in run.arms} if baseline else None
 
 
 def _rows_to_decide(run: Run, verdict: str) -> int | None:

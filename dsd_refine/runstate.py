@@ -6,7 +6,6 @@ State is safetensors and JSON, never pickle; each save has a name of its own, is
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -236,7 +235,7 @@ class Workspace:
             # the widest first, so that each lies at a multiple of its element's size, as whoever maps the file needs it
             ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
             head, entries = build_header(ordered, {})
-            parts = itertools.chain([head], (memory(value) for value in ordered.values()))
+            parts = (part for made in ([head], map(memory, ordered.values())) for part in made)
             size = max((entry.end for entry in entries), default=len(head))
             self.state.setdefault("files", {})[name] = replace_parts(self.partial / name, parts, size)
 

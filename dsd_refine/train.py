@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -24,7 +24,7 @@ from dsd_refine.errors import Interrupted, RunError
 from dsd_refine.masks import Masks, check_masks, mask_gradients, masker, stable_seed
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.settings import train_mode
-from dsd_refine.tasks import Batch, Forward, Item, Scores, Task
+from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, Task
 
 
 @dataclass
@@ -59,6 +59,9 @@ class Loop:
         return math.ceil(micro / self.recipe.gradient_accumulation_steps)
 
 
+EARLY = 25  # steps whose losses are kept, to see whether training begins with damage
+
+
 @dataclass
 class Progress:
     """How far a phase is: everything that a stop in its middle must keep, and what its report entry says."""
@@ -73,6 +76,7 @@ class Progress:
     loss_last: float | None = None
     seconds: float = 0.0
     ended: int = 0  # the step of the last epoch whose end was attended to
+    early: list[float] = field(default_factory=list)  # the losses of the first EARLY steps
 
 
 class Key(NamedTuple):
@@ -299,6 +303,7 @@ def _count(done: Progress, step: int, rate: float, loss: float, samples: int, sk
     if done.step == 0:
         done.lr_first, done.loss_first = rate, loss
     done.step, done.lr_last, done.loss_last = step, rate, loss
+    done.early += [loss] if step <= EARLY else []
     done.lr_peak = max(done.lr_peak or 0.0, rate)
     done.optimizer_steps += not skipped
     done.samples += samples
@@ -382,25 +387,40 @@ def evaluate(loop: Loop, part: Any, masks: Masks | None = None, only: int | None
         Interrupted: a signal came; the state that was saved last leads back here.
     """
     check_masks(masks or {}, loop.parameters)
+    units = part.units if only is None else only
+    return _by_row(part, scored(loop, part, [(unit, None) for unit in range(units)]), units)
+
+
+def scored(loop: Loop, part: Any, items: Sequence[Item]) -> list[tuple[int, Score]]:
+    """(number of the item, its score) of a part's items, over all processes and in no order; see `evaluate`.
+
+    An item with a seed is scored as training sees it; the model is in evaluation mode all the same.
+    """
     _same_buffers(loop)
     was_training = loop.model.training
     loop.model.eval()
     rank, size = loop.accelerator.process_index, loop.recipe.batch_size
-    units = part.units if only is None else only
-    mine = range(rank, units, loop.world)
-    plan = [([(unit, None) for unit in mine[i : i + size]], True) for i in range(0, len(mine), size)]
-    found: list[tuple[int, Any]] = []
+    mine = range(rank, len(items), loop.world)
+    groups = [mine[i : i + size] for i in range(0, len(mine), size)]
+    plan = [([items[number] for number in group], True) for group in groups]
+    found: list[tuple[int, Score]] = []
     with exact(), loop.as_written(loop.model):
-        for (items, _), batch in zip(plan, _loader(loop, part, plan), strict=True):
+        for group, batch in zip(groups, _loader(loop, part, plan), strict=True):
             with loop.accelerator.autocast():
                 scores = loop.task.score(loop.model, _on_device(loop, batch))
-            found += zip((unit for unit, _ in items), scores, strict=True)
+            found += zip(group, scores, strict=True)
             _stop_if_asked(loop)
-        for _ in range(len(plan), -(-len(range(0, units, loop.world)) // size)):
+        for _ in range(len(plan), -(-len(range(0, len(items), loop.world)) // size)):
             _stop_if_asked(loop)  # this process has a batch less than the first, and all must ask together
     loop.model.train(was_training)
-    gathered = gather_object(found) if loop.world > 1 else found
-    return _by_row(part, gathered, units)
+    gathered: list[tuple[int, Score]] = gather_object(found) if loop.world > 1 else found
+    return gathered
+
+
+def first_items(loop: Loop, key: Key, most: int) -> list[Item]:
+    """The rows that a phase takes first, each with the seed that its augmentation has there."""
+    units = loop.task.train.units
+    return [(int(u), stable_seed(*key, 0, int(u), "augment")) for u in epoch_order(key, 0, units)[:most]]
 
 
 def _stop_if_asked(loop: Loop) -> None:
