@@ -23,7 +23,7 @@ from dsd_refine.distill import distilled
 from dsd_refine.errors import Interrupted
 from dsd_refine.masks import Masks
 from dsd_refine.opening import opened
-from dsd_refine.preflight import clearly_lower, harm_warnings, near, preflight, rising_warnings, view_warnings
+from dsd_refine.preflight import clearly_worse, harm_warnings, preflight, rising_warnings, view_warnings
 from dsd_refine.publish import publish
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report import Report
@@ -453,22 +453,17 @@ def look_at_losses(run: Run, losses: list[float]) -> None:
 
 
 def look_for_harm(run: Run) -> None:
-    """Have all arms become worse than the source, on the evaluation split or on the holdout that chose them?"""
-    task, arms = run.task, run.arms
-    found = {arm: task.metrics(run.scores[arm]) for arm in ("baseline", *arms)}
-    warn(run, harm_warnings(task, run.recipe, "evaluation split", found, lambda arm: against_source(run, arm).p_value < ALPHA))
-    held = {"baseline": run.state["looked"]["holdout"]} | {arm: run.selected(arm)["holdout"] for arm in arms}
-    if task.holdout is None or not all(held.values()):
-        return
-    rows, counted = len(task.holdout.rows), any(guess.rows is not None for guess in task.guesses)
-
-    def surely(arm: str) -> bool:
-        mine, base = (held[each].get(task.metric, held[each].get("loss")) for each in (arm, "baseline"))
-        if counted:
-            return clearly_lower(mine, base, rows)
-        return not near(mine, base, task, task.metric, 2 * run.recipe.margin)
-
-    warn(run, harm_warnings(task, run.recipe, "holdout", held, surely))
+    """Have all arms become worse than the source, on the evaluation split or else on the holdout that chose them?"""
+    task, recipe = run.task, run.recipe
+    found = {arm: task.metrics(run.scores[arm]) for arm in ("baseline", *run.arms)}
+    lines = harm_warnings(task, recipe, "evaluation split", found, lambda arm: against_source(run, arm).p_value < ALPHA)
+    if not lines and task.holdout is not None and run.state["looked"]["holdout"]:
+        held = {"baseline": run.state["looked"]["holdout"]} | {arm: run.selected(arm)["holdout"] for arm in run.arms}
+        rows = len(task.holdout.rows) if any(guess.rows is not None for guess in task.guesses) else None
+        lines = harm_warnings(
+            task, recipe, "holdout", held, lambda arm: clearly_worse(held[arm], held["baseline"], task, recipe, rows)
+        )
+    warn(run, lines)
 
 
 def against_source(run: Run, arm: str) -> Comparison:

@@ -19,6 +19,7 @@ from dsd_refine.tasks import Guess, Score, Task
 
 FEWEST = 20  # rows or steps from which damage is spoken of
 ERRORS = 3.0  # standard errors that it must be beyond
+RARE = 0.001  # what is likelier than this may be chance
 UNBOUNDED = ("loss", "perplexity")  # every other metric is a fraction
 
 
@@ -122,14 +123,15 @@ def _surely_above(values: np.ndarray[Any, Any], limit: float) -> bool:
 def rising_warnings(label: str, losses: Sequence[float], source: float) -> list[str]:
     """Has the loss of an arm's first steps risen far above the `source`'s own on the first rows as training sees them?
 
-    Far: twice as high, and by more than 1 besides, over the steps after the fifth and beyond ERRORS of their standard errors.
+    Far: twice as high, and higher by more than 1. Surely: so many of the steps after the fifth are, that it could hardly be
+    chance were half of all steps so (a sign test, for single losses can be of any size then).
     """
-    late = np.array(losses[5:])
-    if len(late) < FEWEST or not _surely_above(late, max(2 * source, source + 1)):
+    late, limit = np.array(losses[5:]), max(2 * source, source + 1)
+    if len(late) < FEWEST or binomtest(int((late > limit).sum()), len(late), 0.5, alternative="greater").pvalue > RARE:
         return []
     return [
-        f"{label}: the training loss of steps 6 to {len(losses)} is {late.mean():.4f}, the source's on such rows {source:.4f}. "
-        "The rate is too high: give a lower --lr, or --warmup-steps"
+        f"{label}: the training loss of steps 6 to {len(losses)} is {np.median(late):.4f} (the median), the source's on such "
+        f"rows {source:.4f}. The rate is too high: give a lower --lr, or --warmup-steps"
     ]
 
 
@@ -147,10 +149,16 @@ def harm_warnings(
     if not all(sign * (found[arm][metric] - base[metric]) < 0 and surely(arm) for arm in arms):
         return []
     ends = ", ".join(f"{arm} {found[arm][metric]:.4f}" for arm in arms)
-    change = [each for each in ("a lower --lr", "fewer epochs", _milder(recipe, task)) if each]
+    why = (
+        "it is the training that does harm, with a mask or without"
+        if "dense" in arms
+        else "the training does harm, or the mask"
+    )
+    given = ("a lower --lr", "fewer epochs", "" if "dense" in arms else "a lower --sparsity", _milder(recipe, task))
+    change = [each for each in given if each]
     return [
-        f"every arm ends below the source on the {where} (source {metric} {base[metric]:.4f}; {ends}): it is the training that "
-        f"does harm, with a mask or without. Try {', '.join(change[:-1])} or {change[-1]}"
+        f"every arm ends below the source on the {where} (source {metric} {base[metric]:.4f}; {ends}): {why}. "
+        f"Try {', '.join(change[:-1])} or {change[-1]}"
     ]
 
 
@@ -163,7 +171,12 @@ def _milder(recipe: Recipe, task: Task) -> str:
     return f"less augmentation ({' '.join(given)})" if given else ""
 
 
-def clearly_lower(mine: float, base: float, rows: int) -> bool:
-    """Is a share of `rows` lower than another beyond two standard errors of the two, as if of different rows?"""
-    error = math.sqrt((mine * (1 - mine) + base * (1 - base)) / max(1, rows))
-    return base - mine > 2 * error
+def clearly_worse(mine: Mapping[str, float], base: Mapping[str, float], task: Task, recipe: Recipe, rows: int | None) -> bool:
+    """Beyond two standard errors of both shares, as if they were of different rows; of what is no share of `rows`, beyond
+    twice the margin.
+    """
+    metric = task.metric if task.metric in base else "loss"
+    one, two = mine[metric], base[metric]
+    if rows is None or metric in UNBOUNDED:
+        return not near(one, two, task, metric, 2 * recipe.margin)
+    return two - one > 2 * math.sqrt((one * (1 - one) + two * (1 - two)) / rows)
