@@ -73,6 +73,7 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
             for seed in range(recipe.seeds):
                 load_selected(run, arm, seed)
                 judge(run, arm, seed)
+        run.teacher = None  # what loads the output, to prove it, needs the room
         judge_all(run)
         look_for_harm(run)
         load_selected(run, "refined", run.preferred("refined"))

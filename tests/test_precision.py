@@ -169,3 +169,26 @@ def test_a_narrow_network_trains(tmp_path):
     data = builders.image_folder(tmp_path / "data", size=288, channels=3)
     child = Child(run_command(source, "--data", data, "-o", tmp_path / "out", *SHORT), tmp_path / "log")
     assert child.wait() == 0, child.said()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_each_arm_finds_its_loss_scale_anew(command, made, tmp_path, monkeypatch, optimizer):
+    """A scale that is far too large skips the first steps: those of every arm, not only of the first (rule 15)."""
+    from dsd_refine import opening
+
+    real = opening.open_accelerator
+
+    def scaled(*args):
+        accelerator = real(*args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # finite, and no gradient times it is
+        return accelerator
+
+    monkeypatch.setattr(opening, "open_accelerator", scaled)
+    args = [made / "timm", "--data", made / "pictures", *SHORT[: SHORT.index("--control")], "--sparse-steps", "8"]
+    more = ["--optimizer", optimizer, "--lr", "0.001", "--control", "dense", "--control", "random"]
+    found = command(*args, *more, "-o", tmp_path / "out")
+    assert found.code == 0, found.err
+    phases = json.loads((tmp_path / "out/dsd/report.json").read_text())["phases"]
+    steps = {arm: [p["optimizer_steps"] for p in phases if p["arm"] == arm] for arm in ("refined", "dense", "random")}
+    assert steps["refined"][0] < 8  # the scale was looked for
+    assert steps["refined"] == steps["dense"] == steps["random"]
