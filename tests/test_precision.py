@@ -173,7 +173,7 @@ def test_a_narrow_network_trains(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_each_arm_finds_its_loss_scale_anew(command, made, tmp_path, monkeypatch, optimizer):
-    """A scale that is far too large skips the first steps: those of every arm, not only of the first (rule 15)."""
+    """A scale that is far too large skips first steps: of every arm, not only of the one that comes first (rule 15)."""
     from dsd_refine import opening
 
     real = opening.open_accelerator
@@ -189,6 +189,8 @@ def test_each_arm_finds_its_loss_scale_anew(command, made, tmp_path, monkeypatch
     found = command(*args, *more, "-o", tmp_path / "out")
     assert found.code == 0, found.err
     phases = json.loads((tmp_path / "out/dsd/report.json").read_text())["phases"]
-    steps = {arm: [p["optimizer_steps"] for p in phases if p["arm"] == arm] for arm in ("refined", "dense", "random")}
-    assert steps["refined"][0] < 8  # the scale was looked for
-    assert steps["refined"] == steps["dense"] == steps["random"]
+    first, second = (dict.fromkeys(("refined", "dense", "random"), 0) for _ in range(2))
+    for number, phase in enumerate(phases):
+        (second if number % 2 else first)[phase["arm"]] = phase["optimizer_steps"]
+    assert all(steps < 8 for steps in first.values()), first
+    assert set(second.values()) == {2}  # within an arm it is kept
