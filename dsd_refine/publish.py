@@ -171,7 +171,6 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "masked_share": masked / outside,
         "maskable_share": sum(layer.weights for layer in maskable) / outside,
         "arms": {arm: task.metrics(scores) for arm, scores in run.scores.items()},
-        "holdout": _holdout(run),
         "comparison": {name: found.to_dict() for name, found in run.comparisons.items()},
         "verdict": verdict,
         "gate": {"rule": recipe.gate, "passed": passed},
@@ -179,6 +178,7 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "warnings": warnings,
         "rows_to_decide": _rows_to_decide(run, verdict),
         "seeds": seeds_data(run) if recipe.seeds > 1 else None,
+        "holdout": _holdout(run),
     }  # fmt: skip
 
 
