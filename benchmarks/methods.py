@@ -1,5 +1,7 @@
 """All methods of recipes/methods on one checkpoint, same budget and seeds: `python benchmarks/methods.py CHECKPOINT DATA OUT`.
 
+Names after OUT run these methods alone, beside the dense control.
+
 One table: accuracy over the seeds, and differences from the source and from the dense control with 95 % intervals over seeds
 and rows, from the predictions of each run. For benchmarks/results/methods.txt.
 """
@@ -56,7 +58,9 @@ def line(name: str, base: np.ndarray, mine: list[np.ndarray], control: list[np.n
 
 def main() -> None:
     checkpoint, data, out = (Path(path) for path in sys.argv[1:4])
-    recipes = sorted((ROOT / "recipes/methods").glob("*.yaml"), key=lambda path: path.stem != "dense-control")
+    wanted = {"dense-control", *sys.argv[4:]} if len(sys.argv) > 4 else None
+    recipes = [path for path in (ROOT / "recipes/methods").glob("*.yaml") if wanted is None or path.stem in wanted]
+    recipes.sort(key=lambda path: path.stem != "dense-control")
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "transformers"))
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
     print(f"{checkpoint.name}, {EPOCHS:g} epochs in all, rates x {RATE:g}, {SEEDS} seeds; {' '.join(PLAIN)}\n")

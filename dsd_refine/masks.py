@@ -244,6 +244,37 @@ def put_back(masks: Masks, values: Mapping[str, torch.Tensor], parameters: Mappi
 
 
 @torch.no_grad()
+def never_back(
+    layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Parameter -> True where a weight that can be masked is exactly 0 and was not in the `source`; only with such a weight.
+
+    After dense steps these are the masked weights that have had no gradient at all: one step of any rate moves a weight away
+    from 0, and decay leaves it there. Experts that no row reaches are full of them, and filters that are never active.
+    """
+    found = {}
+    for key in dict.fromkeys(spot.key for layer in layers if layer.excluded is None for spot in layer.spots):
+        parameter = parameters[key]
+        lost = parameter == 0
+        if parameter.requires_grad and lost.any():
+            lost &= (source[key] != 0).to(lost.device)
+            if lost.any():
+                found[key] = lost
+    return found
+
+
+def count_in_layers(layers: Sequence[Layer], flags: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Layer name -> how many of its own weights are True in `flags` (by parameter); only layers that have one."""
+    found = {}
+    for layer in layers:
+        parts = [(flags[spot.key].reshape(-1), spot.target) for spot in layer.spots if spot.key in flags]
+        count = sum(int((part[where.to(part.device)] if len(where) else part).sum()) for part, where in parts)
+        if count and layer.excluded is None:
+            found[layer.name] = count
+    return found
+
+
+@torch.no_grad()
 def check_masks(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> None:
     """Raise RunError if any masked weight is not exactly 0."""
     for key, mask in masks.items():

@@ -94,6 +94,7 @@ def whole_run(run: Run, steps: Sequence[float], row: float) -> float:
     recipe = run.recipe
     tries = [arm_phases(arm, recipe, sparsity) for arm in run.arms for sparsity in run.tries]
     rows = run.task.eval.units * (1 + len(run.arms) * recipe.seeds)
+    rows += run.task.holdout.units if run.task.holdout else 0  # the source's, once
     return sum(_try_seconds(run, phases, steps, row) for phases in tries) + rows * row
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,28 +18,34 @@ from dsd_refine import masks as masking
 from dsd_refine import moments
 from dsd_refine.average import Average
 from dsd_refine.checkpoint import Library, Source
-from dsd_refine.compare import compare, gate_passed, holm, verdict
+from dsd_refine.compare import Comparison, compare, gate_passed, holm, verdict
 from dsd_refine.distill import distilled
 from dsd_refine.errors import Interrupted
 from dsd_refine.masks import Masks
 from dsd_refine.opening import opened
-from dsd_refine.preflight import preflight
+from dsd_refine.paired import ALPHA
+from dsd_refine.preflight import clearly_worse, harm_warnings, preflight, rising_warnings, view_warnings
 from dsd_refine.publish import publish
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report import Report
 from dsd_refine.run import Options, Run
 from dsd_refine.runstate import pack_masks, pack_optimizer, unpack_masks, unpack_optimizer
 from dsd_refine.settings import settings
-from dsd_refine.tasks import Scores
+from dsd_refine.tasks import Item, Score, Scores
 from dsd_refine.train import (
+    EARLY,
     Key,
     Progress,
     evaluate,
+    first_items,
     make_optimizer,
     place_of,
     reestimate,
+    scored,
     train_phase,
 )
+
+MOST_LOOKED_AT = 256  # training rows that the source is tried on as training shows them
 
 
 def refine(source: Source, library: Library, recipe: Recipe, options: Options) -> Report:
@@ -53,6 +60,7 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
     with opened(source, library, recipe, options) as run:
         run.loop.save = lambda: save(run)
         judge(run, "baseline")
+        look_at_source(run)
         for arm in run.arms:
             for attempt, sparsity in enumerate(run.tries):
                 phases = arm_phases(arm, recipe, sparsity)
@@ -66,7 +74,9 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
             for seed in range(recipe.seeds):
                 load_selected(run, arm, seed)
                 judge(run, arm, seed)
+        run.teacher = None  # what loads the output, to prove it, needs the room
         judge_all(run)
+        look_for_harm(run)
         load_selected(run, "refined", run.preferred("refined"))
         return finish(run)
 
@@ -90,7 +100,7 @@ def arm_phases(arm: str, recipe: Recipe, sparsity: float | None) -> tuple[Phase,
 def one_phase(run: Run, phase: Phase, done: Progress, last: bool) -> None:
     """Sparse: mask by |w| of the weights now held, then train under the mask. Dense: train all, restored ones from 0."""
     masks = trained(run, phase, done, last)
-    settle(run, masks, done, last)
+    settle(run, phase, masks, done, last)
     masking.check_masks(masks, run.loop.parameters)
     look(run, "after S" if masks else "after re-D" if phase.kind == "dense" else None)
     leave(run, phase, done, masks, last)
@@ -121,17 +131,23 @@ def trained(run: Run, phase: Phase, done: Progress, last: bool) -> Masks:
     optimizer = at["optimizer"] = make_optimizer(loop, phase)
     unpack_optimizer(at["saved"], optimizer)
 
+    def step_end() -> None:
+        average.step_end()
+        if done.step == EARLY:
+            look_at_losses(run, done.early)  # and not only at the phase's end, which may be days away
+
     def epoch_end(epoch: int) -> None:
         average.epoch_end()
         if last and run.recipe.keep == "best":
-            with kept_buffers(loop.model), average.held() as averaged:
+            with kept_buffers(loop.model), average.held() as averaged, held_back(run, phase, done) as returned:
                 if averaged:
                     reestimate(loop, key)
-                consider(run, epoch, masks)
+                consider(run, epoch, masks, returned)
 
     loop.loss = distilled(run.task, run.teacher, phase.distill) if phase.distill and run.teacher else None
     train_phase(loop, phase, key, at["label"], masks, done, optimizer, remask=make, epoch_end=epoch_end,
-                step_end=average.step_end)  # fmt: skip
+                step_end=step_end)  # fmt: skip
+    look_at_losses(run, done.early)
     return masks
 
 
@@ -149,13 +165,50 @@ def look(run: Run, moment: str | None, begun: bool = False) -> None:
     moments.take(book, moments.choose(run.layers, run.loop.parameters), run.loop.parameters, moment)
 
 
-def settle(run: Run, masks: Masks, done: Progress, last: bool) -> None:
-    """What follows a phase's last step: the mean takes the weights' place; BatchNorm looks again where nothing trained."""
+def settle(run: Run, phase: Phase, masks: Masks, done: Progress, last: bool) -> None:
+    """What follows a phase's last step: the mean takes the weights' place; what no gradient has brought back is given back;
+    BatchNorm looks again where nothing trained.
+    """
     run.state["masked_only"] = not done.step and (bool(masks) or run.state.get("masked_only", False))
     reason = "averaged weights" if run.current["average"].settle() else None
+    run.state["returned"] = {**run.state["returned"], **give_back(run, without_gradient(run, phase, done))}
     if last and run.state["masked_only"]:
         reason = "masked without training after"
     run.current["statistics"] = reason if reason and reestimate(run.loop, phase_key(run)) else None
+
+
+def without_gradient(run: Run, phase: Phase, done: Progress) -> Masks:
+    """Where weights that were masked have had no gradient in a dense phase: they are 0 still, and could not come back.
+
+    Nowhere before the phase has made a step at some rate: what is 0 then is what the user asked for.
+    """
+    at = run.current
+    before = arm_phases(at["arm"], run.recipe, run.tries[at["attempt"]])[: at["number"]]
+    masked = any(earlier.kind == "sparse" and earlier.sparsity for earlier in before)
+    if phase.kind == "sparse" or not masked or not done.optimizer_steps or not done.lr_peak:
+        return {}
+    return masking.never_back(run.layers, run.loop.parameters, run.start)
+
+
+@torch.no_grad()
+def give_back(run: Run, lost: Masks) -> dict[str, int]:
+    """Put the source's values where `lost` is True; layer name -> number of such weights."""
+    for key, flags in lost.items():
+        parameter = run.loop.parameters[key]
+        parameter.copy_(torch.where(flags, run.start[key].to(parameter.device), parameter))
+    return masking.count_in_layers(run.layers, lost)
+
+
+@contextmanager
+def held_back(run: Run, phase: Phase, done: Progress) -> Iterator[dict[str, int]]:
+    """Within, the model holds what it would hold if the phase ended here (see `give_back`); later steps may still reach it."""
+    lost = without_gradient(run, phase, done)
+    try:
+        yield give_back(run, lost)
+    finally:
+        with torch.no_grad():
+            for key, flags in lost.items():
+                run.loop.parameters[key].masked_fill_(flags, 0.0)
 
 
 def passed(run: Run, arm: str, attempt: int, number: int) -> bool:
@@ -178,7 +231,9 @@ def enter(run: Run, arm: str, attempt: int, number: int, phase: Phase) -> Progre
     progress = Progress(**run.state["progress"]) if saved and run.state.get("progress") else Progress()
     attempts = f" try {attempt + 1}" if len(run.tries) > 1 else ""
     if number == 0:
-        run.state["masked_only"] = False
+        run.state["masked_only"], run.state["returned"] = False, {}
+        if run.loss_scale is not None and not saved:
+            run.loop.accelerator.scaler.load_state_dict(run.loss_scale)  # what one arm has found out, the next must as well
     run.current = {
         "place": place, "arm": arm, "attempt": attempt, "number": number, "progress": progress,
         "label": f"{arm}{attempts}/{number + 1}-{phase.kind}", "saved": saved, "optimizer": None,
@@ -209,7 +264,7 @@ def leave(run: Run, phase: Phase, done: Progress, masks: Masks, last: bool) -> N
     at, sparse = run.current, phase.kind == "sparse"
     zeros = masking.count_zeros(run.layers, run.loop.parameters)
     if last and (run.recipe.keep != "best" or done.step == 0):
-        consider(run, math.ceil(done.step / run.loop.steps_per_epoch), masks)
+        consider(run, math.ceil(done.step / run.loop.steps_per_epoch), masks, {})
     run.state.setdefault("phases", []).append(
         {
             "arm": at["arm"], "attempt": at["attempt"], "kind": phase.kind,
@@ -264,8 +319,11 @@ def measure_holdout(run: Run, masks: Masks, log: bool = True) -> dict[str, float
     return found
 
 
-def consider(run: Run, epoch: int, masks: Masks) -> None:
-    """Keep the weights now held as the arm's result if the holdout prefers them (metric, then loss, then the earlier)."""
+def consider(run: Run, epoch: int, masks: Masks, returned: dict[str, int]) -> None:
+    """Keep the weights now held as the arm's result if the holdout prefers them (metric, then loss, then the earlier).
+
+    `returned` counts the weights that have the source's values back, by layer (see `give_back`).
+    """
     at = run.current
     found, repeat = measure_holdout(run, masks), str(at["repeat"])
     best = run.state.setdefault("best", {}).setdefault(at["arm"], {})
@@ -274,7 +332,7 @@ def consider(run: Run, epoch: int, masks: Masks) -> None:
     name = f"best-{at['arm']}-{at['attempt']}-{epoch}.safetensors"
     run.workspace.write_tensors(name, run.loop.model.state_dict())
     chosen = {"attempt": at["attempt"], "epoch": epoch, "sparsity": at["sparsity"], "seed": at["seed"]}
-    best[repeat] = {"file": name, **chosen, "holdout": found}
+    best[repeat] = {"file": name, **chosen, "holdout": found, "returned": {**run.state["returned"], **returned}}
 
 
 def save(run: Run) -> None:
@@ -347,6 +405,78 @@ def judge(run: Run, arm: str, seed: int = 0) -> None:
     run.workspace.save(None)
     if run.loop.stopping() and run.loop.world == 1:
         raise Interrupted(f"stopped after the evaluation of {label}; go on with --resume")
+
+
+def warn(run: Run, lines: list[str]) -> None:
+    """Say what harms, at once and in the report; what has been said of a run that is taken up again is not said twice."""
+    known = run.state.setdefault("harm", [])
+    for line in lines:
+        if line not in known:
+            known.append(line)
+            run.options.say(f"warning: {line}")
+
+
+def look_at_source(run: Run) -> None:
+    """The source on the holdout, which arms are seen against, and on the first training rows as training shows them."""
+    if "looked" in run.state:
+        return
+    loop, task = run.loop, run.task
+    looked: dict[str, Any] = {"holdout": None, "loss": None}
+    if task.holdout is not None:
+        looked["holdout"] = task.metrics(evaluate(loop, task.holdout))
+        place = {"arm": "baseline", "phase": None, "step": None, "epoch": None}
+        run.workspace.log({"event": "evaluation", **place, "part": "holdout", **looked["holdout"]})
+    steps = run.recipe.phases_at(run.tries[0])[0].total_steps(loop.steps_per_epoch)
+    batch = loop.recipe.batch_size * loop.recipe.gradient_accumulation_steps * loop.world
+    items = first_items(loop, Key(run.recipe.seed, 0), min(MOST_LOOKED_AT, steps * batch))
+    if items:
+        seen = _in_order(scored(loop, task.train, items))
+        looked["loss"] = task.metrics(Scores.of(enumerate(seen), len(seen))).get("loss")
+        if not _as_in_evaluation(run, items[0]):
+            plain = _in_order(scored(loop, task.train, [(unit, None) for unit, _ in items]))
+            warn(run, view_warnings(task, plain, seen, run.recipe))
+    run.state["looked"] = looked
+    run.workspace.save(None)
+
+
+def _in_order(found: list[tuple[int, Score]]) -> list[Score]:
+    return [score for _, score in sorted(found, key=lambda pair: pair[0])]
+
+
+def _as_in_evaluation(run: Run, item: Item) -> bool:
+    """Does training see a row just as evaluation does, as most tasks have it?"""
+    one, two = (run.task.batch(run.task.train, [given]).inputs for given in (item, (item[0], None)))
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def look_at_losses(run: Run, losses: list[float]) -> None:
+    """The first steps of an arm: do they go up?"""
+    source, at = run.state.get("looked", {}).get("loss"), run.current
+    if source is not None and at["attempt"] == at["number"] == 0:
+        warn(run, rising_warnings(at["arm"], losses, source))
+
+
+def look_for_harm(run: Run) -> None:
+    """Have all arms become worse than the source, on the evaluation split or else on the holdout that chose them?"""
+    task, recipe = run.task, run.recipe
+    found = {arm: task.metrics(run.scores[arm]) for arm in ("baseline", *run.arms)}
+    lines = harm_warnings(task, recipe, "evaluation split", found, lambda arm: against_source(run, arm).p_value < ALPHA)
+    if not lines and task.holdout is not None and run.state["looked"]["holdout"]:
+        held = {"baseline": run.state["looked"]["holdout"]} | {arm: run.selected(arm)["holdout"] for arm in run.arms}
+        rows = len(task.holdout.rows) if any(guess.rows is not None for guess in task.guesses) else None
+        lines = harm_warnings(
+            task, recipe, "holdout", held, lambda arm: clearly_worse(held[arm], held["baseline"], task, recipe, rows)
+        )
+    warn(run, lines)
+
+
+def against_source(run: Run, arm: str) -> Comparison:
+    """An arm's scores on the evaluation split beside the source's."""
+    corpus, scores = getattr(run.task, "corpus", None), run.scores
+    mine, theirs = (scores[each].compared(corpus) for each in (arm, "baseline"))
+    return compare(
+        mine, theirs, scores[arm].count, higher_is_better=run.task.higher_is_better, seed=run.recipe.seed, corpus=corpus
+    )
 
 
 def judge_all(run: Run) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dsd_refine import space
 from dsd_refine.allocator import keep_freed_memory
@@ -31,6 +34,9 @@ from dsd_refine.tasks.open import look_at_data, parts_of, prepare_task
 from dsd_refine.train import Loop, exact, seed_all, unreached, without_variance
 
 PRECISIONS = ("no", "fp16", "bf16")
+KERNEL_SETTINGS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE")
+# how long processes wait for each other: the main one may fetch, write or verify for hours, and NCCL gives ten minutes
+PATIENCE = timedelta(days=7)
 
 
 @contextmanager
@@ -96,14 +102,15 @@ def _open(
     workspace.need = space.of_run(checkpoint, layers, recipe, save_phases=options.save_phases)
     if workspace.writes:
         space.check_room(workspace.partial, workspace.need)
-    workspace.begin(_identity(recipe, hashes, task, accelerator), options.resume)
+    workspace.begin(_identity(recipe, hashes, task, accelerator, options), options.resume)
     accelerator.wait_for_everyone()
     start = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
     teacher = _teacher(recipe, task, model)
     run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, given, teacher=teacher)
     _wrap(run)
-    if accelerator.scaler is not None and workspace.state.get("scaler"):
-        accelerator.scaler.load_state_dict(workspace.state["scaler"])
+    if accelerator.scaler is not None:
+        run.loss_scale = accelerator.scaler.state_dict()
+        accelerator.scaler.load_state_dict(workspace.state.get("scaler") or run.loss_scale)
     return run
 
 
@@ -151,9 +158,11 @@ def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
         raise UsageError("--device cuda: torch sees no CUDA device here")
     if options.device == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: torch sees no MPS device here")
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    patient = InitProcessGroupKwargs(timeout=PATIENCE)
     try:
-        accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=options.device == "cpu", kwargs_handlers=[unused])
+        accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision, cpu=options.device == "cpu", kwargs_handlers=[patient]
+        )
     except (ValueError, ImportError) as error:
         raise UsageError(f"accelerate refuses this device and precision: {error}") from None
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -234,10 +243,19 @@ def _teacher(recipe: Recipe, task: Task, model: nn.Module) -> nn.Module | None:
 def _wrap(run: Run) -> None:
     loop = run.loop
     if loop.world > 1:
-        loop.forward = loop.accelerator.prepare_model(loop.model)
+        loop.forward = parallel(loop.model, loop.accelerator.device)
     if run.options.compile:
         check_compiler(loop.accelerator.device)
         loop.forward = torch.compile(loop.forward)
+
+
+def parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The model for several processes; what it computes by itself stays as it is.
+
+    By hand: `accelerator.prepare_model` puts autocast into the model's own `forward`, so that the proof of the output, which
+    is float32, would be computed in bf16 or fp16. Autocast lies around each call of the loop.
+    """
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -255,11 +273,21 @@ def check_compiler(device: torch.device) -> None:
         ) from None
 
 
-def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: Accelerator) -> dict[str, Any]:
+def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: Accelerator, options: Options) -> dict[str, Any]:
     """What must be equal for a resumed run to end in the same bytes."""
     versions = environment(str(accelerator.device), accelerator.num_processes)
     data = {name: rows.fingerprint for name, rows in parts_of(task).items() if rows is not None}
-    return _flat({"recipe": recipe.model_dump(mode="json"), "source": hashes, "data": data} | versions)
+    computed = versions | _kernels(accelerator.device) | {"--compile": options.compile}
+    return _flat({"recipe": recipe.model_dump(mode="json"), "source": hashes, "data": data} | computed)
+
+
+def _kernels(device: torch.device) -> dict[str, Any]:
+    """What chooses the order in which numbers are added: threads, the processor, and what is set for its libraries."""
+    on_gpu = device.type == "cuda"
+    return {
+        "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
+        "processor": torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
+    } | {name: os.environ.get(name) for name in KERNEL_SETTINGS}
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

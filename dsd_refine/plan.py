@@ -15,7 +15,7 @@ from dsd_refine.layers import few_maskable, open_layers
 from dsd_refine.masks import Layer
 from dsd_refine.method import arm_phases
 from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.settings import check_settings
+from dsd_refine.settings import check_settings, frozen_names
 from dsd_refine.tasks import Task
 from dsd_refine.tasks.open import look_at_data, parts_of, prepare_task
 from dsd_refine.train import micro_batches
@@ -100,12 +100,33 @@ def _phase(phase: Phase, per_epoch: int) -> str:
 
 
 def _sizes(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe) -> dict[str, str]:
-    """Memory without activations (weights, gradients, optimizer state, a copy of the source, masks), and disk."""
-    weights = sum(layer.weights for layer in layers if not (layer.excluded or "").startswith("the same storage"))
-    maskable = sum(layer.weights for layer in layers if layer.excluded is None)
-    moments = 2 if recipe.optimizer == "adamw" else int(recipe.momentum > 0)
-    teacher = int(any(phase.distill for phase in recipe.phases))
-    averages = int(any(phase.average != "none" for phase in recipe.phases))
-    memory = FLOAT * weights * (3 + moments + teacher + averages) + maskable
+    """Memory of the largest phase, and disk."""
+    memory = max(memory_of(checkpoint, layers, recipe, phase, last=phase is recipe.phases[-1]) for phase in recipe.phases)
     disk = space.of_run(checkpoint, layers, recipe)  # what a run looks for before it begins
     return {"memory": f"{memory / 1e9:.2f} GB and the activations", "disk": f"{disk / 1e9:.2f} GB at most while running"}
+
+
+def memory_of(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe, phase: Phase, *, last: bool) -> int:
+    """Bytes that a phase holds beside the activations, all in float32 but for the masks.
+
+    The weights, the source's, a teacher; of what trains gradients and optimizer state; a mean; masks and what a random mask
+    puts aside. Saving takes no more. The last phase is evaluated with all of it there: rounded weights are a copy, and so are
+    those that a mean stands in for.
+    """
+    own = [layer for layer in layers if not (layer.excluded or "").startswith("the same storage")]
+    weights = sum(layer.weights for layer in own)
+    frozen = frozen_names(checkpoint.model, phase.frozen, checkpoint.filled)
+    still = sum(layer.weights for layer in own if all(spot.key in frozen for spot in layer.spots))
+    moments = 2 if recipe.optimizer == "adamw" else int(recipe.momentum > 0)
+    floats = (2 + int(any(each.distill for each in recipe.phases))) * weights + (1 + moments) * (weights - still)
+    floats += weights - still if phase.average != "none" else 0
+    if last and recipe.keep == "best":
+        halves = {entry.name for _, entry in checkpoint.layout.where.values() if entry.dtype.itemsize < FLOAT}
+        floats += sum(layer.weights for layer in own if layer.name in halves)
+        floats += weights - still if phase.average != "none" else 0
+    maskable = sum(layer.weights for layer in layers if layer.excluded is None) if phase.kind == "sparse" else 0
+    random = phase.refresh and (phase.criterion == "random" or "random" in recipe.control)
+    floats += (
+        round(maskable * (_first_sparsity(recipe, max(recipe.sparsities, key=lambda s: s or 0.0)) or 0.0)) if random else 0
+    )
+    return FLOAT * floats + maskable

@@ -14,6 +14,7 @@ import torch
 
 from dsd_refine.blame import computed
 from dsd_refine.checkpoint import verify
+from dsd_refine.checkpoint.layout import listed
 from dsd_refine.checkpoint.verify import PROBE, save_probe
 from dsd_refine.checkpoint.write import copy_file, write_text
 from dsd_refine.compare import Corpus, corpus_over_seeds, credit, over_seeds
@@ -148,7 +149,8 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
     first = _first_sparsity(run, selected["attempt"])
     extra = dict(task.report())
     data = run.given.entry(parts_of(task))
-    said = [*run.checkpoint.warnings, *extra.pop("warnings"), *data["unused"], *run.state["preflight"], *_warnings(run), *noted]
+    said = [*run.checkpoint.warnings, *extra.pop("warnings"), *data["unused"], *run.state["preflight"]]
+    said += [*run.state.get("harm", []), *_warnings(run), *noted]
     warnings = list(dict.fromkeys(said))
     device = str(run.loop.accelerator.device)
     masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
@@ -180,6 +182,7 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "credit": credit(verdict, run.comparisons, recipe.control),
         "rows_to_decide": _rows_to_decide(run, verdict),
         "seeds": seeds_data(run) if recipe.seeds > 1 else None,
+        "holdout": _holdout(run),
     }  # fmt: skip
 
 
@@ -189,6 +192,12 @@ def _resolved(source: Source) -> str:
         return source.resolved
     named = Path(source.model).name not in ("", "..")  # "." has no name of its own
     return from_home(source.model) if named else Path(source.resolved).name
+
+
+def _holdout(run: Run) -> dict[str, dict[str, float]] | None:
+    """The holdout's metrics of the source and of what it chose of each arm; None where there is no holdout."""
+    baseline = run.state["looked"]["holdout"]
+    return {"baseline": baseline} | {arm: run.selected(arm)["holdout"] for arm in run.arms} if baseline else None
 
 
 def _rows_to_decide(run: Run, verdict: str) -> int | None:
@@ -256,4 +265,16 @@ def _warnings(run: Run) -> list[str]:
             f"{sum(count for count, _ in empty.values()):,} filters held only zeros at the sparse phase's end, in {len(empty)} "
             f"layers ({most}: {empty[most][0]} of {empty[most][1]}); --exclude leaves such layers out"
         )
-    return lines + few_maskable(run.layers)
+    return lines + _returned_warning(run) + few_maskable(run.layers)
+
+
+def _returned_warning(run: Run) -> list[str]:
+    """Masked weights that no row of the dense phase has reached."""
+    returned: dict[str, int] = run.selected("refined").get("returned", {})
+    if not returned:
+        return []
+    names = [f"{name}: {returned[name]:,}" for name in sorted(returned, key=lambda name: -returned[name])]
+    return [
+        f"{sum(returned.values()):,} masked weights in {len(names)} layers got no gradient in the dense phase, so they could "
+        f"not come back from 0; they have the source's values again, since no training row reaches them ({listed(names, 30)})"
+    ]

@@ -56,6 +56,7 @@ class Run:
     start: dict[str, torch.Tensor]
     given: Given
     teacher: nn.Module | None = None
+    loss_scale: dict[str, Any] | None = None  # fp16's, as each try begins with it
     scores: dict[str, Scores] = field(default_factory=dict)
     seeds: dict[str, list[Scores]] = field(default_factory=dict)
     comparisons: dict[str, Comparison] = field(default_factory=dict)

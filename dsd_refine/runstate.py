@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,10 +19,10 @@ from typing import Any
 import filelock
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
 from dsd_refine import space
-from dsd_refine.checkpoint.layout import sha256_file
+from dsd_refine.checkpoint.layout import build_header, memory, sha256_file
 from dsd_refine.checkpoint.write import sync, sync_folder
 from dsd_refine.errors import RunError, UsageError
 
@@ -226,13 +226,18 @@ class Workspace:
                 self.state.get("files", {}).pop(path.name, None)
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Write a safetensors file into OUT.partial/ whole or not at all (aliases are stored each by itself)."""
+        """Write a safetensors file into OUT.partial/ whole or not at all (aliases are stored each by itself).
+
+        Tensor by tensor: beside the model and its optimizer there is no room for a copy of them.
+        """
         self.unsaved += 1
         if self.writes:
-            own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
-            data = save(own)
-            self.state.setdefault("files", {})[name] = hashlib.sha256(data).hexdigest()
-            replace_bytes(self.partial / name, data)
+            # the widest first, so that each lies at a multiple of its element's size, as whoever maps the file needs it
+            ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+            head, entries = build_header(ordered, {})
+            parts = (part for made in ([head], map(memory, ordered.values())) for part in made)
+            size = max((entry.end for entry in entries), default=len(head))
+            self.state.setdefault("files", {})[name] = replace_parts(self.partial / name, parts, size)
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """What `write_tensors` wrote.
@@ -340,7 +345,9 @@ def _refuse_difference(saved: dict[str, Any], now: dict[str, Any]) -> None:
     different = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
     if different:
         lines = "; ".join(f"{key} was {saved.get(key)!r:.80}, is {now.get(key)!r:.80}" for key in different)
-        raise UsageError(f"--resume: the saved run differs from this one: {lines}. Start anew with --overwrite")
+        raise UsageError(
+            f"--resume: the saved run differs from this one: {lines}. Run it as it was, or start anew with --overwrite"
+        )
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -350,10 +357,17 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """The same for bytes. Raises RunError where they cannot be written (no room, a read-only place)."""
-    temporary = path.with_name(path.name + ".tmp")
+    replace_parts(path, [data], len(data))
+
+
+def replace_parts(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
+    """The same for `size` bytes that come in parts, each made when it is written; returns their SHA-256."""
+    temporary, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
+                digest.update(part)
             sync(file)
         os.replace(temporary, path)
         sync_folder(path.parent)  # what comes after, a removal above all, must not reach the disk before this
@@ -361,9 +375,10 @@ def replace_bytes(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         free = f"; {space.in_words(space.free_bytes(path.parent))} are free" if error.errno in space.FULL else ""
         raise RunError(
-            f"{path}: cannot write {len(data):,} bytes: {error.strerror or error}{free}. What was saved before is whole: "
+            f"{path}: cannot write {size:,} bytes: {error.strerror or error}{free}. What was saved before is whole: "
             "make room, then go on with --resume"
         ) from None
+    return digest.hexdigest()
 
 
 def umask() -> int:

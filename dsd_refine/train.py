@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -25,7 +25,7 @@ from dsd_refine.errors import Interrupted, RunError
 from dsd_refine.masks import Masks, check_masks, mask_gradients, masker, stable_seed
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.settings import train_mode
-from dsd_refine.tasks import Batch, Forward, Item, Scores, Task
+from dsd_refine.tasks import Batch, Forward, Item, Score, Scores, Task
 
 
 @dataclass
@@ -61,6 +61,9 @@ class Loop:
         return math.ceil(micro / self.recipe.gradient_accumulation_steps)
 
 
+EARLY = 25  # steps whose losses are kept, to see whether training begins with damage
+
+
 @dataclass
 class Progress:
     """How far a phase is: everything that a stop in its middle must keep, and what its report entry says."""
@@ -75,6 +78,7 @@ class Progress:
     loss_last: float | None = None
     seconds: float = 0.0
     ended: int = 0  # the step of the last epoch whose end was attended to
+    early: list[float] = field(default_factory=list)  # the losses of the first EARLY steps
 
 
 class Key(NamedTuple):
@@ -247,8 +251,9 @@ def train_phase(
         anew = bool(phase.refresh) and step % int(phase.refresh or 1) == 0 and step < total
         free = anew and phase.criterion == "magnitude"  # what is masked may come back by its gradient
         loss, samples, stop = _step(
-            loop, [next(batches) for _ in group], key, step, optimizer, {} if free else masks, _nothing if free else mask
-        )
+            loop, [next(batches) for _ in group], key, step, optimizer, {} if free else masks, _nothing if free else mask,
+            bool(phase.refresh),
+        )  # fmt: skip
         if not math.isfinite(loss):
             raise RunError(f"{label}: the loss of step {step} of {total} is {loss}; try a lower --lr, or --max-grad-norm")
         if anew:
@@ -301,6 +306,7 @@ def _count(done: Progress, step: int, rate: float, loss: float, samples: int, sk
     if done.step == 0:
         done.lr_first, done.loss_first = rate, loss
     done.step, done.lr_last, done.loss_last = step, rate, loss
+    done.early += [loss] if step <= EARLY else []
     done.lr_peak = max(done.lr_peak or 0.0, rate)
     done.optimizer_steps += not skipped
     done.samples += samples
@@ -308,11 +314,13 @@ def _count(done: Progress, step: int, rate: float, loss: float, samples: int, sk
 
 
 def _step(
-    loop: Loop, group: list[Batch], key: Key, step: int, optimizer: Any, masks: Masks, mask: Callable[[], None]
+    loop: Loop, group: list[Batch], key: Key, step: int, optimizer: Any, masks: Masks, mask: Callable[[], None], changing: bool
 ) -> tuple[float, int, bool]:
     """One optimizer step over a group of micro-batches: (mean loss, samples, should the run stop), over all processes.
 
     The loss is the sum over the group's real targets divided by their number, however they were split (rule 12).
+    `changing`: the mask is made anew in this phase. What is masked now comes back later, and its momentum with it, so its
+    gradients must not enter that; a weight that stays masked to the phase's end has no use for its momentum.
     """
     device, rank = loop.accelerator.device, loop.accelerator.process_index
     targets, samples = sum(b.count for b in group), sum(len(b.targets) for b in group if b.count)
@@ -330,8 +338,9 @@ def _step(
             weight = loop.world / max(1, targets) if batch.count else 0.0  # several processes average their gradients
             loop.accelerator.backward(loss * weight)
         total += loss.detach() * bool(batch.count)
-    if loop.recipe.max_grad_norm is not None:
+    if changing or loop.recipe.max_grad_norm is not None:
         mask_gradients(masks, loop.parameters)
+    if loop.recipe.max_grad_norm is not None:
         loop.accelerator.unscale_gradients(optimizer)
         nn.utils.clip_grad_norm_(loop.model.parameters(), loop.recipe.max_grad_norm)
     optimizer.step()
@@ -381,25 +390,40 @@ def evaluate(loop: Loop, part: Any, masks: Masks | None = None, only: int | None
         Interrupted: a signal came; the state that was saved last leads back here.
     """
     check_masks(masks or {}, loop.parameters)
+    units = part.units if only is None else only
+    return _by_row(part, scored(loop, part, [(unit, None) for unit in range(units)]), units)
+
+
+def scored(loop: Loop, part: Any, items: Sequence[Item]) -> list[tuple[int, Score]]:
+    """(number of the item, its score) of a part's items, over all processes and in no order; see `evaluate`.
+
+    An item with a seed is scored as training sees it; the model is in evaluation mode all the same.
+    """
     _same_buffers(loop)
     was_training = loop.model.training
     loop.model.eval()
     rank, size = loop.accelerator.process_index, loop.recipe.batch_size
-    units = part.units if only is None else only
-    mine = range(rank, units, loop.world)
-    plan = [([(unit, None) for unit in mine[i : i + size]], True) for i in range(0, len(mine), size)]
-    found: list[tuple[int, Any]] = []
+    mine = range(rank, len(items), loop.world)
+    groups = [mine[i : i + size] for i in range(0, len(mine), size)]
+    plan = [([items[number] for number in group], True) for group in groups]
+    found: list[tuple[int, Score]] = []
     with exact(), loop.as_written(loop.model):
-        for (items, _), batch in zip(plan, _loader(loop, part, plan), strict=True):
+        for group, batch in zip(groups, _loader(loop, part, plan), strict=True):
             with loop.accelerator.autocast():
                 scores = computed(loop, part, loop.model, _on_device(loop, batch), loop.task.score)
-            found += zip((unit for unit, _ in items), scores, strict=True)
+            found += zip(group, scores, strict=True)
             _stop_if_asked(loop)
-        for _ in range(len(plan), -(-len(range(0, units, loop.world)) // size)):
+        for _ in range(len(plan), -(-len(range(0, len(items), loop.world)) // size)):
             _stop_if_asked(loop)  # this process has a batch less than the first, and all must ask together
     loop.model.train(was_training)
-    gathered = gather_object(found) if loop.world > 1 else found
-    return _by_row(part, gathered, units)
+    gathered: list[tuple[int, Score]] = gather_object(found) if loop.world > 1 else found
+    return gathered
+
+
+def first_items(loop: Loop, key: Key, most: int) -> list[Item]:
+    """The rows that a phase takes first, each with the seed that its augmentation has there."""
+    units = loop.task.train.units
+    return [(int(u), stable_seed(*key, 0, int(u), "augment")) for u in epoch_order(key, 0, units)[:most]]
 
 
 def _stop_if_asked(loop: Loop) -> None:

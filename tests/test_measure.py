@@ -86,10 +86,10 @@ PHASES = (Phase(kind="sparse", epochs=2, lr=0.1, sparsity=0.3), Phase(kind="dens
 def test_the_total_counts_the_phases_that_run():
     step, row = [1.0, 10.0], 0.001
     whole = measure.whole_run(run_of(Recipe(phases=PHASES)), step, row)
-    # of two arms: the steps, the holdout after two phases and at three ends, one evaluation; and the baseline's
-    assert whole == pytest.approx(2 * (20 * 1 + 30 * 10 + 5 * 100 * row + 50 * row) + 50 * row)
+    # of two arms: the steps, the holdout after two phases and at three ends, one evaluation; and the baseline's two
+    assert whole == pytest.approx(2 * (20 * 1 + 30 * 10 + 5 * 100 * row + 50 * row) + 150 * row)
     sparse = measure.whole_run(run_of(Recipe(phases=PHASES, keep="sparse")), step[:1], row)
-    assert sparse == pytest.approx(2 * (20 * 1 + 2 * 100 * row + 50 * row) + 50 * row)
+    assert sparse == pytest.approx(2 * (20 * 1 + 2 * 100 * row + 50 * row) + 150 * row)
 
 
 def test_the_total_counts_seeds_sparsities_and_averages():
@@ -97,7 +97,7 @@ def test_the_total_counts_seeds_sparsities_and_averages():
     phases = (PHASES[0].model_copy(update={"sparsity": (0.3, 0.5)}), PHASES[1].model_copy(update={"average": "swa"}))
     whole = measure.whole_run(run_of(Recipe(phases=phases, seeds=3)), step, row)
     looks = 1000 * 4 * row  # BatchNorm goes over the training rows at three ends, and for the mean that stays
-    assert whole == pytest.approx(2 * 6 * (320 + 5 * 100 * row + looks) + (1 + 2 * 3) * 50 * row)
+    assert whole == pytest.approx(2 * 6 * (320 + 5 * 100 * row + looks) + (1 + 2 * 3) * 50 * row + 100 * row)
 
 
 def test_what_the_file_calls_otherwise_is_frozen_in_the_measured_steps_too(command, made, tmp_path, monkeypatch):

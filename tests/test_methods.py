@@ -135,6 +135,93 @@ def test_hard_thresholding_is_the_textbook_s():
         assert torch.allclose(value, other.state_dict()[name], atol=1e-6), name
 
 
+def by_hand(model, task, steps, momentum, rate, at_step):
+    """SGD with momentum written out: `at_step(step, gradients)` masks and remasks around the plain update of `parameters`."""
+    order, parameters = epoch_order(Key(0, 0), 0, 20), dict(model.named_parameters())
+    speed = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for step in range(1, steps + 1):
+        rows = order[4 * step - 4 : 4 * step]
+        loss = F.cross_entropy(model(task.train.x[rows]), task.train.y[rows], reduction="sum") / 4
+        gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        keep = at_step(step)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                seen = gradients[name] * keep["gradient"].get(name, 1)
+                speed[name] = momentum * speed[name] + seen
+                parameter -= rate * speed[name]
+            keep["after"]()
+
+
+@pytest.mark.parametrize("clip", [None, 1e9])
+def test_hard_thresholding_with_momentum_is_the_textbook_s(clip):
+    """Only every third step, whose end makes the mask anew, sees what is masked; between them its gradients are none."""
+    model, other = mlp(), mlp()
+    masks = masks_at(model)
+    apply_masks(masks, dict(model.named_parameters()))
+    apply_masks(masks, dict(other.named_parameters()))
+    loop, kept = loop_of(model, momentum=0.9, max_grad_norm=clip), dict(masks)
+
+    def at_step(step):
+        free = step in (3,)  # not the last one, whose mask would be of no use
+
+        def after():
+            if free:
+                kept.update(masks_at(other))
+            apply_masks(kept, dict(other.named_parameters()))
+
+        return {"gradient": {} if free else dict(kept), "after": after}
+
+    by_hand(other, loop.task, 5, 0.9, 0.1, at_step)
+    run(loop, masks, steps=5, refresh=3, remask=lambda n: masks_at(model))
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, other.state_dict()[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("clip", [None, 1e9])
+def test_dropconnect_with_momentum_is_the_textbook_s(clip):
+    """A weight that is out in a step has no gradient there (Wan et al., equation 7), and comes back as it was."""
+    model, other = mlp(), mlp()
+    drawn = [masks_at(model, 0.5, "random", (n,)) for n in range(5)]
+    stash = {"model": {}, "other": {}}
+
+    def draw(which, net, number):
+        parameters = dict(net.named_parameters())
+        if number:
+            put_back(drawn[number - 1], stash[which], parameters)
+        stash[which] = masked_values(drawn[number], parameters)
+        apply_masks(drawn[number], parameters)
+        return dict(drawn[number])
+
+    loop = loop_of(model, momentum=0.9, max_grad_norm=clip)
+    draw("other", other, 0)
+
+    def at_step(step):
+        def after():
+            apply_masks(drawn[step - 1], dict(other.named_parameters()))
+            if step < 5:
+                draw("other", other, step)
+
+        return {"gradient": drawn[step - 1], "after": after}
+
+    by_hand(other, loop.task, 5, 0.9, 0.1, at_step)
+    run(loop, draw("model", model, 0), steps=5, refresh=1, criterion="random", remask=lambda n: draw("model", model, n))
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, other.state_dict()[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("recipe", ["dropconnect", "iterative-hard-thresholding", "dsd"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_clip_that_never_clips_changes_no_byte(command, made, tmp_path, recipe, optimizer):
+    short = ["--set", "phases.0.refresh=2"] if recipe.startswith("iterative") else []
+    args = [made / "timm", "--data", made / "pictures", "--recipe", recipe, *SHORT, *short, "--optimizer", optimizer]
+    args += ["--sparse-steps", "5", "--lr", "0.01", "--control", "random", "--quiet", "--keep", "last"]
+    for out, clip in (("none", []), ("large", ["--max-grad-norm", "1e9"])):
+        assert command(*args, "-o", tmp_path / out, *clip).code == 0
+    names = ("model.safetensors", "dsd/predictions.parquet", "dsd/log.jsonl")
+    none, large = ([(tmp_path / out / name).read_bytes() for name in names] for out in ("none", "large"))
+    assert none == large
+
+
 def test_what_a_random_mask_took_comes_back_as_it_was():
     model = mlp()
     before, parameters = values(model), dict(model.named_parameters())

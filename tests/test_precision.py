@@ -169,3 +169,28 @@ def test_a_narrow_network_trains(tmp_path):
     data = builders.image_folder(tmp_path / "data", size=288, channels=3)
     child = Child(run_command(source, "--data", data, "-o", tmp_path / "out", *SHORT), tmp_path / "log")
     assert child.wait() == 0, child.said()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_each_arm_finds_its_loss_scale_anew(command, made, tmp_path, monkeypatch, optimizer):
+    """A scale that is far too large skips first steps: of every arm, not only of the one that comes first (rule 15)."""
+    from dsd_refine import opening
+
+    real = opening.open_accelerator
+
+    def scaled(*args):
+        accelerator = real(*args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # finite, and no gradient times it is
+        return accelerator
+
+    monkeypatch.setattr(opening, "open_accelerator", scaled)
+    args = [made / "timm", "--data", made / "pictures", *SHORT[: SHORT.index("--control")], "--sparse-steps", "8"]
+    more = ["--optimizer", optimizer, "--lr", "0.001", "--control", "dense", "--control", "random"]
+    found = command(*args, *more, "-o", tmp_path / "out")
+    assert found.code == 0, found.err
+    phases = json.loads((tmp_path / "out/dsd/report.json").read_text())["phases"]
+    first, second = (dict.fromkeys(("refined", "dense", "random"), 0) for _ in range(2))
+    for number, phase in enumerate(phases):
+        (second if number % 2 else first)[phase["arm"]] = phase["optimizer_steps"]
+    assert all(steps < 8 for steps in first.values()), first
+    assert set(second.values()) == {2}  # within an arm it is kept

@@ -12,6 +12,7 @@ from pathlib import Path
 import builders
 import pytest
 import torch
+import yaml
 from conftest import ROOT, environment, process
 from safetensors.torch import load_file
 from test_run import report_of
@@ -99,6 +100,48 @@ def test_two_processes_are_one_of_twice_the_batch(command, made, tmp_path, launc
         assert reports[1]["arms"][arm] == pytest.approx(figures, abs=1e-5)
     assert command("verify", source, two).code == 0
     assert not (tmp_path / "two.partial").exists()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_two_processes_train_in_each_precision_of_a_cpu(command, made, tmp_path, precision):
+    """The model's own forward stays float32: the source's probes and the output's proof are made with it."""
+    args = [made / "timm", "--data", made / "pictures", *STEPS, *PLAIN, "--device", "cpu", "--mixed-precision", precision]
+    two = torchrun(*args, "-o", tmp_path / "two", "--batch-size", 2)
+    assert two.returncode == 0, two.stderr
+    report = report_of(tmp_path / "two")
+    assert yaml.safe_load((tmp_path / "two/dsd/recipe.yaml").read_text())["mixed_precision"] == precision
+    assert report["environment"]["processes"] == 2
+    assert command("verify", made / "timm", tmp_path / "two").code == 0
+
+
+def test_a_wrapped_model_s_own_forward_is_as_it_was():
+    """In each precision, and the processes wait for each other as long as the main one may take."""
+    code = """
+import torch, torch.distributed as dist
+from torch import nn
+from dsd_refine.opening import PATIENCE, open_accelerator, parallel
+from dsd_refine.recipe import Recipe
+from dsd_refine.run import Options
+phases = [{"kind": "dense", "steps": 1, "lr": 0.1}]
+recipe = Recipe.model_validate({"phases": phases, "mixed_precision": "bf16"})
+accelerator = open_accelerator(recipe, Options(output_dir=None, device="cpu"))
+torch.manual_seed(0)
+model = nn.Linear(3, 2)
+x = torch.randn(4, 3, generator=torch.Generator().manual_seed(accelerator.process_index))
+before = model(x)
+wrapped = parallel(model, accelerator.device)
+assert "forward" not in vars(model) and torch.equal(model(x), before)
+with accelerator.autocast():
+    assert wrapped(x).dtype == torch.bfloat16
+wrapped(x).sum().backward()
+mean = accelerator.reduce(x.sum(0), "mean")
+assert torch.allclose(model.weight.grad, mean.expand(2, 3), atol=1e-6)
+assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == PATIENCE
+dist.destroy_process_group()
+"""
+    how = ("--nproc-per-node", 2, "--master-addr", "127.0.0.1", "--master-port", free_port(), "--no-python")
+    done = process("-m", "torch.distributed.run", *how, sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_only_one_process_speaks(made, tmp_path):

@@ -272,3 +272,36 @@ def test_real_signals(command, made, tmp_path):
     whole(arguments(made, tmp_path / "whole", *LONG))
     same(tmp_path / "out", tmp_path / "whole")
     assert not log.exists()
+
+
+def test_resume_with_another_number_of_threads_is_refused(command, refused, made, tmp_path):
+    """Sums are cut into as many parts as there are threads."""
+    import torch
+
+    args = [made / "timm", "--data", made / "pictures", *STEPS, "--control", "none", "-o", tmp_path / "out"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        assert command(*args).code == 4
+    torch.set_num_threads(2)
+    try:
+        text = refused(*args, "--resume")
+    finally:
+        torch.set_num_threads(1)
+    assert "threads (OMP_NUM_THREADS) was 1, is 2" in text
+    assert "as it was" in text
+    assert command(*args, "--resume").code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda patch: ["--compile"], "--compile was False, is True"),
+        (lambda patch: patch.setenv("MKL_CBWR", "COMPATIBLE") or [], "MKL_CBWR was None, is 'COMPATIBLE'"),
+    ],
+)
+def test_resume_with_other_kernels_is_refused(command, refused, made, tmp_path, monkeypatch, change, said):
+    args = [made / "timm", "--data", made / "pictures", *STEPS, "--control", "none", "-o", tmp_path / "out"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        assert command(*args).code == 4
+    assert said in refused(*args, *change(monkeypatch), "--resume")

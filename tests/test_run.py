@@ -117,7 +117,7 @@ MODELS = pytest.mark.parametrize("model", list(DATA))
 @MODELS
 def test_the_report_has_the_contracts_fields(runs, model):
     report = report_of(runs[model])
-    assert [name for name in report if name != "preprocessing"] == [*FIELDS, "credit", "rows_to_decide", "seeds"]
+    assert [name for name in report if name != "preprocessing"] == [*FIELDS, "credit", "rows_to_decide", "seeds", "holdout"]
     assert ("preprocessing" in report) == (model in ("timm", "vit"))
     assert list(report["environment"]) == ENVIRONMENT
     assert list(report["source"]) == ["model", "resolved", "revision", "library", "weights_key", "files"]

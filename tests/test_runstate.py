@@ -156,3 +156,47 @@ def test_a_partial_that_is_not_ours_is_not_touched(tmp_path, options):
     with pytest.raises(UsageError, match=r"'thesis.txt', which is not ours"):
         Workspace(tmp_path / "out").check_target(tmp_path / "source", **{"resume": False, "overwrite": False, **options})
     assert (tmp_path / "out.partial/thesis.txt").read_text() == "years"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "scalar", "empty"])
+def test_tensors_of_any_kind_come_back_as_they_were(workspace, layout):
+    """Also where odd numbers of bytes stand among wider elements."""
+    values = torch.randn(3, 5, 2, 7, generator=torch.Generator().manual_seed(0))
+    shaped = {
+        "contiguous": values,
+        "channels_last": values.to(memory_format=torch.channels_last),
+        "transposed": values.transpose(0, 3),
+        "scalar": values[0, 0, 0, 0],
+        "empty": values[:0],
+    }[layout]
+    tensors = {
+        "bits": (shaped > 0).flatten()[:3].to(torch.uint8), "float": shaped, "half": shaped.to(torch.bfloat16),
+        "flags": shaped > 0, "wide": shaped.double(), "count": torch.tensor(5), "alias": shaped,
+    }  # fmt: skip
+    workspace.write_tensors("x.safetensors", tensors)
+    back = workspace.read_tensors("x.safetensors")
+    assert back.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert back[name].dtype == value.dtype, name
+        assert torch.equal(back[name], value), name
+
+
+def test_what_is_saved_is_written_tensor_by_tensor(workspace):
+    """Sixteen tensors in one copy would be sixteen times one."""
+    import tracemalloc
+
+    import numpy as np
+
+    class Counted(torch.Tensor):
+        """On a device, as it were: to be written it is copied."""
+
+        def to(self, *args, **kwargs):
+            return torch.from_numpy(np.ones(len(self), np.float32))
+
+    tensors = {f"w{n}": torch.zeros(100_000).as_subclass(Counted) for n in range(16)}
+    tracemalloc.start()
+    workspace.write_tensors("x.safetensors", tensors)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 400_000
+    assert all(value.eq(1).all() for value in workspace.read_tensors("x.safetensors").values())

@@ -233,8 +233,11 @@ def _real(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def curves(tries: Tries, metric: str, higher_is_better: bool) -> Curves | None:
-    """Loss, holdout metric and rate over the steps; of several tries of an arm, the one that the holdout preferred."""
+def curves(tries: Tries, metric: str, higher_is_better: bool, source: Mapping[str, float] | None = None) -> Curves | None:
+    """Loss, holdout metric and rate over the steps; of several tries of an arm, the one that the holdout preferred.
+
+    `source`: the source's metrics on the holdout, a level line among the arms' curves.
+    """
     chosen = _preferred(tries, metric, higher_is_better)
     if not any(track.length for label in chosen.values() for track in tries[label].values()):
         return None
@@ -246,7 +249,7 @@ def curves(tries: Tries, metric: str, higher_is_better: bool) -> Curves | None:
     named = [name.replace("-", " ", 1) for name, _ in first]
     phases = [Stretch(name, axis.at(a), axis.at(b)) for name, a, b in zip(named, starts, starts[1:], strict=False)]
     parts = {arm: [(at, track) for at, (_, track) in zip(starts, tracks, strict=False)] for arm, tracks in arms.items()}
-    made = (_loss_panel(parts, axis), _looks_panel(parts, axis, metric), _rate_panel(parts, axis))
+    made = (_loss_panel(parts, axis), _looks_panel(parts, axis, metric, source or {}), _rate_panel(parts, axis))
     return Curves([p for p in made if p is not None], phases, axis.ticks(5), chosen, len(tries))
 
 
@@ -288,16 +291,18 @@ def _loss_panel(parts: Parts, axis: Scale) -> Panel | None:
     return Panel("training loss", drawn, _upward(scale, 4), log)
 
 
-def _looks_panel(parts: Parts, axis: Scale, metric: str) -> Panel | None:
+def _looks_panel(parts: Parts, axis: Scale, metric: str, source: Mapping[str, float]) -> Panel | None:
     looks = {arm: [(at + step, look) for at, track in tracks for step, look in track.looks] for arm, tracks in parts.items()}
     every = [look for found in looks.values() for _, look in found]
     if not every:
         return None
     shown = metric if all(metric in look for look in every) else "loss"
     points = {arm: _finite((step, _real(look.get(shown))) for step, look in found) for arm, found in looks.items()}
-    scale = Scale.over((value for found in points.values() for _, value in found), pad=0.1)
+    level = _finite((end, _real(source.get(shown))) for end in (axis.low, axis.high))
+    scale = Scale.over((value for found in (*points.values(), level) for _, value in found), pad=0.1)
     placed = {arm: _placed(thin(found), axis, scale) for arm, found in points.items()}
     drawn = [Curve(arm, line(found), dots=dots(found)) for arm, found in placed.items()]
+    drawn += [Curve("baseline", line(_placed(level, axis, scale)))] if level else []
     return Panel(f"holdout {shown}", drawn, _upward(scale, 4))
 
 

@@ -50,7 +50,8 @@ def page(
     recipe = _recipe(recipe_yaml)
     metric = report["metric"]
     margin = margin_of(report, recipe)
-    drawn = figures.curves(figures.read_log(log), metric["name"], metric["higher_is_better"])
+    source = (report.get("holdout") or {}).get("baseline")
+    drawn = figures.curves(figures.read_log(log), metric["name"], metric["higher_is_better"], source)
     text = _template().render(
         report=report,
         name=_name(report),

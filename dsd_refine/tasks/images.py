@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -51,6 +52,7 @@ _one_at_a_time = threading.Lock()
 class Preprocessing:
     """A checkpoint's own: `evaluation` and `training` turn a picture into a float tensor (channels, height, width).
 
+    It goes to the processes that load data: what is in it can be pickled (no lambda, no function within a function).
     `normalise` is the part after any cropping, `size` the training crop (height, width), `shown` what the report says.
     """
 
@@ -112,8 +114,12 @@ def _timm_preprocessing(model: torch.nn.Module) -> Preprocessing:
 
 def _normalising(mean: Sequence[float], std: Sequence[float]) -> Pixels:
     """From a cropped picture to floats, in place."""
-    found: Pixels = Compose([PILToTensor(), lambda x: x.float().div_(255), Normalize(mean, std, inplace=True)])
+    found: Pixels = Compose([PILToTensor(), _as_fractions, Normalize(mean, std, inplace=True)])
     return found
+
+
+def _as_fractions(values: torch.Tensor) -> torch.Tensor:
+    return values.float().div_(255)
 
 
 def torchvision_preprocessing(config: dict[str, Any]) -> Preprocessing:
@@ -159,14 +165,8 @@ def transformers_preprocessing(folder: Path, config: Any, trust_remote_code: boo
 
     if hasattr(processor, "data_config"):
         return _wrapped_preprocessing(folder, processor)
-
-    def pixels(image: Image.Image, **options: Any) -> torch.Tensor:
-        found: torch.Tensor = processor(image, return_tensors="pt", **options)["pixel_values"][0]
-        return found
-
-    def normalise(image: Image.Image) -> torch.Tensor:
-        return pixels(image, do_resize=False, do_center_crop=False)
-
+    pixels = partial(_processed, processor)
+    normalise = partial(_processed, processor, do_resize=False, do_center_crop=False)
     channels = getattr(config, "num_channels", 3)
     size = _tried(folder, pixels, normalise, channels)
     return Preprocessing(
@@ -189,11 +189,7 @@ def _wrapped_preprocessing(folder: Path, processor: Any) -> Preprocessing:
         CheckpointError: it cannot do it, or not to one size.
     """
     config = processor.data_config
-
-    def pixels(image: Image.Image) -> torch.Tensor:
-        found: torch.Tensor = processor(image, return_tensors="pt")["pixel_values"][0]
-        return found
-
+    pixels = partial(_processed, processor)
     normalise = _normalising(config["mean"], config["std"])
     channels = int(config["input_size"][0])
     return Preprocessing(
@@ -205,6 +201,11 @@ def _wrapped_preprocessing(folder: Path, processor: Any) -> Preprocessing:
         interpolation=_interpolation(config["interpolation"]),
         shown=_plain(config),
     )
+
+
+def _processed(processor: Any, image: Image.Image, **options: Any) -> torch.Tensor:
+    found: torch.Tensor = processor(image, return_tensors="pt", **options)["pixel_values"][0]
+    return found
 
 
 def _tried(folder: Path, pixels: Pixels, normalise: Pixels, channels: Any) -> tuple[int, int]:
