@@ -406,7 +406,7 @@ def test_a_split_without_a_column_that_is_used_is_refused(refused, made, tmp_pat
     rows_of(20).to_json(tmp_path / "train.jsonl")
     rows_of(9, 2).rename_columns({"text": "prose_1"}).add_column("prose_2", several("a", 9)).to_csv(tmp_path / "test.csv")
     message = refused("plan", made / "bert", "--data", tmp_path)
-    assert "test: no column 'text'" in message
+    assert "test.csv: no column 'text'" in message
     assert "the data has prose_1, label, prose_2. Name it with --text-column" in message
     (tmp_path / "judge.csv").write_text("text,mark\na cat,pos\n")
     message = refused("plan", made / "bert", "--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "judge.csv")

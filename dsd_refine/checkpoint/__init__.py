@@ -173,6 +173,7 @@ def open_checkpoint(
     Raises:
         CheckpointError: anything missing, misshapen, re-initialised, quantised, not finite, or not writable back.
     """
+    source.fetch()
     layout = read_layout(source.folder, allow_pickle, weights_key)
     _refuse_quantised(layout)
     tensors = {name: tensor for file in layout.files for name, tensor in file.mapped().items()}
@@ -238,6 +239,7 @@ def open_shapes(
     fetched: bool = False,
 ) -> Checkpoint:
     """The same on the meta device: no values; headers where the weights are here (`fetched`: they must be)."""
+    source.fetch()
     try:
         layout = read_layout(source.folder, allow_pickle, weights_key)
         _refuse_quantised(layout)

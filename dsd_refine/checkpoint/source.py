@@ -8,10 +8,11 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,24 @@ READ_BY_LIBRARIES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", "
 OURS = ("dsd", "rejected", ".git", ".cache", ".eval_results")
 
 
+def _is_here() -> None:
+    """Nothing is left to fetch."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on disk. `resolved` is the repository or directory meant, `revision` its commit (None: a directory)."""
+    """A checkpoint on disk. `resolved` is the repository or directory meant, `revision` its commit (None: a directory).
+
+    Of what is not local only the config and its kin are here at first: `fetch` brings the rest, weights included. Opening
+    the checkpoint calls it; until then the data can be held against the config, and a mistake costs no download.
+    """
 
     model: str
     resolved: str
     revision: str | None
     folder: Path
     library: str
+    fetch: Callable[[], None] = field(default=_is_here, compare=False, repr=False)
 
     def side_files(self, weight_files: set[str]) -> tuple[list[str], list[str], list[str]]:
         """Relative names of the files that an output copies; of copies of the weights and what is ours to write, which it
@@ -86,7 +96,7 @@ def _within(folder: Path) -> Iterator[Path]:
 
 
 def find_source(model: str, *, weights: bool = True, allow_pickle: bool = False) -> Source:
-    """Resolve MODEL and bring its files here. `weights=False` fetches everything but the weights.
+    """Resolve MODEL and bring its config and other small files here. With `weights`, `Source.fetch` brings the rest.
 
     Raises:
         CheckpointError: not there, gated, offline without a cached copy, or neither timm's nor transformers' layout.
@@ -209,7 +219,7 @@ def _from_registry(model: str, cfg: Any) -> Source:
 
 def _from_torchvision(model: str, name: str, weights: bool, allow_pickle: bool) -> Source:
     """A released weights entry of torchvision, as a folder of its own: what the entry says, and a link to its file."""
-    from dsd_refine.checkpoint.torchvision import entry, materialise
+    from dsd_refine.checkpoint.torchvision import describe_in, entry, link_weights
 
     architecture, found = entry(name)
     if weights and not allow_pickle:
@@ -219,8 +229,9 @@ def _from_torchvision(model: str, name: str, weights: bool, allow_pickle: bool) 
         )
     place = tempfile.TemporaryDirectory(prefix="dsd-refine-")
     atexit.register(place.cleanup)
-    revision = materialise(architecture, found, Path(place.name), fetch=weights)
-    return Source(model, f"{architecture}.{found.name}", revision, Path(place.name), "torchvision")
+    revision = describe_in(Path(place.name), architecture, found)
+    fetch = partial(link_weights, Path(place.name), found) if weights else _is_here
+    return Source(model, f"{architecture}.{found.name}", revision, Path(place.name), "torchvision", fetch)
 
 
 def _from_hub(model: str, repo_at: str, weights: bool, allow_pickle: bool) -> Source:
@@ -229,6 +240,7 @@ def _from_hub(model: str, repo_at: str, weights: bool, allow_pickle: bool) -> So
 
     repo, _, revision = repo_at.partition("@")
     files: set[str] = set()
+    fetch = _is_here
     try:
         info = ask_hub(repo, lambda: HfApi().model_info(repo, revision=revision or None, timeout=CONNECT))
     except CheckpointError as error:
@@ -239,11 +251,17 @@ def _from_hub(model: str, repo_at: str, weights: bool, allow_pickle: bool) -> So
         files = {each.rfilename for each in info.siblings or []}
         if weights and "config.json" in files:
             _refuse_unreadable(repo, files, allow_pickle)
-        ignore = _not_wanted(files, weights, allow_pickle)
-        folder = ask_hub(repo, lambda: snapshot_download(repo, revision=info.sha, ignore_patterns=ignore))
+        small, whole = (_not_wanted(files, heavy, allow_pickle) for heavy in (False, True))
+        folder = ask_hub(repo, lambda: snapshot_download(repo, revision=info.sha, ignore_patterns=small))
         _remember(Path(folder), revision or "main", str(info.sha))
+
+        def rest() -> None:
+            ask_hub(repo, lambda: snapshot_download(repo, revision=info.sha, ignore_patterns=whole))
+            check_blobs(repo, Path(folder).iterdir())
+
+        fetch = rest if weights else _is_here
     check_blobs(repo, Path(folder).iterdir())
-    return _from_folder(model, Path(folder), repo, Path(folder).name, files)
+    return replace(_from_folder(model, Path(folder), repo, Path(folder).name, files), fetch=fetch)
 
 
 def _from_cache(repo: str, revision: str | None, weights: bool) -> str:

@@ -87,21 +87,33 @@ def describe(architecture: str, weights: Any) -> dict[str, Any]:
     }
 
 
-def materialise(architecture: str, weights: Any, folder: Path, fetch: bool) -> str:
-    """Make `folder` a source: config.json, and with `fetch` a link to the weights in torch.hub's cache, downloaded if needed.
+def describe_in(folder: Path, architecture: str, weights: Any) -> str:
+    """Write the config.json of a weights entry into `folder`.
 
     Returns the hash that torchvision puts into the file's name (the file's name where it has none).
+    """
+    text = json.dumps(describe(architecture, weights), indent=2, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    name, digest = _file_of(weights)
+    return digest or name
+
+
+def link_weights(folder: Path, weights: Any) -> None:
+    """Put a link to the weights in torch.hub's cache into `folder`; they are downloaded if needed.
 
     Raises:
         CheckpointError: the file is not in the cache and cannot be downloaded.
     """
-    text = json.dumps(describe(architecture, weights), indent=2, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    name, digest = _file_of(weights)
+    if not (folder / name).exists():
+        (folder / name).symlink_to(_cached(weights.url, name, digest))
+
+
+def _file_of(weights: Any) -> tuple[str, str | None]:
+    """Name of a weights entry's file, and the start of its SHA-256 that the name holds."""
     name = weights.url.rsplit("/", 1)[-1]
     hashed = re.search(r"-([a-f0-9]{8,})\.", name)
-    if fetch:
-        (folder / name).symlink_to(_cached(weights.url, name, hashed[1] if hashed else None))
-    return hashed[1] if hashed else name
+    return name, hashed[1] if hashed else None
 
 
 def _cached(url: str, name: str, digest: str | None) -> Path:

@@ -285,6 +285,8 @@ def _class_or_split_folders(path: Path, folders: list[Path], place: Place) -> Re
         parts = folders  # images_train/ and images_test/
     if not parts or (len(parts) == 1 < len(folders) and _is_a_class(parts[0])):
         return _class_folders(path, path)
+    # a split of a name of its own (validation_matched/) is one too: whether it is used is not for the reader to say
+    parts = [f for f in folders if f in parts or (split_of(f.name) and not _is_a_class(f))]
     readings = []
     for part in parts:
         found = _with_metadata(part, path, place) if _metadata(part) else _class_folders(part, path)
