@@ -148,6 +148,16 @@ def test_splits_that_nobody_spoke_for_are_refused(names, options, says):
         roles(names, **options)
 
 
+def test_a_folder_of_a_split_s_own_name_is_a_split(refused, plan, made, tmp_path):
+    """validation_matched/ beside train/ is no class and no folder to pass over."""
+    builders.image_folder(tmp_path, splits=("train", "validation_matched", "validation_other"), channels=3)
+    message = refused("plan", made / "vit", "--data", tmp_path)
+    assert "Which of validation_matched, validation_other evaluates is not known: give --eval-split NAME" in message
+    found = plan(made / "vit", tmp_path, "--eval-split", "validation_matched")
+    assert where(found)["eval"] == ("validation_matched", 24)
+    assert any("validation_other" in line for line in found["data"]["unused"])
+
+
 @given(
     st.lists(
         st.builds(

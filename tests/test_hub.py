@@ -72,8 +72,16 @@ def fetched(server, name):
 def test_what_cannot_be_had_is_refused_with_the_hub_s_reason(ask, failing, says):
     code, said, _ = ask(**failing)
     assert code == 2, said
-    assert said.startswith("Error: org/tiny: ")
+    assert "Error: org/tiny: " in said
     assert says in said
+
+
+def test_a_fault_of_the_data_costs_no_download_of_weights(ask, made, tmp_path):
+    (tmp_path / "wrong.csv").write_text("text,label\na cat,unheard\n" * 8)
+    code, said, server = ask(data=tmp_path / "wrong.csv")
+    assert code == 2
+    assert "unheard" in said
+    assert not [path for path in server.seen if "model.safetensors" in path]
 
 
 @pytest.mark.parametrize(

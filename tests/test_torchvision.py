@@ -102,13 +102,13 @@ def test_a_run_needs_the_flag(refused, released, monkeypatch, tmp_path):
     assert ".pth" in said
 
 
-def test_a_file_that_cannot_be_fetched_is_said_with_the_cache_s_place(refused, made, monkeypatch, tmp_path):
+def test_a_file_that_cannot_be_fetched_is_said_with_the_cache_s_place(refused, released, monkeypatch, tmp_path):
     def offline(*args, **options):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    said = refused("torchvision:resnet18", "--data", made / "colours", "-o", tmp_path / "out", "--allow-pickle")
+    said = refused("torchvision:resnet18", "--data", released / "data", "-o", tmp_path / "out", "--allow-pickle")
     assert "no network" in said
     assert "TORCH_HOME" in said
 
