@@ -40,7 +40,7 @@ def picture_run(made, out, *more):
         (["--set", "batch_size=0"], r"batch_size"),
         (["--recipe", "text-clasification"], r"did you mean 'text-classification'"),
         (["--recipe", "image-classification"], r"is for image-classification, the model for text-classification"),
-        (["--task", "ctc-speech"], r"no audio column found .*; the data has text, label"),
+        (["--task", "ctc-speech"], r"no class that does ctc-speech with bert"),
         (["--task", "poetry"], r"not a task; known are"),
         (["--control", "none", "--gate", "beats-control"], r"needs a control"),
         (["--control", "none", "--control", "dense"], r"goes alone"),

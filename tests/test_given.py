@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import builders
 import datasets
 import numpy as np
 import pytest

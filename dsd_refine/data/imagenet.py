@@ -10,6 +10,7 @@ import datasets
 
 # `cls` counts the synsets in sorted order there, as the models do, and no file of the data set says so
 NUMBERED = ("timm/imagenet-1k-wds",)
+SMALLEST = 1000  # classes of the smallest ImageNet
 BACKGROUND = "background"  # the first of 1001 outputs, as TensorFlow's models have them
 
 
@@ -19,6 +20,8 @@ def outputs(classes: int) -> tuple[tuple[str, str], ...] | None:
 
     A head of 1001 is ImageNet-1k's with the background before it: the classes are moved up by one.
     """
+    if classes < SMALLEST:  # a text classifier's head asks too, and has no need of timm
+        return None
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     if classes == 1001:
