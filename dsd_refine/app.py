@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from dsd_refine import __version__
-from dsd_refine.errors import DsdError, Interrupted, RunError, UsageError
+from dsd_refine.errors import DsdError, Interrupted, RunError, UsageError, is_full_memory
 from dsd_refine.report.words import GATES
 from dsd_refine.signals import Signals
 from dsd_refine.streams import fill_streams
@@ -441,7 +441,7 @@ def _guarded(args: list[str] | None) -> tuple[int, str]:
             return UsageError.exit_code, f"Error: {error.filename!s:.200}: {error.strerror}"
         return BUG, traceback.format_exc()
     except Exception as error:
-        if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "allocate memory" in str(error):
+        if is_full_memory(error):
             return RunError.exit_code, "Error: out of memory; try a smaller --batch-size with --gradient-accumulation-steps"
         if _lost_another(error):
             return RunError.exit_code, "Error: another process of this run has ended; see its message, then go on with --resume"

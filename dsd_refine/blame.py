@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from dsd_refine.errors import DataError, DsdError, RunError
+from dsd_refine.errors import DataError, DsdError, RunError, is_full_memory
 
 if TYPE_CHECKING:
     from dsd_refine.tasks import Batch, Forward, Item
@@ -68,9 +68,9 @@ def in_short(error: BaseException) -> str:
 
 def is_of_the_machine(error: BaseException) -> bool:
     """Is it memory, a disk, or another process of the run, and so no row's fault?"""
-    kind = type(error).__name__
-    lost = kind.startswith("Dist") or "gloo" in str(error)
-    return isinstance(error, OSError | MemoryError) or kind == "OutOfMemoryError" or "allocate memory" in str(error) or lost
+    kind, text = type(error).__name__, str(error)
+    lost = kind.startswith("Dist") or "gloo" in text or "NCCL" in text
+    return isinstance(error, OSError) or is_full_memory(error) or lost
 
 
 def _message(loop: Loop, part: Any, batch: Batch, compute: Compute[Any], error: Exception, was_training: bool) -> str | None:

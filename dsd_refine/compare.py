@@ -100,14 +100,14 @@ def mcnemar(first: Array, second: Array, groups: Array | None = None) -> Compari
 def _repeats(net: Array, groups: Array | None) -> float:
     """How many rows weigh as one, where rows of a group change together (1: no two rows are equal).
 
-    The larger of what the groups' sizes would make of it if every row were as likely to change, and of what is seen in
-    those that changed: the variance of a sum over groups against that of as many rows by themselves.
+    The larger of rows to groups, for equal rows are one witness, and of what is seen in those that changed: the variance of
+    a sum over groups against that of as many rows by themselves.
     """
     if groups is None:
         return 1.0
-    sizes = np.bincount(groups)
+    apart = int(groups.max()) + 1
     seen = float((add_up(net, groups) ** 2).sum()) / max(1, int(np.count_nonzero(net)))
-    return max(float((sizes**2).sum()) / len(net), seen)
+    return max(len(net) / apart, seen)
 
 
 def bootstrap(
@@ -153,7 +153,7 @@ def bootstrap_corpus(
 
 def _unseen(rows: int, groups: Array | None) -> float:
     """The largest share of rows that may differ although none was seen to (the score interval of no changed row)."""
-    apart = rows if groups is None else rows**2 / float((np.bincount(groups) ** 2).sum())
+    apart = rows if groups is None else int(groups.max()) + 1
     return Z**2 / (apart + Z**2)
 
 

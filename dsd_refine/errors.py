@@ -41,3 +41,13 @@ class RunError(DsdError):
     """The run failed after it had begun: non-finite loss, no space, out of memory."""
 
     exit_code = 5
+
+
+# how libraries and devices say that memory is full, where they raise no error of a kind of its own
+MEMORY_IS_FULL = ("allocate memory", "out of memory", "_ALLOC_FAILED")
+
+
+def is_full_memory(error: BaseException) -> bool:
+    """Is it memory that there is not enough of, on whatever device?"""
+    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return named or any(words in str(error) for words in MEMORY_IS_FULL)

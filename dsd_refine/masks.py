@@ -19,6 +19,7 @@ from dsd_refine.kinds import find_owners, find_routers, kind_of, storage
 from dsd_refine.smallest import flat, without_smallest
 
 Masks = dict[str, torch.Tensor]
+Piece = tuple[str, int]  # a layer's name, and which of its experts (0 where it fuses none)
 
 BLOCK = 1 << 17  # weights that each thread masks at a time: their flags, widened to integers, stay in its cache
 CHECKED = 1 << 20  # weights looked at at a time
@@ -243,23 +244,58 @@ def put_back(masks: Masks, values: Mapping[str, torch.Tensor], parameters: Mappi
         parameters[name][~mask] = values[name]
 
 
+def pieces(layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor]) -> list[Piece]:
+    """Every maskable layer that trains, a fused one expert by expert."""
+    return [
+        (layer.name, group)
+        for layer in layers
+        if layer.excluded is None and any(parameters[spot.key].requires_grad for spot in layer.spots)
+        for group in range(layer.groups)
+    ]
+
+
+@torch.no_grad()
+def without_gradient(layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor], known: Sequence[Piece]) -> list[Piece]:
+    """Those of the `known` pieces whose gradient, as it lies in the parameters now, is absent or 0 everywhere."""
+    names = {name for name, _ in known}
+    seen: dict[Piece, torch.Tensor] = {}
+    for layer in (layer for layer in layers if layer.name in names):
+        held = {spot.key: parameters[spot.key].grad for spot in layer.spots}
+        if all(gradient is None for gradient in held.values()):
+            continue
+        filled = {key: torch.zeros_like(parameters[key]) if g is None else g for key, g in held.items()}
+        seen |= {(layer.name, group): values.any() for group, values in _groups(layer, filled)}
+    reached = torch.stack([*seen.values()]).tolist() if seen else []  # a device is waited for once
+    gone = {piece for piece, is_reached in zip(seen, reached, strict=True) if is_reached}
+    return [piece for piece in known if tuple(piece) not in gone]
+
+
 @torch.no_grad()
 def never_back(
-    layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor]
+    layers: Sequence[Layer],
+    parameters: Mapping[str, torch.Tensor],
+    source: Mapping[str, torch.Tensor],
+    lost: Sequence[Piece],
 ) -> dict[str, torch.Tensor]:
-    """Parameter -> True where a weight that can be masked is exactly 0 and was not in the `source`; only with such a weight.
-
-    After dense steps these are the masked weights that have had no gradient at all: one step of any rate moves a weight away
-    from 0, and decay leaves it there. Experts that no row reaches are full of them, and filters that are never active.
-    """
+    """Parameter -> True where a weight of a `lost` piece is 0 and was not in the `source`; only with such a weight."""
+    chosen: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        groups = [group for name, group in lost if name == layer.name]
+        if not groups:
+            continue
+        flags = torch.zeros(layer.groups, layer.weights // layer.groups, dtype=torch.bool)
+        flags[groups] = True
+        for spot in layer.spots:
+            flat = chosen.setdefault(spot.key, torch.zeros(parameters[spot.key].numel(), dtype=torch.bool))
+            flat[spot.target if len(spot.target) else slice(None)] = flags.reshape(-1)[
+                spot.source if len(spot.source) else slice(None)
+            ]
     found = {}
-    for key in dict.fromkeys(spot.key for layer in layers if layer.excluded is None for spot in layer.spots):
-        parameter = parameters[key]
-        lost = parameter == 0
-        if parameter.requires_grad and lost.any():
-            lost &= (source[key] != 0).to(lost.device)
-            if lost.any():
-                found[key] = lost
+    for key, flat in chosen.items():
+        zeros = flat.reshape(parameters[key].shape).to(parameters[key].device) & (parameters[key] == 0)
+        zeros &= (source[key] != 0).to(zeros.device)
+        if zeros.any():
+            found[key] = zeros
     return found
 
 

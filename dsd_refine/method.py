@@ -46,6 +46,7 @@ from dsd_refine.train import (
 )
 
 MOST_LOOKED_AT = 256  # training rows that the source is tried on as training shows them
+SAMPLED = 16  # of them, tried for what augmentation does to a row: one may be left as it is by chance
 
 
 def refine(source: Source, library: Library, recipe: Recipe, options: Options) -> Report:
@@ -140,13 +141,19 @@ def trained(run: Run, phase: Phase, done: Progress, last: bool) -> Masks:
         average.epoch_end()
         if last and run.recipe.keep == "best":
             with kept_buffers(loop.model), average.held() as averaged, held_back(run, phase, done) as returned:
-                if averaged:
+                if averaged or returned:
                     reestimate(loop, key)
                 consider(run, epoch, masks, returned)
 
+    def backward_end() -> None:
+        if done.without_gradient:
+            done.without_gradient = masking.without_gradient(run.layers, parameters, done.without_gradient)
+
+    if done.without_gradient is None:
+        done.without_gradient = masking.pieces(run.layers, parameters) if after_mask(run, phase) else []
     loop.loss = distilled(run.task, run.teacher, phase.distill) if phase.distill and run.teacher else None
     train_phase(loop, phase, key, at["label"], masks, done, optimizer, remask=make, epoch_end=epoch_end,
-                step_end=step_end)  # fmt: skip
+                step_end=step_end, backward_end=backward_end)  # fmt: skip
     look_at_losses(run, done.early)
     return masks
 
@@ -171,23 +178,32 @@ def settle(run: Run, phase: Phase, masks: Masks, done: Progress, last: bool) -> 
     """
     run.state["masked_only"] = not done.step and (bool(masks) or run.state.get("masked_only", False))
     reason = "averaged weights" if run.current["average"].settle() else None
-    run.state["returned"] = {**run.state["returned"], **give_back(run, without_gradient(run, phase, done))}
+    returned = give_back(run, lost_weights(run, phase, done))
+    # what another mask takes out is no longer what an earlier dense phase has given back
+    run.state["returned"] = {} if phase.kind == "sparse" else {**run.state["returned"], **returned}
+    if returned:
+        reason = "weights without a gradient given back"
     if last and run.state["masked_only"]:
         reason = "masked without training after"
     run.current["statistics"] = reason if reason and reestimate(run.loop, phase_key(run)) else None
 
 
-def without_gradient(run: Run, phase: Phase, done: Progress) -> Masks:
-    """Where weights that were masked have had no gradient in a dense phase: they are 0 still, and could not come back.
-
-    Nowhere before the phase has made a step at some rate: what is 0 then is what the user asked for.
-    """
+def after_mask(run: Run, phase: Phase) -> bool:
+    """Is it a dense phase with a masked one before it?"""
     at = run.current
     before = arm_phases(at["arm"], run.recipe, run.tries[at["attempt"]])[: at["number"]]
-    masked = any(earlier.kind == "sparse" and earlier.sparsity for earlier in before)
-    if phase.kind == "sparse" or not masked or not done.optimizer_steps or not done.lr_peak:
+    return phase.kind == "dense" and any(earlier.kind == "sparse" and earlier.sparsity for earlier in before)
+
+
+def lost_weights(run: Run, phase: Phase, done: Progress) -> Masks:
+    """The masked weights, 0 still, of layers and experts that had no gradient in a dense phase: they could not come back.
+
+    A layer that has a gradient keeps the zeros that are left in it (rule 5: from 0, one step is -lr * g, and g may be 0).
+    None before the phase has made a step at some rate: what is 0 then is what the user asked for.
+    """
+    if not done.without_gradient or not done.optimizer_steps or not done.lr_peak:
         return {}
-    return masking.never_back(run.layers, run.loop.parameters, run.start)
+    return masking.never_back(run.layers, run.loop.parameters, run.start, done.without_gradient)
 
 
 @torch.no_grad()
@@ -202,7 +218,7 @@ def give_back(run: Run, lost: Masks) -> dict[str, int]:
 @contextmanager
 def held_back(run: Run, phase: Phase, done: Progress) -> Iterator[dict[str, int]]:
     """Within, the model holds what it would hold if the phase ended here (see `give_back`); later steps may still reach it."""
-    lost = without_gradient(run, phase, done)
+    lost = lost_weights(run, phase, done)
     try:
         yield give_back(run, lost)
     finally:
@@ -432,7 +448,7 @@ def look_at_source(run: Run) -> None:
     if items:
         seen = _in_order(scored(loop, task.train, items))
         looked["loss"] = task.metrics(Scores.of(enumerate(seen), len(seen))).get("loss")
-        if not _as_in_evaluation(run, items[0]):
+        if not all(_as_in_evaluation(run, item) for item in items[:SAMPLED]):
             plain = _in_order(scored(loop, task.train, [(unit, None) for unit, _ in items]))
             warn(run, view_warnings(task, plain, seen, run.recipe))
     run.state["looked"] = looked
@@ -453,7 +469,8 @@ def look_at_losses(run: Run, losses: list[float]) -> None:
     """The first steps of an arm: do they go up?"""
     source, at = run.state.get("looked", {}).get("loss"), run.current
     if source is not None and at["attempt"] == at["number"] == 0:
-        warn(run, rising_warnings(at["arm"], losses, source))
+        masked = bool(at["masks"])  # a mask raises the loss by itself: what counts then is what follows
+        warn(run, rising_warnings(at["arm"], losses, source, masked=masked))
 
 
 def look_for_harm(run: Run) -> None:
@@ -472,11 +489,14 @@ def look_for_harm(run: Run) -> None:
 
 def against_source(run: Run, arm: str) -> Comparison:
     """An arm's scores on the evaluation split beside the source's."""
+    if arm == "refined":
+        return run.comparisons["refined_vs_baseline"]
     corpus, scores = getattr(run.task, "corpus", None), run.scores
     mine, theirs = (scores[each].compared(corpus) for each in (arm, "baseline"))
     return compare(
-        mine, theirs, scores[arm].count, higher_is_better=run.task.higher_is_better, seed=run.recipe.seed, corpus=corpus
-    )
+        mine, theirs, scores[arm].count,
+        higher_is_better=run.task.higher_is_better, seed=run.recipe.seed, corpus=corpus, groups=run.groups,
+    )  # fmt: skip
 
 
 def judge_all(run: Run) -> None:

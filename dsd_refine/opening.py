@@ -15,12 +15,12 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dsd_refine import space
+from dsd_refine import __version__, space
 from dsd_refine.allocator import keep_freed_memory
 from dsd_refine.blame import failing, in_short, rows_of
 from dsd_refine.checkpoint import Checkpoint, Library, Source, open_checkpoint
 from dsd_refine.checkpoint.verify import check_plain
-from dsd_refine.errors import DsdError, UsageError
+from dsd_refine.errors import DsdError, UsageError, is_full_memory
 from dsd_refine.layers import open_layers
 from dsd_refine.publish import probes
 from dsd_refine.recipe import Recipe
@@ -35,6 +35,7 @@ from dsd_refine.train import Loop, exact, seed_all, unreached, without_variance
 
 PRECISIONS = ("no", "fp16", "bf16")
 KERNEL_SETTINGS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE")
+STATE = 2  # what a saved state holds: raised by a change that an older state does not fit
 # how long processes wait for each other: the main one may fetch, write or verify for hours, and NCCL gives ten minutes
 PATIENCE = timedelta(days=7)
 
@@ -136,7 +137,7 @@ def first_look(loop: Loop) -> list[str]:
     except DsdError:
         raise
     except Exception as error:  # a model raises whatever inputs that it is not made for make it raise
-        if type(error).__name__ == "OutOfMemoryError":
+        if is_full_memory(error):
             raise
         items: list[Item] = [(unit, None) for unit in range(min(8, loop.task.train.units))]
         lost = failing(loop, loop.task.train, items, loop.task.loss)
@@ -277,6 +278,8 @@ def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: A
     """What must be equal for a resumed run to end in the same bytes."""
     versions = environment(str(accelerator.device), accelerator.num_processes)
     data = {name: rows.fingerprint for name, rows in parts_of(task).items() if rows is not None}
+    versions["dsd-refine"] = __version__
+    versions["form of the state"] = STATE
     computed = versions | _kernels(accelerator.device) | {"--compile": options.compile}
     return _flat({"recipe": recipe.model_dump(mode="json"), "source": hashes, "data": data} | computed)
 

@@ -175,8 +175,9 @@ def view_warnings(task: Task, plain: Sequence[Score], seen: Sequence[Score], rec
 
 
 def _value(score: Score, guess: Guess) -> float:
-    """A row's own share of the guess's metric."""
-    return (score.loss if guess.metric == "loss" else score.score) / max(1, score.count)
+    """A row's own share of the guess's metric; a caption's loss is over the targets that end its statistics."""
+    count = score.count or (score.stats[-1] if score.stats else 1)
+    return (score.loss if guess.metric == "loss" else score.score) / max(1, count)
 
 
 def _surely_above(values: np.ndarray[Any, Any], limit: float) -> bool:
@@ -184,18 +185,22 @@ def _surely_above(values: np.ndarray[Any, Any], limit: float) -> bool:
     return bool(values.mean() - ERRORS * error > limit)
 
 
-def rising_warnings(label: str, losses: Sequence[float], source: float) -> list[str]:
+def rising_warnings(label: str, losses: Sequence[float], source: float, *, masked: bool = False) -> list[str]:
     """Has the loss of an arm's first steps risen far above the `source`'s own on the first rows as training sees them?
+
+    Of a `masked` arm: above its first step's too, for a mask raises the loss at once.
 
     Far: twice as high, and higher by more than 1. Surely: so many of the steps after the fifth are, that it could hardly be
     chance were half of all steps so (a sign test, for single losses can be of any size then).
     """
-    late, limit = np.array(losses[5:]), max(2 * source, source + 1)
+    first = max(source, losses[0]) if masked and losses else source
+    late, limit = np.array(losses[5:]), max(2 * first, first + 1)
     if len(late) < FEWEST or binomtest(int((late > limit).sum()), len(late), 0.5, alternative="greater").pvalue > RARE:
         return []
+    whose = "that of step 1, just masked," if first > source else "the source's on such rows"
     return [
-        f"{label}: the training loss of steps 6 to {len(losses)} is {np.median(late):.4f} (the median), the source's on such "
-        f"rows {source:.4f}. The rate is too high: give a lower --lr, or --warmup-steps"
+        f"{label}: the training loss of steps 6 to {len(losses)} is {np.median(late):.4f} (the median), {whose} {first:.4f}. "
+        "The rate is too high: give a lower --lr, or --warmup-steps"
     ]
 
 
@@ -236,11 +241,11 @@ def _milder(recipe: Recipe, task: Task) -> str:
 
 
 def clearly_worse(mine: Mapping[str, float], base: Mapping[str, float], task: Task, recipe: Recipe, rows: int | None) -> bool:
-    """Beyond two standard errors of both shares, as if they were of different rows; of what is no share of `rows`, beyond
-    twice the margin.
+    """Beyond two standard errors of both shares, as if they were of different rows. Of what is no share of `rows` nothing is
+    known of chance here: False.
     """
     metric = task.metric if task.metric in base else "loss"
     one, two = mine[metric], base[metric]
     if rows is None or metric in UNBOUNDED:
-        return not near(one, two, task, metric, 2 * recipe.margin)
+        return False
     return two - one > 2 * math.sqrt((one * (1 - one) + two * (1 - two)) / rows)

@@ -269,12 +269,12 @@ def _warnings(run: Run) -> list[str]:
 
 
 def _returned_warning(run: Run) -> list[str]:
-    """Masked weights that no row of the dense phase has reached."""
+    """Masked weights of layers and experts that had no gradient in the dense phase."""
     returned: dict[str, int] = run.selected("refined").get("returned", {})
     if not returned:
         return []
     names = [f"{name}: {returned[name]:,}" for name in sorted(returned, key=lambda name: -returned[name])]
     return [
-        f"{sum(returned.values()):,} masked weights in {len(names)} layers got no gradient in the dense phase, so they could "
-        f"not come back from 0; they have the source's values again, since no training row reaches them ({listed(names, 30)})"
+        f"{sum(returned.values()):,} masked weights in {len(names)} layers got no gradient in the dense phase, as nothing of "
+        f"their layer or expert did: they could not come back from 0, and have the source's values again ({listed(names, 30)})"
     ]

@@ -79,6 +79,7 @@ class Progress:
     seconds: float = 0.0
     ended: int = 0  # the step of the last epoch whose end was attended to
     early: list[float] = field(default_factory=list)  # the losses of the first EARLY steps
+    without_gradient: list[Any] | None = None  # pieces of masked layers that no step has given a gradient yet
 
 
 class Key(NamedTuple):
@@ -229,11 +230,13 @@ def train_phase(
     remask: Callable[[int], Masks],
     epoch_end: Callable[[int], None],
     step_end: Callable[[], None] = _nothing,
+    backward_end: Callable[[], None] = _nothing,
 ) -> None:
     """Run a phase from `done.step` to its end: step, then mask (paper, section 3 and algorithm 1).
 
-    `masks` is empty for a dense phase and is refilled in place where the phase says `refresh`. `step_end()` is called after
-    each step, `epoch_end(epoch)` after the last step of each whole epoch and of the phase.
+    `masks` is empty for a dense phase and is refilled in place where the phase says `refresh`. `backward_end()` is called
+    while a step's gradients are there, `step_end()` after each step, `epoch_end(epoch)` after the last step of each whole
+    epoch and of the phase.
 
     Raises:
         RunError: a loss that is not finite, with its step. Interrupted: a signal came; the state is saved.
@@ -252,7 +255,7 @@ def train_phase(
         free = anew and phase.criterion == "magnitude"  # what is masked may come back by its gradient
         loss, samples, stop = _step(
             loop, [next(batches) for _ in group], key, step, optimizer, {} if free else masks, _nothing if free else mask,
-            bool(phase.refresh),
+            bool(phase.refresh), backward_end,
         )  # fmt: skip
         if not math.isfinite(loss):
             raise RunError(f"{label}: the loss of step {step} of {total} is {loss}; try a lower --lr, or --max-grad-norm")
@@ -314,7 +317,15 @@ def _count(done: Progress, step: int, rate: float, loss: float, samples: int, sk
 
 
 def _step(
-    loop: Loop, group: list[Batch], key: Key, step: int, optimizer: Any, masks: Masks, mask: Callable[[], None], changing: bool
+    loop: Loop,
+    group: list[Batch],
+    key: Key,
+    step: int,
+    optimizer: Any,
+    masks: Masks,
+    mask: Callable[[], None],
+    changing: bool,
+    backward_end: Callable[[], None] = _nothing,
 ) -> tuple[float, int, bool]:
     """One optimizer step over a group of micro-batches: (mean loss, samples, should the run stop), over all processes.
 
@@ -338,6 +349,7 @@ def _step(
             weight = loop.world / max(1, targets) if batch.count else 0.0  # several processes average their gradients
             loop.accelerator.backward(loss * weight)
         total += loss.detach() * bool(batch.count)
+    backward_end()
     if changing or loop.recipe.max_grad_norm is not None:
         mask_gradients(masks, loop.parameters)
     if loop.recipe.max_grad_norm is not None:

@@ -12,7 +12,7 @@ from builders import WORDS, bert_checkpoint, save_transformers, seeded, text_csv
 from conftest import SHORT
 from small import PAIRED, TOKENS
 
-from dsd_refine.blame import computed
+from dsd_refine.blame import computed, is_of_the_machine
 from dsd_refine.tasks import Batch
 
 T5 = {"vocab_size": TOKENS, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 2, "pad_token_id": 0,
@@ -201,3 +201,17 @@ def test_a_text_longer_than_the_positions_is_cut(command, tmp_path):
     data = texts(tmp_path / "t.csv", {3: " ".join(WORDS), 20: " ".join(WORDS)})
     found = command(folder, "--data", data, "-o", tmp_path / "out", *SHORT)
     assert found.code == 0, found.err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "MPS backend out of memory (MPS allocated: 1 GB). Tried to allocate 2 GB",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+        "NCCL error in: ProcessGroupNCCL.cpp, remote process exited",
+    ],
+)
+def test_no_row_is_blamed_for_memory_that_is_full_or_a_process_that_is_gone(text):
+    assert is_of_the_machine(RuntimeError(text))

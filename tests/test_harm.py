@@ -158,6 +158,14 @@ def test_only_losses_far_above_the_source_s_are_a_rise(source, level, noise, see
     assert not rising_warnings("dense", losses[:24], source)  # too few
 
 
+def test_a_loss_that_the_mask_raised_is_no_rate_too_high():
+    """A mask of 95 % makes the loss twenty times the source's at once; it only falls from there."""
+    losses = list(np.linspace(4.0, 3.0, 25))
+    assert not rising_warnings("refined", losses, 0.2, masked=True)
+    assert rising_warnings("dense", losses, 0.2)
+    assert rising_warnings("refined", [0.5, *losses[1:]], 0.2, masked=True)
+
+
 @pytest.mark.parametrize(
     ("refined", "dense", "warned"), [(0.8, 0.8, True), (0.8, 0.91, False), (0.9, 0.9, False), (0.95, 0.8, False)]
 )

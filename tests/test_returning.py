@@ -1,7 +1,5 @@
 """What is masked comes back: by its gradient in the dense phase, or, where no row reaches it, with the source's value."""
 
-import json
-
 import builders
 import pytest
 import torch
@@ -9,6 +7,9 @@ from safetensors.torch import load_file, save_file
 from test_resume import same, stop_after
 from test_run import report_of
 
+from dsd_refine.masks import Layer, Spot, never_back, pieces, without_gradient
+
+ALL = torch.empty(0, dtype=torch.int64)
 RUN = ("--gate", "none", "--batch-size", "4", "--device", "cpu", "--optimizer", "sgd", "--lr", "0.1", "--dense-lr", "0.1")
 STEPS = ("--sparse-steps", "3", "--dense-steps", "4")
 KINDS = {
@@ -162,8 +163,8 @@ def test_the_phases_of_dsdsd_each_give_back(command, made, tmp_path):
         assert bool((value[before[name].abs() >= least] != 0).all())
 
 
-def test_a_filter_that_is_never_active_comes_back_too(command, made, tmp_path):
-    """Part of a layer: its other filters train."""
+def test_a_filter_that_is_never_active_keeps_its_zeros_where_others_of_its_layer_train(command, made, tmp_path):
+    """Its BatchNorm has the statistics of what it gives now: old weights under new statistics would ruin the model."""
     source = builders.copy_folder(made / "timm", tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
     dead, norm = "layer1.0.conv1.weight", "layer1.0.bn1"
@@ -176,8 +177,34 @@ def test_a_filter_that_is_never_active_comes_back_too(command, made, tmp_path):
     )
     assert found.code == 0, found.err
     result = load_file(out / "model.safetensors")
-    assert torch.equal(result[dead][0], tensors[dead][0])
-    assert torch.equal(result["layer1.0.conv2.weight"][:, 0], tensors["layer1.0.conv2.weight"][:, 0])  # what reads it
-    assert bool((result[dead] != 0).all())
+    zeros = result[dead][0] == 0
+    assert 0 < int(zeros.sum()) < zeros.numel()
+    assert torch.equal(result[dead][0][~zeros], tensors[dead][0][~zeros])
     assert bool((result[dead][1:] != tensors[dead][1:]).any())
-    assert any(dead in warning for warning in json.loads((out / "dsd/report.json").read_text())["warnings"])
+    assert not any("got no gradient" in warning for warning in report_of(out)["warnings"])
+
+
+def test_a_layer_that_has_a_gradient_is_found_at_its_first_step():
+    layers = [Layer("w", (4, 4), (Spot("w", ALL, ALL),))]
+    parameter = torch.nn.Parameter(torch.zeros(4, 4))
+    known = pieces(layers, {"w": parameter})
+    assert known == [("w", 0)]
+    assert without_gradient(layers, {"w": parameter}, known) == known  # no gradient at all
+    parameter.grad = torch.zeros(4, 4)
+    assert without_gradient(layers, {"w": parameter}, known) == known  # 0 everywhere
+    parameter.grad[2, 3] = 1e-30
+    assert without_gradient(layers, {"w": parameter}, known) == []
+
+
+def test_experts_of_a_fused_layer_are_told_apart():
+    """And what was 0 in the source stays 0."""
+    parameter = torch.nn.Parameter(torch.zeros(3, 2, 2))
+    layers = [Layer("e", (3, 2, 2), (Spot("e", ALL, ALL),), groups=3)]
+    source = torch.ones(3, 2, 2)
+    source[1, 0, 0] = 0.0
+    parameter.grad = torch.zeros(3, 2, 2)
+    parameter.grad[0] = 1.0
+    left = without_gradient(layers, {"e": parameter}, pieces(layers, {"e": parameter}))
+    assert left == [("e", 1), ("e", 2)]
+    flags = never_back(layers, {"e": parameter}, {"e": source}, [["e", 1]])["e"]  # as it comes back from the saved state
+    assert flags.nonzero().tolist() == [[1, 0, 1], [1, 1, 0], [1, 1, 1]]
