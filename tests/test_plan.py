@@ -4,7 +4,9 @@ import json
 
 import builders
 import pytest
+import torch
 from conftest import process
+from safetensors.torch import load_file
 
 from dsd_refine.recipe import TASKS
 
@@ -37,3 +39,35 @@ def test_plan_of_a_captioner_in_a_process_that_has_scored_nothing(tmp_path, opti
     done = process("-m", "dsd_refine", "plan", model, "--data", data, *options)
     assert done.returncode == 0, done.stderr
     assert "image-captioning" in done.stdout
+
+
+def test_plan_warns_of_the_weights_and_files_as_the_run_does(command, made, tmp_path):
+    model = builders.copy_folder(made / "timm", tmp_path / "m")
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    (model / "model.onnx").write_bytes(b"x")
+    torch.save({"model": tensors, "ema": {"module": tensors, "updates": 3}}, model / "pytorch_model.bin")
+    args = (
+        model,
+        "--data",
+        made / "pictures",
+        "--allow-pickle",
+        "--sparse-steps",
+        "1",
+        "--dense-steps",
+        "1",
+        "--device",
+        "cpu",
+    )
+    plan = json.loads(command("plan", *args, "--json").out)
+    text = command("plan", *args).out
+    run = command(*args, "--json", "--gate", "none", "-o", tmp_path / "out")
+    report = json.loads(run.out)
+    assert any("'model' is taken (as timm does; --weights-key chooses), left: ema.module" in each for each in plan["warnings"])
+    assert any("model.onnx" in each for each in plan["warnings"])
+    assert {*plan["warnings"]} <= {*report["warnings"]}
+    assert all(each in text for each in plan["warnings"])
+    assert plan["labels"] == report["labels"]
+    assert report["labels"]["rule"] in text
+    key = command("plan", *args, "--json", "--weights-key", "ema.module")
+    assert any("'ema.module' is taken (--weights-key), left: model" in each for each in json.loads(key.out)["warnings"])

@@ -184,14 +184,19 @@ def open_checkpoint(
     state = model.state_dict()
     placement = place(layout, model, library.load, lambda name: _same(tensors[name], state[name]))
     _refuse_values(layout, placement, tensors, {key for key, _ in model.named_parameters(remove_duplicate=False)})
-    warnings = [*library.warnings(model)]
+    warnings = (*library.warnings(model), *_layout_warnings(source, layout, placement))
+    return Checkpoint(source, library, layout, model.eval(), placement, warnings)
+
+
+def _layout_warnings(source: Source, layout: Layout, placement: Placement) -> list[str]:
+    """How the weights were read, which of them the model does not use, and `_file_warnings`."""
+    warnings = []
     if layout.from_pickle:
         warnings.append(f"the source's weights are a pickle; the output's are {SINGLE}")
     unused = [name for name in layout.names() if name not in placement]
     if unused:
         warnings.append(f"the model does not use these tensors, which are kept as they are: {listed(unused)}")
-    warnings += [*layout.notes, *_file_warnings(source, layout)]
-    return Checkpoint(source, library, layout, model.eval(), placement, tuple(warnings))
+    return [*warnings, *layout.notes, *_file_warnings(source, layout)]
 
 
 def _file_warnings(source: Source, layout: Layout) -> list[str]:
@@ -238,8 +243,12 @@ def open_shapes(
     weights_key: str | None = None,
     fetched: bool = False,
 ) -> Checkpoint:
-    """The same on the meta device: no values; headers where the weights are here (`fetched`: they must be)."""
+    """The same on the meta device: no values; headers where the weights are here (`fetched`: they must be).
+
+    `warnings` are those of the headers and files, and of a model without values.
+    """
     source.fetch()
+    here = True
     try:
         layout = read_layout(source.folder, allow_pickle, weights_key)
         _refuse_quantised(layout)
@@ -248,12 +257,15 @@ def open_shapes(
     except CheckpointError:
         if source.revision is None or fetched:
             raise
+        here = False
         with bounded(None, None):
             model = library.build_meta()
         head, entries = build_header(dict(model.state_dict()), {"format": "pt"})
         file = WeightFile(SINGLE, source.folder / SINGLE, head, None, entries)
         layout = Layout(source.folder, (file,), None, {e.name: (file, e) for e in entries})
-    return Checkpoint(source, library, layout, model, place(layout, model, library.load, lambda name: True), ())
+    placement = place(layout, model, library.load, lambda name: True)
+    warnings = [*library.warnings(model), *(_layout_warnings(source, layout, placement) if here else [])]
+    return Checkpoint(source, library, layout, model, placement, tuple(warnings))
 
 
 def _owned(model: torch.nn.Module, mapped: dict[str, torch.Tensor]) -> torch.nn.Module:
