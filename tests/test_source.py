@@ -354,6 +354,7 @@ FILES = [
     "config.json", "model.safetensors", "README.md", "language_model/5gram.bin", "adapter.fra.safetensors", "vocab.bin",
     "training_args.bin", "2_Dense/model.safetensors", "onnx/model.onnx", "pytorch_model.bin", "model.fp16.safetensors",
     "tf_model.h5", "original/consolidated.00.pth", "original/params.json", "odd[1].gguf", "odd1.txt", "optimizer.pt",
+    "label_encoder.pt", "normalizer.ckpt", "model_head.pkl", "model_card.safetensors", "weights.npz", "best.pth",
 ]  # fmt: skip
 
 
@@ -369,7 +370,7 @@ def test_what_is_copied_is_fetched_and_copies_of_the_weights_are_not(tmp_path):
         whole = tmp_path / str(number)
         for name in names:
             (whole / name).parent.mkdir(parents=True, exist_ok=True)
-            (whole / name).write_bytes(b"x")
+            (whole / name).write_bytes(b"x" * (9 if name == "model.safetensors" else 1))
         copied, left, _ = source_module.Source("", "", None, whole, "timm").side_files({"model.safetensors"})
         assert {"config.json", "model.safetensors", *copied} <= fetched
         assert not {name for name in left if not name.endswith("/")} & fetched

@@ -204,7 +204,7 @@ def _file_warnings(source: Source, layout: Layout) -> list[str]:
     copied, left, links = source.side_files(set(layout.read_from))
     lines = []
     if left:
-        lines.append(f"not copied (other copies of the weights, or ours to write): {listed(left, 20)}")
+        lines.append(f"not copied (other copies of the weights, a trainer's state, or ours to write): {listed(left, 20)}")
     if links:
         lines.append(
             f"not copied, links that lead out of the source's folder, to folders or to nothing: {listed(links, 20)}; "
