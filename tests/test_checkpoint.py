@@ -695,6 +695,9 @@ def test_a_timm_file_that_a_wrapper_saved_is_loaded_as_timm_does_and_keeps_its_n
         (torch.float16, -1e6, "brought a value to 1,000,000, and float16"),
         (torch.bfloat16, 3.4e38, "and bfloat16, which the source's file has, ends at"),
         (torch.float16, float("nan"), "holds values that are not finite after training"),
+        (torch.float32, float("nan"), "holds values that are not finite after training"),
+        (torch.float32, float("inf"), "holds values that are not finite after training"),
+        (torch.float32, float("-inf"), "holds values that are not finite after training"),
     ],
 )
 def test_a_value_that_cannot_be_written_is_found_when_it_is_first_rounded(tmp_path, dtype, value, said):

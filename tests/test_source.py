@@ -348,6 +348,20 @@ def test_a_statistic_that_outgrows_float16_ends_the_run_at_the_first_look(comman
     assert {line["arm"] for line in lines} == {"baseline", "refined"}  # the control was not trained for nothing
 
 
+def test_a_statistic_that_outgrows_float32_ends_the_run_at_the_first_look(command, made, tmp_path):
+    folder = builders.copy_folder(made / "timm", tmp_path / "large")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["conv1.0.weight"] *= 1e20  # the variance of its outputs is beyond float32; what BatchNorm makes of them is not
+    tensors["conv1.1.running_var"].fill_(1e38)
+    builders.write_tensors(folder / "model.safetensors", tensors)
+    found = command(folder, "--data", made / "pictures", "-o", tmp_path / "out", *SHORT)
+    assert found.code == 5, found.err
+    assert "conv1.1.running_var: holds values that are not finite after training" in found.err
+    assert not (tmp_path / "out").exists()
+    lines = [json.loads(line) for line in (tmp_path / "out.partial/log.jsonl").read_text().splitlines()]
+    assert {line["arm"] for line in lines} == {"baseline", "refined"}  # the control was not trained for nothing
+
+
 # ---------------------------------------------------------------- what is copied is fetched, what is not is not
 
 FILES = [

@@ -91,6 +91,7 @@ class Checkpoint:
             RunError: a value that the file's dtype cannot hold.
         """
         state = model.state_dict()
+        self._refuse_unfinite(state)
         kept: dict[str, torch.Tensor] = {}
         try:
             for name, key, elements, dtype in written_dtypes(self.layout, self.placement):
@@ -109,6 +110,16 @@ class Checkpoint:
         finally:
             for key, value in kept.items():
                 state[key].copy_(value)
+
+    def _refuse_unfinite(self, state: dict[str, torch.Tensor]) -> None:
+        """Raise RunError where a float32 tensor of the file holds a value that is not finite: others are seen when rounded."""
+        for name, parts in self.placement.items():
+            if self.layout.entry(name).dtype != torch.float32:
+                continue
+            for part in parts:
+                value = state[part.key]
+                value = value if part.whole else value.reshape(-1)[part.target.to(value.device)]
+                _refuse_overflow(name, value, value)
 
     def write(self, model: torch.nn.Module, folder: Path) -> dict[str, str]:
         """Write weights and side files into an empty folder; returns file name -> SHA-256 of the weights as written.
