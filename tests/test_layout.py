@@ -433,7 +433,9 @@ SCALARS = {"decay": torch.tensor(0.9), "updates": 3}
         ({"ema": {"module": weights(2), **SCALARS}, "state_dict": weights(1)}, "state_dict", "ema.module"),
         ({"model": weights(1), "callbacks": {"EMA": {"shadow": weights(2)}}}, "model", "callbacks.EMA.shadow"),
         ({"model": weights(1), "model_ema": None, "avg": {"x": weights(2), "y": weights(3)}}, "model", "avg.x, avg.y"),
+        ({"model": weights(1), "emas": [weights(2), weights(3)]}, "model", "emas.0, emas.1"),
         ({"ema": {"module": weights(2), **SCALARS}, "best": torch.tensor(0.7)}, "ema.module", None),
+        ({"net": weights(2), "losses": [torch.tensor(0.3), 0.2], "args": [{"lr": 0.1}]}, "net", None),
         ({"state_dict": {"model": weights(2)}, "scaler": {"scale": torch.tensor(65536.0)}}, "state_dict.model", None),
     ],
 )
@@ -460,6 +462,7 @@ def test_sets_of_weights_inside_other_mappings_are_found_and_named(tmp_path, sav
         ({"states": {"model": weights(1), "model_ema": weights(2)}}, "states.model, states.model_ema"),
         ({"model": {"student": weights(1), "teacher": weights(2)}}, "model.student, model.teacher"),
         ({"net": weights(1), "ema": {"module": weights(2)}}, "net, ema.module"),
+        ({"net": weights(1), "ema": {**SCALARS, "shadow_params": [torch.ones(2, 3)]}}, "net, ema.shadow_params"),
     ],
 )
 def test_sets_of_weights_that_timms_loader_would_not_find_are_refused_with_their_keys(tmp_path, saved, keys):

@@ -118,21 +118,25 @@ def _by_timm(path: Path, found: Mapping[Any, Any], sets: list[str]) -> str:
 
 
 def _sets(found: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """(key, mapping) of each set of weights in a mapping, those inside other mappings under dotted keys (`ema.module`)."""
+    """(key, mapping) of each set of weights in a mapping, those inside others under dotted keys (`ema.module`, `ema.0`).
+
+    Averages kept as a list have numbers for names: no model takes them, but they are there, and are named.
+    """
     inner = [("", found)] if isinstance(found, Mapping) else []
     entered = {id(found)}  # a mapping may hold itself, or another one many times
     for depth in range(DEEPEST):
         outer, inner = inner, []
         for place, mapping in outer:
-            for name, value in mapping.items():
+            for name, held in mapping.items():
+                value = {str(number): each for number, each in enumerate(held)} if isinstance(held, list | tuple) else held
                 if not isinstance(value, Mapping) or (isinstance(name, str) and name.startswith("optim")):
                     continue
                 if depth and not isinstance(name, str):
                     continue  # an optimizer numbers its own
                 if _has_weights(value):
                     yield f"{place}{name}", value
-                if id(value) not in entered:
-                    entered.add(id(value))
+                if id(held) not in entered:
+                    entered.add(id(held))
                     inner.append((f"{place}{name}.", value))
 
 
