@@ -37,7 +37,8 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
         layers = open_layers(checkpoint, recipe, [])
         task = prepare_task(recipe, library.task, library, checkpoint.model, given) if given else None
         data = given.entry(parts_of(task)) if given and task else None
-    warnings = [*task.report()["warnings"], *data["unused"]] if task and data else []
+    said = dict(task.report()) if task else {"warnings": []}
+    warnings = [*checkpoint.warnings, *said["warnings"], *(data["unused"] if data else [])]
     shares = [_first_sparsity(recipe, tried) for tried in recipe.sparsities]
     rows = [
         {
@@ -52,7 +53,7 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
         "totals": _totals(checkpoint, layers, rows, shares)
         | (_steps(checkpoint, recipe, task) if task else {"steps": f"not known{absent}"})
         | _sizes(checkpoint, layers, recipe),
-        "data": data, "warnings": [*dict.fromkeys([*warnings, *few_maskable(layers)])],
+        "labels": said.get("labels"), "data": data, "warnings": [*dict.fromkeys([*warnings, *few_maskable(layers)])],
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SHORT
+from conftest import SHORT, process
 from sacrebleu.metrics import BLEU
 from safetensors.torch import load_file
 from test_processes import near, torchrun
@@ -19,7 +19,7 @@ from dsd_refine.compare import bootstrap_corpus, compare, corpus_over_seeds
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks import Scores
-from dsd_refine.tasks.captions import bleu, row_score
+from dsd_refine.tasks.captions import bleu, bleu_signature, row_score
 from dsd_refine.tasks.open import open_task
 
 KINDS = ("vit-gpt2", "vit-bert", "blip", "git")
@@ -74,6 +74,33 @@ def test_bleu_of_sums_is_sacrebleus(seed, order):
 @pytest.mark.parametrize("text", ["", "nothing matches here", "the"])
 def test_bleu_of_nothing_is_zero(text):
     assert bleu(np.asarray(row_score(["a dog"], text, 0.0, 1).stats)) == 0
+
+
+@pytest.mark.parametrize("counts", [[1], [1, 1], [3, 3, 3], [2, 1], [1, 4, 2]])
+def test_the_signature_is_sacrebleus_for_these_references_whatever_was_scored_before(counts):
+    row_score(["a", "b", "c", "d", "e"], "a", 0.0, 1)
+    width = max(counts)
+    references = [[f"said {row}" if number < count else None for row, count in enumerate(counts)] for number in range(width)]
+    metric = BLEU(max_ngram_order=4, force=True)
+    metric.corpus_score(["said"] * len(counts), references)
+    assert bleu_signature(counts) == metric.get_signature().format()
+
+
+def test_a_captioner_killed_while_it_publishes_is_resumed_by_another_process(command, seen, tmp_path):
+    from dsd_refine import publish
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    args = [seen / "vit-gpt2", "--data", seen / "three", *QUIET, "--control", "none", "-o"]
+    assert command(*args, tmp_path / "whole").code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(publish, "copy_file", full)
+        assert command(*args, tmp_path / "out").code == 5
+    again = process("-m", "dsd_refine", *args, tmp_path / "out", "--resume")
+    assert again.returncode == 0, again.stderr
+    same(tmp_path / "out", tmp_path / "whole")
+    assert "nrefs:3|" in report_of(tmp_path / "out")["preprocessing"]["bleu"]
 
 
 def test_bleu_takes_many_sums_at_once():

@@ -498,12 +498,16 @@ COPIES = [
     "model.onnx", "onnx/model.onnx", "onnx/config.json", "onnx/model.onnx_data", "x-q4.gguf", "openvino_model.xml",
     "openvino/openvino_model.bin", "coreml/text.mlpackage/Data/weights/weight.bin", "original/consolidated.00.pth",
     "consolidated.safetensors", "metal/model.bin", "64.tflite", "model.pth", "last.ckpt", "Model.ONNX", "optimizer.pt",
+    "model_best.pth.tar", "checkpoint0099.pth", "epoch=3-step=40.ckpt", "weights.npz", "pytorch_model.pt", "model.h5", "model.pkl",
+    "scheduler.pt", "rng_state_0.pth", "optimizer.bin", "weights.00.npz", "best.pt", "consolidated.00.pth", "Checkpoint_12.PT", "export.pkl",
     "checkpoint-500/model.safetensors", "bert_model.ckpt.data-00000-of-00001", "open_clip_pytorch_model.bin",
 ]  # fmt: skip
 OWN = [
     "language_model/5gram.bin", "5gram.bin", "language_model/unigrams.txt", "adapter.fra.safetensors", "adapter.fra.bin",
     "preprocessor.npz", "vocab.bin", "training_args.bin", "original/params.json", "original/tokenizer.model", "vocab.pkl",
     "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "voices/one.pt", "index.faiss", "stats.h5", "speakers.msgpack",
+    "label_encoder.pt", "normalizer.ckpt", "vocab.pth", "model_head.pkl", "weights_of_classes.npz", "model_card.safetensors",
+    "model-card.safetensors", "model_stats.h5", "consolidated_names.txt", "modeling.pt", "scaler.pt", "lasting.pth.tar", "scalers.pkl",
     "nested/onnx/notes.txt", "model_card.md", "spiece.model", "runs/events.out.tfevents",
 ]  # fmt: skip
 
@@ -522,6 +526,51 @@ def test_known_copies_of_the_weights_are_left_out_and_everything_else_is_copied_
     assert folders == {"onnx/", "openvino/", "coreml/", "metal/", "checkpoint-500/"}
     assert all(name in left or f"{name.split('/')[0]}/" in folders for name in COPIES)
     assert links == []
+
+
+LOOSE = ("resnet-14fe96d1.pth", "a.pt", "mine.pth.tar", "b.ckpt", "c.pkl", "d.npz", "e.h5", "model_fp16.safetensors", "F.PTH")
+
+
+@pytest.mark.parametrize("name", LOOSE)
+def test_a_file_of_an_ending_that_says_nothing_is_a_copy_where_it_is_half_as_large_as_the_weights(tmp_path, name):
+    folder = builders.timm_checkpoint(tmp_path / "t")
+    (folder / "deep").mkdir()
+    half = -(-(folder / "model.safetensors").stat().st_size // 2)
+    for size, kept in ((half - 1, True), (half, False), (3 * half, False)):
+        for path in (folder / name, folder / "deep" / name, folder / "notes.bin", folder / "adapter.fra.safetensors"):
+            path.write_bytes(b"\x00" * size)
+        checkpoint = opened(folder)
+        assert (name in checkpoint.side_files) == kept
+        assert {f"deep/{name}", "notes.bin", "adapter.fra.safetensors"} <= {*checkpoint.side_files}
+        assert (
+            any(
+                f"not copied (other copies of the weights, a trainer's state, or ours to write): {name}" in warning
+                for warning in checkpoint.warnings
+            )
+            != kept
+        )
+
+
+@pytest.mark.parametrize(("place", "wanted"), [("", True), ("voices", True), ("a/b", True), ("onnx", False), (".git/x", False)])
+def test_a_folder_of_the_source_that_cannot_be_read_is_refused_where_an_output_would_have_its_files(
+    tmp_path, monkeypatch, place, wanted
+):
+    folder = builders.timm_checkpoint(tmp_path / "t")
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    (folder / place / "file.txt").write_text("x")
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).rstrip("/") == str(folder / place):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    if not wanted:
+        assert "file.txt" not in find_source(str(folder)).side_files({"model.safetensors"})[0]
+        return
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied; an output would lack what is in it"):
+        find_source(str(folder))
 
 
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pth"])
@@ -646,6 +695,9 @@ def test_a_timm_file_that_a_wrapper_saved_is_loaded_as_timm_does_and_keeps_its_n
         (torch.float16, -1e6, "brought a value to 1,000,000, and float16"),
         (torch.bfloat16, 3.4e38, "and bfloat16, which the source's file has, ends at"),
         (torch.float16, float("nan"), "holds values that are not finite after training"),
+        (torch.float32, float("nan"), "holds values that are not finite after training"),
+        (torch.float32, float("inf"), "holds values that are not finite after training"),
+        (torch.float32, float("-inf"), "holds values that are not finite after training"),
     ],
 )
 def test_a_value_that_cannot_be_written_is_found_when_it_is_first_rounded(tmp_path, dtype, value, said):

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import struct
 import warnings
 from pathlib import PurePosixPath
@@ -416,6 +417,74 @@ def test_of_timm_s_own_keys_the_one_is_taken_that_timm_takes_and_the_others_are_
     left = [key for key in keys if key != found.weights_key]
     said = f"{found.weights_key!r} is taken (as timm does; --weights-key chooses), left: {', '.join(left)}"
     assert [said in note for note in found.notes] == [True] * bool(left)
+
+
+def weights(value):
+    return {"a": torch.full((2, 3), float(value)), "b": torch.ones(4)}
+
+
+SCALARS = {"decay": torch.tensor(0.9), "updates": 3}
+
+
+@pytest.mark.parametrize(
+    ("saved", "taken", "left"),
+    [
+        ({"model": weights(1), "ema": {"module": weights(2), "updates": 3}}, "model", "ema.module"),
+        ({"ema": {"module": weights(2), **SCALARS}, "state_dict": weights(1)}, "state_dict", "ema.module"),
+        ({"model": weights(1), "callbacks": {"EMA": {"shadow": weights(2)}}}, "model", "callbacks.EMA.shadow"),
+        ({"model": weights(1), "model_ema": None, "avg": {"x": weights(2), "y": weights(3)}}, "model", "avg.x, avg.y"),
+        ({"model": weights(1), "emas": [weights(2), weights(3)]}, "model", "emas.0, emas.1"),
+        ({"ema": {"module": weights(2), **SCALARS}, "best": torch.tensor(0.7)}, "ema.module", None),
+        ({"net": weights(2), "losses": [torch.tensor(0.3), 0.2], "args": [{"lr": 0.1}]}, "net", None),
+        ({"state_dict": {"model": weights(2)}, "scaler": {"scale": torch.tensor(65536.0)}}, "state_dict.model", None),
+    ],
+)
+def test_sets_of_weights_inside_other_mappings_are_found_and_named(tmp_path, saved, taken, left):
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}, "a": {"exp_avg": torch.ones(2, 3)}}, "param_groups": [{"lr": 0.1}]}
+    torch.save({**saved, "optimizer": optimizer, "epoch": 3}, tmp_path / "last.pth")
+    found = read_layout(tmp_path, allow_pickle=True)
+    assert found.weights_key == taken
+    assert [note.partition("left: ")[2] for note in found.notes] == ([left] if left else [])
+    if left:  # whoever names another set gets that one, and timm's loader takes the same
+        assert torch.equal(found.tensor("a"), load_state_dict(str(tmp_path / "last.pth"))["a"])
+        other = left.split(", ")[-1]
+        chosen = read_layout(tmp_path, allow_pickle=True, weights_key=other)
+        assert chosen.weights_key == other
+        assert not torch.equal(chosen.tensor("a"), found.tensor("a"))
+
+
+@pytest.mark.parametrize(
+    ("saved", "keys"),
+    [
+        ({"model": weights(1), "model_ema": {"decay": 0.9, "shadow": weights(2)}}, "model, model_ema.shadow"),
+        ({"model": weights(1), "model_ema": {**SCALARS, "shadow": weights(2)}}, "model, model_ema.shadow"),
+        ({"model": weights(1), "state_dict_ema": {"module": weights(2)}}, "model, state_dict_ema.module"),
+        ({"states": {"model": weights(1), "model_ema": weights(2)}}, "states.model, states.model_ema"),
+        ({"model": {"student": weights(1), "teacher": weights(2)}}, "model.student, model.teacher"),
+        ({"net": weights(1), "ema": {"module": weights(2)}}, "net, ema.module"),
+        ({"net": weights(1), "ema": {**SCALARS, "shadow_params": [torch.ones(2, 3)]}}, "net, ema.shadow_params"),
+    ],
+)
+def test_sets_of_weights_that_timms_loader_would_not_find_are_refused_with_their_keys(tmp_path, saved, keys):
+    torch.save(saved, tmp_path / "last.pth")
+    with pytest.raises(CheckpointError, match=re.escape(f"several sets of weights ({keys}); say which with --weights-key")):
+        read_layout(tmp_path, allow_pickle=True)
+    for key in keys.split(", "):
+        assert read_layout(tmp_path, allow_pickle=True, weights_key=key).weights_key == key
+
+
+def test_weights_beside_another_set_of_them_are_not_passed_over(tmp_path):
+    torch.save({**weights(1), "ema": {"module": weights(2)}}, tmp_path / "last.pth")
+    with pytest.raises(CheckpointError, match=r"holds weights, and under 'ema\.module' another set of them"):
+        read_layout(tmp_path, allow_pickle=True)
+    assert read_layout(tmp_path, allow_pickle=True, weights_key="ema.module").tensor("a")[0, 0] == 2
+
+
+def test_a_pickle_that_holds_itself_is_looked_through_once(tmp_path):
+    saved = {"ema": {"module": weights(2)}, "model": weights(1)}
+    saved["ema"]["all"] = saved
+    torch.save(saved, tmp_path / "last.pth")
+    assert read_layout(tmp_path, allow_pickle=True).weights_key == "model"
 
 
 def test_an_average_that_was_never_made_is_passed_over_as_timm_does(tmp_path):

@@ -348,12 +348,27 @@ def test_a_statistic_that_outgrows_float16_ends_the_run_at_the_first_look(comman
     assert {line["arm"] for line in lines} == {"baseline", "refined"}  # the control was not trained for nothing
 
 
+def test_a_statistic_that_outgrows_float32_ends_the_run_at_the_first_look(command, made, tmp_path):
+    folder = builders.copy_folder(made / "timm", tmp_path / "large")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["conv1.0.weight"] *= 1e20  # the variance of its outputs is beyond float32; what BatchNorm makes of them is not
+    tensors["conv1.1.running_var"].fill_(1e38)
+    builders.write_tensors(folder / "model.safetensors", tensors)
+    found = command(folder, "--data", made / "pictures", "-o", tmp_path / "out", *SHORT)
+    assert found.code == 5, found.err
+    assert "conv1.1.running_var: holds values that are not finite after training" in found.err
+    assert not (tmp_path / "out").exists()
+    lines = [json.loads(line) for line in (tmp_path / "out.partial/log.jsonl").read_text().splitlines()]
+    assert {line["arm"] for line in lines} == {"baseline", "refined"}  # the control was not trained for nothing
+
+
 # ---------------------------------------------------------------- what is copied is fetched, what is not is not
 
 FILES = [
     "config.json", "model.safetensors", "README.md", "language_model/5gram.bin", "adapter.fra.safetensors", "vocab.bin",
     "training_args.bin", "2_Dense/model.safetensors", "onnx/model.onnx", "pytorch_model.bin", "model.fp16.safetensors",
     "tf_model.h5", "original/consolidated.00.pth", "original/params.json", "odd[1].gguf", "odd1.txt", "optimizer.pt",
+    "label_encoder.pt", "normalizer.ckpt", "model_head.pkl", "model_card.safetensors", "weights.npz", "best.pth",
 ]  # fmt: skip
 
 
@@ -369,7 +384,7 @@ def test_what_is_copied_is_fetched_and_copies_of_the_weights_are_not(tmp_path):
         whole = tmp_path / str(number)
         for name in names:
             (whole / name).parent.mkdir(parents=True, exist_ok=True)
-            (whole / name).write_bytes(b"x")
+            (whole / name).write_bytes(b"x" * (9 if name == "model.safetensors" else 1))
         copied, left, _ = source_module.Source("", "", None, whole, "timm").side_files({"model.safetensors"})
         assert {"config.json", "model.safetensors", *copied} <= fetched
         assert not {name for name in left if not name.endswith("/")} & fetched

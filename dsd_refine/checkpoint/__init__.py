@@ -91,6 +91,7 @@ class Checkpoint:
             RunError: a value that the file's dtype cannot hold.
         """
         state = model.state_dict()
+        self._refuse_unfinite(state)
         kept: dict[str, torch.Tensor] = {}
         try:
             for name, key, elements, dtype in written_dtypes(self.layout, self.placement):
@@ -109,6 +110,16 @@ class Checkpoint:
         finally:
             for key, value in kept.items():
                 state[key].copy_(value)
+
+    def _refuse_unfinite(self, state: dict[str, torch.Tensor]) -> None:
+        """Raise RunError where a float32 tensor of the file holds a value that is not finite: others are seen when rounded."""
+        for name, parts in self.placement.items():
+            if self.layout.entry(name).dtype != torch.float32:
+                continue
+            for part in parts:
+                value = state[part.key]
+                value = value if part.whole else value.reshape(-1)[part.target.to(value.device)]
+                _refuse_overflow(name, value, value)
 
     def write(self, model: torch.nn.Module, folder: Path) -> dict[str, str]:
         """Write weights and side files into an empty folder; returns file name -> SHA-256 of the weights as written.
@@ -184,14 +195,19 @@ def open_checkpoint(
     state = model.state_dict()
     placement = place(layout, model, library.load, lambda name: _same(tensors[name], state[name]))
     _refuse_values(layout, placement, tensors, {key for key, _ in model.named_parameters(remove_duplicate=False)})
-    warnings = [*library.warnings(model)]
+    warnings = (*library.warnings(model), *_layout_warnings(source, layout, placement))
+    return Checkpoint(source, library, layout, model.eval(), placement, warnings)
+
+
+def _layout_warnings(source: Source, layout: Layout, placement: Placement) -> list[str]:
+    """How the weights were read, which of them the model does not use, and `_file_warnings`."""
+    warnings = []
     if layout.from_pickle:
         warnings.append(f"the source's weights are a pickle; the output's are {SINGLE}")
     unused = [name for name in layout.names() if name not in placement]
     if unused:
         warnings.append(f"the model does not use these tensors, which are kept as they are: {listed(unused)}")
-    warnings += [*layout.notes, *_file_warnings(source, layout)]
-    return Checkpoint(source, library, layout, model.eval(), placement, tuple(warnings))
+    return [*warnings, *layout.notes, *_file_warnings(source, layout)]
 
 
 def _file_warnings(source: Source, layout: Layout) -> list[str]:
@@ -199,7 +215,7 @@ def _file_warnings(source: Source, layout: Layout) -> list[str]:
     copied, left, links = source.side_files(set(layout.read_from))
     lines = []
     if left:
-        lines.append(f"not copied (other copies of the weights, or ours to write): {listed(left, 20)}")
+        lines.append(f"not copied (other copies of the weights, a trainer's state, or ours to write): {listed(left, 20)}")
     if links:
         lines.append(
             f"not copied, links that lead out of the source's folder, to folders or to nothing: {listed(links, 20)}; "
@@ -238,8 +254,12 @@ def open_shapes(
     weights_key: str | None = None,
     fetched: bool = False,
 ) -> Checkpoint:
-    """The same on the meta device: no values; headers where the weights are here (`fetched`: they must be)."""
+    """The same on the meta device: no values; headers where the weights are here (`fetched`: they must be).
+
+    `warnings` are those of the headers and files, and of a model without values.
+    """
     source.fetch()
+    here = True
     try:
         layout = read_layout(source.folder, allow_pickle, weights_key)
         _refuse_quantised(layout)
@@ -248,12 +268,15 @@ def open_shapes(
     except CheckpointError:
         if source.revision is None or fetched:
             raise
+        here = False
         with bounded(None, None):
             model = library.build_meta()
         head, entries = build_header(dict(model.state_dict()), {"format": "pt"})
         file = WeightFile(SINGLE, source.folder / SINGLE, head, None, entries)
         layout = Layout(source.folder, (file,), None, {e.name: (file, e) for e in entries})
-    return Checkpoint(source, library, layout, model, place(layout, model, library.load, lambda name: True), ())
+    placement = place(layout, model, library.load, lambda name: True)
+    warnings = [*library.warnings(model), *(_layout_warnings(source, layout, placement) if here else [])]
+    return Checkpoint(source, library, layout, model, placement, tuple(warnings))
 
 
 def _owned(model: torch.nn.Module, mapped: dict[str, torch.Tensor]) -> torch.nn.Module:

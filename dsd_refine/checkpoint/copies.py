@@ -1,7 +1,7 @@
 """Which files of a source are known copies of its weights: an output does not have them, for they would be stale.
 
 Everything else beside the weights is the checkpoint's, whatever its ending: a decoder's `5gram.bin`, a module's own weights
-in a folder of its own, an adapter for another language.
+in a folder of its own, an adapter for another language, a scaler in `normalizer.ckpt`.
 """
 
 from __future__ import annotations
@@ -17,29 +17,54 @@ FOLDERS = (
 )  # fmt: skip
 # Patterns of paths relative to the source's folder, in lower case; as in fnmatch, `*` crosses `/`.
 COPIES = (
-    "model.*.safetensors", "model-*.safetensors", "model_*.safetensors",
+    "model.*.safetensors", "model-*-of-*.safetensors",
     "model.*.safetensors.index.json", "model.safetensors.index.*.json",
     "pytorch_model*.bin", "pytorch_model*.bin.index*.json",
     "open_clip_*.bin", "open_clip_*.safetensors",
-    "consolidated*", "original/consolidated*", "original/*.safetensors", "original/*.pth",
-    "tf_model*.h5", "tf_model*.h5.index.json", "model*.h5", "*.keras", "saved_model.pb", "*.tflite",
+    "consolidated.*", "consolidated-*", "original/consolidated*", "original/*.safetensors", "original/*.pth",
+    "tf_model*.h5", "tf_model*.h5.index.json", "model.h5", "model.weights.h5", "*.keras", "saved_model.pb", "*.tflite",
     "model.ckpt-*", "*.ckpt.data-*", "*.ckpt.index", "*.ckpt.meta",
     "flax_model*.msgpack", "flax_model*.msgpack.index.json", "*.ot",
     "*.onnx", "*.onnx_data*", "*.onnx.data", "openvino_*.xml", "openvino_*.bin",
     "*.mlmodel", "*.mlpackage/*", "*.mlmodelc/*",
-    "*.gguf", "*.ggml", "ggml-*.bin", "weights*.npz", "model*.pkl", "export.pkl",
+    "*.gguf", "*.ggml", "ggml-*.bin", "export.pkl",
     *(f"{folder}/*" for folder in FOLDERS),
 )  # fmt: skip
-# Pickles that are a model's, or its trainer's, where they lie beside the weights; in a folder they may be anything.
+# Endings that say nothing: weights, or a scaler, a vocabulary, a head. Beside the weights their name or their size tells.
 READ_PICKLES = (".pth", ".pt", ".pth.tar")  # which may also be what is read
-PICKLES = (*(f"*{ending}" for ending in READ_PICKLES), "*.ckpt")
+LOOSE = (*READ_PICKLES, ".ckpt", ".pkl", ".npz", ".h5", ".safetensors")
+STEMS = (
+    "model", "pytorch_model", "model_best", "best", "best_model", "last", "latest", "weights", "weights.*", "model_weights",
+    "state_dict", "model_state_dict", "ema", "model_ema", "checkpoint*", "ckpt*", "epoch*",
+)  # fmt: skip
+# What training would go on from, of the old weights: transformers' and accelerate's.
+TRAINERS = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "rng_state*.pth", "random_states_*.pkl")
 
 
 def is_weights(name: str) -> bool:
-    """Is the file of this name, relative to the source's folder, a known copy of the weights?"""
+    """Is the file of this name, relative to the source's folder, a known copy of the weights, or a trainer's state?"""
     lower = name.lower()
-    at_root = "/" not in name
-    return any(fnmatchcase(lower, pattern) for pattern in (*COPIES, *(PICKLES if at_root else ())))
+    patterns: tuple[str, ...] = COPIES
+    if "/" not in name:
+        patterns = (*COPIES, *TRAINERS, *(f"{stem}{_loose(lower)}" for stem in STEMS if _loose(lower)))
+    return any(fnmatchcase(lower, pattern) for pattern in patterns)
+
+
+def is_as_large(name: str, size: int, weights: int) -> bool:
+    """Has a file beside the weights, of an ending that weights may have, half as many bytes as they: fp16 of float32?"""
+    if "/" in name or name.startswith("adapter") or not _loose(name.lower()):
+        return False
+    return 0 < weights <= 2 * size
+
+
+def may_be_weights(name: str) -> bool:
+    """Could the file of this name hold weights, by its name or its ending?"""
+    return is_weights(name) or ("/" not in name and bool(_loose(name.lower())))
+
+
+def _loose(lower: str) -> str | None:
+    """The longest of the endings that say nothing."""
+    return max((ending for ending in LOOSE if lower.endswith(ending)), key=len, default=None)
 
 
 def shown_folder(name: str) -> str | None:

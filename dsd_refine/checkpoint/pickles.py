@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dsd_refine.errors import CheckpointError
 # What timm.models.load_state_dict looks for, in its order: the averaged weights come first.
 TIMM_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile, data parallelism and averaging put before each name
+DEEPEST = 4  # mappings in mappings that are looked into for weights
 AVERAGED = "n_averaged"  # the counter of torch's AveragedModel, beside the weights that it wraps
 SAFER = "where you trust the file, save its weights alone (torch.save of the state dict, or safetensors)"
 
@@ -78,10 +79,10 @@ def _loaded(path: Path) -> Any:
 
 def _chosen(path: Path, found: Any, asked: str | None) -> tuple[str | None, Mapping[Any, Any], tuple[str, ...]]:
     """(key, what stands there, what is to be said) of the weights that are meant."""
-    sets = [str(key) for key, value in found.items() if _has_weights(value)] if isinstance(found, Mapping) else []
+    sets = dict(_sets(found))
     if asked is not None:
         if asked not in sets:
-            raise CheckpointError(f"{path}: --weights-key {asked}: no weights there; {_offered(sets)}")
+            raise CheckpointError(f"{path}: --weights-key {asked}: no weights there; {_offered([*sets])}")
         key = asked
     elif isinstance(found, Mapping) and found and all(isinstance(value, torch.Tensor) for value in found.values()):
         return None, found, ()
@@ -90,25 +91,69 @@ def _chosen(path: Path, found: Any, asked: str | None) -> tuple[str | None, Mapp
     elif not sets:
         raise CheckpointError(f"{path}: does not hold a plain mapping of names to tensors; {SAFER}")
     else:
-        by_timm = [key for key in TIMM_KEYS if key in sets]
-        if not by_timm and len(sets) > 1:
-            raise CheckpointError(f"{path}: holds several sets of weights ({', '.join(sets)}); say which with --weights-key")
-        key = (by_timm or sets)[0]
+        key = _by_timm(path, found, [*sets])
     left = [name for name in sets if name != key]
     why = "--weights-key" if asked else "as timm does; --weights-key chooses"
-    notes = (f"{path.name}: of its sets of weights {key!r} is taken ({why}), left: {', '.join(left)}",) if left else ()
-    return key, found[key], notes
+    said = f"{path.name}: of its sets of weights {key!r} is taken ({why}), left: {_few(left)}"
+    return key, sets[key], (said,) if left else ()
 
 
-def _has_weights(value: Any) -> bool:
-    """Is it a mapping that holds a floating-point tensor under a name? (An optimizer's numbers its own.)"""
+def _by_timm(path: Path, found: Mapping[Any, Any], sets: list[str]) -> str:
+    """The set that timm's loader would take, or the only one.
+
+    Raises:
+        CheckpointError: that loader knows none of them, or finds further mappings under its key instead of the weights.
+    """
+    by_timm = next((key for key in TIMM_KEYS if any(name == key or name.startswith(f"{key}.") for name in sets)), None)
+    if by_timm in sets and not any(name.startswith(f"{by_timm}.") for name in sets):
+        return by_timm
+    if len(sets) > 1:
+        raise CheckpointError(f"{path}: holds several sets of weights ({_few(sets)}); say which with --weights-key")
+    if by_timm is None and _has_weights(found, least=2):
+        raise CheckpointError(
+            f"{path}: holds weights, and under {sets[0]!r} another set of them; --weights-key {sets[0]} takes those, "
+            "or save those that are meant alone"
+        )
+    return sets[0]
+
+
+def _sets(found: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """(key, mapping) of each set of weights in a mapping, those inside others under dotted keys (`ema.module`, `ema.0`).
+
+    Averages kept as a list have numbers for names: no model takes them, but they are there, and are named.
+    """
+    inner = [("", found)] if isinstance(found, Mapping) else []
+    entered = {id(found)}  # a mapping may hold itself, or another one many times
+    for depth in range(DEEPEST):
+        outer, inner = inner, []
+        for place, mapping in outer:
+            for name, held in mapping.items():
+                value = {str(number): each for number, each in enumerate(held)} if isinstance(held, list | tuple) else held
+                if not isinstance(value, Mapping) or (isinstance(name, str) and name.startswith("optim")):
+                    continue
+                if depth and not isinstance(name, str):
+                    continue  # an optimizer numbers its own
+                if _has_weights(value):
+                    yield f"{place}{name}", value
+                if id(held) not in entered:
+                    entered.add(id(held))
+                    inner.append((f"{place}{name}.", value))
+
+
+def _has_weights(value: Any, least: int = 1) -> bool:
+    """Is it a mapping that holds a floating-point tensor of so many dimensions under a name? (An optimizer numbers its own.)"""
     return isinstance(value, Mapping) and any(
-        isinstance(name, str) and isinstance(inner, torch.Tensor) and inner.is_floating_point() for name, inner in value.items()
+        isinstance(name, str) and isinstance(inner, torch.Tensor) and inner.is_floating_point() and inner.ndim >= least
+        for name, inner in value.items()
     )
 
 
+def _few(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _offered(sets: list[str]) -> str:
-    return f"the file has {', '.join(sets)}" if sets else "the file is itself a mapping of tensors, or holds none"
+    return f"the file has {_few(sets)}" if sets else "the file is itself a mapping of tensors, or holds none"
 
 
 def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

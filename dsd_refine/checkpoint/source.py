@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsd_refine.checkpoint.copies import READ_PICKLES, adapter_of, is_weights, other_formats, shown_folder
+from dsd_refine.checkpoint.copies import READ_PICKLES, adapter_of, is_as_large, is_weights, other_formats, shown_folder
 from dsd_refine.checkpoint.guard import refuse_counts
 from dsd_refine.checkpoint.hub import ask_hub, check_blobs
 from dsd_refine.checkpoint.layout import (
@@ -64,14 +64,16 @@ class Source:
     fetch: Callable[[], None] = field(default=_is_here, compare=False, repr=False)
 
     def side_files(self, weight_files: set[str]) -> tuple[list[str], list[str], list[str]]:
-        """Relative names of the files that an output copies; of copies of the weights and what is ours to write, which it
-        does not; and of links that lead out of the folder, to folders or to nothing, which it does not either.
+        """Relative names of the files that an output copies; of copies of the weights (by name or size), a trainer's state and
+        what is ours to write, which it does not; and of links that lead out of the folder, to folders or to nothing, which
+        it does not either.
 
         The config is copied though it be such a link: it has been read, and is a model's.
         """
         copied: list[str] = []
         left: dict[str, None] = {}
         links: list[str] = []
+        weights = sum(_size(self.folder / name) for name in weight_files)
         for path in sorted(_within(self.folder)):
             name = path.relative_to(self.folder).as_posix()
             top = name.split("/")[0]
@@ -82,15 +84,34 @@ class Source:
             elif path.is_dir() or (name != "config.json" and leads_out(path, self.folder)):
                 links.append(name)
             elif path.is_file():
-                copied.append(name)
+                if is_as_large(name, _size(path), weights):
+                    left[name] = None
+                else:
+                    copied.append(name)
             elif path.is_symlink():
                 links.append(name)
         return copied, [*left], links
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 where it is not here."""
+    return path.stat().st_size if path.is_file() else 0
+
+
 def _within(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, and every link to a folder (which is not followed)."""
-    for place, folders, files in os.walk(folder):
+    """Every file below a folder, and every link to a folder (which is not followed).
+
+    Raises:
+        CheckpointError: a folder cannot be read of which an output would have the files.
+    """
+
+    def refuse(error: OSError) -> None:
+        place = Path(error.filename).relative_to(folder).as_posix()
+        if place.split("/")[0] not in OURS and not is_weights(f"{place}/x"):
+            why = f"cannot be read: {error.strerror or error}; an output would lack what is in it"
+            raise CheckpointError(f"{error.filename}: {why}; make it readable, or move it out of the source's folder") from None
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
         yield from (Path(place, name) for name in files)
         yield from (path for path in (Path(place, name) for name in folders) if path.is_symlink())
 
@@ -306,7 +327,10 @@ def _remember(folder: Path, revision: str, commit: str) -> None:
 
 
 def _not_wanted(files: set[str], weights: bool, allow_pickle: bool) -> list[str]:
-    """What not to fetch of a repository: the copies of the weights that an output leaves out, but what will be read."""
+    """What not to fetch of a repository: what an output leaves out by its name, but what will be read.
+
+    Copies that only their size tells are fetched: what the weights come to is not known before they are here.
+    """
     if not weights:
         return list(HEAVY)
     wanted = _read_from(files, allow_pickle)

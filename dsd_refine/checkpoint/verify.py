@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save
 
-from dsd_refine.checkpoint.copies import is_weights
+from dsd_refine.checkpoint.copies import may_be_weights
 from dsd_refine.checkpoint.layout import (
     LONGEST_NAME,
     TRAINABLE,
@@ -128,7 +128,7 @@ def _unlisted(checkpoint: Checkpoint, folder: Path, listed: set[str]) -> Iterato
         for name in sorted(expected - listed):
             yield f"{name}: the report does not list it among the output's files"
     for path in sorted(folder.iterdir()):
-        if path.is_file() and is_weights(path.name) and path.name not in listed:
+        if path.is_file() and may_be_weights(path.name) and path.name not in listed:
             yield f"{path.name}: holds weights that the run did not write"
 
 

@@ -99,5 +99,6 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         )
     lines += ["", *(f"  {name.ljust(18)} {text}" for name, text in plan["totals"].items())]
     lines += [f"  {'data'.ljust(18)} {line}" for line in data_lines({**(plan.get("data") or {}), "unused": ()})]
+    lines += [f"  {'labels'.ljust(18)} {labels['rule']}"] if (labels := plan.get("labels")) else []
     lines += [f"  {'warning'.ljust(18)} {warning}" for warning in plan["warnings"]]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -145,7 +145,8 @@ class ImageCaptioning:
         return None
 
     def report(self) -> Mapping[str, Any]:
-        writing = {"decoding": "greedy", "max_new_tokens": self.speaker.longest, "bleu": _sacrebleu().get_signature().format()}
+        counts = (len(references) for references in self.eval.rows.texts)
+        writing = {"decoding": "greedy", "max_new_tokens": self.speaker.longest, "bleu": bleu_signature(counts)}
         return {"labels": None, "preprocessing": {**self.preprocessing.shown, **writing}, "warnings": self.warnings}
 
 
@@ -158,8 +159,20 @@ def row_score(references: Sequence[str], text: str | None, loss: float, targets:
     return Score(found.counts[-1], found.totals[-1], loss, text=text, stats=stats)
 
 
+def bleu_signature(counts: Iterable[int]) -> str:
+    """sacrebleu's own, for rows with so many references each. sacrebleu would take the number of those last scored here."""
+    different = {*counts}
+    metric = _made()
+    metric.num_refs = different.pop() if len(different) == 1 else -1  # sacrebleu's word for rows that differ
+    return str(metric.get_signature().format())
+
+
 @cache
 def _sacrebleu() -> Any:
+    return _made()
+
+
+def _made() -> Any:
     from sacrebleu.metrics import BLEU
 
     return BLEU(max_ngram_order=ORDERS, force=True)

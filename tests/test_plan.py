@@ -1,0 +1,73 @@
+"""`plan` for every task: it ends well, and says what the run would say."""
+
+import json
+
+import builders
+import pytest
+import torch
+from conftest import process
+from safetensors.torch import load_file
+
+from dsd_refine.recipe import TASKS
+
+BUILT = {
+    "image-classification": (builders.timm_checkpoint, builders.image_folder, "pictures"),
+    "text-classification": (builders.bert_checkpoint, builders.text_csv, "texts.csv"),
+    "causal-lm": (builders.gpt2_checkpoint, builders.text_file, "documents.txt"),
+    "masked-lm": (builders.masked_checkpoint, builders.text_file, "documents.txt"),
+    "ctc-speech": (builders.ctc_checkpoint, builders.speech_folder, "sounds"),
+    "image-captioning": (builders.caption_checkpoint, builders.caption_folder, "pictures"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_plan_of_every_task_ends_well_as_text_and_as_json(command, tmp_path, task):
+    checkpoint, data, name = BUILT[task]
+    args = ("plan", checkpoint(tmp_path / "model"), "--data", data(tmp_path / name))
+    text = command(*args)
+    assert text.code == 0, text.err
+    found = command(*args, "--json")
+    assert found.code == 0, found.err
+    plan = json.loads(found.out)
+    assert plan["task"] == task
+    assert all(line in text.out for line in (task, plan["totals"]["rows"], plan["totals"]["disk"]))
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_plan_of_a_captioner_in_a_process_that_has_scored_nothing(tmp_path, options):
+    model, data = builders.caption_checkpoint(tmp_path / "cap"), builders.caption_folder(tmp_path / "pics")
+    done = process("-m", "dsd_refine", "plan", model, "--data", data, *options)
+    assert done.returncode == 0, done.stderr
+    assert "image-captioning" in done.stdout
+
+
+def test_plan_warns_of_the_weights_and_files_as_the_run_does(command, made, tmp_path):
+    model = builders.copy_folder(made / "timm", tmp_path / "m")
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    (model / "model.onnx").write_bytes(b"x")
+    torch.save({"model": tensors, "ema": {"module": tensors, "updates": 3}}, model / "pytorch_model.bin")
+    args = (
+        model,
+        "--data",
+        made / "pictures",
+        "--allow-pickle",
+        "--sparse-steps",
+        "1",
+        "--dense-steps",
+        "1",
+        "--device",
+        "cpu",
+    )
+    plan = json.loads(command("plan", *args, "--json").out)
+    text = command("plan", *args).out
+    run = command(*args, "--json", "--gate", "none", "-o", tmp_path / "out")
+    report = json.loads(run.out)
+    assert any("'model' is taken (as timm does; --weights-key chooses), left: ema.module" in each for each in plan["warnings"])
+    assert any("model.onnx" in each for each in plan["warnings"])
+    assert {*plan["warnings"]} <= {*report["warnings"]}
+    assert all(each in text for each in plan["warnings"])
+    assert plan["labels"] == report["labels"]
+    assert report["labels"]["rule"] in text
+    key = command("plan", *args, "--json", "--weights-key", "ema.module")
+    assert any("'ema.module' is taken (--weights-key), left: model" in each for each in json.loads(key.out)["warnings"])
