@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsd_refine.data.configs import with_declared_names
 from dsd_refine.data.files import Place, is_table, read_file
 from dsd_refine.data.folders import read_folder
 from dsd_refine.data.hub_data import read_hub
@@ -51,7 +52,7 @@ def _opened(spec: str, place: Place, download: Callable[[str, int], bool]) -> Re
     path = Path(spec)
     folder, _, config = spec.rpartition(":")
     if path.is_dir():
-        return read_folder(path, None, place)
+        return with_declared_names(path, read_folder(path, None, place))
     if path.is_file():
         return read_file(path, path.name, place)
     if folder and Path(folder).is_dir():

@@ -12,7 +12,6 @@ import torch
 from dsd_refine.data.columns import AUDIO, CAPTION, DOCUMENT, IMAGE, LABEL, TEXT, TRANSCRIPT, Kind
 from dsd_refine.data.given import Given, read_given
 from dsd_refine.data.imagenet import outputs, synsets
-from dsd_refine.data.labels import LabelMap, match_labels
 from dsd_refine.data.names import are_placeholders, listed
 from dsd_refine.data.splits import Rows
 from dsd_refine.data.tables import Table, named
@@ -61,11 +60,7 @@ def _check_labels(given: Given, recipe: Recipe, name: str, library: Any) -> None
     else:
         from dsd_refine.tasks.text import is_text as counts
     aliases, classes = _classes(library)
-
-    def match(labels: set[str], declared: Sequence[str] | None) -> LabelMap:
-        return match_labels(aliases, classes, labels, declared, recipe.label_map)
-
-    check_labels(given, match, counts)
+    check_labels(given, aliases, classes, recipe.label_map, counts)
 
 
 def open_task(recipe: Recipe, name: str, library: Any, model: torch.nn.Module, cache: Path, download: Download) -> Task:
