@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _cast(path: Path, table: Table, kinds: dict[str, Any]) -> Table:
     rows = table.rows
     for name, kind in kinds.items():
         if str(getattr(rows.features.get(name), "dtype", "")).startswith(("int", "uint")):
-            rows = guarded(path, lambda rows=rows, name=name, kind=kind: rows.cast_column(name, kind))
+            rows = guarded(path, partial(rows.cast_column, name, kind))
     return replace(table, rows=rows)
 
 

@@ -241,11 +241,9 @@ def _remedy(unknown: Sequence[str], names: Sequence[str], free: Sequence[str], s
     """What may be said instead of renaming labels that are no names of the model."""
     options = []
     if are_integers(unknown) and _may_be_named_in_order(unknown, names):
-        inner = names_form(max(integer(text) or 0 for text in unknown) + 1)
-        options.append(
-            f", or say the integers' names in the order that the data count in: {inner}"
-            + (" (imagenet-1k)" if len(names) > MOST else "")
-        )
+        form = names_form(max(integer(text) or 0 for text in unknown) + 1)
+        inner = form if len(names) <= MOST else "--set 'label_names=[…]' (imagenet-1k)"
+        options.append(f", or say the integers' names in the order that the data count in: {inner}")
     unmarked = [text for text in unknown if text not in NO_LABEL]
     if unmarked and len(unknown) <= MOST:
         pairs: dict[str, str | None] = dict.fromkeys(unknown, None)
@@ -402,7 +400,7 @@ def _as_texts(table: Table, name: str, values: Sequence[Any]) -> Iterator[str | 
     for row, held in enumerate(values):
         value = held.decode("utf-8", "backslashreplace") if isinstance(held, bytes) else held
         if isinstance(value, list | dict | np.ndarray):
-            if isinstance(value, list) and len(value) == 1:
+            if all(isinstance(other, list) and len(other) == 1 for other in values if other is not None):
                 raise DataError(f"row {table.name(row)}: {name!r} holds one label in a list ({value!r:.60}): write it plain")
             raise DataError(
                 f"row {table.name(row)}: {name!r} holds several labels ({value!r:.60}); multi-label is not supported"
