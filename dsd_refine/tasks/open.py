@@ -41,6 +41,7 @@ def look_at_data(recipe: Recipe, name: str, library: Any, cache: Path, download:
     if name in WITHOUT_CLASSES and (recipe.label_names or recipe.label_map):
         raise DataError(f"label_names and label_map are of classes, and {name} has none: leave them out")
     kinds = COLUMNS[name]
+    _refuse_useless(recipe, name, kinds)
     asked = {kind.what: getattr(recipe, f"{kind.what}_column") for kind in kinds}
     splits = recipe.eval_split, recipe.holdout_split
     given = read_given(recipe.data, recipe.eval_data, splits, kinds, asked, cache, download, recipe.encoding)
@@ -50,6 +51,16 @@ def look_at_data(recipe: Recipe, name: str, library: Any, cache: Path, download:
     if LABEL in kinds:
         _check_labels(given, recipe, name, library)
     return given
+
+
+def _refuse_useless(recipe: Recipe, name: str, kinds: Sequence[Kind]) -> None:
+    """Raises DataError for an option that the task has no use for: whoever gives it expects something of it."""
+    used = [kind.what for kind in kinds]
+    for kind in (IMAGE, AUDIO, LABEL, TEXT):
+        if kind.what not in used and getattr(recipe, f"{kind.what}_column") is not None:
+            raise DataError(f"{kind.flag}: {name} reads columns of {' and '.join(used)}, and no {kind.what}: leave it out")
+    if recipe.max_length is not None and name in WITHOUT_LENGTH:
+        raise DataError(f"--max-length is of texts that are cut into tokens, and {name} cuts none: leave it out")
 
 
 def _check_labels(given: Given, recipe: Recipe, name: str, library: Any) -> None:
@@ -91,6 +102,7 @@ def parts_of(task: Task) -> dict[str, Rows | None]:
 
 
 Tables = dict[str, Table]
+WITHOUT_LENGTH = ("image-classification", "ctc-speech")
 WITHOUT_CLASSES = ("causal-lm", "masked-lm", "ctc-speech", "image-captioning")
 
 
