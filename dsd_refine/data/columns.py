@@ -239,22 +239,23 @@ def _called(table: Table, asked: str, kind: Kind) -> str:
 
 
 def _missing(table: Table, what: str, kind: Kind) -> MissingColumn:
-    named = f"{what}; the data has {in_short(table.rows.column_names)}.{_headless(table)}"
+    named = f"{what}; the data has {in_short(table.rows.column_names)}."
+    if _is_headless(table):
+        head = "put a line of column names above it, such as text,label"
+        return MissingColumn(f"{named} The first line seems to be data, and no head: {head}")
     if str(table.origin).endswith(".txt") and kind.what != "text":
         table_of = f"give a CSV, JSON-lines or Parquet file with a column of each, text and {kind.what}"
         return MissingColumn(f"{named} A .txt file holds texts alone: {table_of}")
     return MissingColumn(f"{named} Name it with {kind.flag}")
 
 
-def _headless(table: Table) -> str:
-    """What to say where the first line of a CSV file seems to be a row, and no head."""
+def _is_headless(table: Table) -> bool:
+    """Does the first line of a CSV file seem to be a row, and no head?"""
     names = table.rows.column_names
     like_values = any(len(name) > WIDEST or len(name.split()) > 4 for name in names) or (
         2 * sum(integer(re.sub(r"\.[0-9]+$", "", name)) is not None for name in names) > len(names)
     )
-    if not like_values or not re.search(r"\.[ct]sv\b", table.origin, re.IGNORECASE):
-        return ""
-    return " The first line seems to be data, and no head: put a line of column names above it, such as text,label."
+    return like_values and re.search(r"\.[ct]sv\b", table.origin, re.IGNORECASE) is not None
 
 
 def _preferred(table: Table, kind: Kind, taken: Sequence[str]) -> list[str]:
