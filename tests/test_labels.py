@@ -400,6 +400,15 @@ def test_minus_one_beside_others_is_a_label(labels):
     assert without_hidden([labels], None, {}) == [labels]
 
 
+def test_minus_one_and_one_are_two_classes_also_beside_label_names(command, refused, tmp_path):
+    source = builders.bert_checkpoint(tmp_path / "m", ["neg", "pos"])
+    args = (source, "--data", csv(tmp_path / "rows.csv", [-1, 1], rows=12), "-o", tmp_path / "out", *QUICK)
+    assert "the labels are -1 and 1, and label_names counts from 0" in refused(*args, "--set", "label_names=[neg, pos]")
+    found = command(*args, "--set", 'label_map={"-1": neg, "1": pos}')
+    assert found.code == 0, found.err
+    assert report_of(tmp_path / "out")["labels"]["rule"] == "by label_map (-1 → neg, 1 → pos)"
+
+
 STARS = [f"{n} star{'s' if n > 1 else ''}" for n in (1, 2, 3)]
 
 

@@ -441,6 +441,11 @@ def _say_ids(table: Table, value: int) -> str:
 def _with_names(table: Table, names: tuple[str, ...], texts: list[str | None]) -> list[str | None]:
     """Integers as the names that they are said to be, held against the rows' own file names where these say a class."""
     numbers = [None if text is None else integer(text) for text in texts]
+    if {-1, 1} == set(numbers) - {None}:
+        raise DataError(
+            f"{table.origin or 'the data'}: the labels are -1 and 1, and label_names counts from 0: leave it out, and say "
+            f"which class of the model each is: {map_option(dict.fromkeys(('-1', '1'), 'CLASS'))}"
+        )
     found = [
         text if number is None else _class_name(names, table, row, number)
         for row, (text, number) in enumerate(zip(texts, numbers, strict=True))
