@@ -122,7 +122,8 @@ class Recipe(Strict):
 
     `weights_key` says which of the sets of weights in one pickle is the model.
     `label_names` are the names of integer labels, in order, in place of the data's own: a list, or `imagenet-1k`.
-    `label_map` says which class of the model (its name, or its number where it has none) a label of the data is.
+    `label_map` says which class of the model (its name, or its number where it has none) a label of the data is;
+    null leaves its rows out.
     `encoding` is that of text files without a byte order mark.
     `eval_split` and `holdout_split` name the splits of the data that evaluate and select.
     """
@@ -157,7 +158,7 @@ class Recipe(Strict):
     image_column: str | None = None
     label_column: str | None = None
     label_names: Literal["imagenet-1k"] | Names | None = None
-    label_map: dict[str, str] = {}
+    label_map: dict[str, str | None] = {}
     text_column: str | None = None
     audio_column: str | None = None
     max_length: Annotated[int, Field(gt=1)] | None = None
@@ -185,10 +186,10 @@ class Recipe(Strict):
     def _numbers_too(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError("expected a mapping of the data's labels to the model's classes, such as {neg: NEGATIVE}")
-        odd = next((name for name in value.values() if not isinstance(name, str | int) or isinstance(name, bool)), None)
+        odd = next((name for name in value.values() if not isinstance(name, str | int | None) or isinstance(name, bool)), None)
         if odd is not None:
             raise ValueError(f"the class {odd!r:.40} is no text; put it into quotes, as YAML reads yes, no and dates as others")
-        return {label: str(name) for label, name in value.items()}
+        return {label: None if name is None else str(name) for label, name in value.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 
 import builders
@@ -344,8 +345,146 @@ def test_a_further_column_of_texts_is_refused(columns):
     with pytest.raises(DataError, match=r"--text-column") as error:
         chosen((TEXT, LABEL), label=NAMES, **columns)
     assert all(name in str(error.value) for name in columns)
-    asked = ",".join(columns)
-    assert chosen((TEXT, LABEL), {"text": asked}, label=NAMES, **columns)["text"] == tuple(columns)
+    two = list(columns)[:2]
+    assert chosen((TEXT, LABEL), {"text": ",".join(two)}, label=NAMES, **columns)["text"] == tuple(two)
+
+
+def test_three_columns_are_no_text():
+    with pytest.raises(DataError, match="--text-column a,b,c: a text is one column, or two for a pair; these are 3"):
+        chosen((TEXT, LABEL), {"text": "a,b,c"}, a=several("a"), b=several("b"), c=several("c"), label=NAMES)
+
+
+def test_what_is_beside_the_known_pair_does_not_hide_it():
+    columns = {"explanation": several("c"), "premise": several("a"), "hypothesis": several("b")}
+    with pytest.raises(DataError, match=r"--text-column premise,hypothesis$"):
+        chosen((TEXT, LABEL), label=NAMES, **columns)
+
+
+def snli(path, rows=80):
+    """Lines as SNLI has them: a parse beside each sentence, what each annotator said, and "-" where they did not agree."""
+    lines = []
+    for n in range(rows):
+        label = ("neutral", "entailment", "contradiction", "-")[n % 4]
+        one, two = (f"the {WORDS[(n + k) % 9]} sees {WORDS[n % 7]} {n}" for k in (0, 3))
+        parses = {"sentence1_binary_parse": f"( {one} )", "sentence1_parse": f"(ROOT {one})"}
+        parses |= {"sentence2_binary_parse": f"( {two} )", "sentence2_parse": f"(ROOT {two})"}
+        ids = {"captionID": f"{n}.jpg#0", "pairID": f"{n}.jpg#0r1n"}
+        said = {"annotator_labels": [label], "gold_label": label}
+        lines.append(said | ids | parses | {"sentence1": one, "sentence2": two})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_snli_as_it_is_handed_out(plan, refused, tmp_path):
+    data = snli(tmp_path / "snli.jsonl")
+    model = bert_checkpoint(tmp_path / "m", ["entailment", "neutral", "contradiction"])
+    said = refused("plan", model, "--data", data)
+    found = plan(model, data, *shlex.split(said[said.index("--set") :]))
+    assert found["data"]["columns"] == {"text": "sentence1,sentence2", "label": "gold_label"}
+    (unused,) = found["data"]["unused"]
+    assert "sentence1_parse" in unused
+    assert "annotator_labels" in unused
+    assert sum(rows for _, rows in where(found).values()) == 60
+
+
+# ---------------------------------------------------------------- options that are of no use, or leak the answer
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "says"),
+    [
+        (
+            "bert",
+            "texts.csv",
+            ["--image-column", "text"],
+            "--image-column: text-classification reads columns of text and label",
+        ),
+        ("bert", "texts.csv", ["--audio-column", "text"], "--audio-column: text-classification"),
+        ("gpt2", "documents.txt", ["--label-column", "text"], "--label-column: causal-lm reads columns of text, and no label"),
+        (
+            "timm",
+            "pictures",
+            ["--text-column", "label"],
+            "--text-column: image-classification reads columns of image and label",
+        ),
+        ("timm", "pictures", ["--max-length", "9"], "--max-length is of texts that are cut into tokens"),
+        ("bert", "texts.csv", ["--text-column", "text,label"], "'label' would be read as label and as text"),
+        ("bert", "texts.csv", ["--text-column", "text,text"], "'text' would be read as text and as text"),
+        ("bert", "texts.csv", ["--label-column", "text", "--text-column", "text"], "'text' would be read as label and as text"),
+        (
+            "timm",
+            "pictures",
+            ["--image-column", "image", "--label-column", "image"],
+            "'image' would be read as image and as label",
+        ),
+    ],
+)
+def test_an_option_that_is_of_no_use_or_gives_the_answer_is_refused(refused, made, model, data, options, says):
+    assert says in refused("plan", made / model, "--data", made / data, *options)
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "disk"])
+def test_an_encoding_of_no_text_file_is_named(plan, made, tmp_path, form):
+    data = tmp_path / f"d.{form}"
+    write = {"csv": "to_csv", "parquet": "to_parquet", "disk": "save_to_disk"}[form]
+    getattr(rows_of(20), write)(str(data))
+    found = plan(made / "bert", data, "--encoding", "latin-1")
+    line = "--encoding iso8859-1: not used, no text file is read"
+    assert (line in found["warnings"]) == (form != "csv")
+    assert line not in plan(made / "bert", data)["warnings"]
+
+
+@pytest.mark.parametrize("name", ["split", "Set", "fold", "subset", "partition", "data_split"])
+@pytest.mark.parametrize("values", [("train", "test"), ("TRAIN", "dev", "test"), ("training", "val_1")])
+def test_a_column_that_says_which_rows_judge_is_refused(plan, refused, made, tmp_path, name, values):
+    data = tmp_path / "d.csv"
+    rows_of(24, **{name: lambda row: values[row % len(values)]}).to_csv(data)
+    said = refused("plan", made / "bert", "--data", data)
+    assert f"the column {name!r} says which split a row is of ({', '.join(sorted(values))})" in said
+    rows_of(9, 2).to_csv(tmp_path / "other.csv")
+    found = plan(made / "bert", data, "--eval-data", tmp_path / "other.csv")
+    assert any(f"columns not used: {name}" in line for line in found["warnings"])
+
+
+@pytest.mark.parametrize("values", [("train",), ("red", "blue"), ("a", "b", "train")])
+def test_a_column_of_that_name_that_says_no_such_thing_is_named(plan, made, tmp_path, values):
+    data = tmp_path / "d.csv"
+    rows_of(24, set=lambda row: values[row % len(values)]).to_csv(data)
+    assert plan(made / "bert", data)["data"]["unused"] == ["columns not used: set"]
+
+
+def test_a_column_of_roles_may_be_the_label(plan, tmp_path):
+    rows_of(24, split=lambda row: ("train", "test")[row % 2]).remove_columns("label").to_csv(tmp_path / "d.csv")
+    found = plan(bert_checkpoint(tmp_path / "m", ["train", "test"]), tmp_path / "d.csv", "--label-column", "split")
+    assert found["data"]["columns"]["label"] == "split"
+
+
+# ---------------------------------------------------------------- many columns, and none that are columns
+
+
+def test_of_many_columns_a_message_names_a_dozen_and_how_many(plan, refused, made, tmp_path):
+    rows_of(20, **{f"x{n}": lambda row: row for n in range(100)}).to_csv(tmp_path / "d.csv")
+    (unused,) = plan(made / "bert", tmp_path / "d.csv")["data"]["unused"]
+    assert unused.startswith("columns not used: x0, x1, x2, ")
+    assert unused.endswith("x11, … (100 in all)")
+    said = refused("plan", made / "bert", "--data", tmp_path / "d.csv", "--label-column", "y")
+    assert said.endswith("the data has text, label, x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, … (102 in all). "
+                         "Name it with --label-column")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "a very long film of which nobody could say that it has an end or a beginning,pos",
+        "the film is quite good,pos",
+        "5,0,0,0,1",
+    ],
+)
+def test_a_csv_file_without_a_head_is_called_so(refused, made, tmp_path, first):
+    (tmp_path / "d.csv").write_text(f"{first}\n" * 9)
+    said = refused("plan", made / "bert", "--data", tmp_path / "d.csv", "--label-column", "label")
+    assert "The first line seems to be data, and no head" in said
+    assert len(said) < 350
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from test_data import NAMED, recipe, table, texts
 from test_run import report_of
 
 from dsd_refine.confusion import better_assignment
-from dsd_refine.data.labels import label_texts, match_labels
+from dsd_refine.data.labels import label_texts, match_labels, without_hidden
 from dsd_refine.data.names import counterparts, listed, map_option
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import parse_yaml, set_field, validate
@@ -358,7 +358,167 @@ def test_integers_without_names_are_offered_the_model_s(refused, tmp_path):
     source = builders.bert_checkpoint(tmp_path / "m", ["NEGATIVE", "POSITIVE"])
     rows = csv(tmp_path / "rows.csv", ["0", "1"])
     said = refused(source, "--data", rows, "-o", tmp_path / "out", *QUICK)
-    assert "--set 'label_names=[NEGATIVE, POSITIVE]'" in said
+    assert "--set 'label_names=[name of 0, name of 1]'" in said
+    assert "[NEGATIVE" not in said  # whose order it is, the data's or the model's, is not known
+
+
+def glue(path, labels, hidden, rows=20):
+    """A folder of JSON lines: train and validation with integers, a test split whose labels are hidden."""
+    path.mkdir()
+    for split, ids in (("train", labels), ("validation", labels), ("test", hidden)):
+        lines = [{"text": f"the {WORDS[n % 9]} {split} {n}", "label": ids[n % len(ids)]} for n in range(rows)]
+        (path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_minus_one_is_no_label_as_in_glue_s_hidden_test_split(command, refused, made, tmp_path):
+    data = glue(tmp_path / "d", [0, 1], [-1])
+    source = builders.bert_checkpoint(tmp_path / "m", ["neg", "pos"])
+    said = refused(source, "--data", data, "-o", tmp_path / "out", *QUICK)
+    assert "-1" not in said
+    names = ("--set", "label_names=[neg, pos]")
+    for model, more in ((source, names), (builders.bert_checkpoint(tmp_path / "unnamed", 2), ())):
+        found = command(model, "--data", data, "-o", tmp_path / "out", *QUICK, "--overwrite", *more)
+        assert found.code == 0, found.err
+        report = report_of(tmp_path / "out")
+        assert report["data"]["sources"][-1]["split"] == "validation"
+        assert any("test split has no usable rows with labels" in line for line in report["warnings"])
+
+
+@pytest.mark.parametrize("form", [int, float, str])
+@pytest.mark.parametrize("columns", [[[0, 1, -1, 2]], [[0, 1, 2], [-1, -1]], [[1, 2], [0, -1]]])
+def test_minus_one_beside_numbers_from_0_hides_a_label(form, columns):
+    read = [label_texts(table(label=[form(n) for n in column]), "label") for column in columns]
+    found = without_hidden(read, None, {})
+    assert [text is None for texts in found for text in texts] == [n == -1 for column in columns for n in column]
+    assert without_hidden(read, None, {"-1": "0"}) == read
+    assert without_hidden(read, (("-1",), ("0",)), {}) == read
+
+
+@pytest.mark.parametrize("labels", [["-1", "1"], ["-2", "-1", "0"], ["-1", "cat"], ["-1.5", "-1"]])
+def test_minus_one_beside_others_is_a_label(labels):
+    assert without_hidden([labels], None, {}) == [labels]
+
+
+def test_minus_one_and_one_are_two_classes_also_beside_label_names(command, refused, tmp_path):
+    source = builders.bert_checkpoint(tmp_path / "m", ["neg", "pos"])
+    args = (source, "--data", csv(tmp_path / "rows.csv", [-1, 1], rows=12), "-o", tmp_path / "out", *QUICK)
+    assert "the labels are -1 and 1, and label_names counts from 0" in refused(*args, "--set", "label_names=[neg, pos]")
+    found = command(*args, "--set", 'label_map={"-1": neg, "1": pos}')
+    assert found.code == 0, found.err
+    assert report_of(tmp_path / "out")["labels"]["rule"] == "by label_map (-1 → neg, 1 → pos)"
+
+
+STARS = [f"{n} star{'s' if n > 1 else ''}" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("numbers", [[1, 2], [1, 2, 3], [3]])
+def test_numbers_in_the_model_s_names_say_which_is_meant(command, refused, tmp_path, numbers):
+    source = builders.bert_checkpoint(tmp_path / "m", STARS)
+    rows = csv(tmp_path / "rows.csv", numbers, rows=20)
+    args = (source, "--data", rows, "-o", tmp_path / "out", *QUICK)
+    said = refused(*args)
+    assert "label_names" not in said
+    found = command(*args, *shlex.split(said[said.index("--set") :]))
+    assert found.code == 0, found.err
+    rule = ", ".join(f"{n} → {STARS[n - 1]}" for n in numbers)
+    assert report_of(tmp_path / "out")["labels"]["rule"] == f"by label_map ({rule})"
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "says"),
+    [
+        (STARS, ["0", "1", "2"], 'label_map={"0": …, "1": …, "2": …}'),
+        (["1 of 3", "2 of 3", "3 of 3"], ["1", "2"], 'label_map={"1": …, "2": …}'),
+        (["bad", "fair", "good"], ["1", "2", "3"], 'label_map={"1": …, "2": …, "3": …}'),
+        (["bad", "good"], ["0", "1"], "label_names=[name of 0, name of 1]"),
+        (["bad", "fair", "good", "best"], ["0", "3"], "label_names=[name of 0, name of 1, name of 2, …]"),
+        (["age 20-29", "age 30-39"], ["20", "30"], 'label_map={"20": …, "30": …}'),
+    ],
+)
+def test_no_order_is_offered_that_nobody_said(names, labels, says):
+    with pytest.raises(DataError) as error:
+        match_labels([[name] for name in names], len(names), set(labels))
+    assert says in str(error.value)
+    assert ("label_names" in str(error.value)) == says.startswith("label_names")
+
+
+def test_label_names_of_numbers_that_do_not_count_from_0_lead_to_label_map(refused, tmp_path):
+    source = builders.bert_checkpoint(tmp_path / "m", ["bad", "fair", "good"])
+    rows = csv(tmp_path / "rows.csv", [1, 2, 3])
+    more = ("--set", "label_names=[bad, fair, good]")
+    said = refused(source, "--data", rows, "-o", tmp_path / "out", *QUICK, *more)
+    assert "class id 3 is outside 0..2. label_names counts from 0: leave it out" in said
+    assert """--set 'label_map={"3": CLASS, …}'""" in said
+
+
+@pytest.mark.parametrize("config", ["", "  config_name: default\n"])
+def test_names_of_a_readme_s_dataset_info_are_the_data_s(command, tmp_path, config):
+    """Its parquet files hold bare integers, in another order than the model's."""
+    import pyarrow
+    import pyarrow.parquet
+
+    names = "".join(f"          '{n}': {name}\n" for n, name in enumerate(("pos", "neg")))
+    (tmp_path / "d/data").mkdir(parents=True)
+    (tmp_path / "d/README.md").write_text(
+        f"---\ndataset_info:\n{config}  features:\n  - name: text\n    dtype: string\n  - name: label\n"
+        f"    dtype:\n      class_label:\n        names:\n{names}---\n# Words\n"
+    )
+    for split, rows in (("train", 24), ("test", 9)):
+        texts = [f"the {WORDS[n % 9]} {split} {n}" for n in range(rows)]
+        held = pyarrow.table({"text": texts, "label": [0, 1, 1] * (rows // 3)})
+        pyarrow.parquet.write_table(held, tmp_path / f"d/data/{split}-00000-of-00001.parquet")
+    ours = datasets.load_dataset(str(tmp_path / "d"), cache_dir=str(tmp_path / "cache"))["test"]
+    source = builders.bert_checkpoint(tmp_path / "m", ["neg", "pos"])
+    found = command(source, "--data", tmp_path / "d", "-o", tmp_path / "out", *QUICK)
+    assert found.code == 0, found.err
+    targets = pyarrow.parquet.read_table(tmp_path / "out/dsd/predictions.parquet")["target"].to_pylist()
+    assert targets == ["pos", "neg", "neg"] * 3
+    assert targets == [ours.features["label"].names[n] for n in ours["label"]]
+
+
+# ---------------------------------------------------------------- rows that label_map leaves out
+
+
+def test_a_label_that_nobody_agreed_on_is_left_out_by_label_map(command, refused, tmp_path):
+    source = builders.bert_checkpoint(tmp_path / "m", ["neg", "pos"])
+    args = (source, "--data", csv(tmp_path / "rows.csv", ["neg", "pos", "-"]), "-o", tmp_path / "out", *QUICK)
+    said = refused(*args)
+    assert """--set 'label_map={"-": null}'""" in said
+    found = command(*args, *shlex.split(said[said.index("--set") :]))
+    assert found.code == 0, found.err
+    report = report_of(tmp_path / "out")
+    left = report["data"]["train"]["skipped"]
+    assert [item["row"] for item in left] == list(range(2, 24, 3))
+    assert {item["reason"] for item in left} == {"label '-' left out by label_map"}
+    assert any("8 training rows skipped, the first: 2 (label '-' left out" in line for line in report["warnings"])
+    again = command(
+        source, "--recipe", tmp_path / "out/dsd/recipe.yaml", "-o", tmp_path / "again", "--quiet", "--device", "cpu"
+    )
+    assert again.code == 0, again.err
+    assert report_of(tmp_path / "again")["data"] == report["data"]
+
+
+def test_any_label_may_be_left_out_and_only_one_that_is_there(command, refused, tmp_path):
+    source = builders.bert_checkpoint(tmp_path / "m", 2)
+    args = (source, "--data", csv(tmp_path / "rows.csv", ["a", "b", "?"]), "-o", tmp_path / "out", *QUICK)
+    found = command(*args, "--set", 'label_map={"?": null}')
+    assert found.code == 0, found.err
+    assert report_of(tmp_path / "out")["labels"]["model"] == ["a", "b"]
+    said = refused(*args, "--overwrite", "--set", 'label_map={"!": null}')
+    assert "label_map: ! is no label of the data. The data's labels are: ?, a, b" in said
+
+
+def test_the_mark_of_no_agreement_is_offered_beside_names_that_do_not_match():
+    with pytest.raises(DataError, match=r'label_map=\{"-": null, neg: NEGATIVE, pos: POSITIVE\}'):
+        match_labels((("NEGATIVE",), ("POSITIVE",)), 2, {"-", "neg", "pos"})
+    with pytest.raises(DataError, match=r'nobody agreed on: --set \'label_map=\{"-": null\}'):
+        match_labels(None, 2, {"-", "neg", "pos"})
+
+
+def test_one_label_in_a_list_is_called_so():
+    with pytest.raises(DataError, match=r"one label in a list .*write it plain"):
+        label_texts(table(label=[["neg"], ["pos"]]), "label")
 
 
 @pytest.mark.parametrize("column", [[True, False], ["1", "0"], ["1.0", "0.0"], [1.0, 0.0], [" 1", "0 "], ["01", "00"], [1, 0]])

@@ -17,6 +17,7 @@ from builders import (
     copy_folder,
     ctc_checkpoint,
     gpt2_checkpoint,
+    letter_tokenizer,
     masked_checkpoint,
     speech_folder,
     text_file,
@@ -30,7 +31,7 @@ from small import TOKENS
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.tasks import tokens
 from dsd_refine.tasks.masked import Masking
-from dsd_refine.tasks.tokens import Doubled, ids_or_reasons, load_tokenizer, tokenized
+from dsd_refine.tasks.tokens import Doubled, Unknown, ids_or_reasons, load_tokenizer, tokenized
 
 UNREAD = "unreadable text (the tokenizer: "
 
@@ -290,6 +291,72 @@ def test_rendered_texts_that_bring_what_the_tokenizer_adds_are_warned_of(command
     assert found.code == 0, found.err
     warnings = skipped(tmp_path / "out", "train")[1]["warnings"]
     assert any(line.startswith(f"{len(WORDS)} of {len(WORDS)} rows begin with '[CLS]' twice: ") for line in warnings)
+
+
+# ---------------------------------------------------------------- what the model reads little of
+
+
+@pytest.mark.parametrize("block", [2, 1000])
+@pytest.mark.parametrize("kind", ["rust", "python", "closed"])
+def test_rows_that_are_cut_are_those_that_are_longer(monkeypatch, reader, tmp_path, kind, block):
+    monkeypatch.setattr(tokens, "BLOCK", block)
+    tokenizer = {"rust": word_tokenizer, "python": lambda: letter_tokenizer(tmp_path), "closed": lambda: reader}[kind]()
+    rows = [(" ".join(WORDS[:n]),) for n in (1, 3, 9, 2, 4, 8, 5)]
+    rows += [("zebra",)] if kind == "closed" else []
+    whole = [len(ids or []) for ids, _ in ids_or_reasons(tokenizer, rows)]
+    for most in range(3, 12):
+        cut = set()
+        found = ids_or_reasons(tokenizer, rows, cut, truncation=True, max_length=most)
+        assert cut == {row for row, length in enumerate(whole) if length > most}
+        assert [len(ids or []) for ids, _ in found] == [min(most, length) for length in whole]
+
+
+def test_a_pair_is_cut_where_both_together_are_longer():
+    cut = set()
+    rows = [("the cat", "a dog"), ("the cat sees", "a dog"), ("the cat", "a dog sees a bird")]
+    ids_or_reasons(word_tokenizer(), rows, cut, truncation=True, max_length=7)
+    assert cut == {1, 2}
+
+
+def labelled(path, texts):
+    path.write_text("".join(json.dumps({"text": t, "label": ["neg", "pos"][n % 2]}) + "\n" for n, t in enumerate(texts)))
+    return path
+
+
+def test_texts_that_are_longer_than_the_model_reads_are_counted(command, made, tmp_path):
+    texts = [" ".join(WORDS[: 3 + n % 8]) + f" {WORDS[n // 8]}" for n in range(40)]  # of 4 to 11 words, and 2 tokens around
+    data = labelled(tmp_path / "d.jsonl", texts)
+    found = command(made / "bert", "--data", data, "-o", tmp_path / "out", *SHORT, "--max-length", "10")
+    assert found.code == 0, found.err
+    line = "15 of 40 texts are longer than 10 tokens: the rest of them is not read (--max-length)"
+    assert line in skipped(tmp_path / "out", "train")[1]["warnings"]
+    found = command(made / "bert", "--data", data, "-o", tmp_path / "out", *SHORT, "--max-length", "13", "--overwrite")
+    assert found.code == 0, found.err
+    assert "is not read" not in " ".join(skipped(tmp_path / "out", "train")[1]["warnings"])
+
+
+@pytest.mark.parametrize("task", ["text-classification", "causal-lm", "masked-lm"])
+@pytest.mark.parametrize("strange", [3, 5])
+def test_texts_of_unknown_tokens_are_counted(command, made, tmp_path, task, strange):
+    """Texts of which 3 of 5 words are unknown, and others of which 2 are."""
+    unknown = [f"the cat qwx{n} qwy{n} qwz{n}" for n in range(strange)]
+    known = [f"the cat {WORDS[n % 20]} qwy{n} qwz{n}" for n in range(40 - strange)]
+    data = labelled(tmp_path / "d.jsonl", [*unknown, *known])
+    model = masked_checkpoint(tmp_path / "m") if task == "masked-lm" else made / {"causal-lm": "gpt2"}.get(task, "bert")
+    found = command(model, "--data", data, "-o", tmp_path / "out", *SHORT)
+    assert found.code == 0, found.err
+    lines = [line for line in skipped(tmp_path / "out", "train")[1]["warnings"] if "'[UNK]'" in line]
+    assert [line.split(",")[0] for line in lines] == (
+        ["5 of 40 texts (12%) are for more than half '[UNK]'"] if strange == 5 else []
+    )
+
+
+def test_a_token_that_also_ends_texts_is_not_called_unknown():
+    tokenizer = word_tokenizer()
+    tokenizer.unk_token = "[SEP]"
+    unknown = Unknown(tokenizer)
+    unknown.see([3, 3, 3])
+    assert unknown.warnings() == []
 
 
 # ---------------------------------------------------------------- sentencepiece, and files that are none

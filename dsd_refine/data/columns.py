@@ -12,9 +12,12 @@ from typing import Any
 
 import datasets
 
+from dsd_refine.data.names import MOST, integer
 from dsd_refine.data.tables import Table
 from dsd_refine.errors import DataError
 
+WIDEST = 40  # characters of a column's name that a message shows
+PARSES = ("_parse", "_binary_parse")  # SNLI and MNLI give each sentence's parse beside it
 SAMPLE = 1000  # rows that are looked at to tell a column of texts from one of names
 PAIRS = (
     ("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_a", "sentence_b"),
@@ -80,7 +83,7 @@ LABEL = Kind(
     "label",
     (
         ("label", "labels"),
-        ("class", "target", "category", "y", "cls", "sentiment", "intent", "emotion", "topic",
+        ("class", "target", "gold_label", "category", "y", "cls", "sentiment", "intent", "emotion", "topic",
          "fine_label", "coarse_label", "label_fine", "label_coarse"),
         ("class_name", "label_name", "label_text", "class_id", "label_id"),
     ),
@@ -145,7 +148,26 @@ def choose(table: Table, kinds: Sequence[Kind], asked: Mapping[str, str | None])
     for kind in kinds:
         if kind.what in missing:
             raise missing[kind.what]
+    _refuse_two_uses(chosen)
     return {kind.what: chosen[kind.what] for kind in kinds}
+
+
+def _refuse_two_uses(chosen: Mapping[str, tuple[str, ...]]) -> None:
+    """Raises DataError for a column that is used as two things: a label in the text is the answer itself."""
+    uses: dict[str, list[str]] = {}
+    for what, names in chosen.items():
+        for name in names:
+            uses.setdefault(name, []).append(what)
+    for name, whats in uses.items():
+        if len(whats) > 1:
+            flags = " or ".join(f"--{what}-column" for what in dict.fromkeys(whats))
+            raise DataError(f"the column {name!r} would be read as {' and as '.join(whats)}: name another one with {flags}")
+
+
+def in_short(names: Sequence[str]) -> str:
+    """Names of columns in a line: the first dozen, each cut to WIDEST characters, and how many there are."""
+    cut = [name if len(name) <= WIDEST else f"{name[: WIDEST - 1]}…" for name in names[:MOST]]
+    return ", ".join(cut) + (f", … ({len(names)} in all)" if len(names) > MOST else "")
 
 
 def aligned(
@@ -189,16 +211,19 @@ def _texts(table: Table, asked: str | None, kind: Kind, taken: Sequence[str]) ->
     """One text column, or the two of a pair; a further column of texts is refused, for which is meant is not known."""
     if asked is not None:  # a name may hold a comma itself
         names = [asked] if asked in table.rows.column_names else [name.strip() for name in asked.split(",")]
+        if len(names) > 2:
+            raise DataError(f"{kind.flag} {asked}: a text is one column, or two for a pair; these are {len(names)}")
         return tuple(_called(table, name, kind) for name in names)
     plain = {name.strip().casefold(): name for name in table.rows.column_names if name not in taken}
     pairs = [(plain[a], plain[b]) for a, b in PAIRS if a in plain and b in plain]
     used = pairs[0] if pairs else (column(table, None, kind, taken),)
-    further = [name for name in _strings(table, taken) if name not in used and _is_text(table, name, kind)]
+    aside = {*used, *(name + end for name in used for end in PARSES)}
+    further = [name for name in _strings(table, taken) if name not in aside and _is_text(table, name, kind)]
     if further:
         every = [name for name in table.rows.column_names if name in (*used, *further)]
         raise DataError(
             f"{_listed(every)} are columns of texts: name the one that the model is to read with {kind.flag} NAME, "
-            f"or two for a pair, such as {kind.flag} {every[0]},{every[1]}"
+            f"or two for a pair, such as {kind.flag} {','.join(used if pairs else every[:2])}"
         )
     return used
 
@@ -214,11 +239,23 @@ def _called(table: Table, asked: str, kind: Kind) -> str:
 
 
 def _missing(table: Table, what: str, kind: Kind) -> MissingColumn:
-    named = f"{what}; the data has {', '.join(table.rows.column_names)}."
+    named = f"{what}; the data has {in_short(table.rows.column_names)}."
+    if _is_headless(table):
+        head = "put a line of column names above it, such as text,label"
+        return MissingColumn(f"{named} The first line seems to be data, and no head: {head}")
     if str(table.origin).endswith(".txt") and kind.what != "text":
         table_of = f"give a CSV, JSON-lines or Parquet file with a column of each, text and {kind.what}"
         return MissingColumn(f"{named} A .txt file holds texts alone: {table_of}")
     return MissingColumn(f"{named} Name it with {kind.flag}")
+
+
+def _is_headless(table: Table) -> bool:
+    """Does the first line of a CSV file seem to be a row, and no head?"""
+    names = table.rows.column_names
+    like_values = any(len(name) > WIDEST or len(name.split()) > 4 for name in names) or (
+        2 * sum(integer(re.sub(r"\.[0-9]+$", "", name)) is not None for name in names) > len(names)
+    )
+    return like_values and re.search(r"\.[ct]sv\b", table.origin, re.IGNORECASE) is not None
 
 
 def _preferred(table: Table, kind: Kind, taken: Sequence[str]) -> list[str]:
@@ -265,4 +302,4 @@ def _is_text(table: Table, name: str, kind: Kind) -> bool:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) <= MOST else in_short(names)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard
 
@@ -45,6 +48,40 @@ def read_configured(path: Path, config: str | None, place: Place) -> Reading | N
         found = _theirs(path, builder, files)
     reason = f"no file of the configuration {name!r} (README.md)"
     return Reading(found.tables, found.unused + left_over(path, every, lambda _: reason), found.notes)
+
+
+def with_declared_names(path: Path, reading: Reading) -> Reading:
+    """The same, its integers classes by the names that the folder's README gives in `dataset_info`.
+
+    So does `datasets` for the configuration "default", also where the README names no files of it.
+
+    Raises:
+        DataError: an integer that is none of these classes.
+    """
+    kinds = {name: kind for name, kind in _declared(path).items() if isinstance(kind, datasets.ClassLabel)}
+    if not kinds:
+        return reading
+    return replace(reading, tables={split: _cast(path, table, kinds) for split, table in reading.tables.items()})
+
+
+def _declared(path: Path) -> dict[str, Any]:
+    """The features of the configuration "default" in a README that names no configurations."""
+    card = path / "README.md"
+    if not card.is_file() or "dataset_info:" not in card.read_text(encoding="utf-8", errors="replace") or _configs(path):
+        return {}
+    try:
+        infos = DatasetInfosDict.from_dataset_card_data(DatasetCard.load(card, ignore_metadata_errors=True).data)
+    except Exception as error:  # a card may hold anything
+        raise DataError(f"{card}: its `dataset_info` cannot be read: {' '.join(str(error).split())[:200]}") from None
+    return dict(infos["default"].features or {}) if "default" in infos else {}
+
+
+def _cast(path: Path, table: Table, kinds: dict[str, Any]) -> Table:
+    rows = table.rows
+    for name, kind in kinds.items():
+        if str(getattr(rows.features.get(name), "dtype", "")).startswith(("int", "uint")):
+            rows = guarded(path, partial(rows.cast_column, name, kind))
+    return replace(table, rows=rows)
 
 
 def _configs(path: Path) -> dict[str, dict[str, Any]]:

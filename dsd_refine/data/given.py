@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsd_refine.data.columns import Kind, aligned, choose, unused_columns
-from dsd_refine.data.splits import Rows, Splits, by_role, where_of
+import datasets
+
+from dsd_refine.data.columns import Kind, aligned, choose, in_short, unused_columns
+from dsd_refine.data.splits import Rows, Splits, by_role, speaks_of, where_of
 from dsd_refine.data.tables import Reading, Table, read_tables
+from dsd_refine.errors import DataError
 
 Columns = dict[str, tuple[str, ...]]
+ROLE_COLUMN = re.compile(r"(?:.*[_ -])?(splits?|set|fold|subset|partition)", re.IGNORECASE)
+MOST_ROLES = 20  # values of a column that says which row is of which split
+TEXT_FILE = re.compile(r".*\.(csv|tsv|txt|json|jsonl|ndjson)(\.\w+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class _Side:
 
     def unused(self, columns: Columns) -> list[str]:
         left = [name for table in self.splits.tables.values() for name in unused_columns(table, columns)]
-        names = f"columns not used: {', '.join(dict.fromkeys(left))}"
+        names = f"columns not used: {in_short(list(dict.fromkeys(left)))}"
         return [*self.reading.unused, *self.splits.unused, *([names] if left else [])]
 
 
@@ -109,13 +116,44 @@ def read_given(
     columns = choose(sides[0].splits.tables["train"], kinds, asked)
     sides = [side.aligned(columns, kinds, asked, may_lack_label=not number) for number, side in enumerate(sides)]
     several = len(sides) > 1
+    if not several and len(reading.tables) == 1:
+        _refuse_role_column(sides[0].splits.tables["train"], columns, data)
+    unread = [] if encoding == "utf-8" or any(_read_text(side.reading) for side in sides) else [
+        f"--encoding {encoding}: not used, no text file is read"
+    ]  # fmt: skip
     return Given(
         sides[0].splits.tables,
         sides[1].splits.tables if several else None,
         columns,
-        tuple(line for side in sides for line in side.public(side.unused(columns), several=several)),
+        (*(line for side in sides for line in side.public(side.unused(columns), several=several)), *unread),
         tuple(line for side in sides for line in side.public(side.reading.notes, several=several)),
     )
+
+
+def _read_text(reading: Reading) -> bool:
+    """Was a text file read by us? The notes name each file that was, before a colon."""
+    return any(TEXT_FILE.fullmatch(note.split(": ")[0]) for note in reading.notes)
+
+
+def _refuse_role_column(table: Table, columns: Columns, data: str) -> None:
+    """Raises DataError where a column that is not used says which rows train and which judge, and all would train."""
+    for name in unused_columns(table, columns):
+        if not ROLE_COLUMN.fullmatch(name.strip()):
+            continue
+        kind = table.rows.features[name]
+        if isinstance(kind, datasets.ClassLabel):
+            values = list(kind.names)
+        elif getattr(kind, "dtype", None) in ("string", "large_string"):
+            values = [value for value in table.rows.unique(name) if value]
+        else:
+            continue
+        roles = {speaks_of(value) for value in values} - {None}
+        if len(values) <= MOST_ROLES and len(roles) > 1:
+            raise DataError(
+                f"{data}: the column {name!r} says which split a row is of ({in_short(sorted(values))}), and is not read: all "
+                "rows would train. Write a file for each split (train.csv, test.csv), or save_to_disk a DatasetDict with "
+                "these splits; where rows of other data evaluate, give --eval-data"
+            )
 
 
 def _place(table: Table) -> tuple[str, str, str]:

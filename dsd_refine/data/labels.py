@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from dsd_refine.data.names import (
     MOST,
     are_integers,
     are_measures,
+    by_number,
     composed,
     counterparts,
     hides,
@@ -21,7 +23,7 @@ from dsd_refine.data.names import (
     listed,
     looks,
     map_option,
-    names_option,
+    names_form,
     placeholder,
     plain,
     shown,
@@ -30,6 +32,7 @@ from dsd_refine.data.tables import Table
 from dsd_refine.errors import DataError
 
 Aliases = Sequence[Sequence[str]]
+NO_LABEL = ("-",)  # what annotators who did not agree are written as (SNLI, MNLI): no class anywhere
 
 
 @dataclass(frozen=True)
@@ -237,19 +240,29 @@ def _by_name(names: tuple[str, ...], aliases: Aliases, labels: set[str]) -> dict
 def _remedy(unknown: Sequence[str], names: Sequence[str], free: Sequence[str], several: bool) -> str:
     """What may be said instead of renaming labels that are no names of the model."""
     options = []
-    if are_integers(unknown):
-        inner = names_option(names) if len(names) <= MOST else "--set 'label_names=[…]' (imagenet-1k)"
-        options.append(f", or say the integers' names in order: {inner}")
-    if len(unknown) <= MOST:
-        pairs = None if several else counterparts(unknown, free)
-        if pairs is None:
-            pairs = dict.fromkeys(unknown, "NUMBER" if several else "…")
+    if are_integers(unknown) and _may_be_named_in_order(unknown, names):
+        form = names_form(max(integer(text) or 0 for text in unknown) + 1)
+        inner = form if len(names) <= MOST else "--set 'label_names=[…]' (imagenet-1k)"
+        options.append(f", or say the integers' names in the order that the data count in: {inner}")
+    unmarked = [text for text in unknown if text not in NO_LABEL]
+    if unmarked and len(unknown) <= MOST:
+        pairs: dict[str, str | None] = dict.fromkeys(unknown, None)
+        meant = None if several else by_number(unmarked, names) or counterparts(unmarked, free)
+        pairs |= meant or dict.fromkeys(unmarked, "NUMBER" if several else "…")
         options.append(f", or say which class each is: {map_option(pairs)}")
+    elif not unmarked:
+        options.append(f", or leave out the rows that nobody agreed on: {map_option(dict.fromkeys(unknown))}")
     alike = {looks(name): name for name in free}
     twin = next((text for text in unknown if looks(text) in alike), None)
     if twin is not None:
         options.append(f". {twin!a} looks like {alike[looks(twin)]!a}, but is written with other characters")
     return "".join(options)
+
+
+def _may_be_named_in_order(numbers: Sequence[str], names: Sequence[str]) -> bool:
+    """Do they count from 0, and is it not said by numbers in the model's names which is which?"""
+    count_from_0 = min(integer(text) or 0 for text in numbers) == 0
+    return count_from_0 and not any(re.search(r"(?<!\d)\d{1,3}(?!\d)", name) for name in names)  # a synset's is longer
 
 
 def _owners(aliases: Aliases, form: Callable[[str], str]) -> dict[str, set[int]]:
@@ -305,6 +318,9 @@ def _say_which(names: Sequence[str], classes: int) -> str:
     """The remedy for data that have some of a model's classes, or several names for one."""
     if len(names) > MOST:
         return ""
+    marks = [name for name in names if name in NO_LABEL]
+    if marks and len(names) - len(marks) == classes:
+        return f". To leave out the rows that nobody agreed on: {map_option(dict.fromkeys(marks))}"
     return f". If each is one of the classes 0 to {classes - 1}, say which: {map_option(dict.fromkeys(names, 'NUMBER'))}"
 
 
@@ -316,6 +332,40 @@ def label_texts(table: Table, name: str) -> list[str | None]:
             row's file name says, one name in two ways of writing the same characters.
     """
     return _in_one_form(_read_labels(table, name))
+
+
+def without_hidden(
+    columns: Sequence[list[str | None]], aliases: Aliases | None, label_map: Mapping[str, str | None]
+) -> list[list[str | None]]:
+    """The labels of all splits, where -1 among numbers from 0 on is no label: so data sets hide those of a test split.
+
+    -1 stays a label where the model or `label_map` speaks of it, and beside 1 alone: these are two classes.
+    """
+    named = {name for names in aliases or () for name in names} | set(label_map)
+    if any(integer(name) == -1 for name in named):
+        return list(columns)
+    numbers = {text: integer(text) for texts in columns for text in set(texts) if text is not None}
+    values = set(numbers.values())
+    if -1 not in values or values == {-1, 1} or any(value is None or value < -1 for value in values):
+        return list(columns)
+    return [[None if text is None or numbers[text] == -1 else text for text in texts] for texts in columns]
+
+
+def left_out(label_map: Mapping[str, str | None], columns: Sequence[Sequence[str | None]]) -> frozenset[str]:
+    """The labels whose rows `label_map` leaves out: those that it maps to null.
+
+    Raises:
+        DataError: one that is no label of the data.
+    """
+    labels = frozenset(composed(label) for label, name in label_map.items() if name is None)
+    every = {text for texts in columns for text in texts if text is not None} if labels else set()
+    strange = sorted(labels - every)
+    if strange:
+        raise DataError(
+            f"label_map: {listed(strange, every)} {_are(strange)} no label of the data. "
+            f"The data's labels are: {listed(sorted(every))}"
+        )
+    return labels
 
 
 def _in_one_form(texts: list[str | None]) -> list[str | None]:
@@ -350,6 +400,8 @@ def _as_texts(table: Table, name: str, values: Sequence[Any]) -> Iterator[str | 
     for row, held in enumerate(values):
         value = held.decode("utf-8", "backslashreplace") if isinstance(held, bytes) else held
         if isinstance(value, list | dict | np.ndarray):
+            if all(isinstance(other, list) and len(other) == 1 for other in values if other is not None):
+                raise DataError(f"row {table.name(row)}: {name!r} holds one label in a list ({value!r:.60}): write it plain")
             raise DataError(
                 f"row {table.name(row)}: {name!r} holds several labels ({value!r:.60}); multi-label is not supported"
             )
@@ -375,13 +427,25 @@ def _class_name(names: Sequence[str], table: Table, row: int, value: int | None)
     if value is None or value == -1:  # -1 is how data sets hide the labels of a test split
         return None
     if not 0 <= value < len(names):
-        raise DataError(f"row {table.name(row)}: class id {value} is outside 0..{len(names) - 1}")
+        raise DataError(f"row {table.name(row)}: class id {value} is outside 0..{len(names) - 1}{_say_ids(table, value)}")
     return str(names[value])
+
+
+def _say_ids(table: Table, value: int) -> str:
+    if table.classes is None:
+        return ""
+    pair = map_option({str(value): "CLASS"}).replace("}", ", …}")
+    return f". label_names counts from 0: leave it out, and say which class of the model each number is: {pair}"
 
 
 def _with_names(table: Table, names: tuple[str, ...], texts: list[str | None]) -> list[str | None]:
     """Integers as the names that they are said to be, held against the rows' own file names where these say a class."""
     numbers = [None if text is None else integer(text) for text in texts]
+    if {-1, 1} == set(numbers) - {None}:
+        raise DataError(
+            f"{table.origin or 'the data'}: the labels are -1 and 1, and label_names counts from 0: leave it out, and say "
+            f"which class of the model each is: {map_option(dict.fromkeys(('-1', '1'), 'CLASS'))}"
+        )
     found = [
         text if number is None else _class_name(names, table, row, number)
         for row, (text, number) in enumerate(zip(texts, numbers, strict=True))

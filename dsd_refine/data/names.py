@@ -103,16 +103,27 @@ def _one_begins_the_other(a: str, b: str) -> bool:
     return len(a) > 1 and (a.startswith(b) or b.startswith(a))
 
 
-def map_option(pairs: Mapping[str, str]) -> str:
-    """The option for a shell that maps these labels: `--set 'label_map={neg: NEGATIVE}'`."""
-    inner = ", ".join(f"{_yaml(label)}: {_yaml(name)}" for label, name in pairs.items())
+def map_option(pairs: Mapping[str, str | None]) -> str:
+    """The option for a shell that maps these labels: `--set 'label_map={neg: NEGATIVE, "-": null}'`."""
+    inner = ", ".join(f"{_yaml(label)}: {'null' if name is None else _yaml(name)}" for label, name in pairs.items())
     return f"--set {shlex.quote(f'label_map={{{inner}}}')}"
 
 
-def names_option(names: Sequence[str]) -> str:
-    """The option for a shell that names the integers: `--set 'label_names=[neg, pos]'`."""
-    inner = ", ".join(map(_yaml, names))
-    return f"--set {shlex.quote(f'label_names=[{inner}]')}"
+def names_form(count: int) -> str:
+    """The form of the option that names the integers from 0: only who knows the data can fill it in."""
+    inner = ", ".join(f"name of {number}" for number in range(min(count, 3)))
+    return f"--set 'label_names=[{inner}{', …' if count > 3 else ''}]'"
+
+
+def by_number(labels: Sequence[str], classes: Sequence[str]) -> dict[str, str] | None:
+    """The class whose name holds the number that a label is: 1 -> "1 star". None unless each name holds one of its own."""
+    held = [re.findall("[0-9]+", name) for name in classes]
+    owners = {int(numbers[0]): name for name, numbers in zip(classes, held, strict=True) if len(numbers) == 1}
+    wanted = {label: owners.get(number) for label in labels if (number := integer(label)) is not None}
+    if len(owners) < len(classes) or len(wanted) < len(labels):
+        return None
+    pairs = {label: name for label, name in wanted.items() if name is not None}
+    return pairs if len(set(pairs.values())) == len(labels) else None
 
 
 def _yaml(text: str) -> str:

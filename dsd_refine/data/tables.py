@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsd_refine.data.configs import with_declared_names
 from dsd_refine.data.files import Place, is_table, read_file
 from dsd_refine.data.folders import read_folder
 from dsd_refine.data.hub_data import read_hub
+from dsd_refine.data.names import listed
 from dsd_refine.data.plain import POINTER
 from dsd_refine.data.reading import Reading as Reading
 from dsd_refine.data.reading import Table as Table
@@ -51,7 +53,7 @@ def _opened(spec: str, place: Place, download: Callable[[str, int], bool]) -> Re
     path = Path(spec)
     folder, _, config = spec.rpartition(":")
     if path.is_dir():
-        return read_folder(path, None, place)
+        return with_declared_names(path, read_folder(path, None, place))
     if path.is_file():
         return read_file(path, path.name, place)
     if folder and Path(folder).is_dir():
@@ -84,7 +86,7 @@ def undecoded(table: Table, name: str, feature: Any) -> Table:
         DataError: no such column.
     """
     if name not in table.rows.column_names:
-        raise DataError(f"a split has no column {name!r}, only {', '.join(table.rows.column_names)}")
+        raise DataError(f"a split has no column {name!r}, only {listed(table.rows.column_names)}")
     if isinstance(table.rows.features[name], feature):
         return replace(table, rows=table.rows.cast_column(name, feature(decode=False)))
     return table

@@ -13,7 +13,15 @@ from torch.nn import functional as F
 
 from dsd_refine.data.columns import MissingColumn
 from dsd_refine.data.given import Given
-from dsd_refine.data.labels import LabelMap, has_integers, label_texts, match_labels, refuse_one_output
+from dsd_refine.data.labels import (
+    LabelMap,
+    has_integers,
+    label_texts,
+    left_out,
+    match_labels,
+    refuse_one_output,
+    without_hidden,
+)
 from dsd_refine.data.splits import Examined, Parts, Rows, divide, use_rows
 from dsd_refine.data.tables import Table
 from dsd_refine.errors import DataError
@@ -100,7 +108,7 @@ def labelled_parts(
     aliases: Sequence[Sequence[str]] | None,
     classes: int,
     holdout: float,
-    label_map: Mapping[str, str],
+    label_map: Mapping[str, str | None],
 ) -> tuple[LabelMap, list[LabelledPart | None], Parts]:
     """Read labels, match them once for all splits, skip what cannot be used, and divide.
 
@@ -108,8 +116,16 @@ def labelled_parts(
         DataError: as `match_labels` and `divide` say.
     """
     refuse_one_output(classes)
-    used = {name: _examined(table, label_column, examine, name != "train") for name, table in tables.items()}
-    judged = {name: _examined(table, label_column, examine) for name, table in evaluation.items()} if evaluation else None
+    both = [*tables.items(), *(evaluation or {}).items()]
+    columns = [
+        _labels(table, label_column, may_lack=number < len(tables) and name != "train")
+        for number, (name, table) in enumerate(both)
+    ]
+    columns = without_hidden(columns, aliases, label_map)
+    left = left_out(label_map, columns)
+    rows_of = [_examined(table, texts, left, examine) for (_, table), texts in zip(both, columns, strict=True)]
+    used = dict(zip(tables, rows_of, strict=False))
+    judged = dict(zip(evaluation, rows_of[len(tables) :], strict=True)) if evaluation else None
     everything = [*used.values(), *(judged or {}).values()]
     found = {label for rows in everything for label in rows.labels}
     if not found:
@@ -119,7 +135,8 @@ def labelled_parts(
         shown = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
         first = next(item["row"] for rows in everything for item in rows.skipped)
         raise DataError(f"no row can be used: {shown}{', …' if len(reasons) > 5 else ''}; the first is {first}")
-    labels = match_labels(aliases, classes, found, _declared(tables, label_column), label_map)
+    said = {label: name for label, name in label_map.items() if name is not None}
+    labels = match_labels(aliases, classes, found, _declared(tables, label_column), said)
     labels = _with_said_names(aliases, labels, [*tables.values(), *(evaluation or {}).values()], label_column)
     parts = divide(used, judged, holdout)
     return labels, [_with_ids(rows, labels) for rows in (parts.train, parts.holdout, parts.eval)], parts
@@ -127,50 +144,68 @@ def labelled_parts(
 
 def check_labels(
     given: Given,
-    match: Callable[[set[str], Sequence[str] | None], object],
+    aliases: Sequence[Sequence[str]] | None,
+    classes: int,
+    label_map: Mapping[str, str | None],
     counts: Callable[[Table, tuple[str, ...], int], bool],
 ) -> None:
     """Match the labels of all splits with the classes before any row is examined, and so before any model is needed.
 
-    `match` takes the labels found and the data set's own class names. Only where it fails are rows looked at: a label counts if
-    some row that has it can be used (`counts`).
+    Only where that fails are rows looked at: a label counts if some row that has it can be used (`counts`).
 
     Raises:
-        DataError: no labels, or as `match` says.
+        DataError: no labels, or as `match_labels` says.
     """
     (label,) = given.columns["label"]
     content = next(names for what, names in given.columns.items() if what != "label")
     tables = [*given.tables.values(), *(given.evaluation or {}).values()]
-    held = [(table, label_texts(table, label)) for table in tables if label in table.rows.column_names]
+    labelled = [table for table in tables if label in table.rows.column_names]
+    columns = without_hidden([label_texts(table, label) for table in labelled], aliases, label_map)
+    left = left_out(label_map, columns)
+    held = list(zip(labelled, columns, strict=True))
     declared = _declared(given.tables, lambda table: label)
-    found = {text for _, texts in held for text in texts if text is not None}
+    found = {text for _, texts in held for text in texts if text is not None} - left
+    said = {text: name for text, name in label_map.items() if name is not None}
     if not found:
         raise DataError(f"no row has a label (column {label!r})")
     try:
-        match(found, declared)
+        match_labels(aliases, classes, found, declared, said)
     except DataError:
         used: set[str] = set()
         for table, texts in held:
             for row, text in enumerate(texts):
-                if text is not None and text not in used and counts(table, content, row):
+                if text is not None and text not in left and text not in used and counts(table, content, row):
                     used.add(text)
         if used == found:
             raise
         if used:  # that no row can be used at all is said, with the reasons, where rows are examined
-            match(used, declared)
+            match_labels(aliases, classes, used, declared, said)
 
 
-def _examined(table: Table, label_column: Callable[[Table], str], examine: Examine, may_lack: bool = False) -> Rows:
-    """The usable rows of a split. One that `may_lack` its label column has no labelled rows then."""
+def _labels(table: Table, label_column: Callable[[Table], str], may_lack: bool) -> list[str | None]:
+    """The labels of a split. One that `may_lack` its label column has none then."""
     try:
-        labels = label_texts(table, label_column(table))
+        return label_texts(table, label_column(table))
     except MissingColumn:
         if not may_lack:
             raise
-        labels = [None] * len(table.rows)
-    if all(label is None for label in labels):
-        return use_rows(table, [Examined(b"", reason="no label")] * len(labels))
-    return use_rows(table, examine(table, labels))
+        return [None] * len(table.rows)
+
+
+def _examined(table: Table, labels: list[str | None], left: frozenset[str], examine: Examine) -> Rows:
+    """The usable rows of a split: not those of a label that is `left` out."""
+    asked = [None if label in left else label for label in labels]
+    if all(label is None for label in asked):
+        examined = [Examined(b"", reason="no label")] * len(labels)
+    else:
+        examined = examine(table, asked)
+    return use_rows(
+        table,
+        [
+            replace(row, reason=f"label {label!r} left out by label_map") if label in left else row
+            for row, label in zip(examined, labels, strict=True)
+        ],
+    )
 
 
 def _declared(tables: dict[str, Table], label_column: Callable[[Table], str]) -> list[str] | None:

@@ -12,7 +12,6 @@ import torch
 from dsd_refine.data.columns import AUDIO, CAPTION, DOCUMENT, IMAGE, LABEL, TEXT, TRANSCRIPT, Kind
 from dsd_refine.data.given import Given, read_given
 from dsd_refine.data.imagenet import outputs, synsets
-from dsd_refine.data.labels import LabelMap, match_labels
 from dsd_refine.data.names import are_placeholders, listed
 from dsd_refine.data.splits import Rows
 from dsd_refine.data.tables import Table, named
@@ -42,6 +41,7 @@ def look_at_data(recipe: Recipe, name: str, library: Any, cache: Path, download:
     if name in WITHOUT_CLASSES and (recipe.label_names or recipe.label_map):
         raise DataError(f"label_names and label_map are of classes, and {name} has none: leave them out")
     kinds = COLUMNS[name]
+    _refuse_useless(recipe, name, kinds)
     asked = {kind.what: getattr(recipe, f"{kind.what}_column") for kind in kinds}
     splits = recipe.eval_split, recipe.holdout_split
     given = read_given(recipe.data, recipe.eval_data, splits, kinds, asked, cache, download, recipe.encoding)
@@ -53,6 +53,16 @@ def look_at_data(recipe: Recipe, name: str, library: Any, cache: Path, download:
     return given
 
 
+def _refuse_useless(recipe: Recipe, name: str, kinds: Sequence[Kind]) -> None:
+    """Raises DataError for an option that the task has no use for: whoever gives it expects something of it."""
+    used = [kind.what for kind in kinds]
+    for kind in (IMAGE, AUDIO, LABEL, TEXT):
+        if kind.what not in used and getattr(recipe, f"{kind.what}_column") is not None:
+            raise DataError(f"{kind.flag}: {name} reads columns of {' and '.join(used)}, and no {kind.what}: leave it out")
+    if recipe.max_length is not None and name in WITHOUT_LENGTH:
+        raise DataError(f"--max-length is of texts that are cut into tokens, and {name} cuts none: leave it out")
+
+
 def _check_labels(given: Given, recipe: Recipe, name: str, library: Any) -> None:
     from dsd_refine.tasks.classify import check_labels
 
@@ -61,11 +71,7 @@ def _check_labels(given: Given, recipe: Recipe, name: str, library: Any) -> None
     else:
         from dsd_refine.tasks.text import is_text as counts
     aliases, classes = _classes(library)
-
-    def match(labels: set[str], declared: Sequence[str] | None) -> LabelMap:
-        return match_labels(aliases, classes, labels, declared, recipe.label_map)
-
-    check_labels(given, match, counts)
+    check_labels(given, aliases, classes, recipe.label_map, counts)
 
 
 def open_task(recipe: Recipe, name: str, library: Any, model: torch.nn.Module, cache: Path, download: Download) -> Task:
@@ -96,6 +102,7 @@ def parts_of(task: Task) -> dict[str, Rows | None]:
 
 
 Tables = dict[str, Table]
+WITHOUT_LENGTH = ("image-classification", "ctc-speech")
 WITHOUT_CLASSES = ("causal-lm", "masked-lm", "ctc-speech", "image-captioning")
 
 

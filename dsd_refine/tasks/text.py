@@ -28,7 +28,7 @@ from dsd_refine.tasks.classify import (
     overlap_warning,
     skip_warnings,
 )
-from dsd_refine.tasks.tokens import Doubled, beyond_warnings, ids_or_reasons, or_reason, tokenized
+from dsd_refine.tasks.tokens import Doubled, Unknown, beyond_warnings, ids_or_reasons, or_reason, tokenized
 
 Ids = np.ndarray[Any, Any]
 NONE: Ids = np.empty(0, dtype=np.int32)
@@ -176,25 +176,34 @@ def prepare_texts(
             block = [_examine(texts, text_label) for texts, text_label in zip(rows, left, strict=False)]
             good = [number for number, row in enumerate(block) if row.reason is None]
             texts = [rows[number] for number in good]
-            read = ids_or_reasons(tokenizer, texts, size=size, truncation=True, max_length=max_length)
+            cut: set[int] = set()
+            read = ids_or_reasons(tokenizer, texts, cut, size=size, truncation=True, max_length=max_length)
+            longer.append(len(cut))
             for number, (ids, problem) in zip(good, read, strict=True):
                 if ids is None:
                     block[number] = replace(block[number], reason=problem)
                     continue
                 doubled.see(ids)
+                unknown.see(ids)
                 counts[len(found) + number] = 0 if ends is None else ids.count(ends)
             found += block
         for number, reason in _uneven(counts, tokenizer, ends).items():
             found[number] = replace(found[number], reason=reason)
         return found
 
-    doubled = Doubled(tokenizer)
+    doubled, unknown = Doubled(tokenizer), Unknown(tokenizer)
+    longer: list[int] = []  # texts of each block that are cut
     matched, parts, divided = labelled_parts(
         tables, evaluation, label, examine, aliases, classes, recipe.holdout, recipe.label_map
     )
     train, holdout, judge = parts
     task = TextClassification(matched, train, holdout, judge, overlap_warning(divided) + skip_warnings(divided))  # type: ignore[arg-type]
-    task.warnings += beyond_warnings(tokenizer, size) + doubled.warnings()
+    task.warnings += beyond_warnings(tokenizer, size) + doubled.warnings() + unknown.warnings()
+    if sum(longer):
+        task.warnings.append(
+            f"{sum(longer):,} of {doubled.rows:,} texts are longer than {max_length:,} tokens: the rest of them is not read "
+            "(--max-length)"
+        )
     task.columns, task.tokenizer, task.max_length, task.size = columns, tokenizer, max_length, size
     return task
 
@@ -368,7 +377,7 @@ def cut_documents(
         DataError: no text column, or no usable documents.
     """
     ids: dict[int, list[Ids]] = {}
-    doubled = Doubled(tokenizer)
+    doubled, unknown = Doubled(tokenizer), Unknown(tokenizer)
 
     def examined(table: Table) -> Rows:
         name = column(table, recipe.text_column, DOCUMENT)
@@ -380,6 +389,7 @@ def cut_documents(
             rows.append(Examined(b"", None, why) if found is None else examine(text, found))
             if rows[-1].reason is None:
                 doubled.see(held[-1])
+                unknown.see(held[-1])
         return use_rows(table, rows)
 
     def cut(rows: Rows) -> WindowedPart:
@@ -389,7 +399,7 @@ def cut_documents(
     judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
     divided = divide(used, judged, recipe.holdout)
     parts = cut(divided.train), cut(divided.holdout) if divided.holdout else None, cut(divided.eval)
-    noted = beyond_warnings(tokenizer, size) + doubled.warnings()
+    noted = beyond_warnings(tokenizer, size) + doubled.warnings() + unknown.warnings()
     return parts, overlap_warning(divided) + skip_warnings(divided) + noted
 
 

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from dsd_refine.data.tables import in_words
 from dsd_refine.errors import CheckpointError, DataError
 
@@ -90,8 +92,13 @@ def tokenized(tokenizer: Any, *texts: Any, size: int | None = None, **options: A
         DataError: it refuses them, as a closed vocabulary does words that it has not; or the model has no such token.
         CheckpointError: it panics, as one whose file contradicts itself does.
     """
+    return dict(_encoded(tokenizer, *texts, size=size, **options))
+
+
+def _encoded(tokenizer: Any, *texts: Any, size: int | None = None, **options: Any) -> Any:
+    """`tokenized` in the tokenizer's own type, which holds more than the values for a model."""
     try:
-        found = dict(tokenizer(*texts, **options))
+        found = tokenizer(*texts, **options)
     except Exception as error:  # tokenizers raise whatever a strange text makes them raise
         raise DataError(f"unreadable text (the tokenizer: {in_words(error)[:120]})") from None
     except BaseException as error:
@@ -116,20 +123,70 @@ def or_reason(read: Callable[..., T], *texts: Any) -> tuple[T | None, str | None
         return None, str(error)
 
 
-def ids_or_reasons(tokenizer: Any, rows: Sequence[Sequence[str]], **options: Any) -> list[tuple[list[int] | None, str | None]]:
-    """Of each row of one or more texts its ids, or why it cannot be used. One by one only where a block fails."""
-    read = partial(tokenized, tokenizer, **options)
+def ids_or_reasons(
+    tokenizer: Any, rows: Sequence[Sequence[str]], cut: set[int] | None = None, **options: Any
+) -> list[tuple[list[int] | None, str | None]]:
+    """Of each row of one or more texts its ids, or why it cannot be used. One by one only where a block fails.
+
+    The numbers of rows that are longer than `max_length` are added to `cut`.
+    """
+    read = partial(_encoded, tokenizer, **options)
     found: list[tuple[list[int] | None, str | None]] = []
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
         together, reason = or_reason(read, *map(list, zip(*block, strict=True)))
         if together is not None:
+            if cut is not None:
+                cut |= {start + number for number in _cut(tokenizer, together, block, options)}
             found += [(ids, None) for ids in together["input_ids"]]
             continue
-        for row in block:
+        for number, row in enumerate(block):
             alone, reason = or_reason(read, *row)
+            if alone is not None and cut is not None and _cut(tokenizer, alone, [row], options):
+                cut.add(start + number)
             found.append((None if alone is None else alone["input_ids"], reason))
     return found
+
+
+def _cut(tokenizer: Any, encoded: Any, rows: Sequence[Sequence[str]], options: dict[str, Any]) -> list[int]:
+    """The numbers of the rows that were cut. What a tokenizer in Rust cut off lies beside the ids."""
+    if getattr(encoded, "encodings", None):
+        return [number for number, row in enumerate(encoded.encodings) if row.overflowing]
+    ids = encoded["input_ids"]
+    ids = ids if ids and isinstance(ids[0], list) else [ids]
+    full = [number for number, row in enumerate(ids) if len(row) >= options.get("max_length", len(row) + 1)]
+    return [number for number in full if len(tokenizer(*rows[number], verbose=False)["input_ids"]) > len(ids[number])]
+
+
+class Unknown:
+    """Counts rows that are for the most part unknown tokens: the model reads next to nothing of such texts."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.rows, self.count = tokenizer, 0, 0
+        special = set(tokenizer.all_special_ids)
+        around = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+        self.unknown = None if tokenizer.unk_token_id in around else tokenizer.unk_token_id  # GPT-2's ends a text
+        self.special = list(special - {self.unknown})
+
+    def see(self, ids: Any) -> None:
+        """Count a row's ids."""
+        self.rows += 1
+        if self.unknown is None:
+            return
+        row = np.asarray(ids)
+        unknown = int((row == self.unknown).sum())
+        if unknown:
+            self.count += 2 * unknown > len(row) - int(np.isin(row, self.special).sum())
+
+    def warnings(self) -> list[str]:
+        """One line where these are more than a tenth of the rows."""
+        if 10 * self.count <= self.rows:
+            return []
+        return [
+            f"{self.count:,} of {self.rows:,} texts ({self.count / self.rows:.0%}) are for more than half "
+            f"{self.tokenizer.unk_token!r}, which stands for what the tokenizer does not know: are they of the model's "
+            "language and writing?"
+        ]
 
 
 class Doubled:
