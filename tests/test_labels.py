@@ -386,13 +386,26 @@ def test_minus_one_is_no_label_as_in_glue_s_hidden_test_split(command, refused, 
 
 
 @pytest.mark.parametrize("form", [int, float, str])
-@pytest.mark.parametrize("columns", [[[0, 1, -1, 2]], [[0, 1, 2], [-1, -1]], [[1, 2], [0, -1]]])
-def test_minus_one_beside_numbers_from_0_hides_a_label(form, columns):
-    read = [label_texts(table(label=[form(n) for n in column]), "label") for column in columns]
-    found = without_hidden(read, None, {})
-    assert [text is None for texts in found for text in texts] == [n == -1 for column in columns for n in column]
+def test_a_split_of_minus_one_alone_has_no_labels(form):
+    read = [label_texts(table(label=[form(n) for n in column]), "label") for column in ([0, 1, 2], [-1, -1])]
+    assert without_hidden(read, None, {}) == [read[0], [None, None]]
     assert without_hidden(read, None, {"-1": "0"}) == read
     assert without_hidden(read, (("-1",), ("0",)), {}) == read
+
+
+@pytest.mark.parametrize("numbers", [[-1, 0, 1], [0, 1, -1, 2], [-1, 0]])
+def test_minus_one_among_other_numbers_may_be_a_class(command, refused, tmp_path, numbers):
+    """A sentiment's negative class, or a row that nobody labelled: the user says which."""
+    source = builders.bert_checkpoint(tmp_path / "m", ["neg", "mid", "pos"])
+    args = (source, "--data", csv(tmp_path / "rows.csv", numbers, rows=24), "-o", tmp_path / "out", *QUICK)
+    for more in ((), ("--set", "label_names=[neg, mid, pos]")):
+        said = refused(*args, *more)
+        assert "the label -1 stands beside" in said
+        assert 'label_map={"-1": null' in said
+    left = [number for number in sorted(numbers) if number >= 0]
+    given = ", ".join(f'"{number}": {name}' for number, name in zip(left, ["neg", "mid", "pos"], strict=False))
+    found = command(*args, "--set", f'label_map={{"-1": null, {given}}}')
+    assert found.code == 0, found.err
 
 
 @pytest.mark.parametrize("labels", [["-1", "1"], ["-2", "-1", "0"], ["-1", "cat"], ["-1.5", "-1"]])

@@ -337,9 +337,12 @@ def label_texts(table: Table, name: str) -> list[str | None]:
 def without_hidden(
     columns: Sequence[list[str | None]], aliases: Aliases | None, label_map: Mapping[str, str | None]
 ) -> list[list[str | None]]:
-    """The labels of all splits, where -1 among numbers from 0 on is no label: so data sets hide those of a test split.
+    """The labels of all splits; a split whose labels are all -1 has none: so data sets hide those of a test split.
 
     -1 stays a label where the model or `label_map` speaks of it, and beside 1 alone: these are two classes.
+
+    Raises:
+        DataError: -1 among numbers from 0 on in one split: it may be a class, or a row without label.
     """
     named = {name for names in aliases or () for name in names} | set(label_map)
     if any(integer(name) == -1 for name in named):
@@ -348,7 +351,20 @@ def without_hidden(
     values = set(numbers.values())
     if -1 not in values or values == {-1, 1} or any(value is None or value < -1 for value in values):
         return list(columns)
-    return [[None if text is None or numbers[text] == -1 else text for text in texts] for texts in columns]
+    held = [{numbers[text] for text in texts if text is not None} for texts in columns]
+    for inner in held:
+        if -1 in inner and len(inner) > 1:
+            raise DataError(_mixed(inner - {None}))
+    return [[None] * len(texts) if inner == {-1} else texts for texts, inner in zip(columns, held, strict=True)]
+
+
+def _mixed(numbers: Iterable[int | None]) -> str:
+    """What to say of -1 among other numbers."""
+    each = {str(number): None if number == -1 else "CLASS" for number in sorted(n for n in numbers if n is not None)}
+    return (
+        f"the label -1 stands beside {listed([number for number in each if number != '-1'])}: is it a class, or a row without "
+        f"a label? Say which class of the model each number is, null for none: {map_option(each)}"
+    )
 
 
 def left_out(label_map: Mapping[str, str | None], columns: Sequence[Sequence[str | None]]) -> frozenset[str]:
@@ -446,6 +462,8 @@ def _with_names(table: Table, names: tuple[str, ...], texts: list[str | None]) -
             f"{table.origin or 'the data'}: the labels are -1 and 1, and label_names counts from 0: leave it out, and say "
             f"which class of the model each is: {map_option(dict.fromkeys(('-1', '1'), 'CLASS'))}"
         )
+    if -1 in numbers and any(number is not None and number >= 0 for number in numbers):
+        raise DataError(f"{table.origin or 'the data'}: {_mixed(set(numbers))} (and leave label_names out)")
     found = [
         text if number is None else _class_name(names, table, row, number)
         for row, (text, number) in enumerate(zip(texts, numbers, strict=True))
