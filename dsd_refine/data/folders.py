@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,20 @@ from dsd_refine.data.configs import read_configured
 from dsd_refine.data.files import Place, check_shards, guarded, is_table, read_file, text_columns, validated
 from dsd_refine.data.listing import entries, files_below, folders_in, is_paper, left_over, walk
 from dsd_refine.data.plain import refuse_pointer, stem_of
-from dsd_refine.data.reading import SHARD, Reading, Table, joined, listed, role_of, split_of, together
+from dsd_refine.data.reading import (
+    SHARD,
+    Reading,
+    Table,
+    is_glued,
+    joined,
+    listed,
+    role_of,
+    roles_in,
+    siblings,
+    split_of,
+    together,
+    words_of,
+)
 from dsd_refine.errors import DataError
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".m4a"}
@@ -23,6 +37,10 @@ FILE_NAMES = (
     "file_name", "filename", "file_path", "filepath", "image_path", "audio_path", "image_file", "audio_file", "image_filename",
     "img_path", "image_name", "image_id", "path", "file",
 )  # fmt: skip
+# words of rows that are not to train
+ASIDE = re.compile(
+    "unlabel|unsup|(no|without|missing) ?labels?|submission|predict|held ?out|hold ?out|(?<!la)(?<!con)(?<!pro)test( |$)"
+)
 KNOWN_FORMS = (
     "Known forms: class folders, train/ and test/ of them, train.csv|jsonl|parquet|txt, metadata.csv|jsonl, or a folder that "
     "save_to_disk wrote"
@@ -108,14 +126,7 @@ def _tables_below(path: Path) -> list[Path]:
 
 def _table_files(path: Path, files: list[Path], place: Place) -> Reading:
     """Table files by the split that their folders or names say; where none says one, all of them train."""
-    splits: dict[str, list[Path]] = defaultdict(list)
-    names: dict[str, str] = {}
-    for file in files:
-        split = _split_of_file(path, file)
-        if split is not None:
-            splits[names.setdefault(split.casefold(), split)].append(file)
-    if not splits:
-        splits["train"] = files
+    splits, joins = _splits_of_files(path, files)
     readings, tables = [], {}
     for split, shards in splits.items():
         check_shards(path, split, shards)
@@ -129,7 +140,50 @@ def _table_files(path: Path, files: list[Path], place: Place) -> Reading:
     parts = together(readings)
     first = next(iter(tables.values())).origin
     unused = left_over(path, used, lambda other: _beside(other, first))
-    return Reading(tables, parts.unused + unused, parts.notes)
+    return Reading(tables, joins + parts.unused + unused, parts.notes)
+
+
+def _splits_of_files(path: Path, files: list[Path]) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+    """The files of each split, and a line to the user where files of unrelated names are joined.
+
+    Raises:
+        DataError: a name speaks of two roles, or of rows that are not to train, and none says a split.
+    """
+    splits: dict[str, list[Path]] = defaultdict(list)
+    names: dict[str, str] = {}
+    pairs = siblings(stem_of(file) for file in files)
+    for file in files:
+        split = pairs.get(stem_of(file)) or _split_of_file(path, file)
+        if split is not None:
+            splits[names.setdefault(split.casefold(), split)].append(file)
+    if splits:
+        return splits, ()
+    _refuse_two_roles(path, [stem_of(file) for file in files])
+    return {"train": files}, _joined_by_no_name(path, files)
+
+
+def _refuse_two_roles(path: Path, names: list[str]) -> None:
+    for name in names:
+        if len(roles_in(name)) > 1:
+            raise DataError(f"{path}: {name} is named like {' and '.join(roles_in(name))} at once; rename it")
+
+
+def _joined_by_no_name(path: Path, files: list[Path]) -> tuple[str, ...]:
+    """What to say where files that all train have names that are not one name with numbers.
+
+    Raises:
+        DataError: one of them speaks of rows that are not to train.
+    """
+    shown = [file.relative_to(path).as_posix() for file in files]
+    if len({re.sub("[0-9]+", "0", name) for name in shown}) < 2:
+        return ()
+    remedy = "name the files train and test, give one file itself, or put those that train into a folder of their own"
+    aside = [name for name, file in zip(shown, files, strict=True) if ASIDE.search(" ".join(words_of(stem_of(file))))]
+    if aside:
+        raise DataError(
+            f"{path}: {listed(shown)} say no split, and {listed(aside)} speaks of rows that are not to train: {remedy}"
+        )
+    return (f"{listed(shown)}: names of no split, so all are joined as train; where that is wrong, {remedy}",)
 
 
 def _refuse_rivals(path: Path, tables: dict[str, Table], used: Iterable[Path]) -> None:
@@ -148,7 +202,7 @@ def _refuse_rivals(path: Path, tables: dict[str, Table], used: Iterable[Path]) -
         read = ", ".join(table.origin for table in tables.values())
         raise DataError(
             f"{path}: {read} would be its {' and '.join(tables)}, and {shown} would not be used: which are the data? Move the "
-            f"others away, or give what is meant itself, such as {path / next(iter(tables.values())).origin}"
+            f"others away, name them like train and test, or give what is meant itself, such as {path / next(iter(tables.values())).origin}"
         )
 
 
@@ -187,6 +241,9 @@ def _names_a_file(folder: Path, text: str | None) -> bool:
 def _beside(path: Path, first: str) -> str:
     if path.is_dir():
         return f"a folder beside {first}"
+    words = roles_in(stem_of(path))
+    if len(words) > 1:
+        return f"named like {' and '.join(words)} at once, so no split, beside {first}"
     return f"not named like a split, beside {first}" if is_table(path) else f"no table, beside {first}"
 
 
@@ -281,21 +338,41 @@ def _by_first_folder(table: Table, folder: Path, names: list[str]) -> dict[str, 
 
 def _class_or_split_folders(path: Path, folders: list[Path], place: Place) -> Reading:
     parts = [folder for folder in folders if role_of(folder.name)]
-    if not parts and len(folders) > 1 and all(split_of(f.name) and not _is_a_class(f) for f in folders):
-        parts = folders  # images_train/ and images_test/
+    pairs = siblings(f.name for f in folders)
+    said = [f for f in folders if (split_of(f.name) or f.name in pairs) and not _is_a_class(f)]
+    if not parts and len(folders) > 1 and (said == folders or any(is_glued(f.name) or f.name in pairs for f in said)):
+        parts = said  # images_train/ and images_test/, trainset/ and testset/
     if not parts or (len(parts) == 1 < len(folders) and _is_a_class(parts[0])):
+        _refuse_two_roles(path, [folder.name for folder in folders])
+        _refuse_same_classes(path, folders)
         return _class_folders(path, path)
     # a split of a name of its own (validation_matched/) is one too: whether it is used is not for the reader to say
-    parts = [f for f in folders if f in parts or (split_of(f.name) and not _is_a_class(f))]
+    parts = [f for f in folders if f in parts or f in said]
     readings = []
     for part in parts:
         found = _with_metadata(part, path, place) if _metadata(part) else _class_folders(part, path)
         (table,) = found.tables.values()
-        readings.append(Reading({part.name: table}, found.unused, found.notes))
+        readings.append(Reading({pairs.get(part.name, part.name): table}, found.unused, found.notes))
     shown = ", ".join(f"{part.name}/" for part in parts)
     found = together(readings)
     _refuse_rivals(path, found.tables, parts)
     return together([found, Reading({}, left_over(path, parts, lambda p: _beside_splits(p, shown)))])
+
+
+def _refuse_same_classes(path: Path, folders: list[Path]) -> None:
+    """Raises DataError where each of several folders holds the same folders and no file: these are splits, not classes."""
+    inner = [[each.name for each in folders_in(folder)] for folder in folders]
+    if len(folders) < 2 or len(inner[0]) < 2 or any(names != inner[0] for names in inner):
+        return
+    if any(map(role_of, inner[0])):  # splits inside classes, which are refused as such
+        return
+    if any(each.is_file() and not is_paper(each) for folder in folders for each in entries(folder)):
+        return
+    shown = listed([f"{folder.name}/" for folder in folders])
+    raise DataError(
+        f"{path}: {shown} hold the same folders ({listed([f'{name}/' for name in inner[0]])}), so they seem to be splits, and "
+        "which trains is not known: name them train/ and test/. If they are the classes, put their files beside each other"
+    )
 
 
 def _beside_splits(path: Path, shown: str) -> str:

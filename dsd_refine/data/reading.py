@@ -72,23 +72,73 @@ NUMBER = re.compile(r"[-._ ]?\d+([-._ ]of[-._ ]\d+)?$")
 KEYWORD = re.compile(rf"(?:^|(?<={SEPARATOR}))({'|'.join(sorted(ROLES, key=len, reverse=True))})(?={SEPARATOR}|$)")
 
 
+# how the words begin by which a split's name speaks of a role
+STARTS = {
+    "train": "train", "trn": "train", "val": "validation", "dev": "validation",
+    "test": "test", "tst": "test", "eval": "test", "holdout": "test", "heldout": "test",
+}  # fmt: skip
+WORDS = "|".join(sorted({*ROLES, *STARTS}, key=len, reverse=True))
+GLUED = re.compile(f"({WORDS})(sets?|datas?|dataset|splits?|dir|folder|files?|images?|imgs?|rows|part|[a-z])?")
+ENDING = re.compile(f"(?P<before>.*[^-._ ])(?P<word>{WORDS})", re.IGNORECASE)
+
+
 def split_of(name: str) -> str | None:
     """The split that a file's stem or a folder's name says, where `datasets` would see one; None: no split.
 
     `train_0` and `imdb-train` are `train`; `validation_matched` is a split of its own.
 
-    Raises:
-        DataError: names of two roles in one.
+    `trainset`, `TestData` and `testA`, where nothing parts the word from the rest, are splits of their own names. A name of
+    two roles is no split.
     """
     shard = SHARD.match(name)
     if shard:
         return shard["split"]
-    said = KEYWORD.findall(name.casefold())
-    if len({ROLES[word] for word in said}) > 1:
-        raise DataError(f"{name}: is named like {' and '.join(dict.fromkeys(said))} at once; rename it")
+    if len(roles_in(name)) > 1:
+        return None
     bare = NUMBER.sub("", name)
     last = re.split("[-._ ]", bare)[-1]
+    said = KEYWORD.search(name.casefold()) or is_glued(bare)
     return None if not said else last if role_of(last) else bare
+
+
+def roles_in(name: str) -> list[str]:
+    """The words of different roles that a name says: train and test of `train_test_split`."""
+    said = KEYWORD.findall(name.casefold())
+    return list({ROLES[word]: word for word in reversed(said)}.values())[::-1]
+
+
+def is_glued(name: str) -> bool:
+    """Does it hold a role's word that no separator parts from the rest: `trainset`, `TestData`, `testA`, `holdout`?"""
+    return any(GLUED.fullmatch(word) for word in words_of(name))
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a name in lower case; a capital after a small letter begins one."""
+    return re.split("[^a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name).casefold())
+
+
+def speaks_of(name: str) -> str | None:
+    """The role that a split's name has or speaks of: `validation_matched`, `testA`, `en.dev`, `train_small`."""
+    for word in words_of(name):
+        role = role_of(word) or next((role for start, role in STARTS.items() if word.startswith(start)), None)
+        if role:
+            return role
+    return None
+
+
+def siblings(names: Iterable[str]) -> dict[str, str]:
+    """Name -> role's word, of names that differ in that word at their end alone: `imdbtrain` beside `imdbtest`."""
+    ends: dict[str, dict[str, str]] = {}
+    for name in names:
+        match = ENDING.fullmatch(name)
+        if match:
+            ends.setdefault(match["before"].casefold(), {})[name] = match["word"]
+    return {
+        name: word
+        for words in ends.values()
+        if len({speaks_of(word) for word in words.values()}) > 1
+        for name, word in words.items()
+    }
 
 
 def together(parts: Iterable[Reading]) -> Reading:

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from dsd_refine.data.reading import speaks_of as speaks_of
 from dsd_refine.data.tables import Reading, Table, role_of
 from dsd_refine.errors import DataError
 
 SALT = b"dsd-refine holdout 1"
 EVAL_SHARE = 0.2
 FLAGS = {"test": "--eval-split", "validation": "--holdout-split"}
-# how the words begin by which a split's name speaks of a role
-STARTS = {"train": "train", "val": "validation", "dev": "validation", "test": "test", "eval": "test"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,15 +153,6 @@ def _given(names: Sequence[str], spec: str, evaluates: str | None, selects: str 
     if len(given) == 2 and given["test"] == given["validation"]:
         raise DataError(f"--eval-split and --holdout-split both name {given['test']}: rows that select cannot judge")
     return given
-
-
-def speaks_of(name: str) -> str | None:
-    """The role that a split's name has or speaks of: `validation_matched`, `testA`, `en.dev`, `train_small`."""
-    for word in re.split("[^a-z]+", name.casefold()):
-        role = role_of(word) or next((role for start, role in STARTS.items() if word.startswith(start)), None)
-        if role:
-            return role
-    return None
 
 
 def _refuse_unclear(exact: dict[str | None, list[str]], given: dict[str, str], names: Sequence[str], spec: str) -> None:
