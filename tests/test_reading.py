@@ -9,7 +9,7 @@ import shutil
 
 import datasets
 import pytest
-from builders import image_folder, text_file
+from builders import image_folder, text_csv, text_file
 from conftest import SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -342,6 +342,52 @@ def test_broken_links_are_named(tmp_path):
     )
 
 
+# ---------------------------------------------------------------- names that are not UTF-8
+
+
+BAD = os.fsdecode(b"caf\xe9")
+
+
+def bad_file(place):
+    text_csv(place / f"{BAD}.csv")
+    return place / f"{BAD}.csv"
+
+
+def bad_shard(place):
+    text_csv(place / "d/part-0.csv")
+    text_csv(place / "d" / f"{BAD}.csv", seed=1)
+    return place / "d"
+
+
+def bad_folder(place):
+    text_csv(place / BAD / "train.csv")
+    return place / BAD
+
+
+def bad_class(place):
+    image_folder(place / "d", classes=["a", BAD], splits=())
+    return place / "d"
+
+
+def bad_picture(place):
+    image_folder(place / "d", per_class=8, splits=())
+    (place / "d/a/000.png").rename(place / f"d/a/{BAD}.png")
+    return place / "d"
+
+
+@pytest.mark.parametrize("verb", ["plan", "refine"])
+@pytest.mark.parametrize("data", [bad_file, bad_shard, bad_folder, bad_class, bad_picture], ids=lambda data: data.__name__)
+def test_a_name_that_is_not_utf_8_is_refused_before_training(refused, made, tmp_path, verb, data):
+    model = made / ("timm" if data in (bad_class, bad_picture) else "bert")
+    for given in (["--data", data(tmp_path)], ["--data", made / "texts.csv", "--eval-data", tmp_path / "d"]):
+        if given[-1].exists():
+            out = ["-o", tmp_path / "out"] if verb == "refine" else []
+            message = refused(*["plan"] * (verb == "plan"), model, *given, *out)
+            assert r"caf\xe9" in message
+            assert "its name is not UTF-8, so no report could name it; rename it" in message
+    assert not (tmp_path / "out.partial").exists()
+
+
 # ---------------------------------------------------------------- lines and rows
 
 
@@ -360,6 +406,79 @@ def test_quotes_that_a_tsv_keeps_are_said(tmp_path):
     (tmp_path / "r.tsv").write_text('"text"\t"label"\n"a cat"\t"neg"\n"the\ndog"\t"pos"\n')  # as R writes it
     reading = read(tmp_path / "r.tsv", tmp_path / "c")
     assert reading.tables["train"].rows[:] == {"text": ["a cat", "the\ndog"], "label": ["neg", "pos"]}
+
+
+@pytest.mark.parametrize("texts", ["first line\nthe dog {}", "a\n\nb {}", "one\ntwo\nthree {}", 'he said ""so""\nand left {}'])
+@pytest.mark.parametrize("columns", [("text", "label"), ("label", "text"), ("id", "text", "label")])
+def test_texts_over_several_lines_of_a_tsv_are_refused(tmp_path, texts, columns):
+    rows = {"text": [texts.format(i) for i in range(4)], "label": ["neg", "pos"] * 2, "id": [1, 2, 3, 4]}
+    rows["text"][0] = "the cat"
+    datasets.Dataset.from_dict({name: rows[name] for name in columns}).to_csv(tmp_path / "t.tsv", sep="\t")
+    with pytest.raises(DataError, match=r"t.tsv: line 3 opens a quote .* Write it without them, or as a .csv"):
+        read(tmp_path / "t.tsv", tmp_path / "c")
+
+
+def test_open_quotes_in_whole_rows_of_a_tsv_are_texts(tmp_path):
+    for number, rows in enumerate(
+        (['neg\t"he said', 'pos\tshe said"', 'neg\t"a', ""], ['"he said\tneg', "x\tpos", '"so"\tneg'])
+    ):
+        (tmp_path / f"{number}.tsv").write_text("\n".join(["a\tb", *rows]) + "\n")
+        assert sizes(read(tmp_path / f"{number}.tsv", tmp_path / "c")) == {"train": 3}
+
+
+def blocks(count, *values):
+    """`count` rows in all; each value fills a part of them."""
+    return [value for value in values for _ in range(count // len(values))]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "first", "last"),
+    [
+        ((None, "x"), "large_string", None, "x"),
+        ((7, "x"), "large_string", "7", "x"),
+        ((1.5, "x"), "large_string", "1.5", "x"),
+        ((True, "x"), "large_string", "True", "x"),
+        (("007", "x"), "large_string", "007", "x"),
+        ((7, 1.5), "float64", 7.0, 1.5),
+        ((7, None), "int64", 7, None),
+        ((7, 8), "int64", 7, 8),
+    ],
+)
+def test_a_column_of_a_long_csv_is_what_all_its_rows_hold(tmp_path, values, kind, first, last):
+    count = 22_002
+    rows = {"text": [f"row {i}" for i in range(count)], "label": [i % 2 for i in range(count)], "more": blocks(count, *values)}
+    lines = [f"{a},{b},{'' if c is None else c}" for a, b, c in zip(*rows.values(), strict=True)]
+    (tmp_path / "t.csv").write_text("\n".join(["text,label,more", *lines]) + "\n")
+    reading = read(tmp_path / "t.csv", tmp_path / "c")
+    found = reading.tables["train"].rows
+    assert (found[0]["more"], found[-1]["more"]) == (first, last)
+    assert (found.features["label"].dtype, found.features["more"].dtype) == ("int64", kind)
+    changes = kind == "large_string"
+    assert ("columns read as texts, for some of their rows hold texts: more" in reading.notes[0]) == changes
+    assert found["text"][:] == rows["text"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "found"),
+    [
+        ("neg", "7", ["neg", "7"]), ("7", "neg", ["7", "neg"]), ("", "neg", [None, "neg"]), ("neg", "", ["neg", None]),
+        ("7", "1.5", [7.0, 1.5]), ("", "7", [None, 7]), ("7", "8", [7, 8]),
+    ],
+)  # fmt: skip
+def test_shards_whose_columns_hold_other_kinds(tmp_path, first, second, found):
+    (tmp_path / "d").mkdir()
+    for number, value in enumerate((first, second)):
+        (tmp_path / f"d/part-{number}.csv").write_text(f"text,label\na cat,{value}\n")
+    assert read(tmp_path / "d", tmp_path / "c").tables["train"].rows["label"][:] == found
+
+
+@pytest.mark.parametrize(("first", "second"), [("1.5", "neg"), ("True", "neg")])
+def test_shards_whose_columns_do_not_go_together_are_refused_by_column(tmp_path, first, second):
+    (tmp_path / "d").mkdir()
+    for number, value in enumerate((first, second)):
+        (tmp_path / f"d/part-{number}.csv").write_text(f"text,label\na cat,{value}\n")
+    with pytest.raises(DataError, match=r"the column 'label' is .* in part-\d.csv, .* in part-\d.csv, of one split"):
+        read(tmp_path / "d", tmp_path / "c")
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

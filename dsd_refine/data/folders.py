@@ -202,7 +202,8 @@ def _refuse_rivals(path: Path, tables: dict[str, Table], used: Iterable[Path]) -
         read = ", ".join(table.origin for table in tables.values())
         raise DataError(
             f"{path}: {read} would be its {' and '.join(tables)}, and {shown} would not be used: which are the data? Move the "
-            f"others away, name them like train and test, or give what is meant itself, such as {path / next(iter(tables.values())).origin}"
+            "others away, name them like train and test, or give what is meant itself, such as "
+            f"{path / next(iter(tables.values())).origin}"
         )
 
 

@@ -44,13 +44,25 @@ def entries(folder: Path) -> list[Path]:
     """What lies in a folder, sorted, without junk.
 
     Raises:
-        DataError: it cannot be listed.
+        DataError: it cannot be listed, or holds a name that is not UTF-8.
     """
     try:
         with os.scandir(folder) as found:
-            return sorted(folder / entry.name for entry in found if not is_junk(entry.name))
+            inner = sorted(folder / entry.name for entry in found if not is_junk(entry.name))
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot be listed ({error.strerror or error})") from None
+    for path in inner:
+        refuse_unwritable(path)
+    return inner
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raises DataError where a name is not UTF-8: no table, report or page could hold it."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise DataError(f"{shown}: its name is not UTF-8, so no report could name it; rename it") from None
 
 
 def folders_in(folder: Path) -> list[Path]:

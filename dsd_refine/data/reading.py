@@ -165,15 +165,47 @@ def joined(shards: list[Reading], root: Path) -> Table:
             )
     if len(tables) == 1:
         return first
-    try:
-        kinds = first.rows.features
-        rows = datasets.concatenate_datasets([table.rows.cast(kinds) for table in tables])
-    except Exception as error:  # pyarrow raises whatever a value that does not fit makes it raise
-        names = ", ".join(table.origin for table in tables)
-        raise DataError(f"{root}: {names} do not go together: {' '.join(str(error).split())[:200]}") from None
+    rows = _concatenated(tables, root)
     advice = next((table.advice for table in tables if table.advice), "")
     folder = first.folder if len(folders) == 1 else root
     return replace(first, rows=rows, folder=folder, origin=listed([t.origin for t in tables]), advice=advice)
+
+
+def _concatenated(tables: list[Table], root: Path) -> datasets.Dataset:
+    """The rows of all, as the first holds them; columns that are texts in one and whole numbers in another are texts.
+
+    Raises:
+        DataError: a column whose values do not go together.
+    """
+    kinds = tables[0].rows.features
+    try:
+        return datasets.concatenate_datasets([table.rows.cast(kinds) for table in tables])
+    except Exception:  # pyarrow raises whatever a value that does not fit makes it raise
+        kinds = kinds.copy()
+    for name in kinds:
+        held = [
+            (table.origin, str(getattr(table.rows.features[name], "dtype", "?")), _is_empty(table, name)) for table in tables
+        ]
+        holding = {kind: origin for origin, kind, is_empty in reversed(held) if not is_empty}
+        if {"string", "large_string"} & set(holding) and all(re.match("u?int|large_string|string", kind) for kind in holding):
+            kinds[name] = datasets.Value("large_string")
+        elif len(holding) > 1 and all(re.match("u?int|float", kind) for kind in holding):
+            kinds[name] = datasets.Value("float64")
+        elif len(holding) > 1:
+            shown = ", ".join(f"{kind} in {origin}" for kind, origin in sorted(holding.items()))
+            raise DataError(f"{root}: the column {name!r} is {shown}, of one split: write it the same way in each file")
+        elif holding:
+            kinds[name] = next(t.rows.features[name] for t in tables if not _is_empty(t, name))
+    try:
+        return datasets.concatenate_datasets([table.rows.cast(kinds) for table in tables])
+    except Exception as error:  # as above
+        names = listed([table.origin for table in tables])
+        raise DataError(f"{root}: {names} do not go together: {' '.join(str(error).split())[:200]}") from None
+
+
+def _is_empty(table: Table, name: str) -> bool:
+    column = table.rows.data.column(name)
+    return bool(column.null_count == len(column))
 
 
 def listed(names: list[str], most: int = 3) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from dsd_refine.data.files import Place, is_table, read_file
 from dsd_refine.data.folders import read_folder
 from dsd_refine.data.hub_data import read_hub
+from dsd_refine.data.listing import refuse_unwritable
 from dsd_refine.data.plain import POINTER
 from dsd_refine.data.reading import Reading as Reading
 from dsd_refine.data.reading import Table as Table
@@ -37,6 +38,7 @@ def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool],
     Raises:
         DataError: absent, empty, of no known form or of several, or a download nobody agreed to.
     """
+    refuse_unwritable(Path(os.path.abspath(spec)))
     found = _opened(spec, Place(cache, encoding), download)
     if not any(len(table.rows) for table in found.tables.values()):
         raise DataError(f"{spec}: holds no rows")
