@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsd_refine.data.files import paragraphs
-from dsd_refine.data.reading import ROLES, role_of, split_of
+from dsd_refine.data.reading import ROLES, Reading, Table, role_of, split_of
+from dsd_refine.data.splits import by_role
 from dsd_refine.data.tables import read_tables
 from dsd_refine.errors import DataError
 
@@ -221,6 +222,72 @@ def test_many_of_a_kind_are_counted(tmp_path):
     )
 
 
+@pytest.mark.parametrize("form", [shards, split_tables, tables_in_folders, texts, from_the_hub])
+@pytest.mark.parametrize(
+    "name",
+    ["classes.txt", "labels.txt", "stats.json", "label_names.json", "README.txt", "LICENSE.txt", "train_test_split.json",
+     "train_test_split.txt", "id2label.json", "vocab.txt"],
+)  # fmt: skip
+def test_a_list_or_a_paper_beside_the_tables_is_named(tmp_path, form, name):
+    (tmp_path / "d").mkdir()
+    form(tmp_path / "d")
+    before = read(tmp_path / "d", tmp_path / "c")
+    (tmp_path / "d" / name).write_text('{"neg": 1.5}' if name.endswith("json") else "neg\npos\n")
+    if name.startswith("train_test") and form in (shards, texts):  # no other split is said: which it is is not known
+        return
+    after = read(tmp_path / "d", tmp_path / "c")
+    assert {split: table.rows[:] for split, table in after.tables.items()} == {s: t.rows[:] for s, t in before.tables.items()}
+    assert [line for line in after.unused if line.startswith(f"{name}: ")]
+
+
+@pytest.mark.parametrize("name", ["README.txt", "labels.txt", "train_test_split.json", "train_test_split.txt"])
+def test_a_list_or_a_paper_beside_picture_folders_is_named(tmp_path, name):
+    split_folders(tmp_path / "d")
+    (tmp_path / "d" / name).write_text("[]")
+    reading = read(tmp_path / "d", tmp_path / "c")
+    assert sizes(reading) == {"test": 6, "train": 6}
+    assert [line.partition(":")[0] for line in reading.unused] == [name]
+
+
+def test_tables_of_several_kinds_are_refused_with_their_names(tmp_path):
+    jsonl(tmp_path / "d/reviews.jsonl")
+    (tmp_path / "d/notes.txt").write_text("words\n")
+    with pytest.raises(DataError, match=r"notes.txt, reviews.jsonl could each be its train split; .* give one file itself"):
+        read(tmp_path / "d", tmp_path / "c")
+
+
+def test_what_is_said_of_many_files_is_counted(command, made, tmp_path):
+    for number in range(60):
+        jsonl(tmp_path / f"d/part-{number:02}.jsonl", f"{number} ")
+        picture(tmp_path / f"pictures/{number:02}/x.png")
+        (tmp_path / f"pictures/{number:02}/more").mkdir()
+    notes = read(tmp_path / "d", tmp_path / "c").notes
+    assert len(notes) == 6
+    assert notes[-1] == "and 55 more like these, the last part-59.jsonl: 4 lines, 4 rows"
+    unused = read(tmp_path / "pictures", tmp_path / "c").unused
+    assert len(unused) == 6
+    assert unused[-1] == "and 55 more like these, the last 59/more: an empty folder"
+    done = command("plan", made / "bert", "--data", tmp_path / "d")
+    assert done.code == 0, done.err
+    assert done.out.count("part-") + done.err.count("part-") < 40
+
+
+def test_many_splits_and_configurations_are_counted(tmp_path):
+    names = [f"lang{number:03}" for number in range(150)]
+    for name in names:
+        jsonl(tmp_path / f"d/{name}/x.jsonl", name)
+    lines = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in names)
+    (tmp_path / "d/README.md").write_text(f"---\nconfigs:\n{lines}---\n")
+    for spec in (tmp_path / "d", f"{tmp_path}/d:none"):
+        with pytest.raises(DataError, match=r"lang000, lang001, .*, … \(150 in all\)") as error:
+            read(spec, tmp_path / "c")
+        assert len(str(error.value)) < 500
+    rows = Reading(dict.fromkeys(["train", "test", *names], Table(some_rows())))
+    assert len(by_role(rows, "org/data").unused) == 6
+    with pytest.raises(DataError, match=r"train, test, lang000, .*\(152 in all\)"):
+        by_role(rows, "org/data", evaluates="lang")
+
+
 # ---------------------------------------------------------------- names of splits
 
 
@@ -379,10 +446,10 @@ def bad_picture(place):
 @pytest.mark.parametrize("data", [bad_file, bad_shard, bad_folder, bad_class, bad_picture], ids=lambda data: data.__name__)
 def test_a_name_that_is_not_utf_8_is_refused_before_training(refused, made, tmp_path, verb, data):
     model = made / ("timm" if data in (bad_class, bad_picture) else "bert")
-    for given in (["--data", data(tmp_path)], ["--data", made / "texts.csv", "--eval-data", tmp_path / "d"]):
-        if given[-1].exists():
+    for options in (["--data", data(tmp_path)], ["--data", made / "texts.csv", "--eval-data", tmp_path / "d"]):
+        if options[-1].exists():
             out = ["-o", tmp_path / "out"] if verb == "refine" else []
-            message = refused(*["plan"] * (verb == "plan"), model, *given, *out)
+            message = refused(*["plan"] * (verb == "plan"), model, *options, *out)
             assert r"caf\xe9" in message
             assert "its name is not UTF-8, so no report could name it; rename it" in message
     assert not (tmp_path / "out.partial").exists()

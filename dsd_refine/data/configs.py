@@ -12,6 +12,7 @@ from huggingface_hub import DatasetCard
 
 from dsd_refine.data.files import Place, check_shards, guarded, is_table, read_file, validated
 from dsd_refine.data.listing import left_over
+from dsd_refine.data.names import listed as shown_names
 from dsd_refine.data.plain import refuse_pointer, suffix_of
 from dsd_refine.data.reading import Reading, Table, joined, listed, together
 from dsd_refine.errors import DataError
@@ -61,10 +62,12 @@ def _configs(path: Path) -> dict[str, dict[str, Any]]:
 
 def _chosen(path: Path, known: dict[str, dict[str, Any]], asked: str | None) -> str:
     if asked is not None and asked not in known:
-        raise DataError(f"{path}: has no configuration {asked!r}; README.md names {', '.join(known)}")
+        raise DataError(f"{path}: has no configuration {asked!r}; README.md names {shown_names(list(known))}")
     name = asked or guarded(path, lambda: MetadataConfigs(known).get_default_config_name())
     if name is None:
-        raise DataError(f"{path}: has several configurations: {', '.join(known)}. Name one: --data {path}:{next(iter(known))}")
+        raise DataError(
+            f"{path}: has several configurations: {shown_names(list(known))}. Name one: --data {path}:{next(iter(known))}"
+        )
     return str(name)
 
 

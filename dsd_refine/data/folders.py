@@ -13,7 +13,7 @@ import datasets
 
 from dsd_refine.data.configs import read_configured
 from dsd_refine.data.files import Place, check_shards, guarded, is_table, read_file, text_columns, validated
-from dsd_refine.data.listing import entries, files_below, folders_in, is_paper, left_over, walk
+from dsd_refine.data.listing import entries, files_below, folders_in, is_about, is_side_file, left_over, walk
 from dsd_refine.data.plain import refuse_pointer, stem_of
 from dsd_refine.data.reading import (
     SHARD,
@@ -71,7 +71,7 @@ def read_folder(path: Path, config: str | None, place: Place) -> Reading:
 
 
 def _is_data(path: Path) -> bool:
-    return is_table(path) and path.is_file() and not path.name.startswith(".") and not is_paper(path)
+    return is_table(path) and path.is_file() and not path.name.startswith(".") and not is_about(path)
 
 
 def _have_train(files: list[Path], folders: list[Path]) -> bool:
@@ -110,7 +110,7 @@ def _holds_only_tables(path: Path) -> bool:
         return any(_is_data(file) and SHARD.match(stem_of(file)) for file in entries(path / "data"))
     some = False
     for file, problem in walk(path):
-        if problem or is_paper(file):
+        if problem or is_about(file):
             continue
         some = some or _is_data(file)
         if file.parent != path and not _is_data(file):
@@ -149,6 +149,7 @@ def _splits_of_files(path: Path, files: list[Path]) -> tuple[dict[str, list[Path
     Raises:
         DataError: a name speaks of two roles, or of rows that are not to train, and none says a split.
     """
+    files = [file for file in files if not is_side_file(file)] or files
     splits: dict[str, list[Path]] = defaultdict(list)
     names: dict[str, str] = {}
     pairs = siblings(stem_of(file) for file in files)
@@ -223,7 +224,7 @@ def _split_of_file(root: Path, file: Path) -> str | None:
 
 def _used_files(path: Path, files: list[Path], tables: dict[str, Table]) -> list[Path]:
     """The table files, and the files that a column of theirs names."""
-    if all(_is_data(file) or is_paper(file) for file in entries(path)):  # nothing that a column could name
+    if all(_is_data(file) or is_about(file) for file in entries(path)):  # nothing that a column could name
         return files
     named: list[Path] = []
     for table in tables.values():
@@ -242,6 +243,8 @@ def _names_a_file(folder: Path, text: str | None) -> bool:
 def _beside(path: Path, first: str) -> str:
     if path.is_dir():
         return f"a folder beside {first}"
+    if is_side_file(path):
+        return f"speaks about the data by its name, beside {first}"
     words = roles_in(stem_of(path))
     if len(words) > 1:
         return f"named like {' and '.join(words)} at once, so no split, beside {first}"
@@ -367,7 +370,7 @@ def _refuse_same_classes(path: Path, folders: list[Path]) -> None:
         return
     if any(map(role_of, inner[0])):  # splits inside classes, which are refused as such
         return
-    if any(each.is_file() and not is_paper(each) for folder in folders for each in entries(folder)):
+    if any(each.is_file() and not is_about(each) for folder in folders for each in entries(folder)):
         return
     shown = listed([f"{folder.name}/" for folder in folders])
     raise DataError(

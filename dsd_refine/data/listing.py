@@ -25,6 +25,11 @@ PAPERS = re.compile(
     r"([-_.].*)?",
     re.IGNORECASE,
 )
+SIDE = re.compile(
+    r"(.*[-_. ])?(class(es)?([-_ ]?names?)?|labels?([-_ ]?(names?|map|list))?|label2id|id2label|categories|stats?|statistics"
+    r"|vocab(ulary)?|schema|config|info|meta(data)?|mapping|stop[-_ ]?words|columns|requirements)",
+    re.IGNORECASE,
+)
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 SHOWN = 5  # entries of a folder that are named one by one
 
@@ -38,6 +43,16 @@ def is_paper(path: Path) -> bool:
     """Is it about the data, and no table? README.md, LICENSE, dataset_info.json."""
     about = PAPERS.fullmatch(path.name) is not None
     return about and (not is_table(path) or path.suffix.lower() == ".json")
+
+
+def is_about(path: Path) -> bool:
+    """Is it about the data, by its name, though it may have the suffix of a table: README.txt, LICENSE.txt too?"""
+    return is_paper(path) or (PAPERS.fullmatch(path.name) is not None and path.suffix.lower() == ".txt")
+
+
+def is_side_file(path: Path) -> bool:
+    """Is it a list or numbers that lie beside the data, by its name: classes.txt, labels.json, stats.json?"""
+    return path.suffix.lower() in (".txt", ".json") and SIDE.fullmatch(path.stem) is not None
 
 
 def entries(folder: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -147,6 +147,20 @@ def together(parts: Iterable[Reading]) -> Reading:
     for part in parts:
         found = Reading(found.tables | part.tables, found.unused + part.unused, found.notes + part.notes)
     return found
+
+
+def shortened(lines: Sequence[str], most: int = 5) -> tuple[str, ...]:
+    """The lines, where many say the same of one file each: the first of them, and how many more there are."""
+    kinds: dict[str, list[str]] = {}
+    for line in lines:
+        kinds.setdefault(re.sub("[0-9]+", "0", line.partition(": ")[2] or line), []).append(line)
+    short: list[str] = []
+    for same in kinds.values():
+        short += same if len(same) <= most + 1 else same[:most]
+        if len(same) > most + 1:
+            last, _, said = same[-1].partition(": ")
+            short.append(f"and {len(same) - most} more like these, the last {last}: {said}")
+    return tuple(short)
 
 
 def joined(shards: list[Reading], root: Path) -> Table:

@@ -22,6 +22,7 @@ from dsd_refine.data.reading import Reading as Reading
 from dsd_refine.data.reading import Table as Table
 from dsd_refine.data.reading import named as named
 from dsd_refine.data.reading import role_of as role_of
+from dsd_refine.data.reading import shortened
 from dsd_refine.errors import DataError
 
 Found = TypeVar("Found")
@@ -46,7 +47,7 @@ def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool],
         name: replace(table, rows=table.rows.with_format(None), origin=table.origin or name)  # without a saved format
         for name, table in found.tables.items()
     }
-    return replace(found, tables=plain)
+    return replace(found, tables=plain, unused=shortened(found.unused), notes=shortened(found.notes))
 
 
 def _opened(spec: str, place: Place, download: Callable[[str, int], bool]) -> Reading:
