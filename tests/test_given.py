@@ -217,6 +217,29 @@ def test_files_of_unrelated_names_are_said_to_be_joined(plan, made, tmp_path):
         assert not any("joined" in line for line in plan(made / "bert", tmp_path / f"{number}")["warnings"])
 
 
+@pytest.mark.parametrize("inner", ["", "unknown", "test", "images", "Unlabelled"])
+def test_pictures_of_a_test_split_in_no_class_are_left_out_and_named(plan, refused, made, tmp_path, inner):
+    image_folder(tmp_path, splits=("train", "test"), per_class=12)
+    (tmp_path / "test" / inner).mkdir(exist_ok=True)
+    for path in list((tmp_path / "test").glob("[abc]/*.png")):
+        path.rename(tmp_path / "test" / inner / f"{path.parent.name}{path.name}")
+    for name in "abc":
+        (tmp_path / "test" / name).rmdir()
+    found = plan(made / "timm", tmp_path)
+    assert sum(rows for _, rows in where(found).values()) == 36
+    (said,) = [line for line in found["warnings"] if line.startswith("test/: ")]
+    assert said.endswith("so of no label: not used")
+    assert "label_map" not in json.dumps(found["warnings"])
+    (tmp_path / "train").rename(tmp_path / "validation")  # nothing trains
+    refused("plan", made / "timm", "--data", tmp_path)
+
+
+def test_a_test_split_of_another_class_is_not_left_out(refused, made, tmp_path):
+    image_folder(tmp_path, splits=("train",))
+    image_folder(tmp_path, splits=("test",), classes=["d"])
+    assert "d" in refused("plan", made / "timm", "--data", tmp_path)
+
+
 def test_folders_that_hold_the_same_classes_are_no_classes(refused, plan, made, tmp_path):
     for number, names in enumerate([("data", "more"), ("images", "unlabeled"), ("a", "b", "c")]):
         split_folders(tmp_path / f"{number}", names)

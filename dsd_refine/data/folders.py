@@ -41,6 +41,8 @@ FILE_NAMES = (
 ASIDE = re.compile(
     "unlabel|unsup|(no|without|missing) ?labels?|submission|predict|held ?out|hold ?out|(?<!la)(?<!con)(?<!pro)test( |$)"
 )
+# what the one folder of a split without classes is called
+UNKNOWN = re.compile("unknown|unlabell?ed|none|no[-_ ]?labels?|test|testing|images?|imgs?|all|data|files", re.IGNORECASE)
 KNOWN_FORMS = (
     "Known forms: class folders, train/ and test/ of them, train.csv|jsonl|parquet|txt, metadata.csv|jsonl, or a folder that "
     "save_to_disk wrote"
@@ -353,14 +355,33 @@ def _class_or_split_folders(path: Path, folders: list[Path], place: Place) -> Re
     # a split of a name of its own (validation_matched/) is one too: whether it is used is not for the reader to say
     parts = [f for f in folders if f in parts or f in said]
     readings = []
-    for part in parts:
+    unlabelled = _unlabelled(parts)
+    for part in [part for part in parts if part not in unlabelled]:
         found = _with_metadata(part, path, place) if _metadata(part) else _class_folders(part, path)
         (table,) = found.tables.values()
         readings.append(Reading({pairs.get(part.name, part.name): table}, found.unused, found.notes))
-    shown = ", ".join(f"{part.name}/" for part in parts)
+    shown = ", ".join(f"{part.name}/" for part in parts if part not in unlabelled)
     found = together(readings)
     _refuse_rivals(path, found.tables, parts)
-    return together([found, Reading({}, left_over(path, parts, lambda p: _beside_splits(p, shown)))])
+    unused = tuple(f"{part.name}/: {why}: not used" for part, why in unlabelled.items())
+    return together([found, Reading({}, unused + left_over(path, parts, lambda p: _beside_splits(p, shown)))])
+
+
+def _unlabelled(parts: list[Path]) -> dict[Path, str]:
+    """The splits beside a train of classes whose pictures lie in no class of it, as Kaggle gives a test split, with why."""
+    trains = [part for part in parts if role_of(part.name) == "train" and not _metadata(part)]
+    classes = {folder.name for part in trains for folder in folders_in(part)}
+    why = {}
+    for part in parts:
+        if part in trains or len(classes) < 2 or _metadata(part):
+            continue
+        inner = [folder for folder in folders_in(part) if entries(folder)]
+        files = [path for path in entries(part) if path.is_file() and not is_about(path)]
+        if not inner and files:
+            why[part] = f"{len(files)} files in no class folder, so of no label"
+        elif len(inner) == 1 and UNKNOWN.fullmatch(inner[0].name) and inner[0].name not in classes:
+            why[part] = f"one folder {inner[0].name}/, which is no class of {trains[0].name}/, so of no label"
+    return why
 
 
 def _refuse_same_classes(path: Path, folders: list[Path]) -> None:
