@@ -240,6 +240,31 @@ def test_a_test_split_of_another_class_is_not_left_out(refused, made, tmp_path):
     assert "d" in refused("plan", made / "timm", "--data", tmp_path)
 
 
+@pytest.mark.parametrize("inner", ["images", "clips", "train"])
+@pytest.mark.parametrize("spec", ["", "train.csv"])
+def test_file_names_of_a_table_may_count_from_the_one_folder_that_holds_them(plan, made, tmp_path, inner, spec):
+    image_folder(tmp_path / "made", splits=(), per_class=8)
+    (tmp_path / "d" / inner).mkdir(parents=True)
+    lines = ["image,label"]
+    for path in sorted((tmp_path / "made").rglob("*.png")):
+        shutil.copy(path, tmp_path / "d" / inner / f"{path.parent.name}{path.name}")
+        lines.append(f"{path.parent.name}{path.name},{path.parent.name}")
+    (tmp_path / "d/train.csv").write_text("\n".join(lines) + "\n")
+    found = plan(made / "timm", tmp_path / "d" / spec)
+    assert sum(rows for _, rows in where(found).values()) == 24
+    assert f"train.csv: the files of its column 'image' are those in {inner}/" in found["data"]["notes"]
+    assert found["data"]["unused"] == []
+    assert all(not part["skipped"] for part in (found["data"]["train"], found["data"]["eval"]))
+
+
+def test_file_names_that_two_folders_hold_are_shown_where_they_are(refused, made, tmp_path):
+    for inner in ("large", "small"):
+        image_folder(tmp_path / inner, splits=(), per_class=8)
+    (tmp_path / "train.csv").write_text("image,label\n" + "".join(f"{c}/00{i}.png,{c}\n" for c in "abc" for i in range(8)))
+    message = refused("plan", made / "timm", "--data", tmp_path / "train.csv")
+    assert "it lies in large/ and small/ there" in message
+
+
 def test_folders_that_hold_the_same_classes_are_no_classes(refused, plan, made, tmp_path):
     for number, names in enumerate([("data", "more"), ("images", "unlabeled"), ("a", "b", "c")]):
         split_folders(tmp_path / f"{number}", names)

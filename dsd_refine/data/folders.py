@@ -6,6 +6,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ FILE_NAMES = (
 ASIDE = re.compile(
     "unlabel|unsup|(no|without|missing) ?labels?|submission|predict|held ?out|hold ?out|(?<!la)(?<!con)(?<!pro)test( |$)"
 )
+FILE_NAME = re.compile(r"[^\0\n]{1,200}\.[A-Za-z0-9]{1,5}")
 # what the one folder of a split without classes is called
 UNKNOWN = re.compile("unknown|unlabell?ed|none|no[-_ ]?labels?|test|testing|images?|imgs?|all|data|files", re.IGNORECASE)
 KNOWN_FORMS = (
@@ -130,19 +132,41 @@ def _table_files(path: Path, files: list[Path], place: Place) -> Reading:
     """Table files by the split that their folders or names say; where none says one, all of them train."""
     splits, joins = _splits_of_files(path, files)
     readings, tables = [], {}
+    places: tuple[str, ...] = ()
     for split, shards in splits.items():
         check_shards(path, split, shards)
         read = [read_file(file, file.relative_to(path).as_posix(), place) for file in shards]
         if any(len(each.tables) > 1 for each in read):
             raise DataError(f"{shards[0]}: holds several splits, and is one of a folder; give the file itself")
-        tables[split] = joined(read, path)
+        tables[split], where = located(joined(read, path))
+        places += where
         readings += read
     used = _used_files(path, [file for shards in splits.values() for file in shards], tables)
     _refuse_rivals(path, tables, used)
     parts = together(readings)
     first = next(iter(tables.values())).origin
     unused = left_over(path, used, lambda other: _beside(other, first))
-    return Reading(tables, joins + parts.unused + unused, parts.notes)
+    return Reading(tables, joins + parts.unused + unused, parts.notes + places)
+
+
+def located(table: Table) -> tuple[Table, tuple[str, ...]]:
+    """The table with the folder that its file names count from, where that is the one folder beside it that holds all of
+    them, and a line that says so."""
+    folder = table.folder
+    if folder is None or not len(table.rows):
+        return table, ()
+    columns = text_columns(table.rows)
+    first = {name: str(table.rows[0][name] or "") for name in columns}
+    if any(_names_a_file(folder, text) for text in first.values()):
+        return table, ()
+    for name in (name for name in columns if FILE_NAME.fullmatch(first[name])):
+        inner = [each for each in sorted(folder.glob("[!.]*/")) if _names_a_file(each, first[name])]
+        values = [value for value in table.rows[name] if value]
+        holding = [each for each in inner if all(_names_a_file(each, value) for value in values)]
+        if len(holding) == 1:
+            said = f"{table.origin}: the files of its column {name!r} are those in {holding[0].name}/"
+            return replace(table, folder=holding[0]), (said,)
+    return table, ()
 
 
 def _splits_of_files(path: Path, files: list[Path]) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
