@@ -257,6 +257,17 @@ def test_file_names_of_a_table_may_count_from_the_one_folder_that_holds_them(pla
     assert all(not part["skipped"] for part in (found["data"]["train"], found["data"]["eval"]))
 
 
+@pytest.mark.parametrize("sign", ["csv", "tsv"])
+@pytest.mark.parametrize("first", ["the red dog runs home{}pos", "good{}1", "a cat{}neg"])
+def test_a_table_without_a_head_is_said_to_seem_so(refused, made, tmp_path, sign, first):
+    lines = [first, *(f"the dog {{}}{number}" for number in range(6)), "a cow{}neg", "a cow{}pos"]
+    (tmp_path / f"t.{sign}").write_text("".join(line.format("\t" if sign == "tsv" else ",") + "\n" for line in lines))
+    message = refused("plan", made / "bert", "--data", tmp_path / f"t.{sign}")
+    assert "Its first line seems to be data" in message
+    (tmp_path / "u.csv").write_text("words,kind\na cat,neg\na dog,pos\n")
+    assert "seems to be data" not in refused("plan", made / "bert", "--data", tmp_path / "u.csv")
+
+
 def test_file_names_that_two_folders_hold_are_shown_where_they_are(refused, made, tmp_path):
     for inner in ("large", "small"):
         image_folder(tmp_path / inner, splits=(), per_class=8)

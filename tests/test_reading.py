@@ -773,6 +773,19 @@ def test_several_configurations_are_listed_and_one_can_be_named(tmp_path):
     assert read(tmp_path / "d", tmp_path / "c").unused == ("de/: no file of the configuration 'fr' (README.md)",)
 
 
+@pytest.mark.parametrize(
+    ("files", "said"), [("[train.csv, gone.csv]", "the file gone.csv, which is"), ("x/*.csv", "the|files that")]
+)
+def test_a_file_of_a_configuration_that_is_not_there_is_named_in_one_line(tmp_path, files, said):
+    some_rows().to_csv(tmp_path / "train.csv")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n")
+    with pytest.raises(
+        DataError, match=rf"'default' in its README.md names ({said}).* not there: fetch or correct it"
+    ) as error:
+        read(tmp_path, tmp_path / "c")
+    assert len(str(error.value)) < 300
+
+
 def test_class_names_that_a_readme_gives_are_kept(tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d/train.csv").write_text("text,label\na cat,1\nthe dog,0\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def read_configured(path: Path, config: str | None, place: Place) -> Reading | N
             raise DataError(f"{path}:{config}: its README.md names no configurations; give {path}")
         return None
     name = _chosen(path, known, config)
-    builder = guarded(path, lambda: datasets.load_dataset_builder(str(path), name, cache_dir=str(place.cache)))
+    builder = _builder(path, name, place)
     files = {
         str(split): [path / os.path.relpath(file, path.resolve()) for file in found]
         for split, found in builder.config.data_files.items()
@@ -69,6 +70,19 @@ def _chosen(path: Path, known: dict[str, dict[str, Any]], asked: str | None) -> 
             f"{path}: has several configurations: {shown_names(list(known))}. Name one: --data {path}:{next(iter(known))}"
         )
     return str(name)
+
+
+def _builder(path: Path, name: str, place: Place) -> Any:
+    try:
+        return guarded(path, lambda: datasets.load_dataset_builder(str(path), name, cache_dir=str(place.cache)))
+    except DataError as error:
+        gone = re.search(r"Unable to find '(.*?)'|No \(supported\) data files found", str(error))
+        if gone is None:
+            raise
+        file = f"the file {os.path.relpath(gone[1], path)}, which is" if gone[1] else "files that are"
+        raise DataError(
+            f"{path}: the configuration {name!r} in its README.md names {file} not there: fetch or correct it"
+        ) from None
 
 
 def _check(path: Path, config: str, files: dict[str, list[Path]]) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dsd_refine.data.columns import Kind, aligned, choose, unused_columns
+from dsd_refine.data.columns import Kind, MissingColumn, aligned, choose, unused_columns
 from dsd_refine.data.splits import Rows, Splits, by_role, where_of
-from dsd_refine.data.tables import Reading, Table, read_tables
+from dsd_refine.data.tables import Reading, Table, lacks_head, read_tables
 
+HEAD_HINT = "Its first line seems to be data: a CSV or TSV needs a head, a first line of column names such as text,label"
 Columns = dict[str, tuple[str, ...]]
 
 
@@ -106,7 +107,7 @@ def read_given(
     if eval_data:
         reading = read_tables(eval_data, cache, download=download, encoding=encoding)
         sides.append(_Side(eval_data, reading, by_role(reading, eval_data, evaluates=evaluates, use="evaluate")))
-    columns = choose(sides[0].splits.tables["train"], kinds, asked)
+    columns = _chosen(sides[0].splits.tables["train"], kinds, asked)
     sides = [side.aligned(columns, kinds, asked, may_lack_label=not number) for number, side in enumerate(sides)]
     several = len(sides) > 1
     return Given(
@@ -116,6 +117,16 @@ def read_given(
         tuple(line for side in sides for line in side.public(side.unused(columns), several=several)),
         tuple(line for side in sides for line in side.public(side.reading.notes, several=several)),
     )
+
+
+def _chosen(table: Table, kinds: Sequence[Kind], asked: Mapping[str, str | None]) -> Columns:
+    """As `choose`; where a column is missing and the names of columns look like a row, the message says so."""
+    try:
+        return choose(table, kinds, asked)
+    except MissingColumn as error:
+        if not lacks_head(table):
+            raise
+        raise MissingColumn(f"{error} {HEAD_HINT}") from None
 
 
 def _place(table: Table) -> tuple[str, str, str]:

@@ -17,6 +17,7 @@ from dsd_refine.data.files import Place, is_table, read_file
 from dsd_refine.data.folders import located, read_folder
 from dsd_refine.data.hub_data import read_hub
 from dsd_refine.data.listing import refuse_unwritable
+from dsd_refine.data.names import integer
 from dsd_refine.data.plain import POINTER
 from dsd_refine.data.reading import Reading as Reading
 from dsd_refine.data.reading import Table as Table
@@ -86,6 +87,14 @@ def tried(path: Path) -> str:
         close = []
     hint = f", which has {close[0]!r}" if close else ""
     return f": looked for {whole}; {there} has no {missing!r}{hint}" if there != whole else f": looked for {whole}"
+
+
+def lacks_head(table: Table) -> bool:
+    """Is it a CSV or TSV whose names of columns look like a row: one is among the values below it, a number, or a sentence?"""
+    if not re.search(r"\.[ct]sv(\.\w+)?$", table.origin):
+        return False
+    first = table.rows[:AT_ONCE]
+    return any(name in map(str, first[name]) or integer(name) is not None or len(name.split()) > 3 for name in first)
 
 
 def undecoded(table: Table, name: str, feature: Any) -> Table:
