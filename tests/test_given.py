@@ -193,9 +193,18 @@ def test_names_that_differ_in_a_split_s_word_alone_are_splits(made, tmp_path, na
     )
 
 
-@pytest.mark.parametrize("other", ["unlabeled", "unlabelled_rows", "sample_submission", "unsup", "mytest", "no_labels"])
+@pytest.mark.parametrize("names", [("trainset", "testset"), ("images_train", "images_val"), ("catstrain", "catstest")])
+def test_flat_folders_of_pictures_that_name_splits_are_no_classes(refused, made, tmp_path, names):
+    image_folder(tmp_path, classes=names, splits=(), per_class=8)
+    assert "no images in class folders here" in refused("plan", made / "timm", "--data", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other", ["unlabeled", "unlabeled/0", "unlabelled_rows", "sample_submission", "unsup", "mytest", "no_labels"]
+)
 def test_a_file_that_speaks_of_rows_not_to_train_is_not_joined(refused, made, tmp_path, other):
-    split_files(tmp_path / "d", ["tweets", other])
+    split_files(tmp_path / "d", ["tweets"])
+    text_csv(tmp_path / "d" / f"{other}.csv")
     message = refused(made / "bert", "--data", tmp_path / "d", "-o", tmp_path / "out")
     assert f"{other}.csv speaks of rows that are not to train: name the files train and test" in message
 

@@ -26,6 +26,7 @@ from dsd_refine.data.reading import (
     role_of,
     roles_in,
     siblings,
+    speaks_of,
     split_of,
     together,
     words_of,
@@ -205,7 +206,11 @@ def _joined_by_no_name(path: Path, files: list[Path]) -> tuple[str, ...]:
     if len({re.sub("[0-9]+", "0", name) for name in shown}) < 2:
         return ()
     remedy = "name the files train and test, give one file itself, or put those that train into a folder of their own"
-    aside = [name for name, file in zip(shown, files, strict=True) if ASIDE.search(" ".join(words_of(stem_of(file))))]
+    aside = [
+        name
+        for name, file in zip(shown, files, strict=True)
+        if ASIDE.search(" ".join(words_of(name.removesuffix(file.suffix))))
+    ]
     if aside:
         raise DataError(
             f"{path}: {listed(shown)} say no split, and {listed(aside)} speaks of rows that are not to train: {remedy}"
@@ -369,7 +374,11 @@ def _by_first_folder(table: Table, folder: Path, names: list[str]) -> dict[str, 
 def _class_or_split_folders(path: Path, folders: list[Path], place: Place) -> Reading:
     parts = [folder for folder in folders if role_of(folder.name)]
     pairs = siblings(f.name for f in folders)
-    said = [f for f in folders if (split_of(f.name) or f.name in pairs) and not _is_a_class(f)]
+    named = [f for f in folders if split_of(f.name) or f.name in pairs]
+    said = [f for f in named if not _is_a_class(f)]
+    roles = {speaks_of(pairs.get(f.name, f.name)) for f in named}
+    if not parts and named == folders and "train" in roles and len(roles) > 1:
+        parts = said = named  # without classes in them too: what is a train beside a test is no class
     if not parts and len(folders) > 1 and (said == folders or any(is_glued(f.name) or f.name in pairs for f in said)):
         parts = said  # images_train/ and images_test/, trainset/ and testset/
     if not parts or (len(parts) == 1 < len(folders) and _is_a_class(parts[0])):
