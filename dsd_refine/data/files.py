@@ -170,7 +170,7 @@ def _kinds_of_blocks(plain: Plain, how: dict[str, Any]) -> dict[str, set[str]]:
     kinds: dict[str, set[str]] = defaultdict(set)
     try:
         for block in _blocks(plain, how):
-            for name, values in block.items():
+            for name, values in block.items() if len(block) else ():
                 kinds[str(name)].add(values.dtype.kind)
     except (ValueError, pandas.errors.ParserError):
         return {}
