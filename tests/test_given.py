@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from dsd_refine.data.columns import AUDIO, CAPTION, DOCUMENT, IMAGE, LABEL, PAIRS, TEXT, TRANSCRIPT, choose
 from dsd_refine.data.splits import Rows, by_role, divide, speaks_of
-from dsd_refine.data.tables import Reading, Table
+from dsd_refine.data.tables import Reading, Table, read_tables
 from dsd_refine.errors import DataError
 
 MNLI = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
@@ -158,6 +158,142 @@ def test_a_folder_of_a_split_s_own_name_is_a_split(refused, plan, made, tmp_path
     found = plan(made / "vit", tmp_path, "--eval-split", "validation_matched")
     assert where(found)["eval"] == ("validation_matched", 24)
     assert any("validation_other" in line for line in found["data"]["unused"])
+
+
+GLUED = [
+    ("trainset", "testset"), ("traindata", "testdata"), ("TrainSet", "ValidationSet"), ("traindir", "valdir"),
+    ("trainA", "testA"), ("trn", "tst"), ("myTrainData", "myTestData"), ("train", "holdout"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("train", "other"), GLUED)
+@pytest.mark.parametrize("form", ["tables", "tables in folders", "pictures"])
+def test_a_split_s_word_counts_where_nothing_parts_it_from_the_rest(refused, plan, made, tmp_path, train, other, form):
+    if form == "pictures":
+        split_folders(tmp_path / "d", [train, other])
+    else:
+        split_files(tmp_path / "d", [train, other], rows=40)
+        for path in sorted((tmp_path / "d").iterdir()) if form == "tables in folders" else ():
+            (tmp_path / "d" / path.stem).mkdir()
+            path.rename(tmp_path / "d" / path.stem / "0.csv")
+    model = made / ("timm" if form == "pictures" else "bert")
+    message = refused(model, "--data", tmp_path / "d", "-o", tmp_path / "out")
+    assert "--eval-split NAME" in message
+    assert other in message
+    found = where(plan(model, tmp_path / "d", "--eval-split", other))
+    assert (found["train"][0], found["eval"][0]) == (train, other)
+
+
+@pytest.mark.parametrize("names", [("imdbtrain", "imdbtest"), ("IMDBTrain", "IMDBTest"), ("smsTRAIN", "smsTEST")])
+@pytest.mark.parametrize("form", [split_files, split_folders])
+def test_names_that_differ_in_a_split_s_word_alone_are_splits(made, tmp_path, names, form):
+    form(tmp_path / "d", names)
+    found = by_role(read_tables(str(tmp_path / "d"), tmp_path / "c", download=lambda *_: False), str(tmp_path / "d"))
+    assert {role: len(table.rows) for role, table in found.tables.items()} == (
+        {"train": 20, "test": 21} if form is split_files else {"train": 30, "test": 33}
+    )
+
+
+@pytest.mark.parametrize("names", [("trainset", "testset"), ("images_train", "images_val"), ("catstrain", "catstest")])
+def test_flat_folders_of_pictures_that_name_splits_are_no_classes(refused, made, tmp_path, names):
+    image_folder(tmp_path, classes=names, splits=(), per_class=8)
+    assert "no images in class folders here" in refused("plan", made / "timm", "--data", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other", ["unlabeled", "unlabeled/0", "unlabelled_rows", "sample_submission", "unsup", "mytest", "no_labels"]
+)
+def test_a_file_that_speaks_of_rows_not_to_train_is_not_joined(refused, made, tmp_path, other):
+    split_files(tmp_path / "d", ["tweets"])
+    text_csv(tmp_path / "d" / f"{other}.csv")
+    message = refused(made / "bert", "--data", tmp_path / "d", "-o", tmp_path / "out")
+    assert f"{other}.csv speaks of rows that are not to train: name the files train and test" in message
+
+
+@pytest.mark.parametrize("names", [("holdout", "data"), ("testset", "tweets"), ("valdata", "all")])
+def test_a_test_file_beside_one_of_no_split_is_refused(refused, made, tmp_path, names):
+    split_files(tmp_path / "d", names)
+    message = refused(made / "bert", "--data", tmp_path / "d", "-o", tmp_path / "out")
+    assert "which are the data? Move the others away, name them like train and test" in message
+    assert all(f"{name}.csv" in message for name in names)
+
+
+def test_files_of_unrelated_names_are_said_to_be_joined(plan, made, tmp_path):
+    split_files(tmp_path / "d", ["tweets", "reviews"])
+    said = plan(made / "bert", tmp_path / "d")["warnings"]
+    assert any(line.startswith("reviews.csv, tweets.csv: names of no split, so all are joined as train") for line in said)
+    for number, names in enumerate([("part-0", "part-1"), ("2019", "2020"), ("tweets 1", "tweets 22")]):
+        split_files(tmp_path / f"{number}", names)
+        assert not any("joined" in line for line in plan(made / "bert", tmp_path / f"{number}")["warnings"])
+
+
+@pytest.mark.parametrize("inner", ["", "unknown", "test", "images", "Unlabelled"])
+def test_pictures_of_a_test_split_in_no_class_are_left_out_and_named(plan, refused, made, tmp_path, inner):
+    image_folder(tmp_path, splits=("train", "test"), per_class=12)
+    (tmp_path / "test" / inner).mkdir(exist_ok=True)
+    for path in list((tmp_path / "test").glob("[abc]/*.png")):
+        path.rename(tmp_path / "test" / inner / f"{path.parent.name}{path.name}")
+    for name in "abc":
+        (tmp_path / "test" / name).rmdir()
+    found = plan(made / "timm", tmp_path)
+    assert sum(rows for _, rows in where(found).values()) == 36
+    (said,) = [line for line in found["warnings"] if line.startswith("test/: ")]
+    assert said.endswith("so of no label: not used")
+    assert "label_map" not in json.dumps(found["warnings"])
+    (tmp_path / "train").rename(tmp_path / "validation")  # nothing trains
+    refused("plan", made / "timm", "--data", tmp_path)
+
+
+def test_a_test_split_of_another_class_is_not_left_out(refused, made, tmp_path):
+    image_folder(tmp_path, splits=("train",))
+    image_folder(tmp_path, splits=("test",), classes=["d"])
+    assert "d" in refused("plan", made / "timm", "--data", tmp_path)
+
+
+@pytest.mark.parametrize("inner", ["images", "clips", "train"])
+@pytest.mark.parametrize("spec", ["", "train.csv"])
+def test_file_names_of_a_table_may_count_from_the_one_folder_that_holds_them(plan, made, tmp_path, inner, spec):
+    image_folder(tmp_path / "made", splits=(), per_class=8)
+    (tmp_path / "d" / inner).mkdir(parents=True)
+    lines = ["image,label"]
+    for path in sorted((tmp_path / "made").rglob("*.png")):
+        shutil.copy(path, tmp_path / "d" / inner / f"{path.parent.name}{path.name}")
+        lines.append(f"{path.parent.name}{path.name},{path.parent.name}")
+    (tmp_path / "d/train.csv").write_text("\n".join(lines) + "\n")
+    found = plan(made / "timm", tmp_path / "d" / spec)
+    assert sum(rows for _, rows in where(found).values()) == 24
+    assert f"train.csv: the files of its column 'image' are those in {inner}/" in found["data"]["notes"]
+    assert found["data"]["unused"] == []
+    assert all(not part["skipped"] for part in (found["data"]["train"], found["data"]["eval"]))
+
+
+@pytest.mark.parametrize("sign", ["csv", "tsv"])
+@pytest.mark.parametrize("first", ["the red dog runs home{}pos", "good{}1", "a cat{}neg"])
+def test_a_table_without_a_head_is_said_to_seem_so(refused, made, tmp_path, sign, first):
+    lines = [first, *(f"the dog {{}}{number}" for number in range(6)), "a cow{}neg", "a cow{}pos"]
+    (tmp_path / f"t.{sign}").write_text("".join(line.format("\t" if sign == "tsv" else ",") + "\n" for line in lines))
+    message = refused("plan", made / "bert", "--data", tmp_path / f"t.{sign}")
+    assert "The first line seems to be data" in message
+    (tmp_path / "u.csv").write_text("words,kind\na cat,neg\na dog,pos\n")
+    assert "seems to be data" not in refused("plan", made / "bert", "--data", tmp_path / "u.csv")
+
+
+def test_file_names_that_two_folders_hold_are_shown_where_they_are(refused, made, tmp_path):
+    for inner in ("large", "small"):
+        image_folder(tmp_path / inner, splits=(), per_class=8)
+    (tmp_path / "train.csv").write_text("image,label\n" + "".join(f"{c}/00{i}.png,{c}\n" for c in "abc" for i in range(8)))
+    message = refused("plan", made / "timm", "--data", tmp_path / "train.csv")
+    assert "it lies in large/ and small/ there" in message
+
+
+def test_folders_that_hold_the_same_classes_are_no_classes(refused, plan, made, tmp_path):
+    for number, names in enumerate([("data", "more"), ("images", "unlabeled"), ("a", "b", "c")]):
+        split_folders(tmp_path / f"{number}", names)
+        message = refused(made / "timm", "--data", tmp_path / f"{number}", "-o", tmp_path / "out")
+        assert "they seem to be splits, and which trains is not known: name them train/ and test/" in message
+    for name in "abc":  # a folder of the same name in every class is none
+        image_folder(tmp_path / "d" / name, classes=["images"], per_class=9, splits=())
+    assert where(plan(made / "timm", tmp_path / "d"))["train"][1] > 9
 
 
 @given(

@@ -204,7 +204,7 @@ def test_configurations_of_a_data_set_are_listed_and_named(ask, rows, tmp_path):
     (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     code, said, _ = ask(data="org/rows", repository=folder)
     assert code == 2, said
-    assert "org/rows: has several configurations ('de', 'fr'); name one: --data org/rows:CONFIG" in said
+    assert "org/rows: has several configurations (de, fr); name one: --data org/rows:CONFIG" in said
     code, said, _ = ask(data="org/rows:fr", repository=folder)
     assert code == 0, said
 

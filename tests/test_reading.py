@@ -9,13 +9,14 @@ import shutil
 
 import datasets
 import pytest
-from builders import image_folder, text_file
+from builders import image_folder, text_csv, text_file
 from conftest import SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsd_refine.data.files import paragraphs
-from dsd_refine.data.reading import ROLES, role_of, split_of
+from dsd_refine.data.reading import ROLES, Reading, Table, role_of, split_of
+from dsd_refine.data.splits import by_role
 from dsd_refine.data.tables import read_tables
 from dsd_refine.errors import DataError
 
@@ -221,6 +222,72 @@ def test_many_of_a_kind_are_counted(tmp_path):
     )
 
 
+@pytest.mark.parametrize("form", [shards, split_tables, tables_in_folders, texts, from_the_hub])
+@pytest.mark.parametrize(
+    "name",
+    ["classes.txt", "labels.txt", "stats.json", "label_names.json", "README.txt", "LICENSE.txt", "train_test_split.json",
+     "train_test_split.txt", "id2label.json", "vocab.txt"],
+)  # fmt: skip
+def test_a_list_or_a_paper_beside_the_tables_is_named(tmp_path, form, name):
+    (tmp_path / "d").mkdir()
+    form(tmp_path / "d")
+    before = read(tmp_path / "d", tmp_path / "c")
+    (tmp_path / "d" / name).write_text('{"neg": 1.5}' if name.endswith("json") else "neg\npos\n")
+    if name.startswith("train_test") and form in (shards, texts):  # no other split is said: which it is is not known
+        return
+    after = read(tmp_path / "d", tmp_path / "c")
+    assert {split: table.rows[:] for split, table in after.tables.items()} == {s: t.rows[:] for s, t in before.tables.items()}
+    assert [line for line in after.unused if line.startswith(f"{name}: ")]
+
+
+@pytest.mark.parametrize("name", ["README.txt", "labels.txt", "train_test_split.json", "train_test_split.txt"])
+def test_a_list_or_a_paper_beside_picture_folders_is_named(tmp_path, name):
+    split_folders(tmp_path / "d")
+    (tmp_path / "d" / name).write_text("[]")
+    reading = read(tmp_path / "d", tmp_path / "c")
+    assert sizes(reading) == {"test": 6, "train": 6}
+    assert [line.partition(":")[0] for line in reading.unused] == [name]
+
+
+def test_tables_of_several_kinds_are_refused_with_their_names(tmp_path):
+    jsonl(tmp_path / "d/reviews.jsonl")
+    (tmp_path / "d/notes.txt").write_text("words\n")
+    with pytest.raises(DataError, match=r"notes.txt, reviews.jsonl could each be its train split; .* give one file itself"):
+        read(tmp_path / "d", tmp_path / "c")
+
+
+def test_what_is_said_of_many_files_is_counted(command, made, tmp_path):
+    for number in range(60):
+        jsonl(tmp_path / f"d/part-{number:02}.jsonl", f"{number} ")
+        picture(tmp_path / f"pictures/{number:02}/x.png")
+        (tmp_path / f"pictures/{number:02}/more").mkdir()
+    notes = read(tmp_path / "d", tmp_path / "c").notes
+    assert len(notes) == 6
+    assert notes[-1] == "and 55 more like these, the last part-59.jsonl: 4 lines, 4 rows"
+    unused = read(tmp_path / "pictures", tmp_path / "c").unused
+    assert len(unused) == 6
+    assert unused[-1] == "and 55 more like these, the last 59/more: an empty folder"
+    done = command("plan", made / "bert", "--data", tmp_path / "d")
+    assert done.code == 0, done.err
+    assert done.out.count("part-") + done.err.count("part-") < 40
+
+
+def test_many_splits_and_configurations_are_counted(tmp_path):
+    names = [f"lang{number:03}" for number in range(150)]
+    for name in names:
+        jsonl(tmp_path / f"d/{name}/x.jsonl", name)
+    lines = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in names)
+    (tmp_path / "d/README.md").write_text(f"---\nconfigs:\n{lines}---\n")
+    for spec in (tmp_path / "d", f"{tmp_path}/d:none"):
+        with pytest.raises(DataError, match=r"lang000, lang001, .*, … \(150 in all\)") as error:
+            read(spec, tmp_path / "c")
+        assert len(str(error.value)) < 500
+    rows = Reading(dict.fromkeys(["train", "test", *names], Table(some_rows())))
+    assert len(by_role(rows, "org/data").unused) == 6
+    with pytest.raises(DataError, match=r"train, test, lang000, .*\(152 in all\)"):
+        by_role(rows, "org/data", evaluates="lang")
+
+
 # ---------------------------------------------------------------- names of splits
 
 
@@ -342,6 +409,52 @@ def test_broken_links_are_named(tmp_path):
     )
 
 
+# ---------------------------------------------------------------- names that are not UTF-8
+
+
+BAD = os.fsdecode(b"caf\xe9")
+
+
+def bad_file(place):
+    text_csv(place / f"{BAD}.csv")
+    return place / f"{BAD}.csv"
+
+
+def bad_shard(place):
+    text_csv(place / "d/part-0.csv")
+    text_csv(place / "d" / f"{BAD}.csv", seed=1)
+    return place / "d"
+
+
+def bad_folder(place):
+    text_csv(place / BAD / "train.csv")
+    return place / BAD
+
+
+def bad_class(place):
+    image_folder(place / "d", classes=["a", BAD], splits=())
+    return place / "d"
+
+
+def bad_picture(place):
+    image_folder(place / "d", per_class=8, splits=())
+    (place / "d/a/000.png").rename(place / f"d/a/{BAD}.png")
+    return place / "d"
+
+
+@pytest.mark.parametrize("verb", ["plan", "refine"])
+@pytest.mark.parametrize("data", [bad_file, bad_shard, bad_folder, bad_class, bad_picture], ids=lambda data: data.__name__)
+def test_a_name_that_is_not_utf_8_is_refused_before_training(refused, made, tmp_path, verb, data):
+    model = made / ("timm" if data in (bad_class, bad_picture) else "bert")
+    for options in (["--data", data(tmp_path)], ["--data", made / "texts.csv", "--eval-data", tmp_path / "d"]):
+        if options[-1].exists():
+            out = ["-o", tmp_path / "out"] if verb == "refine" else []
+            message = refused(*["plan"] * (verb == "plan"), model, *options, *out)
+            assert r"caf\xe9" in message
+            assert "its name is not UTF-8, so no report could name it; rename it" in message
+    assert not (tmp_path / "out.partial").exists()
+
+
 # ---------------------------------------------------------------- lines and rows
 
 
@@ -360,6 +473,79 @@ def test_quotes_that_a_tsv_keeps_are_said(tmp_path):
     (tmp_path / "r.tsv").write_text('"text"\t"label"\n"a cat"\t"neg"\n"the\ndog"\t"pos"\n')  # as R writes it
     reading = read(tmp_path / "r.tsv", tmp_path / "c")
     assert reading.tables["train"].rows[:] == {"text": ["a cat", "the\ndog"], "label": ["neg", "pos"]}
+
+
+@pytest.mark.parametrize("texts", ["first line\nthe dog {}", "a\n\nb {}", "one\ntwo\nthree {}", 'he said ""so""\nand left {}'])
+@pytest.mark.parametrize("columns", [("text", "label"), ("label", "text"), ("id", "text", "label")])
+def test_texts_over_several_lines_of_a_tsv_are_refused(tmp_path, texts, columns):
+    rows = {"text": [texts.format(i) for i in range(4)], "label": ["neg", "pos"] * 2, "id": [1, 2, 3, 4]}
+    rows["text"][0] = "the cat"
+    datasets.Dataset.from_dict({name: rows[name] for name in columns}).to_csv(tmp_path / "t.tsv", sep="\t")
+    with pytest.raises(DataError, match=r"t.tsv: line 3 opens a quote .* Write it without them, or as a .csv"):
+        read(tmp_path / "t.tsv", tmp_path / "c")
+
+
+def test_open_quotes_in_whole_rows_of_a_tsv_are_texts(tmp_path):
+    for number, rows in enumerate(
+        (['neg\t"he said', 'pos\tshe said"', 'neg\t"a', ""], ['"he said\tneg', "x\tpos", '"so"\tneg'])
+    ):
+        (tmp_path / f"{number}.tsv").write_text("\n".join(["a\tb", *rows]) + "\n")
+        assert sizes(read(tmp_path / f"{number}.tsv", tmp_path / "c")) == {"train": 3}
+
+
+def blocks(count, *values):
+    """`count` rows in all; each value fills a part of them."""
+    return [value for value in values for _ in range(count // len(values))]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "first", "last"),
+    [
+        ((None, "x"), "large_string", None, "x"),
+        ((7, "x"), "large_string", "7", "x"),
+        ((1.5, "x"), "large_string", "1.5", "x"),
+        ((True, "x"), "large_string", "True", "x"),
+        (("007", "x"), "large_string", "007", "x"),
+        ((7, 1.5), "float64", 7.0, 1.5),
+        ((7, None), "int64", 7, None),
+        ((7, 8), "int64", 7, 8),
+    ],
+)
+def test_a_column_of_a_long_csv_is_what_all_its_rows_hold(tmp_path, values, kind, first, last):
+    count = 22_002
+    rows = {"text": [f"row {i}" for i in range(count)], "label": [i % 2 for i in range(count)], "more": blocks(count, *values)}
+    lines = [f"{a},{b},{'' if c is None else c}" for a, b, c in zip(*rows.values(), strict=True)]
+    (tmp_path / "t.csv").write_text("\n".join(["text,label,more", *lines]) + "\n")
+    reading = read(tmp_path / "t.csv", tmp_path / "c")
+    found = reading.tables["train"].rows
+    assert (found[0]["more"], found[-1]["more"]) == (first, last)
+    assert (found.features["label"].dtype, found.features["more"].dtype) == ("int64", kind)
+    changes = kind == "large_string"
+    assert ("columns read as texts, for some of their rows hold texts: more" in reading.notes[0]) == changes
+    assert found["text"][:] == rows["text"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "found"),
+    [
+        ("neg", "7", ["neg", "7"]), ("7", "neg", ["7", "neg"]), ("", "neg", [None, "neg"]), ("neg", "", ["neg", None]),
+        ("7", "1.5", [7.0, 1.5]), ("", "7", [None, 7]), ("7", "8", [7, 8]),
+    ],
+)  # fmt: skip
+def test_shards_whose_columns_hold_other_kinds(tmp_path, first, second, found):
+    (tmp_path / "d").mkdir()
+    for number, value in enumerate((first, second)):
+        (tmp_path / f"d/part-{number}.csv").write_text(f"text,label\na cat,{value}\n")
+    assert read(tmp_path / "d", tmp_path / "c").tables["train"].rows["label"][:] == found
+
+
+@pytest.mark.parametrize(("first", "second"), [("1.5", "neg"), ("True", "neg")])
+def test_shards_whose_columns_do_not_go_together_are_refused_by_column(tmp_path, first, second):
+    (tmp_path / "d").mkdir()
+    for number, value in enumerate((first, second)):
+        (tmp_path / f"d/part-{number}.csv").write_text(f"text,label\na cat,{value}\n")
+    with pytest.raises(DataError, match=r"the column 'label' is .* in part-\d.csv, .* in part-\d.csv, of one split"):
+        read(tmp_path / "d", tmp_path / "c")
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -585,6 +771,19 @@ def test_several_configurations_are_listed_and_one_can_be_named(tmp_path):
         read(f"{tmp_path}/d:es", tmp_path / "c")
     (tmp_path / "d/README.md").write_text(f"---\nconfigs:\n{lines}  default: true\n---\n")
     assert read(tmp_path / "d", tmp_path / "c").unused == ("de/: no file of the configuration 'fr' (README.md)",)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"), [("[train.csv, gone.csv]", "the file gone.csv, which is"), ("x/*.csv", "the|files that")]
+)
+def test_a_file_of_a_configuration_that_is_not_there_is_named_in_one_line(tmp_path, files, said):
+    some_rows().to_csv(tmp_path / "train.csv")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n")
+    with pytest.raises(
+        DataError, match=rf"'default' in its README.md names ({said}).* not there: fetch or correct it"
+    ) as error:
+        read(tmp_path, tmp_path / "c")
+    assert len(str(error.value)) < 300
 
 
 def test_class_names_that_a_readme_gives_are_kept(tmp_path):

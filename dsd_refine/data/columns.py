@@ -12,8 +12,8 @@ from typing import Any
 
 import datasets
 
-from dsd_refine.data.names import MOST, integer
-from dsd_refine.data.tables import Table
+from dsd_refine.data.names import MOST
+from dsd_refine.data.tables import Table, lacks_head
 from dsd_refine.errors import DataError
 
 WIDEST = 40  # characters of a column's name that a message shows
@@ -240,22 +240,13 @@ def _called(table: Table, asked: str, kind: Kind) -> str:
 
 def _missing(table: Table, what: str, kind: Kind) -> MissingColumn:
     named = f"{what}; the data has {in_short(table.rows.column_names)}."
-    if _is_headless(table):
-        head = "put a line of column names above it, such as text,label"
-        return MissingColumn(f"{named} The first line seems to be data, and no head: {head}")
+    if lacks_head(table):
+        head = "The first line seems to be data, and no head: put a line of column names above it, such as text,label"
+        return MissingColumn(f"{named} {head}; or name the column with {kind.flag}")
     if str(table.origin).endswith(".txt") and kind.what != "text":
         table_of = f"give a CSV, JSON-lines or Parquet file with a column of each, text and {kind.what}"
         return MissingColumn(f"{named} A .txt file holds texts alone: {table_of}")
     return MissingColumn(f"{named} Name it with {kind.flag}")
-
-
-def _is_headless(table: Table) -> bool:
-    """Does the first line of a CSV file seem to be a row, and no head?"""
-    names = table.rows.column_names
-    like_values = any(len(name) > WIDEST or len(name.split()) > 4 for name in names) or (
-        2 * sum(integer(re.sub(r"\.[0-9]+$", "", name)) is not None for name in names) > len(names)
-    )
-    return like_values and re.search(r"\.[ct]sv\b", table.origin, re.IGNORECASE) is not None
 
 
 def _preferred(table: Table, kind: Kind, taken: Sequence[str]) -> list[str]:

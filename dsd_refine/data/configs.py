@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from huggingface_hub import DatasetCard
 
 from dsd_refine.data.files import Place, check_shards, guarded, is_table, read_file, validated
 from dsd_refine.data.listing import left_over
+from dsd_refine.data.names import listed as shown_names
 from dsd_refine.data.plain import refuse_pointer, suffix_of
 from dsd_refine.data.reading import Reading, Table, joined, listed, together
 from dsd_refine.errors import DataError
@@ -34,7 +36,7 @@ def read_configured(path: Path, config: str | None, place: Place) -> Reading | N
             raise DataError(f"{path}:{config}: its README.md names no configurations; give {path}")
         return None
     name = _chosen(path, known, config)
-    builder = guarded(path, lambda: datasets.load_dataset_builder(str(path), name, cache_dir=str(place.cache)))
+    builder = _builder(path, name, place)
     files = {
         str(split): [path / os.path.relpath(file, path.resolve()) for file in found]
         for split, found in builder.config.data_files.items()
@@ -98,11 +100,26 @@ def _configs(path: Path) -> dict[str, dict[str, Any]]:
 
 def _chosen(path: Path, known: dict[str, dict[str, Any]], asked: str | None) -> str:
     if asked is not None and asked not in known:
-        raise DataError(f"{path}: has no configuration {asked!r}; README.md names {', '.join(known)}")
+        raise DataError(f"{path}: has no configuration {asked!r}; README.md names {shown_names(list(known))}")
     name = asked or guarded(path, lambda: MetadataConfigs(known).get_default_config_name())
     if name is None:
-        raise DataError(f"{path}: has several configurations: {', '.join(known)}. Name one: --data {path}:{next(iter(known))}")
+        raise DataError(
+            f"{path}: has several configurations: {shown_names(list(known))}. Name one: --data {path}:{next(iter(known))}"
+        )
     return str(name)
+
+
+def _builder(path: Path, name: str, place: Place) -> Any:
+    try:
+        return guarded(path, lambda: datasets.load_dataset_builder(str(path), name, cache_dir=str(place.cache)))
+    except DataError as error:
+        gone = re.search(r"Unable to find '(.*?)'|No \(supported\) data files found", str(error))
+        if gone is None:
+            raise
+        file = f"the file {os.path.relpath(gone[1], path)}, which is" if gone[1] else "files that are"
+        raise DataError(
+            f"{path}: the configuration {name!r} in its README.md names {file} not there: fetch or correct it"
+        ) from None
 
 
 def _check(path: Path, config: str, files: dict[str, list[Path]]) -> None:

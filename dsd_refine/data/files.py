@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
+import pyarrow
+import pyarrow.parquet
 
 from dsd_refine.checkpoint.hub import is_of_the_hub
 from dsd_refine.data.plain import Plain, make_plain, refuse_pointer, stem_of, suffix_of
@@ -21,6 +26,8 @@ from dsd_refine.space import is_full
 
 TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt"}
 SEPARATORS, LOOKED_AT = {",": ",", ";": ";", "\t": "tabs", "|": "|"}, 200
+NO_WORD_IS_EMPTY = {"keep_default_na": False, "na_values": [""]}  # a text may be NA or null
+BLOCK_OF_ROWS = 10_000  # the rows by which `datasets` reads a CSV
 WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "samples")
 
 
@@ -118,23 +125,96 @@ def _read_csv(path: Path, plain: Plain, shown: str, place: Place) -> Reading:
     separator = _separator(path, plain, usual)
     is_quoted = suffix_of(path) != ".tsv" or separator != "\t" or _head_in_quotes(plain)
     how: dict[str, Any] = {"sep": separator} if is_quoted else {"sep": separator, "quoting": csv.QUOTE_NONE}
-    rows = guarded(
-        path,
-        lambda: validated(
-            datasets.Dataset.from_csv(str(plain.path), keep_default_na=False, na_values=[""], **how, **_options(place))
-        ),
-    )
+    if not is_quoted:
+        _refuse_broken_records(path, plain)
+    rows, of_text = _typed_csv(path, plain, how | NO_WORD_IS_EMPTY, place)
     said = [_lines_and_rows(path, plain, rows, separator, is_quoted)]
     if "__index_level_0__" in rows.column_names:  # pandas takes a first field beyond the head for the row's name
         raise DataError(
             f"{path}: its first row has one field more than its head ({len(rows.column_names) - 1}): put texts that hold "
             f"{_in_words(separator)} in quotes, or name the first column in the head"
         )
+    if of_text:
+        said.append(f"columns read as texts, for some of their rows hold texts: {', '.join(of_text)}")
     if separator != usual:
         said.append(f"separated by {_in_words(separator)}")
     if not is_quoted and _quoted_texts(rows):
         said.append("quotes are read as part of the texts, for a .tsv has no quoting (with it, call it .csv)")
     return _reading(rows, path, shown, said)
+
+
+def _typed_csv(path: Path, plain: Plain, how: dict[str, Any], place: Place) -> tuple[Any, list[str]]:
+    """The rows, and the columns that were made texts.
+
+    `datasets` reads blocks of rows and takes each column for what the first block holds. Where a later one holds something
+    else, the columns that hold texts anywhere are texts everywhere.
+    """
+
+    try:
+        return guarded(path, lambda: validated(datasets.Dataset.from_csv(str(plain.path), **how, **_options(place)))), []
+    except DataError:
+        kinds = _kinds_of_blocks(plain, how)
+        changing = [name for name, held in kinds.items() if len(held) > 1 and held & set("Ob")]
+        if not any("O" in held for held in kinds.values()) and not changing:
+            raise
+        return guarded(path, lambda: validated(_with_texts(path, plain, how, kinds, place))), changing
+
+
+def _blocks(plain: Plain, how: dict[str, Any], **more: Any) -> Iterator[pandas.DataFrame]:
+    with pandas.read_csv(plain.path, chunksize=BLOCK_OF_ROWS, **how, **more) as blocks:
+        yield from blocks
+
+
+def _kinds_of_blocks(plain: Plain, how: dict[str, Any]) -> dict[str, set[str]]:
+    """Each column's kinds of values (numpy's letters) over the blocks of a CSV; none where it cannot be parsed."""
+    kinds: dict[str, set[str]] = defaultdict(set)
+    try:
+        for block in _blocks(plain, how):
+            for name, values in block.items() if len(block) else ():
+                kinds[str(name)].add(values.dtype.kind)
+    except (ValueError, pandas.errors.ParserError):
+        return {}
+    return kinds
+
+
+def _with_texts(path: Path, plain: Plain, how: dict[str, Any], kinds: dict[str, set[str]], place: Place) -> Any:
+    """The rows with a column as texts where a block of it holds texts; written down, for they may not fit in memory."""
+    texts = [name for name, held in kinds.items() if not held <= set("if") and held != {"b"}]
+    types = {name: pyarrow.int64() if held == {"i"} else pyarrow.float64() for name, held in kinds.items()}
+    types |= {name: pyarrow.bool_() for name, held in kinds.items() if held == {"b"}}
+    schema = pyarrow.schema(types | dict.fromkeys(texts, pyarrow.large_string()))
+    name = hashlib.sha256(str(path.absolute()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    copy = place.cache / "plain" / f"{name}.parquet"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with pyarrow.parquet.ParquetWriter(copy, schema) as file:
+        for block in _blocks(plain, how, dtype=dict.fromkeys(texts, str)):
+            file.write_table(pyarrow.Table.from_pandas(block, schema, preserve_index=False))
+    return datasets.Dataset.from_parquet(str(copy), **_options(place))
+
+
+def _refuse_broken_records(path: Path, plain: Plain) -> None:
+    """Refuse a TSV in which a text in quotes goes over several lines, as pandas writes it: each line would be a row.
+
+    Raises:
+        DataError: a line's last field opens a quote and does not close it, and it or the next line is short of fields.
+    """
+    fields, opened = 0, 0
+    for number, line in enumerate(_lines(plain), 1):
+        held = line.rstrip("\n").split("\t")
+        if held == [""]:
+            continue
+        fields = fields or len(held)
+        opens = number > 1 and held[-1].startswith('"') and _is_open(held[-1])
+        if (opened or opens) and len(held) < fields:
+            raise DataError(
+                f'{path}: line {opened or number} opens a quote (") that it does not close, and a line there is short of '
+                "fields: a text with line breaks, which a .tsv cannot hold. Write it without them, or as a .csv"
+            )
+        opened = number if opens else 0
+
+
+def _is_open(field: str) -> bool:
+    return field.count('"') % 2 == 1
 
 
 def _in_words(separator: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,23 @@ import datasets
 
 from dsd_refine.data.configs import read_configured
 from dsd_refine.data.files import Place, check_shards, guarded, is_table, read_file, text_columns, validated
-from dsd_refine.data.listing import entries, files_below, folders_in, is_paper, left_over, walk
+from dsd_refine.data.listing import entries, files_below, folders_in, is_about, is_side_file, left_over, walk
 from dsd_refine.data.plain import refuse_pointer, stem_of
-from dsd_refine.data.reading import SHARD, Reading, Table, joined, listed, role_of, split_of, together
+from dsd_refine.data.reading import (
+    SHARD,
+    Reading,
+    Table,
+    is_glued,
+    joined,
+    listed,
+    role_of,
+    roles_in,
+    siblings,
+    speaks_of,
+    split_of,
+    together,
+    words_of,
+)
 from dsd_refine.errors import DataError
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".m4a"}
@@ -23,6 +39,13 @@ FILE_NAMES = (
     "file_name", "filename", "file_path", "filepath", "image_path", "audio_path", "image_file", "audio_file", "image_filename",
     "img_path", "image_name", "image_id", "path", "file",
 )  # fmt: skip
+# words of rows that are not to train
+ASIDE = re.compile(
+    "unlabel|unsup|(no|without|missing) ?labels?|submission|predict|held ?out|hold ?out|(?<!la)(?<!con)(?<!pro)test( |$)"
+)
+FILE_NAME = re.compile(r"[^\0\n]{1,200}\.[A-Za-z0-9]{1,5}")
+# what the one folder of a split without classes is called
+UNKNOWN = re.compile("unknown|unlabell?ed|none|no[-_ ]?labels?|test|testing|images?|imgs?|all|data|files", re.IGNORECASE)
 KNOWN_FORMS = (
     "Known forms: class folders, train/ and test/ of them, train.csv|jsonl|parquet|txt, metadata.csv|jsonl, or a folder that "
     "save_to_disk wrote"
@@ -53,7 +76,7 @@ def read_folder(path: Path, config: str | None, place: Place) -> Reading:
 
 
 def _is_data(path: Path) -> bool:
-    return is_table(path) and path.is_file() and not path.name.startswith(".") and not is_paper(path)
+    return is_table(path) and path.is_file() and not path.name.startswith(".") and not is_about(path)
 
 
 def _have_train(files: list[Path], folders: list[Path]) -> bool:
@@ -92,7 +115,7 @@ def _holds_only_tables(path: Path) -> bool:
         return any(_is_data(file) and SHARD.match(stem_of(file)) for file in entries(path / "data"))
     some = False
     for file, problem in walk(path):
-        if problem or is_paper(file):
+        if problem or is_about(file):
             continue
         some = some or _is_data(file)
         if file.parent != path and not _is_data(file):
@@ -108,28 +131,91 @@ def _tables_below(path: Path) -> list[Path]:
 
 def _table_files(path: Path, files: list[Path], place: Place) -> Reading:
     """Table files by the split that their folders or names say; where none says one, all of them train."""
-    splits: dict[str, list[Path]] = defaultdict(list)
-    names: dict[str, str] = {}
-    for file in files:
-        split = _split_of_file(path, file)
-        if split is not None:
-            splits[names.setdefault(split.casefold(), split)].append(file)
-    if not splits:
-        splits["train"] = files
+    splits, joins = _splits_of_files(path, files)
     readings, tables = [], {}
+    places: tuple[str, ...] = ()
     for split, shards in splits.items():
         check_shards(path, split, shards)
         read = [read_file(file, file.relative_to(path).as_posix(), place) for file in shards]
         if any(len(each.tables) > 1 for each in read):
             raise DataError(f"{shards[0]}: holds several splits, and is one of a folder; give the file itself")
-        tables[split] = joined(read, path)
+        tables[split], where = located(joined(read, path))
+        places += where
         readings += read
     used = _used_files(path, [file for shards in splits.values() for file in shards], tables)
     _refuse_rivals(path, tables, used)
     parts = together(readings)
     first = next(iter(tables.values())).origin
     unused = left_over(path, used, lambda other: _beside(other, first))
-    return Reading(tables, parts.unused + unused, parts.notes)
+    return Reading(tables, joins + parts.unused + unused, parts.notes + places)
+
+
+def located(table: Table) -> tuple[Table, tuple[str, ...]]:
+    """The table with the folder that its file names count from, where that is the one folder beside it that holds all of
+    them, and a line that says so."""
+    folder = table.folder
+    if folder is None or not len(table.rows):
+        return table, ()
+    columns = text_columns(table.rows)
+    first = {name: str(table.rows[0][name] or "") for name in columns}
+    if any(_names_a_file(folder, text) for text in first.values()):
+        return table, ()
+    for name in (name for name in columns if FILE_NAME.fullmatch(first[name])):
+        inner = [each for each in sorted(folder.glob("[!.]*/")) if _names_a_file(each, first[name])]
+        values = [value for value in table.rows[name] if value]
+        holding = [each for each in inner if all(_names_a_file(each, value) for value in values)]
+        if len(holding) == 1:
+            said = f"{table.origin}: the files of its column {name!r} are those in {holding[0].name}/"
+            return replace(table, folder=holding[0]), (said,)
+    return table, ()
+
+
+def _splits_of_files(path: Path, files: list[Path]) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+    """The files of each split, and a line to the user where files of unrelated names are joined.
+
+    Raises:
+        DataError: a name speaks of two roles, or of rows that are not to train, and none says a split.
+    """
+    files = [file for file in files if not is_side_file(file)] or files
+    splits: dict[str, list[Path]] = defaultdict(list)
+    names: dict[str, str] = {}
+    pairs = siblings(stem_of(file) for file in files)
+    for file in files:
+        split = pairs.get(stem_of(file)) or _split_of_file(path, file)
+        if split is not None:
+            splits[names.setdefault(split.casefold(), split)].append(file)
+    if splits:
+        return splits, ()
+    _refuse_two_roles(path, [stem_of(file) for file in files])
+    return {"train": files}, _joined_by_no_name(path, files)
+
+
+def _refuse_two_roles(path: Path, names: list[str]) -> None:
+    for name in names:
+        if len(roles_in(name)) > 1:
+            raise DataError(f"{path}: {name} is named like {' and '.join(roles_in(name))} at once; rename it")
+
+
+def _joined_by_no_name(path: Path, files: list[Path]) -> tuple[str, ...]:
+    """What to say where files that all train have names that are not one name with numbers.
+
+    Raises:
+        DataError: one of them speaks of rows that are not to train.
+    """
+    shown = [file.relative_to(path).as_posix() for file in files]
+    if len({re.sub("[0-9]+", "0", name) for name in shown}) < 2:
+        return ()
+    remedy = "name the files train and test, give one file itself, or put those that train into a folder of their own"
+    aside = [
+        name
+        for name, file in zip(shown, files, strict=True)
+        if ASIDE.search(" ".join(words_of(name.removesuffix(file.suffix))))
+    ]
+    if aside:
+        raise DataError(
+            f"{path}: {listed(shown)} say no split, and {listed(aside)} speaks of rows that are not to train: {remedy}"
+        )
+    return (f"{listed(shown)}: names of no split, so all are joined as train; where that is wrong, {remedy}",)
 
 
 def _refuse_rivals(path: Path, tables: dict[str, Table], used: Iterable[Path]) -> None:
@@ -148,7 +234,8 @@ def _refuse_rivals(path: Path, tables: dict[str, Table], used: Iterable[Path]) -
         read = ", ".join(table.origin for table in tables.values())
         raise DataError(
             f"{path}: {read} would be its {' and '.join(tables)}, and {shown} would not be used: which are the data? Move the "
-            f"others away, or give what is meant itself, such as {path / next(iter(tables.values())).origin}"
+            "others away, name them like train and test, or give what is meant itself, such as "
+            f"{path / next(iter(tables.values())).origin}"
         )
 
 
@@ -168,7 +255,7 @@ def _split_of_file(root: Path, file: Path) -> str | None:
 
 def _used_files(path: Path, files: list[Path], tables: dict[str, Table]) -> list[Path]:
     """The table files, and the files that a column of theirs names."""
-    if all(_is_data(file) or is_paper(file) for file in entries(path)):  # nothing that a column could name
+    if all(_is_data(file) or is_about(file) for file in entries(path)):  # nothing that a column could name
         return files
     named: list[Path] = []
     for table in tables.values():
@@ -187,6 +274,11 @@ def _names_a_file(folder: Path, text: str | None) -> bool:
 def _beside(path: Path, first: str) -> str:
     if path.is_dir():
         return f"a folder beside {first}"
+    if is_side_file(path):
+        return f"speaks about the data by its name, beside {first}"
+    words = roles_in(stem_of(path))
+    if len(words) > 1:
+        return f"named like {' and '.join(words)} at once, so no split, beside {first}"
     return f"not named like a split, beside {first}" if is_table(path) else f"no table, beside {first}"
 
 
@@ -281,21 +373,64 @@ def _by_first_folder(table: Table, folder: Path, names: list[str]) -> dict[str, 
 
 def _class_or_split_folders(path: Path, folders: list[Path], place: Place) -> Reading:
     parts = [folder for folder in folders if role_of(folder.name)]
-    if not parts and len(folders) > 1 and all(split_of(f.name) and not _is_a_class(f) for f in folders):
-        parts = folders  # images_train/ and images_test/
+    pairs = siblings(f.name for f in folders)
+    named = [f for f in folders if split_of(f.name) or f.name in pairs]
+    said = [f for f in named if not _is_a_class(f)]
+    roles = {speaks_of(pairs.get(f.name, f.name)) for f in named}
+    if not parts and named == folders and "train" in roles and len(roles) > 1:
+        parts = said = named  # without classes in them too: what is a train beside a test is no class
+    if not parts and len(folders) > 1 and (said == folders or any(is_glued(f.name) or f.name in pairs for f in said)):
+        parts = said  # images_train/ and images_test/, trainset/ and testset/
     if not parts or (len(parts) == 1 < len(folders) and _is_a_class(parts[0])):
+        _refuse_two_roles(path, [folder.name for folder in folders])
+        _refuse_same_classes(path, folders)
         return _class_folders(path, path)
     # a split of a name of its own (validation_matched/) is one too: whether it is used is not for the reader to say
-    parts = [f for f in folders if f in parts or (split_of(f.name) and not _is_a_class(f))]
+    parts = [f for f in folders if f in parts or f in said]
     readings = []
-    for part in parts:
+    unlabelled = _unlabelled(parts)
+    for part in [part for part in parts if part not in unlabelled]:
         found = _with_metadata(part, path, place) if _metadata(part) else _class_folders(part, path)
         (table,) = found.tables.values()
-        readings.append(Reading({part.name: table}, found.unused, found.notes))
-    shown = ", ".join(f"{part.name}/" for part in parts)
+        readings.append(Reading({pairs.get(part.name, part.name): table}, found.unused, found.notes))
+    shown = ", ".join(f"{part.name}/" for part in parts if part not in unlabelled)
     found = together(readings)
     _refuse_rivals(path, found.tables, parts)
-    return together([found, Reading({}, left_over(path, parts, lambda p: _beside_splits(p, shown)))])
+    unused = tuple(f"{part.name}/: {why}: not used" for part, why in unlabelled.items())
+    return together([found, Reading({}, unused + left_over(path, parts, lambda p: _beside_splits(p, shown)))])
+
+
+def _unlabelled(parts: list[Path]) -> dict[Path, str]:
+    """The splits beside a train of classes whose pictures lie in no class of it, as Kaggle gives a test split, with why."""
+    trains = [part for part in parts if role_of(part.name) == "train" and not _metadata(part)]
+    classes = {folder.name for part in trains for folder in folders_in(part)}
+    why = {}
+    for part in parts:
+        if part in trains or len(classes) < 2 or _metadata(part):
+            continue
+        inner = [folder for folder in folders_in(part) if entries(folder)]
+        files = [path for path in entries(part) if path.is_file() and not is_about(path)]
+        if not inner and files:
+            why[part] = f"{len(files)} files in no class folder, so of no label"
+        elif len(inner) == 1 and UNKNOWN.fullmatch(inner[0].name) and inner[0].name not in classes:
+            why[part] = f"one folder {inner[0].name}/, which is no class of {trains[0].name}/, so of no label"
+    return why
+
+
+def _refuse_same_classes(path: Path, folders: list[Path]) -> None:
+    """Raises DataError where each of several folders holds the same folders and no file: these are splits, not classes."""
+    inner = [[each.name for each in folders_in(folder)] for folder in folders]
+    if len(folders) < 2 or len(inner[0]) < 2 or any(names != inner[0] for names in inner):
+        return
+    if any(map(role_of, inner[0])):  # splits inside classes, which are refused as such
+        return
+    if any(each.is_file() and not is_about(each) for folder in folders for each in entries(folder)):
+        return
+    shown = listed([f"{folder.name}/" for folder in folders])
+    raise DataError(
+        f"{path}: {shown} hold the same folders ({listed([f'{name}/' for name in inner[0]])}), so they seem to be splits, and "
+        "which trains is not known: name them train/ and test/. If they are the classes, put their files beside each other"
+    )
 
 
 def _beside_splits(path: Path, shown: str) -> str:

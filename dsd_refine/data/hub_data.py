@@ -13,6 +13,7 @@ import datasets
 from dsd_refine.checkpoint.hub import ask_hub, check_blobs
 from dsd_refine.data import imagenet
 from dsd_refine.data.files import guarded, validated
+from dsd_refine.data.names import listed
 from dsd_refine.data.reading import Reading, Table, named
 from dsd_refine.errors import CheckpointError, DataError
 
@@ -60,7 +61,8 @@ def _loaded(name: str, config: str | None) -> tuple[dict[Any, Any], tuple[str, .
         if "Config name is missing" not in str(error):
             raise
         known = " ".join(str(error).split()).partition("available configs: ")[2].partition("]")[0].strip("[")
-        raise DataError(f"{name}: has several configurations ({known or error}); name one: --data {name}:CONFIG") from None
+        shown = listed(known.replace("'", "").split(", ")) if known else error
+        raise DataError(f"{name}: has several configurations ({shown}); name one: --data {name}:CONFIG") from None
     builder.download_and_prepare()
     found = validated(builder.as_dataset())
     others = [other for other in builder.builder_configs if other != builder.config.name]

@@ -25,6 +25,11 @@ PAPERS = re.compile(
     r"([-_.].*)?",
     re.IGNORECASE,
 )
+SIDE = re.compile(
+    r"(.*[-_. ])?(class(es)?([-_ ]?names?)?|labels?([-_ ]?(names?|map|list))?|label2id|id2label|categories|stats?|statistics"
+    r"|vocab(ulary)?|schema|config|info|meta(data)?|mapping|stop[-_ ]?words|columns|requirements)",
+    re.IGNORECASE,
+)
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 SHOWN = 5  # entries of a folder that are named one by one
 
@@ -40,17 +45,39 @@ def is_paper(path: Path) -> bool:
     return about and (not is_table(path) or path.suffix.lower() == ".json")
 
 
+def is_about(path: Path) -> bool:
+    """Is it about the data, by its name, though it may have the suffix of a table: README.txt, LICENSE.txt too?"""
+    return is_paper(path) or (PAPERS.fullmatch(path.name) is not None and path.suffix.lower() == ".txt")
+
+
+def is_side_file(path: Path) -> bool:
+    """Is it a list or numbers that lie beside the data, by its name: classes.txt, labels.json, stats.json?"""
+    return path.suffix.lower() in (".txt", ".json") and SIDE.fullmatch(path.stem) is not None
+
+
 def entries(folder: Path) -> list[Path]:
     """What lies in a folder, sorted, without junk.
 
     Raises:
-        DataError: it cannot be listed.
+        DataError: it cannot be listed, or holds a name that is not UTF-8.
     """
     try:
         with os.scandir(folder) as found:
-            return sorted(folder / entry.name for entry in found if not is_junk(entry.name))
+            inner = sorted(folder / entry.name for entry in found if not is_junk(entry.name))
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot be listed ({error.strerror or error})") from None
+    for path in inner:
+        refuse_unwritable(path)
+    return inner
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raises DataError where a name is not UTF-8: no table, report or page could hold it."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise DataError(f"{shown}: its name is not UTF-8, so no report could name it; rename it") from None
 
 
 def folders_in(folder: Path) -> list[Path]:

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from dsd_refine.data.names import listed
+from dsd_refine.data.reading import shortened
+from dsd_refine.data.reading import speaks_of as speaks_of
 from dsd_refine.data.tables import Reading, Table, role_of
 from dsd_refine.errors import DataError
 
 SALT = b"dsd-refine holdout 1"
 EVAL_SHARE = 0.2
 FLAGS = {"test": "--eval-split", "validation": "--holdout-split"}
-# how the words begin by which a split's name speaks of a role
-STARTS = {"train": "train", "val": "validation", "dev": "validation", "test": "test", "eval": "test"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,8 @@ def by_role(
     tables = {role: _placed(reading, name, spec, FLAGS[role] if role in given else "") for role, name in roles.items()}
     others = " (--eval-data evaluates)" if use == "train" else ""
     left = [name for name in names if name not in roles.values()]
-    return Splits(tables, tuple(f"split {name}: not used{others if role_of(name) == 'test' else ''}" for name in left))
+    lines = [f"split {name}: not used{others if role_of(name) == 'test' else ''}" for name in left]
+    return Splits(tables, shortened(lines))
 
 
 def _given(names: Sequence[str], spec: str, evaluates: str | None, selects: str | None, *, trains: bool) -> dict[str, str]:
@@ -147,22 +149,13 @@ def _given(names: Sequence[str], spec: str, evaluates: str | None, selects: str 
             continue
         alike = [name for name in names if name == asked] or [n for n in names if n.casefold() == asked.casefold()]
         if len(alike) != 1:
-            raise DataError(f"{FLAGS[role]} {asked}: {spec} has no split of that name; it has {', '.join(names)}")
+            raise DataError(f"{FLAGS[role]} {asked}: {spec} has no split of that name; it has {listed(names)}")
         if trains and (role_of(alike[0]) == "train" or len(names) == 1):
-            raise DataError(f"{FLAGS[role]} {asked}: that split trains; {spec} has {', '.join(names)}")
+            raise DataError(f"{FLAGS[role]} {asked}: that split trains; {spec} has {listed(names)}")
         given[role] = alike[0]
     if len(given) == 2 and given["test"] == given["validation"]:
         raise DataError(f"--eval-split and --holdout-split both name {given['test']}: rows that select cannot judge")
     return given
-
-
-def speaks_of(name: str) -> str | None:
-    """The role that a split's name has or speaks of: `validation_matched`, `testA`, `en.dev`, `train_small`."""
-    for word in re.split("[^a-z]+", name.casefold()):
-        role = role_of(word) or next((role for start, role in STARTS.items() if word.startswith(start)), None)
-        if role:
-            return role
-    return None
 
 
 def _refuse_unclear(exact: dict[str | None, list[str]], given: dict[str, str], names: Sequence[str], spec: str) -> None:
@@ -178,7 +171,7 @@ def _refuse_unclear(exact: dict[str | None, list[str]], given: dict[str, str], n
         unclear += near[role] + (exact[role] if near[role] or len(exact[role]) > 1 else [])
     if unclear:
         raise DataError(
-            f"{spec}: has the splits {', '.join(names)}. Which of {', '.join(unclear)} evaluates is not known: "
+            f"{spec}: has the splits {listed(names)}. Which of {listed(unclear)} evaluates is not known: "
             "give --eval-split NAME, and --holdout-split NAME for one that selects"
         )
 
@@ -190,12 +183,12 @@ def _training(exact: dict[str | None, list[str]], rest: Sequence[str], names: Se
             return known[0]
         if known:
             raise DataError(
-                f"{spec}: has the splits {', '.join(names)}. {' and '.join(known)} could each be its train split: "
+                f"{spec}: has the splits {listed(names)}. {' and '.join(known)} could each be its train split: "
                 "give the one that is meant as --data"
             )
     if len(names) == 1 and speaks_of(names[0]) is None:
         return names[0]
-    only = f"has only the split {names[0]}" if len(names) == 1 else f"has the splits {', '.join(names)}"
+    only = f"has only the split {names[0]}" if len(names) == 1 else f"has the splits {listed(names)}"
     raise DataError(f"{spec}: {only}; none is train, and which is to train is not known")
 
 
@@ -206,7 +199,7 @@ def _judging(roles: dict[str, str], given: dict[str, str], names: Sequence[str],
     if not roles and len(names) == 1:
         return {"test": names[0]}
     if not roles:
-        raise DataError(f"{spec}: has the splits {', '.join(names)}; which evaluates is not known: give --eval-split NAME")
+        raise DataError(f"{spec}: has the splits {listed(names)}; which evaluates is not known: give --eval-split NAME")
     return roles
 
 

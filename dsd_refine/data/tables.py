@@ -15,18 +15,21 @@ from typing import Any, TypeVar
 
 from dsd_refine.data.configs import with_declared_names
 from dsd_refine.data.files import Place, is_table, read_file
-from dsd_refine.data.folders import read_folder
+from dsd_refine.data.folders import located, read_folder
 from dsd_refine.data.hub_data import read_hub
-from dsd_refine.data.names import listed
+from dsd_refine.data.listing import refuse_unwritable
+from dsd_refine.data.names import integer, listed
 from dsd_refine.data.plain import POINTER
 from dsd_refine.data.reading import Reading as Reading
 from dsd_refine.data.reading import Table as Table
 from dsd_refine.data.reading import named as named
 from dsd_refine.data.reading import role_of as role_of
+from dsd_refine.data.reading import shortened
 from dsd_refine.errors import DataError
 
 Found = TypeVar("Found")
 LARGEST = 10**9  # bytes of one example
+AT_MOST = 50  # folders that are looked into for a file that is not there
 AT_ONCE = 1000  # rows that wait for threads
 
 
@@ -39,6 +42,7 @@ def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool],
     Raises:
         DataError: absent, empty, of no known form or of several, or a download nobody agreed to.
     """
+    refuse_unwritable(Path(os.path.abspath(spec)))
     found = _opened(spec, Place(cache, encoding), download)
     if not any(len(table.rows) for table in found.tables.values()):
         raise DataError(f"{spec}: holds no rows")
@@ -46,7 +50,7 @@ def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool],
         name: replace(table, rows=table.rows.with_format(None), origin=table.origin or name)  # without a saved format
         for name, table in found.tables.items()
     }
-    return replace(found, tables=plain)
+    return replace(found, tables=plain, unused=shortened(found.unused), notes=shortened(found.notes))
 
 
 def _opened(spec: str, place: Place, download: Callable[[str, int], bool]) -> Reading:
@@ -55,7 +59,7 @@ def _opened(spec: str, place: Place, download: Callable[[str, int], bool]) -> Re
     if path.is_dir():
         return with_declared_names(path, read_folder(path, None, place))
     if path.is_file():
-        return read_file(path, path.name, place)
+        return _read_alone(path, place)
     if folder and Path(folder).is_dir():
         return read_folder(Path(folder), config, place)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) or spec.startswith(".") or is_table(path):
@@ -64,6 +68,13 @@ def _opened(spec: str, place: Place, download: Callable[[str, int], bool]) -> Re
         return read_hub(spec, download)
     except DataError as error:
         raise DataError(f"{error} (and there is no such file or directory here{tried(path)})") from None
+
+
+def _read_alone(path: Path, place: Place) -> Reading:
+    found = read_file(path, path.name, place)
+    placed = {split: located(table) for split, table in found.tables.items()}
+    notes = tuple(line for _, lines in placed.values() for line in lines)
+    return replace(found, tables={split: table for split, (table, _) in placed.items()}, notes=found.notes + notes)
 
 
 def tried(path: Path) -> str:
@@ -77,6 +88,14 @@ def tried(path: Path) -> str:
         close = []
     hint = f", which has {close[0]!r}" if close else ""
     return f": looked for {whole}; {there} has no {missing!r}{hint}" if there != whole else f": looked for {whole}"
+
+
+def lacks_head(table: Table) -> bool:
+    """Is it a CSV or TSV whose names of columns look like a row: one is among the values below it, a number, or a sentence?"""
+    if not re.search(r"\.[ct]sv(\.\w+)?$", table.origin):
+        return False
+    first = table.rows[:AT_ONCE]
+    return any(name in map(str, first[name]) or integer(name) is not None or len(name.split()) > 3 for name in first)
 
 
 def undecoded(table: Table, name: str, feature: Any) -> Table:
@@ -100,10 +119,11 @@ def raw_bytes(table: Table, name: str, row: int) -> bytes:
         return _read(Path(value.get("path"))) if held is None else bytes(held)  # type: ignore[arg-type]
     if isinstance(value, bytes):
         return value
-    return _read(Path((table.folder or Path()) / value))
+    folder = table.folder or Path()
+    return _read(folder / value, folder)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, folder: Path | None = None) -> bytes:
     """A regular file's bytes: a pipe would never end, and a device gives for ever.
 
     Raises:
@@ -114,7 +134,9 @@ def _read(path: Path) -> bytes:
     except ValueError:
         raise OSError(errno.EINVAL, "not a possible file name") from None
     except FileNotFoundError:
-        raise FileNotFoundError(errno.ENOENT, f"No such file or directory{tried(path)}", str(path)) from None
+        raise FileNotFoundError(
+            errno.ENOENT, f"No such file or directory{tried(path)}{_deeper(path, folder)}", str(path)
+        ) from None
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
     if found.st_size > LARGEST:
@@ -123,6 +145,15 @@ def _read(path: Path) -> bytes:
     if held.startswith(POINTER):
         raise OSError(errno.EINVAL, "a Git LFS pointer, the file itself was not fetched: git lfs pull")
     return held
+
+
+def _deeper(path: Path, folder: Path | None) -> str:
+    """Which folders in that one hold a file of this name, though `folder` itself does not."""
+    if folder is None or not path.is_relative_to(folder):
+        return ""
+    name = path.relative_to(folder)
+    found = [f"{each.name}/" for each in sorted(folder.glob("*/"))[:AT_MOST] if (each / name).is_file()]
+    return f"; it lies in {' and '.join(found[:3])} there" if found else ""
 
 
 def in_words(error: Exception) -> str:
