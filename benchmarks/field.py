@@ -115,6 +115,7 @@ def main() -> int:
             print(f"\n{title}\n{'=' * len(title)}")
         for case in chosen:
             now, good = looked_at(case, place, given.before)
+            now = now.replace(str(place), given.out.name)  # the table is of cases, not of a machine
             show(case, now, "true?" if given.before else "right?", good)
             right, count = right + good, count + 1
     words = "as the table says" if given.before else "right"
