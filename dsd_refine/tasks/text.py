@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -167,45 +167,64 @@ def prepare_texts(
     def label(table: Table) -> str:
         return column(table, recipe.label_column, LABEL)
 
-    def examine(table: Table, labels: list[str | None]) -> list[Examined]:
-        names = [column(table, name, TEXT) for name in columns]
-        found: list[Examined] = []
-        counts: dict[int, int] = {}  # of `ends`, in each row that can be used
-        left = iter(labels)
-        for rows in row_blocks(table, names):
-            block = [_examine(texts, text_label) for texts, text_label in zip(rows, left, strict=False)]
-            good = [number for number, row in enumerate(block) if row.reason is None]
-            texts = [rows[number] for number in good]
-            cut: set[int] = set()
-            read = ids_or_reasons(tokenizer, texts, cut, size=size, truncation=True, max_length=max_length)
-            longer.append(len(cut))
-            for number, (ids, problem) in zip(good, read, strict=True):
-                if ids is None:
-                    block[number] = replace(block[number], reason=problem)
-                    continue
-                doubled.see(ids)
-                unknown.see(ids)
-                counts[len(found) + number] = 0 if ends is None else ids.count(ends)
-            found += block
-        for number, reason in _uneven(counts, tokenizer, ends).items():
-            found[number] = replace(found[number], reason=reason)
-        return found
+    looked = _Looked(tokenizer, max_length, size, ends)
 
-    doubled, unknown = Doubled(tokenizer), Unknown(tokenizer)
-    longer: list[int] = []  # texts of each block that are cut
+    def examine(table: Table, labels: list[str | None]) -> list[Examined]:
+        return looked.through(row_blocks(table, [column(table, name, TEXT) for name in columns]), labels)
+
     matched, parts, divided = labelled_parts(
         tables, evaluation, label, examine, aliases, classes, recipe.holdout, recipe.label_map
     )
     train, holdout, judge = parts
     task = TextClassification(matched, train, holdout, judge, overlap_warning(divided) + skip_warnings(divided))  # type: ignore[arg-type]
-    task.warnings += beyond_warnings(tokenizer, size) + doubled.warnings() + unknown.warnings()
-    if sum(longer):
-        task.warnings.append(
-            f"{sum(longer):,} of {doubled.rows:,} texts are longer than {max_length:,} tokens: the rest of them is not read "
-            "(--max-length)"
-        )
+    task.warnings += beyond_warnings(tokenizer, size) + looked.warnings()
     task.columns, task.tokenizer, task.max_length, task.size = columns, tokenizer, max_length, size
     return task
+
+
+class _Looked:
+    """Rows of texts, looked through before they are used: which can be, and what of them there is to say."""
+
+    def __init__(self, tokenizer: Any, max_length: int, size: int | None, ends: int | None) -> None:
+        self.tokenizer, self.max_length, self.size, self.ends = tokenizer, max_length, size, ends
+        self.doubled, self.unknown, self.longer = Doubled(tokenizer), Unknown(tokenizer), 0
+
+    def through(self, blocks: Iterable[list[tuple[Any, ...]]], labels: Sequence[str | None]) -> list[Examined]:
+        """What there is to know of each row of a table, a block at a time."""
+        examined: list[Examined] = []
+        counts: dict[int, int] = {}  # of `ends`, in each row that can be used
+        left = iter(labels)
+        for rows in blocks:
+            block = [_examine(texts, label) for texts, label in zip(rows, left, strict=False)]
+            self._read(rows, block, counts, len(examined))
+            examined += block
+        for number, reason in _uneven(counts, self.tokenizer, self.ends).items():
+            examined[number] = replace(examined[number], reason=reason)
+        return examined
+
+    def _read(self, rows: list[tuple[Any, ...]], block: list[Examined], counts: dict[int, int], start: int) -> None:
+        good = [number for number, row in enumerate(block) if row.reason is None]
+        cut: set[int] = set()
+        read = ids_or_reasons(
+            self.tokenizer, [rows[number] for number in good], cut, size=self.size, truncation=True, max_length=self.max_length
+        )
+        self.longer += len(cut)
+        for number, (ids, problem) in zip(good, read, strict=True):
+            if ids is None:
+                block[number] = replace(block[number], reason=problem)
+                continue
+            self.doubled.see(ids)
+            self.unknown.see(ids)
+            counts[start + number] = 0 if self.ends is None else ids.count(self.ends)
+
+    def warnings(self) -> list[str]:
+        lines = self.doubled.warnings() + self.unknown.warnings()
+        if self.longer:
+            lines.append(
+                f"{self.longer:,} of {self.doubled.rows:,} texts are longer than {self.max_length:,} tokens: the rest of them "
+                "is not read (--max-length)"
+            )
+        return lines
 
 
 def answer_end(config: Any) -> int | None:
