@@ -189,7 +189,7 @@ def noisy(tmp_path_factory):
     layers = {layer["name"] for layer in report_of(place / "sparse")["layers"] if layer["masked"]}
     tensors = load_file(place / "sparse/model.safetensors")
     generator = torch.Generator().manual_seed(0)
-    for name in layers:
+    for name in sorted(layers):
         weights = tensors[name]
         zero = weights == 0
         least = weights[~zero].abs().sort().values[int(0.2 * int((~zero).sum()))]
