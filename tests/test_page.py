@@ -120,7 +120,7 @@ def test_the_flip_table_adds_up():
 def test_no_gain_is_claimed_that_is_not_shown():
     for verdict in ("same", "inconclusive", "worse"):
         report = reports.report(verdict=verdict)
-        said = " ".join([words.headline(report), words.measured(report), *words.credit(report)])
+        said = " ".join([words.said(report), words.measured(report), *words.credit(report)])
         assert "better than the source" not in said
         assert "gained" not in said
     report = reports.report()
@@ -156,7 +156,7 @@ def test_whose_doing_a_gain_is_stands_in_the_headline_s_sentence(report, sentenc
     """On the page, in the terminal and in the card; and only the mask's own gain is green."""
     page_, told = Reader(made(report)), summary(Report(report, Path("out")))
     written = card(report, SourceCard({}, ""), reports.recipe())
-    for text in (words.headline(report), page_.text.replace("Better than", "better than"), told, written):
+    for text in (words.said(report), page_.text.replace("Better than", "better than"), told, written):
         assert sentence in text
     classes = page_.all("section", id="verdict")[0]["class"].split()
     assert classes == ["verdict", "better", f"credit-{report['credit']}"]

@@ -48,10 +48,6 @@ def interval(found: Mapping[str, Any]) -> str:
     return f"{signed(low)} to {signed(high)}"
 
 
-def headline(report: Mapping[str, Any]) -> str:
-    return f"{report['verdict'].capitalize()}: {said(report)}"
-
-
 def said(report: Mapping[str, Any]) -> str:
     """The verdict in one sentence, with whose doing it is: no gain of training on passes for one of the mask."""
     verdict = report["verdict"]
