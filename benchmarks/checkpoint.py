@@ -24,9 +24,13 @@ import torch
 from common import ROOT, Peak, arguments, copy_synced, interleaved, machine, middle, ratio, table, verdict
 from made import pictures, timm_folder, word_tokenizer, words
 
-from dsd_refine.checkpoint import Checkpoint, find_source, open_checkpoint, open_library, open_shapes, verify
-from dsd_refine.checkpoint.layout import all_finite, read_layout, sha256_files
+from dsd_refine.checkpoint import verify
+from dsd_refine.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_library, open_shapes
+from dsd_refine.checkpoint.layout import read_layout
+from dsd_refine.checkpoint.safetensors_file import all_finite
+from dsd_refine.checkpoint.source import find_source
 from dsd_refine.checkpoint.verify import PROBE, load_probe
+from dsd_refine.files import sha256_files
 from dsd_refine.forward import logits_of
 
 BLOCK = 1 << 22

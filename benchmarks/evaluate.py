@@ -24,7 +24,8 @@ from made import bert_folder, pictures, text_table, timm_folder
 from throughput import BATCH, BERT, LENGTH, SIZE, run_of
 from torch import nn
 
-from dsd_refine.train import _loader, evaluate
+from dsd_refine.training.batches import _loader
+from dsd_refine.training.evaluate import evaluate
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/support")]
 
 from common import machine  # noqa: E402
 from field_cases import dropped, refusals, wording  # noqa: E402
@@ -45,7 +45,7 @@ def ran(case: Case, place: Path) -> Result | None:
     told = folder / "stdout.txt"
 
     def work() -> None:
-        from dsd_refine.app import main
+        from dsd_refine.cli.app import main
 
         arguments = [str(argument) for argument in case.make(folder)]
         told.touch()

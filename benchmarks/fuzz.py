@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/support")]
 
 from forked import Child, alone, command, limited  # noqa: E402
 from hostile import CASES, FEW, make_good  # noqa: E402
@@ -124,7 +124,7 @@ def writes(given: tuple[Any, ...]) -> bool:
 
 def stopped(*args: Any) -> None:
     """A run that is told to stop in its first step."""
-    from dsd_refine import train
+    from dsd_refine.training import loop as train
 
     step = train._step
 

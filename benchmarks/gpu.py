@@ -26,8 +26,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsd_refine.masks import make_masks, masker
-from dsd_refine.train import Key, _step, make_optimizer
+from dsd_refine.masking.masks import make_masks, masker
+from dsd_refine.training.loop import _step
+from dsd_refine.training.optimizer import make_optimizer
+from dsd_refine.training.state import Key
 
 SPARSITY = 0.3
 Step = Callable[[], object]

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from dsd_refine.masks import Layer, Spot, find_layers
+from dsd_refine.masking.layers import Layer, Spot, find_layers
 from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.tasks import Batch, Scores
-from dsd_refine.train import Loop
+from dsd_refine.tasks.base import Batch, Scores
+from dsd_refine.training.state import Loop
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 
@@ -69,7 +69,6 @@ def loop_of(model: nn.Module, task: Any, recipe: Recipe, accelerator: Accelerato
         recipe=recipe,
         as_written=lambda model: nullcontext(),
         log=lambda line: None,
-        progress=lambda label, step, total: None,
         stopping=lambda: False,
         save=lambda: None,
         save_due=lambda: False,

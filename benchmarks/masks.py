@@ -19,7 +19,8 @@ from common import CLOCK, Peak, arguments, interleaved, machine, ratio, table, v
 from made import EMPTY, layers_of
 from torch import nn
 
-from dsd_refine.masks import Layer, Spot, make_masks, masked_count
+from dsd_refine.masking.layers import Layer, Spot, masked_count
+from dsd_refine.masking.masks import make_masks
 
 SPARSITY = 0.3
 Shape = tuple[int, ...]

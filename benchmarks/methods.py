@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
-from dsd_refine.compare import over_seeds
+from dsd_refine.evidence.compare import over_seeds
 
 ROOT = Path(__file__).parent.parent
 SEEDS, EPOCHS, RATE = 5, 16.0, 15.0  # epochs in all, and the factor on the recipes' rates

@@ -24,7 +24,7 @@ import torch
 import transformers
 from taught import first_dense, refine
 
-from dsd_refine.tasks.sound import decode, resample
+from dsd_refine.tasks.inputs.audio import decode, resample
 
 RATE, ROWS = 8000, {"train": 1000, "test": 800}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -30,10 +30,12 @@ from made import Fixed, layers_of, loop_of, phase_of, recipe_of, resnet50, small
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from dsd_refine.allocator import keep_freed_memory
-from dsd_refine.masks import BLOCK, Masks, make_masks, masker
-from dsd_refine.smallest import flat
-from dsd_refine.train import Key, _step, make_optimizer
+from dsd_refine.masking.masks import BLOCK, Masks, make_masks, masker
+from dsd_refine.masking.selection import flat
+from dsd_refine.system import keep_freed_memory
+from dsd_refine.training.loop import _step
+from dsd_refine.training.optimizer import make_optimizer
+from dsd_refine.training.state import Key
 
 SPARSITY = 0.3
 OF = 3  # steps, of which the fastest counts

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from dsd_refine.checkpoint.transformers import TransformersLibrary
+from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
 from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.tasks.open import open_task
+from dsd_refine.tasks.registry import open_task
 
 ROOT = Path(__file__).parent.parent
 

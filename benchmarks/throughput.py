@@ -24,12 +24,16 @@ from common import CLOCK, Round, apart, arguments, each_in_a_place, rates, timed
 from made import bert_folder, pictures, text_table, timm_folder
 from torch import nn
 
-from dsd_refine import opening
-from dsd_refine.checkpoint import find_source, open_library
-from dsd_refine.method import enter
+from dsd_refine.checkpoint.checkpoint import open_library
+from dsd_refine.checkpoint.source import find_source
 from dsd_refine.recipe import Recipe
-from dsd_refine.run import Options, Run
-from dsd_refine.train import Key, Progress, _loader, _Plan, make_optimizer, train_phase
+from dsd_refine.run import open as opening
+from dsd_refine.run.phase import enter
+from dsd_refine.run.run import Options, Run
+from dsd_refine.training.batches import _loader, _Plan
+from dsd_refine.training.loop import train_phase
+from dsd_refine.training.optimizer import make_optimizer
+from dsd_refine.training.state import Key, Progress
 
 BATCH, LENGTH, SIZE = 32, 48, 128
 CROP = {"crop": "random-resized", "scale": (0.35, 1.0), "ratio": (0.75, 4 / 3), "flip": 0.5}
@@ -50,7 +54,7 @@ def run_of(folder: Path, data: Path, out: Path, steps: int, workers: int, plain:
         opening.keep_freed_memory = lambda: False
     with opening.opened(source, open_library(source), wanted, options) as run:
         torch.use_deterministic_algorithms(not plain, warn_only=True)
-        enter(run, "refined", 0, 0, wanted.phases[0])
+        enter(run, "refined", 0, 0, wanted.phases)
         yield run
 
 

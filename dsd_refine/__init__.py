@@ -15,11 +15,12 @@ _HOME = {
     "Recipe": "recipe",
     "Phase": "recipe",
     "Augment": "recipe",
-    "Report": "report",
+    "Report": "report.report",
     "open_checkpoint": "checkpoint",
     "verify": "checkpoint",
     "DsdError": "errors",
 }
+
 __all__ = ["Augment", "DsdError", "Phase", "Recipe", "Report", "__version__", "open_checkpoint", "refine", "verify"]
 
 

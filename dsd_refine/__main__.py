@@ -1,6 +1,8 @@
 """`python -m dsd_refine` is the command."""
 
-from dsd_refine.app import main
+from __future__ import annotations
+
+from dsd_refine.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,7 @@
 """The errors of the package. The command turns each into its exit code and one message; no user error is a traceback."""
 
+from __future__ import annotations
+
 
 class DsdError(Exception):
     """Root of all errors that this package raises on purpose. `exit_code` is what the command ends with."""

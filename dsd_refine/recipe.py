@@ -18,19 +18,23 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dsd_refine.errors import RecipeError
-from dsd_refine.shelf import find_recipe, shipped
 
 TaskName = Literal["image-classification", "text-classification", "causal-lm", "masked-lm", "ctc-speech", "image-captioning"]
+
 TASKS: tuple[str, ...] = get_args(TaskName)
 
 Rate = Annotated[float, Field(ge=0)]
+
 Share = Annotated[float, Field(ge=0, lt=1)]
+
 # beyond these no run ends: a slip of the finger, or a file from a stranger
 Count = Annotated[int, Field(ge=0, le=10**9)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
-Positive = Annotated[int, Field(gt=0, le=10**9)]
-Names = Annotated[tuple[str, ...], Field(strict=False)]
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
+
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+
+Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 MOST_MISTAKES = 9  # lines that are shown: who made more reads the file anew
 LONGEST = 100_000  # characters of a recipe: its loader is slow, and what is longer is none
@@ -429,3 +433,31 @@ def _update(phase: dict[str, Any], fields: Mapping[str, Any]) -> None:
             phase.pop(key, None)
         elif value is not None:
             phase[key] = value
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes lie: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of every shipped recipe, sorted by name."""
+    return {path.stem: path for path in sorted(recipes_folder().rglob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by shipped name or by path.
+
+    Raises:
+        RecipeError: neither a shipped name nor a file.
+    """
+    known = shipped()
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise RecipeError(f"no recipe {name!r}: not a file, and not one of {', '.join(known)}{hint}")

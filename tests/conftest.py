@@ -42,7 +42,7 @@ def command(capfd):
     """Run the command in this process: `command("plan", folder)` -> Result."""
 
     def run(*args):
-        from dsd_refine.app import main
+        from dsd_refine.cli.app import main
 
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
@@ -105,7 +105,7 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(made, tmp_path_factory):
     """OUT of a finished timm run with its phases kept. Do not change it."""
-    from dsd_refine.app import main
+    from dsd_refine.cli.app import main
 
     out = tmp_path_factory.mktemp("finished") / "out"
     args = [made / "timm", "--data", made / "pictures", "-o", out, *SHORT, "--save-phases", "--quiet"]

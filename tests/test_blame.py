@@ -12,8 +12,8 @@ from builders import WORDS, bert_checkpoint, save_transformers, seeded, text_csv
 from conftest import SHORT
 from small import PAIRED, TOKENS
 
-from dsd_refine.blame import computed, is_of_the_machine
-from dsd_refine.tasks import Batch
+from dsd_refine.tasks.base import Batch
+from dsd_refine.training.blame import computed, is_of_the_machine
 
 T5 = {"vocab_size": TOKENS, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 2, "pad_token_id": 0,
       "eos_token_id": 3, "decoder_start_token_id": 0}  # fmt: skip

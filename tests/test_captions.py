@@ -14,13 +14,13 @@ from test_processes import near, torchrun
 from test_resume import same, stop_after
 from test_run import report_of
 
-from dsd_refine.checkpoint.transformers import TransformersLibrary
-from dsd_refine.compare import bootstrap_corpus, compare, corpus_over_seeds
+from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
 from dsd_refine.errors import CheckpointError, DataError
+from dsd_refine.evidence.compare import bootstrap_corpus, compare, corpus_over_seeds
 from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.tasks import Scores
-from dsd_refine.tasks.captions import bleu, bleu_signature, row_score
-from dsd_refine.tasks.open import open_task
+from dsd_refine.tasks.base import Scores
+from dsd_refine.tasks.image_captioning import bleu, bleu_signature, row_score
+from dsd_refine.tasks.registry import open_task
 
 KINDS = ("vit-gpt2", "vit-bert", "blip", "git")
 QUIET = (*SHORT, "--quiet", "--lr", "0.01", "--warmup-steps", "0")
@@ -87,7 +87,7 @@ def test_the_signature_is_sacrebleus_for_these_references_whatever_was_scored_be
 
 
 def test_a_captioner_killed_while_it_publishes_is_resumed_by_another_process(command, seen, tmp_path):
-    from dsd_refine import publish
+    from dsd_refine.run import publish
 
     def full(*_):
         raise OSError(28, "No space left on device", "somewhere")
@@ -320,7 +320,7 @@ def test_other_models_of_images_and_text_are_refused(tmp_path, architecture, kin
 @pytest.fixture(scope="module")
 def results(seen, tmp_path_factory):
     """OUT of a finished run of each kind: three captions a picture for VisionEncoderDecoder with GPT-2 and for GIT."""
-    from dsd_refine.app import main
+    from dsd_refine.cli.app import main
 
     place = tmp_path_factory.mktemp("results")
     for kind in KINDS:

@@ -15,10 +15,12 @@ import transformers
 from conftest import hashes
 from safetensors.torch import load_file
 
-from dsd_refine.checkpoint import find_source, open_checkpoint, open_library, write
+from dsd_refine.checkpoint import write
+from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_library
 from dsd_refine.checkpoint.layout import read_layout
+from dsd_refine.checkpoint.libraries.skip_init import Undrawn
 from dsd_refine.checkpoint.placement import gather, place, scatter
-from dsd_refine.checkpoint.undrawn import Undrawn
+from dsd_refine.checkpoint.source import find_source
 from dsd_refine.errors import CheckpointError, RunError
 
 

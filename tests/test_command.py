@@ -256,7 +256,7 @@ def test_a_diverging_run_ends_with_5_and_publishes_nothing(command, made, tmp_pa
 
 
 def test_a_bug_of_ours_ends_with_1_and_its_traceback(command, made, monkeypatch):
-    from dsd_refine import plan
+    from dsd_refine.planning import plan
 
     monkeypatch.setattr(plan, "make_plan", lambda *a, **k: 1 / 0)
     found = command("plan", made / "timm")
@@ -265,7 +265,7 @@ def test_a_bug_of_ours_ends_with_1_and_its_traceback(command, made, monkeypatch)
 
 
 def test_no_space_ends_with_5(command, made, tmp_path, monkeypatch):
-    from dsd_refine import publish
+    from dsd_refine.run import publish
 
     def full(*_):
         raise OSError(28, "No space left on device", "somewhere")
@@ -295,7 +295,7 @@ HEAVY = ("torch", "timm", "transformers", "datasets", "numpy", "scipy", "acceler
 )
 def test_light_verbs_import_nothing_heavy(arguments, also):
     code = (
-        "import sys\nfrom dsd_refine.app import main\n"
+        "import sys\nfrom dsd_refine.cli.app import main\n"
         f"try:\n    main({arguments})\n"
         f"finally:\n    sys.stderr.write(' '.join(m for m in {(*HEAVY, *also)} if m in sys.modules))"
     )

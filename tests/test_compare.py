@@ -13,7 +13,7 @@ from scipy.stats import bootstrap as scipy_bootstrap
 from statsmodels.stats import contingency_tables
 from statsmodels.stats.multitest import multipletests
 
-from dsd_refine.compare import (
+from dsd_refine.evidence.compare import (
     Comparison,
     bootstrap,
     bootstrap_corpus,
@@ -26,7 +26,7 @@ from dsd_refine.compare import (
     over_seeds,
     verdict,
 )
-from dsd_refine.paired import sign_flips
+from dsd_refine.evidence.paired import sign_flips
 
 
 def rows(gained, lost, same, n_right=0):

@@ -12,12 +12,12 @@ import torch
 from accelerate.utils import DistributedType
 from conftest import SHORT, process
 
-from dsd_refine import opening
-from dsd_refine.allocator import keep_freed_memory
-from dsd_refine.checkpoint.timm import TimmLibrary
+from dsd_refine.checkpoint.libraries.timm import TimmLibrary
 from dsd_refine.recipe import Recipe
-from dsd_refine.run import Options
-from dsd_refine.tasks import images
+from dsd_refine.run import open as opening
+from dsd_refine.run.run import Options
+from dsd_refine.system import keep_freed_memory
+from dsd_refine.tasks.inputs import images
 
 EPOCHS = ("--sparse-epochs", "2", "--dense-epochs", "1", "--gate", "none", "--device", "cpu", "--quiet", "--batch-size", "8")
 
@@ -27,7 +27,7 @@ EPOCHS = ("--sparse-epochs", "2", "--dense-epochs", "1", "--gate", "none", "--de
 )
 def test_a_task_does_not_import_the_other_library(made, tmp_path, model, data, absent):
     code = (
-        "import sys\nfrom dsd_refine.app import main\ntry:\n    main()\n"
+        "import sys\nfrom dsd_refine.cli.app import main\ntry:\n    main()\n"
         f"finally:\n    print('imported', [m for m in {absent!r} if m in sys.modules], file=sys.stderr)"
     )
     done = process("-c", code, made / model, "--data", made / data, "-o", tmp_path / "out", *SHORT, "--gate", "none", "--quiet")
@@ -75,7 +75,7 @@ def test_the_source_is_loaded_once_whatever_the_arms(command, made, tmp_path, mo
 
 FAULTS = """
 import resource, torch
-from dsd_refine.allocator import keep_freed_memory
+from dsd_refine.system import keep_freed_memory
 kept = {keep} and keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

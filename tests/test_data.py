@@ -17,13 +17,17 @@ from PIL import Image
 from dsd_refine.data.columns import LABEL, column
 from dsd_refine.data.files import paragraphs
 from dsd_refine.data.labels import label_texts, match_labels
+from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import SALT, Rows, by_role, carve, divide
-from dsd_refine.data.tables import AT_ONCE, Table, read_tables
+from dsd_refine.data.tables import AT_ONCE, read_tables
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.tasks import Scores
-from dsd_refine.tasks.images import Preprocessing, decode, prepare_images
-from dsd_refine.tasks.text import longest, prepare_documents, prepare_texts
+from dsd_refine.tasks.base import Scores
+from dsd_refine.tasks.causal_lm import prepare_documents
+from dsd_refine.tasks.image_classification import prepare_images
+from dsd_refine.tasks.inputs.images import Preprocessing, decode
+from dsd_refine.tasks.inputs.texts import longest
+from dsd_refine.tasks.text_classification import prepare_texts
 
 
 def read(spec, cache):
@@ -695,7 +699,7 @@ def test_one_map_serves_every_split():
 def test_a_models_placeholder_names_are_no_names():
     from types import SimpleNamespace
 
-    from dsd_refine.tasks.open import _config_names
+    from dsd_refine.tasks.registry import _config_names
 
     assert _config_names(SimpleNamespace(num_labels=2, id2label={0: "LABEL_0", 1: "LABEL_1"})) is None
     assert _config_names(SimpleNamespace(num_labels=2, id2label={0: "no", 1: "yes"})) == [["no"], ["yes"]]

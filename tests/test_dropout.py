@@ -8,10 +8,10 @@ from conftest import SHORT
 from test_run import report_of
 from torch import nn
 
-from dsd_refine.dropout import dropouts
 from dsd_refine.errors import UsageError
 from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.settings import check_settings, settings
+from dsd_refine.training.dropout import dropouts
+from dsd_refine.training.settings import check_settings, settings
 
 END = 24
 IDS = {"input_ids": torch.tensor([[*range(5, 14), END], [*range(14, 23), END]])}

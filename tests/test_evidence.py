@@ -24,7 +24,7 @@ DEMO = ROOT / "recipes/demo"
 
 
 def finished_run(out, *args):
-    from dsd_refine.app import main
+    from dsd_refine.cli.app import main
 
     with pytest.raises(SystemExit) as ended:
         main([str(arg) for arg in [*args, "-o", out, *SHORT, "--control", "dense", "--control", "random", "--quiet"]])
@@ -168,7 +168,7 @@ def digits(command, source, out, *more, train="train.parquet", code=None):
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
     """The demo's checkpoint, sparse at heart: half of each layer carries nothing, and then small noise is laid on that half."""
-    from dsd_refine.app import main
+    from dsd_refine.cli.app import main
 
     place = tmp_path_factory.mktemp("noisy")
     args = [

@@ -5,8 +5,9 @@ import pytest
 import torch
 from families import FAMILIES, TABLE
 
-from dsd_refine.layers import few_maskable
-from dsd_refine.masks import apply_masks, make_masks, masked_count
+from dsd_refine.masking.checkpoint_layers import few_maskable
+from dsd_refine.masking.layers import masked_count
+from dsd_refine.masking.masks import apply_masks, make_masks
 
 
 def documented(title):

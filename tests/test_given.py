@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsd_refine.data.columns import AUDIO, CAPTION, DOCUMENT, IMAGE, LABEL, PAIRS, TEXT, TRANSCRIPT, choose
-from dsd_refine.data.splits import Rows, by_role, divide, speaks_of
-from dsd_refine.data.tables import Reading, Table, read_tables
+from dsd_refine.data.reading import Reading, Table, speaks_of
+from dsd_refine.data.splits import Rows, by_role, divide
+from dsd_refine.data.tables import read_tables
 from dsd_refine.errors import DataError
 
 MNLI = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")

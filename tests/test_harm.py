@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from test_resume import stop_after
 from test_run import report_of
 
-from dsd_refine.preflight import clearly_worse, harm_warnings, rising_warnings, view_warnings
+from dsd_refine.evidence.damage import clearly_worse, harm_warnings, rising_warnings, view_warnings
 from dsd_refine.recipe import Augment, Phase, Recipe
 from dsd_refine.report import figures
-from dsd_refine.tasks import Guess, Score
+from dsd_refine.tasks.base import Guess, Score
 
 DEMO = ROOT / "recipes/demo/checkpoint"
 DIGITS = ("--recipe", "digits", "--device", "cpu", "--gate", "none", "--quiet")

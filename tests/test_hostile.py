@@ -21,10 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsd_refine.checkpoint import guard, layout
+from dsd_refine.checkpoint import layout
+from dsd_refine.checkpoint.libraries import guard
+from dsd_refine.checkpoint.safetensors_file import read_header, read_json
 from dsd_refine.errors import CheckpointError, DataError, RecipeError
 from dsd_refine.recipe import parse_yaml, validate
-from dsd_refine.tasks.images import PIXELS, decode
+from dsd_refine.tasks.inputs.images import PIXELS, decode
 
 SEEDS = st.integers(0, 2**32)
 JSON = st.recursive(
@@ -53,7 +55,7 @@ def test_a_changed_header_is_refused_or_is_one(tmp_path, seed):
     )
     path.write_bytes(hostile.bytes_changed(Random(seed), path.read_bytes()))
     try:
-        found = layout.read_header(path)
+        found = read_header(path)
     except CheckpointError:
         return
     assert sum(e.end - e.begin for e in found.entries) + len(found.head) == path.stat().st_size
@@ -67,7 +69,7 @@ def test_any_header_is_refused_or_covers_the_file(tmp_path, header):
     text = json.dumps(header).encode()
     (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
     try:
-        found = layout.read_header(tmp_path / "x")
+        found = read_header(tmp_path / "x")
     except CheckpointError:
         return
     assert sum(e.end - e.begin for e in found.entries) == 16
@@ -161,7 +163,7 @@ def test_bombs_are_skipped_at_once(name, says):
 
 def test_a_reason_is_the_same_in_each_run():
     """Libraries put the address of the object that they were given into their words."""
-    from dsd_refine.tasks import sound
+    from dsd_refine.tasks.inputs import audio as sound
 
     kept = [bytearray(100_000 + i) for i in range(3)]  # so that no two objects share an address
     for read, raw in ((lambda raw: decode(raw, 3), b"no picture"), (sound.decode, b"no sound")):
@@ -177,7 +179,7 @@ def test_a_reason_is_the_same_in_each_run():
 
 @pytest.mark.parametrize("name", sorted(hostile.SOUND_BOMBS))
 def test_sounds_that_ask_for_memory_are_skipped_at_once(monkeypatch, name):
-    from dsd_refine.tasks import sound
+    from dsd_refine.tasks.inputs import audio as sound
 
     monkeypatch.setattr(sound, "MOST_SAMPLES", 1_000_000)
     raw = hostile.packed_silence(2_000_000) if name == "hours of silence" else hostile.SOUND_BOMBS[name]()
@@ -280,9 +282,9 @@ def test_a_header_or_config_of_a_hundred_megabytes_is_no_bomb(tmp_path):
     (tmp_path / "config.json").write_bytes(text)
     started = time.process_time()
     with pytest.raises(CheckpointError, match="more values than any checkpoint has"):
-        layout.read_header(tmp_path / "x")
+        read_header(tmp_path / "x")
     with pytest.raises(CheckpointError, match="more values than any checkpoint has"):
-        layout.read_json(tmp_path / "config.json")
+        read_json(tmp_path / "config.json")
     assert time.process_time() - started < 5
 
 
@@ -383,7 +385,7 @@ def test_verify_names_what_is_wrong_with_an_output(command, made, finished, tmp_
 
 
 def test_verify_does_not_load_what_is_not_the_source_s(command, made, finished, tmp_path, monkeypatch):
-    from dsd_refine.checkpoint.timm import TimmLibrary
+    from dsd_refine.checkpoint.libraries.timm import TimmLibrary
 
     out = copy_folder(finished, tmp_path / "out")
     (out / "config.json").write_text(json.dumps(json.loads((out / "config.json").read_text()) | {"num_classes": 10**9}))
@@ -394,7 +396,7 @@ def test_verify_does_not_load_what_is_not_the_source_s(command, made, finished, 
 
 
 def test_a_saved_state_that_is_not_what_was_saved_is_refused(command, made, tmp_path):
-    from dsd_refine import train
+    from dsd_refine.training import loop as train
 
     args = [made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *SHORT, "--quiet"]
     with pytest.MonkeyPatch.context() as patch:

@@ -106,7 +106,7 @@ def test_what_passes_is_asked_for_again(ask, made, tmp_path, failing, tries):
 def test_a_wait_that_the_hub_asks_for_is_kept(monkeypatch):
     from types import SimpleNamespace
 
-    from dsd_refine.checkpoint import hub as asked
+    from dsd_refine import hub as asked
 
     waited, answers = [], [429, 429, 200]
     monkeypatch.setattr(asked.time, "sleep", waited.append)
@@ -125,7 +125,7 @@ def test_a_wait_that_the_hub_asks_for_is_kept(monkeypatch):
 
 @pytest.mark.parametrize("fault", ["cut", "short"])
 def test_a_download_that_never_ends_is_no_checkpoint(ask, tmp_path, monkeypatch, fault):
-    from dsd_refine.checkpoint import hub as asked
+    from dsd_refine import hub as asked
 
     monkeypatch.setattr(asked.time, "sleep", lambda seconds: None)
     code, said, _ = ask(faults={WEIGHTS: [fault] * 100})

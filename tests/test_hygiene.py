@@ -17,7 +17,7 @@ def watched_run(made, tmp_path, *args):
     """What the process holds after every so many steps: [(step, resident bytes, open files, bytes of log)]."""
 
     def work():
-        from dsd_refine import train
+        from dsd_refine.training import loop as train
 
         step, taken, me = train._step, [0], psutil.Process()
         log, seen = tmp_path / "out.partial/log.jsonl", (tmp_path / "seen").open("w")
@@ -65,7 +65,7 @@ def test_phases_leave_no_files_open(made, tmp_path, workers):
     counts = tmp_path / "counts"
 
     def work():
-        from dsd_refine import method
+        from dsd_refine.run import phase as method
 
         leave = method.leave
 

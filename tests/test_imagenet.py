@@ -18,7 +18,7 @@ from timm.data import ImageNetInfo
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
 from dsd_refine.data.labels import match_labels
-from dsd_refine.tasks.open import _timm_names
+from dsd_refine.tasks.registry import _timm_names
 
 INFO = ImageNetInfo("imagenet-1k")
 SYNSETS = [str(INFO.index_to_label_name(number)) for number in range(1000)]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsd_refine.checkpoint.transformers import AUTO, TransformersLibrary
+from dsd_refine.checkpoint.libraries.transformers import AUTO, TransformersLibrary
 from dsd_refine.errors import CheckpointError
 
 SUPPORTED = f"supported are {', '.join(AUTO)}"

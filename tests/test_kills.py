@@ -17,7 +17,7 @@ from test_resume import same
 
 from dsd_refine.data import tables
 from dsd_refine.data.tables import in_threads
-from dsd_refine.signals import Signals
+from dsd_refine.run.signals import Signals
 
 STEPS = ("--gate", "none", "--batch-size", "8", "--device", "cpu", "--quiet", "--sparse-steps", "6", "--dense-steps", "3")
 
@@ -102,9 +102,9 @@ def slowly(begun, place, call, seconds, *args):
 @pytest.mark.parametrize(
     ("place", "call", "says", "saved"),
     [
-        ("dsd_refine.tasks.images", "_examine", "stopped before the first step", False),
-        ("dsd_refine.tasks.classify", "logits_of", "stopped", None),
-        ("dsd_refine.publish", "verify", "stopped while the result was written", True),
+        ("dsd_refine.tasks.image_classification", "_examine", "stopped before the first step", False),
+        ("dsd_refine.tasks.classification", "logits_of", "stopped", None),
+        ("dsd_refine.run.publish", "verify", "stopped while the result was written", True),
     ],
 )
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -171,7 +171,7 @@ def test_a_signal_that_came_where_nothing_can_be_raised_ends_the_run_before_its_
 
 
 def test_a_second_signal_ends_at_once(child, made, tmp_path):
-    one = child(work=slowly(tmp_path / "begun", "dsd_refine.train", "_step", 30, *pictures(made, tmp_path / "out")))
+    one = child(work=slowly(tmp_path / "begun", "dsd_refine.training.loop", "_step", 30, *pictures(made, tmp_path / "out")))
     wait_until((tmp_path / "begun").exists, one)
     one.kill(signal.SIGTERM)
     assert one.ended_within(0.5) is None  # the step is finished first
@@ -181,7 +181,7 @@ def test_a_second_signal_ends_at_once(child, made, tmp_path):
 
 def test_a_stop_at_an_epoch_s_end_leaves_the_evaluation_to_the_resumed_run(command, made, tmp_path):
     """The signal comes in the last step of an epoch: its state is saved before the evaluation that follows it."""
-    from dsd_refine import train
+    from dsd_refine.training import loop as train
 
     args = pictures(made, tmp_path / "out", "--control", "none")
     with pytest.MonkeyPatch.context() as patch:
@@ -202,7 +202,7 @@ def test_a_stop_at_an_epoch_s_end_leaves_the_evaluation_to_the_resumed_run(comma
 
 
 def test_save_every_says_how_much_a_kill_may_cost(command, made, tmp_path, monkeypatch):
-    from dsd_refine.runstate import Workspace
+    from dsd_refine.run.workspace import Workspace
 
     counts = {}
     for minutes in ("0", "10"):
@@ -217,7 +217,7 @@ def test_save_every_says_how_much_a_kill_may_cost(command, made, tmp_path, monke
 
 def test_two_at_once_on_one_output(child, refused, made, tmp_path):
     """The second refuses at once and names the first's process; a killed one's lock does not block."""
-    first = child(work=slowly(tmp_path / "begun", "dsd_refine.train", "_step", 10, *pictures(made, tmp_path / "out")))
+    first = child(work=slowly(tmp_path / "begun", "dsd_refine.training.loop", "_step", 10, *pictures(made, tmp_path / "out")))
     wait_until((tmp_path / "begun").exists, first)
     for how in ("--resume", "--overwrite"):
         message = refused(*pictures(made, tmp_path / "out", how))
@@ -248,7 +248,7 @@ def test_a_kill_after_the_rename_leaves_a_finished_run(child, command, made, tmp
 
 def test_a_stopped_run_that_is_to_replace_a_finished_one_goes_on(command, made, tmp_path):
     """--resume alone leaves the finished OUT as it is; with --overwrite the stopped run goes on and takes its place."""
-    from dsd_refine import train
+    from dsd_refine.training import loop as train
 
     args = pictures(made, tmp_path / "out", "--control", "none")
     assert command(*args).code == 0
@@ -332,7 +332,7 @@ def test_a_kill_of_one_of_two_ends_the_other(child, made, tmp_path, victim):
 def test_a_signal_to_one_of_two_stops_both_in_an_evaluation(child, made, tmp_path):
     """Only one process is told; both stop between two batches of the evaluation, with the code of a stopped run."""
     args = pictures(made, tmp_path / "out", "--batch-size", "2")
-    both = pair(child, slowly(tmp_path / "begun", "dsd_refine.tasks.classify", "logits_of", 0.3, *args))
+    both = pair(child, slowly(tmp_path / "begun", "dsd_refine.tasks.classification", "logits_of", 0.3, *args))
     wait_until(logged(tmp_path / "out", 0), both[0])
     time.sleep(0.7)  # both are in the evaluation of the source now, which takes seconds
     both[1].kill(signal.SIGTERM)
@@ -342,7 +342,7 @@ def test_a_signal_to_one_of_two_stops_both_in_an_evaluation(child, made, tmp_pat
 
 def test_workers_end_with_a_killed_parent(child, made, tmp_path):
     args = pictures(made, tmp_path / "out", "--workers", "2")
-    one = child(work=slowly(tmp_path / "begun", "dsd_refine.train", "_step", 10, *args))
+    one = child(work=slowly(tmp_path / "begun", "dsd_refine.training.loop", "_step", 10, *args))
     wait_until((tmp_path / "begun").exists, one)
     workers = psutil.Process(one.pid).children(recursive=True)
     assert len(workers) >= 2

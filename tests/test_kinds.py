@@ -11,7 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dsd_refine.errors import UsageError
-from dsd_refine.masks import Spot, apply_masks, empty_filters, find_layers, make_masks, masked_count
+from dsd_refine.masking.layers import Spot, find_layers, masked_count
+from dsd_refine.masking.masks import apply_masks, empty_filters, make_masks
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 

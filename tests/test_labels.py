@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from test_data import NAMED, recipe, table, texts
 from test_run import report_of
 
-from dsd_refine.confusion import better_assignment
 from dsd_refine.data.labels import label_texts, match_labels, without_hidden
 from dsd_refine.data.names import counterparts, listed, map_option
 from dsd_refine.errors import DataError
+from dsd_refine.evidence.confusion import better_assignment
 from dsd_refine.recipe import parse_yaml, set_field, validate
 
 QUICK = (*SHORT, "--control", "none", "--quiet")

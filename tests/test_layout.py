@@ -17,7 +17,8 @@ from safetensors.torch import load, load_file, save_file
 from timm.models import load_state_dict
 
 from dsd_refine.checkpoint import layout
-from dsd_refine.checkpoint.layout import build_header, memory, read_header, read_index, read_layout
+from dsd_refine.checkpoint.layout import read_index, read_layout
+from dsd_refine.checkpoint.safetensors_file import HEADER_LIMIT, NAMES, build_header, memory, read_header, read_json
 from dsd_refine.errors import CheckpointError
 
 TWO = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.int64)}
@@ -73,7 +74,7 @@ def test_lfs_pointer(tmp_path, name):
     path = tmp_path / name
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 5\n")
     with pytest.raises(CheckpointError, match="git-lfs pointer"):
-        read_header(path) if name.endswith("safetensors") else layout.read_json(path)
+        read_header(path) if name.endswith("safetensors") else read_json(path)
 
 
 def test_overlap(tmp_path):
@@ -142,8 +143,8 @@ def test_header_length_out_of_range(tmp_path, length):
 def test_header_length_over_the_formats_limit(tmp_path):
     path = tmp_path / "x"
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", layout.HEADER_LIMIT + 1))
-        file.truncate(layout.HEADER_LIMIT + 100)
+        file.write(struct.pack("<Q", HEADER_LIMIT + 1))
+        file.truncate(HEADER_LIMIT + 100)
     refused(path, "not a safetensors file")
 
 
@@ -269,7 +270,7 @@ def test_tensor_in_two_shards(tmp_path):
 def test_built_header_is_one_that_safetensors_reads():
     tensors = {"z": torch.randn(3, 4).T, "é": torch.arange(3, dtype=torch.uint8), "none": torch.empty(2, 0)}
     tensors["tied"] = tensors["z"]
-    tensors |= {str(dtype): torch.ones(3).to(dtype) for dtype in layout.NAMES}
+    tensors |= {str(dtype): torch.ones(3).to(dtype) for dtype in NAMES}
     head, entries = build_header(tensors, {"format": "pt"})
     found = load(head + b"".join(memory(t) for t in tensors.values()))
     assert [e.name for e in entries] == list(tensors)

@@ -12,11 +12,11 @@ from builders import SPECIAL, WORDS, word_tokenizer
 from conftest import SHORT
 from datasets import Dataset
 
-from dsd_refine.data.tables import Table
+from dsd_refine.data.reading import Table
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import validate
-from dsd_refine.tasks.masked import SALT, Masking, prepare_masked
-from dsd_refine.tasks.text import longest
+from dsd_refine.tasks.inputs.texts import longest
+from dsd_refine.tasks.masked_lm import SALT, Masking, prepare_masked
 
 MASK, WORD = SPECIAL.index("[MASK]"), len(SPECIAL)
 
@@ -41,7 +41,7 @@ def masked(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ran(masked, made, tmp_path_factory):
     """OUT of a finished run."""
-    from dsd_refine.app import main
+    from dsd_refine.cli.app import main
 
     out = tmp_path_factory.mktemp("ran") / "out"
     args = [masked, "--data", made / "documents.txt", "-o", out, *SHORT, "--quiet", "--dense-lr", "0.01", "--optimizer", "sgd"]

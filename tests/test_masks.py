@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dsd_refine.errors import RunError, UsageError
-from dsd_refine.masks import Spot, apply_masks, check_masks, count_zeros, find_layers, make_masks, masked_count
+from dsd_refine.masking.layers import Spot, find_layers, masked_count
+from dsd_refine.masking.masks import apply_masks, check_masks, count_zeros, make_masks
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 

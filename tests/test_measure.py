@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dsd_refine import measure, opening
+from dsd_refine.planning import measure
 from dsd_refine.recipe import Phase, Recipe
+from dsd_refine.run import open as opening
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_a_teacher_is_asked_in_the_steps_that_are_measured(planned, monkeypatch)
 def test_what_is_frozen_gets_no_gradient_and_the_phase_s_dropout_holds(planned, monkeypatch):
     moved, rates, really = (set(), set()), (set(), set()), measure.enter
 
-    def enter(run, arm, attempt, number, phase):
+    def enter(run, arm, attempt, number, phases):
         def look(module, *_):
             if module.training:
                 rates[run.current["number"]].add(module.p)
@@ -61,7 +62,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_phase_s_dropout_holds(planned, 
             for module in run.loop.model.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.register_forward_pre_hook(look)
-        return really(run, arm, attempt, number, phase)
+        return really(run, arm, attempt, number, phases)
 
     monkeypatch.setattr(measure, "enter", enter)
     planned("--set", "phases.1.frozen=[bert.encoder.*]", "--set", "phases.1.dropout=0.37")

@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import SHORT
 
-from dsd_refine.checkpoint import find_source, open_library, open_shapes
-from dsd_refine.layers import open_layers
-from dsd_refine.plan import memory_of
+from dsd_refine.checkpoint.checkpoint import open_library, open_shapes
+from dsd_refine.checkpoint.source import find_source
+from dsd_refine.masking.checkpoint_layers import open_layers
+from dsd_refine.planning.plan import memory_of
 from dsd_refine.recipe import read_recipe, validate
-from dsd_refine.runstate import Workspace
+from dsd_refine.run.workspace import Workspace
 
 WIDE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
 RUN = ("--control", "none", "--quiet", "--lr", "0.001", "--warmup-steps", "0", "--holdout", "0.3")

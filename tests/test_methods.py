@@ -12,13 +12,17 @@ from test_train import Numbers, loop_of, mlp, run, values
 from torch import nn
 from torch.nn import functional as F
 
-from dsd_refine.average import Average
-from dsd_refine.distill import distilled
 from dsd_refine.errors import UsageError
-from dsd_refine.masks import Spot, apply_masks, find_layers, make_masks, masked_values, put_back
+from dsd_refine.masking.checkpoint_layers import frozen_names
+from dsd_refine.masking.layers import Spot, find_layers
+from dsd_refine.masking.masks import apply_masks, make_masks, masked_values, put_back
 from dsd_refine.recipe import Distill, Phase, Recipe, read_recipe, shipped, validate
-from dsd_refine.settings import check_settings, frozen_names, settings, train_mode
-from dsd_refine.train import Key, epoch_order, reestimate
+from dsd_refine.training.average import Average
+from dsd_refine.training.batches import epoch_order
+from dsd_refine.training.batchnorm import reestimate
+from dsd_refine.training.distill import distilled
+from dsd_refine.training.settings import check_settings, settings, train_mode
+from dsd_refine.training.state import Key
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 FAMILY = {"vit": "vit", "image-classification": "vit", "text-classification": "bert", "bert": "bert", "causal-lm": "gpt2"}

@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from reports import HOSTILE
 from safetensors.torch import load_file
 
-from dsd_refine import moments
-from dsd_refine.masks import Layer, Spot
-from dsd_refine.report import Report, figures, summary, words
+from dsd_refine.masking import histograms as moments
+from dsd_refine.masking.layers import Layer, Spot
+from dsd_refine.report import figures, words
 from dsd_refine.report.card import SourceCard, card
 from dsd_refine.report.page import margin_of, page, read_lines
 from dsd_refine.report.places import from_home
+from dsd_refine.report.report import Report, summary
 
 SECTIONS = ["verdict", "arms", "flips", "curves", "weights", "layers", "run", "warnings"]
 MEANS = {"conv2.weight": (0.05, 0.045), "fc.weight": (0.1, 0.12), "conv1.weight": (0.2, 0.2), "fc.bias": (0.0, 0.0)}

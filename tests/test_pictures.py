@@ -11,7 +11,7 @@ from PIL import Image
 from test_run import report_of
 
 from dsd_refine.errors import DataError
-from dsd_refine.tasks.images import Seen, decode, look, look_warnings
+from dsd_refine.tasks.inputs.images import Seen, decode, look, look_warnings
 
 QUICK = (*SHORT, "--control", "none", "--quiet")
 RAMP = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))

@@ -14,7 +14,7 @@ from forked import command as run_command
 from safetensors.torch import load_file
 from torch import nn
 
-from dsd_refine.opening import channels_last
+from dsd_refine.run.open import channels_last
 
 SHORT = (
     "--gate",
@@ -174,7 +174,7 @@ def test_a_narrow_network_trains(tmp_path):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_each_arm_finds_its_loss_scale_anew(command, made, tmp_path, monkeypatch, optimizer):
     """A scale that is far too large skips first steps: of every arm, not only of the one that comes first (rule 15)."""
-    from dsd_refine import opening
+    from dsd_refine.run import open as opening
 
     real = opening.open_accelerator
 

@@ -12,11 +12,11 @@ from conftest import SHORT
 from safetensors.torch import load_file, save_file
 from test_run import report_of
 
-from dsd_refine.claims import Claim, claims
-from dsd_refine.preflight import preflight
+from dsd_refine.evidence.baseline_checks import preflight
+from dsd_refine.evidence.card_results import Claim, claims
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report.card import data_name
-from dsd_refine.tasks import Guess
+from dsd_refine.tasks.base import Guess
 
 # ---------------------------------------------------------------- what is expected
 

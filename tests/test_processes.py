@@ -119,9 +119,9 @@ def test_a_wrapped_model_s_own_forward_is_as_it_was():
     code = """
 import torch, torch.distributed as dist
 from torch import nn
-from dsd_refine.opening import PATIENCE, open_accelerator, parallel
+from dsd_refine.run.open import PATIENCE, open_accelerator, parallel
 from dsd_refine.recipe import Recipe
-from dsd_refine.run import Options
+from dsd_refine.run.run import Options
 phases = [{"kind": "dense", "steps": 1, "lr": 0.1}]
 recipe = Recipe.model_validate({"phases": phases, "mixed_precision": "bf16"})
 accelerator = open_accelerator(recipe, Options(output_dir=None, device="cpu"))

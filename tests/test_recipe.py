@@ -9,12 +9,14 @@ from dsd_refine.errors import RecipeError
 from dsd_refine.recipe import (
     TASKS,
     apply_flags,
+    find_recipe,
     parse_yaml,
     read_recipe,
+    recipes_folder,
     set_field,
+    shipped,
     validate,
 )
-from dsd_refine.shelf import find_recipe, recipes_folder, shipped
 
 TWO = {
     "phases": [{"kind": "sparse", "epochs": 1, "lr": 0.1, "sparsity": 0.3}, {"kind": "dense", "epochs": 1, "lr": 0.01}],

@@ -28,7 +28,7 @@ def undisturbed(made, tmp_path_factory):
 
 
 def whole(args):
-    from dsd_refine.app import main
+    from dsd_refine.cli.app import main
 
     with pytest.raises(SystemExit) as ended:
         main([str(arg) for arg in args])
@@ -44,7 +44,7 @@ def same(one, two):
 
 def stop_after(monkeypatch, steps):
     """Ask every run to stop once so many optimizer steps were taken, as a signal that came then would."""
-    from dsd_refine import train
+    from dsd_refine.training import loop as train
 
     taken, step = [0], train._step
 
@@ -114,7 +114,7 @@ def test_other_tasks_resume_too(command, made, tmp_path, model, options):
 
 def test_killed_between_saves_goes_on_from_the_last_one(command, made, undisturbed, tmp_path, monkeypatch):
     """No word of the end, as with SIGKILL or a power cut: the state is the one of the last phase's end."""
-    from dsd_refine import train
+    from dsd_refine.training import loop as train
 
     class Killed(BaseException):
         pass
@@ -128,7 +128,7 @@ def test_killed_between_saves_goes_on_from_the_last_one(command, made, undisturb
             raise Killed
         return step(*given)
 
-    from dsd_refine.app import main
+    from dsd_refine.cli.app import main
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "_step", killed)
@@ -142,7 +142,7 @@ def test_killed_between_saves_goes_on_from_the_last_one(command, made, undisturb
 
 
 def test_killed_while_publishing(command, made, undisturbed, tmp_path, monkeypatch):
-    from dsd_refine import publish
+    from dsd_refine.run import publish
 
     def full(*_):
         raise OSError(28, "No space left on device", "somewhere")

@@ -7,7 +7,8 @@ from safetensors.torch import load_file, save_file
 from test_resume import same, stop_after
 from test_run import report_of
 
-from dsd_refine.masks import Layer, Spot, never_back, pieces, without_gradient
+from dsd_refine.masking.layers import Layer, Spot
+from dsd_refine.masking.masks import never_back, pieces, without_gradient
 
 ALL = torch.empty(0, dtype=torch.int64)
 RUN = ("--gate", "none", "--batch-size", "4", "--device", "cpu", "--optimizer", "sgd", "--lr", "0.1", "--dense-lr", "0.1")

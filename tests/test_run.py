@@ -91,7 +91,7 @@ def go(command, made, tmp_path):
 @pytest.fixture(scope="module")
 def runs(made, finished, tmp_path_factory):
     """A finished run with its phases of each tiny model, at rates that move its predictions."""
-    from dsd_refine.app import main
+    from dsd_refine.cli.app import main
 
     found = {"timm": finished}
     for model in ("vit", "bert", "gpt2"):

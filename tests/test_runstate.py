@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from dsd_refine.errors import RunError, UsageError
-from dsd_refine.runstate import Workspace, pack_masks, pack_optimizer, replace_bytes, unpack_masks, unpack_optimizer
+from dsd_refine.files import replace_bytes
+from dsd_refine.run.packing import pack_masks, pack_optimizer, unpack_masks, unpack_optimizer
+from dsd_refine.run.workspace import Workspace
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from hub import COMMIT, hub
 from PIL import Image
 from safetensors.torch import load_file
 
-from dsd_refine.checkpoint import find_source, open_checkpoint, open_library
 from dsd_refine.checkpoint import source as source_module
+from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_library
+from dsd_refine.checkpoint.source import find_source
 from dsd_refine.errors import CheckpointError, Interrupted, UsageError
-from dsd_refine.layers import first_layers
-from dsd_refine.opening import _unreadable
-from dsd_refine.runstate import Workspace
+from dsd_refine.masking.checkpoint_layers import first_layers
+from dsd_refine.run.open import _unreadable
+from dsd_refine.run.workspace import Workspace
 
 
 def test_a_directory_tells_its_library(tmp_path):
@@ -104,7 +105,7 @@ def test_a_busy_hub_is_asked_again(tmp_path, monkeypatch):
     """500, 429 with Retry-After, then the answer: three questions, no error."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    from dsd_refine.checkpoint import hub
+    from dsd_refine import hub
 
     answers = [
         SimpleNamespace(status_code=500, headers={}, request=None),
@@ -315,7 +316,7 @@ def test_what_timm_calls_the_first_layer_is_it_in_a_wrapped_model_too(tmp_path):
 def test_a_wrapped_model_sees_what_transformers_would_show_it(tmp_path):
     from transformers import AutoImageProcessor
 
-    from dsd_refine.tasks.images import transformers_preprocessing
+    from dsd_refine.tasks.inputs.images import transformers_preprocessing
 
     folder = builders.timm_checkpoint(tmp_path / "t", in_chans=3, size=48)
     edited(folder, model_type="timm_wrapper", architectures=["TimmWrapperForImageClassification"], model_args=None)

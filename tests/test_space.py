@@ -11,9 +11,10 @@ import pytest
 from conftest import hashes
 from forked import Child, command, limited, preload, unprivileged
 
-from dsd_refine import space
 from dsd_refine.errors import RunError, UsageError
-from dsd_refine.runstate import Workspace
+from dsd_refine.files import is_full
+from dsd_refine.run import disk as space
+from dsd_refine.run.workspace import Workspace
 
 STEPS = ("--gate", "none", "--batch-size", "8", "--device", "cpu", "--quiet", "--sparse-steps", "3", "--dense-steps", "3")
 MODEL = ("model.safetensors", "dsd/predictions.parquet", "dsd/log.jsonl", "dsd/recipe.yaml")
@@ -193,11 +194,11 @@ def test_lack_of_room_is_seen_through_the_libraries_wrappings():
             raise full
         except OSError as error:
             raise ValueError("generation failed") from error
-    assert space.is_full(full) is full
-    assert space.is_full(OSError(errno.ENOENT, "")) is None
+    assert is_full(full) is full
+    assert is_full(OSError(errno.ENOENT, "")) is None
     wrapped = ValueError()
     wrapped.__cause__ = full
-    assert space.is_full(wrapped) is full
+    assert is_full(wrapped) is full
 
 
 def test_superseded_weights_are_removed_with_the_next_save(tmp_path):
@@ -250,6 +251,6 @@ def test_data_and_a_source_of_someone_else_s_are_only_read(made, tmp_path):
 
 def test_what_is_put_into_a_full_place_is_named(tmp_path):
     with pytest.raises(RunError, match="cannot write 4 bytes"):
-        from dsd_refine.runstate import replace_bytes
+        from dsd_refine.files import replace_bytes
 
         replace_bytes(tmp_path / "absent" / "file", b"data")

@@ -18,15 +18,15 @@ from test_processes import near, torchrun
 from test_resume import same, stop_after
 from test_run import report_of
 
-from dsd_refine.checkpoint.transformers import TransformersLibrary
+from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
 from dsd_refine.data.tables import read_tables
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.run import Run
-from dsd_refine.tasks import Scores
-from dsd_refine.tasks.open import open_task
-from dsd_refine.tasks.sound import SpecAugment, decode, open_hearing, resample
-from dsd_refine.tasks.speech import Words, row_score
+from dsd_refine.run.run import Run
+from dsd_refine.tasks.base import Scores
+from dsd_refine.tasks.ctc_speech import Words, row_score
+from dsd_refine.tasks.inputs.audio import SpecAugment, decode, open_hearing, resample
+from dsd_refine.tasks.registry import open_task
 
 LAYER = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
 ADAPTER = {**LAYER, "add_adapter": True, "num_adapter_layers": 1}
@@ -424,7 +424,7 @@ def test_scores_are_packed_and_unpacked():
 @pytest.fixture(scope="module")
 def result(heard, tmp_path_factory):
     """OUT of a finished run with several odd rows, and its data."""
-    from dsd_refine.app import main
+    from dsd_refine.cli.app import main
 
     place = tmp_path_factory.mktemp("result")
     shutil.copytree(heard / "data", place / "data")

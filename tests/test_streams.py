@@ -11,7 +11,7 @@ CLOSED = {"stderr": "2>&-", "stdout": ">&-", "both": ">&- 2>&-", "all": "<&- >&-
 # what it opens gets the lowest free number; what a library says on descriptor 2 must not land in it
 OPENS = """
 import os, sys
-from dsd_refine.streams import fill_streams
+from dsd_refine.cli.streams import fill_streams
 fill_streams()
 with open(sys.argv[1], "w") as file:
     for number in (1, 2):

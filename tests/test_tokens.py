@@ -29,9 +29,9 @@ from hypothesis import strategies as st
 from small import TOKENS
 
 from dsd_refine.errors import CheckpointError, DataError
-from dsd_refine.tasks import tokens
-from dsd_refine.tasks.masked import Masking
-from dsd_refine.tasks.tokens import Doubled, Unknown, ids_or_reasons, load_tokenizer, tokenized
+from dsd_refine.tasks.inputs import tokens
+from dsd_refine.tasks.inputs.tokens import Doubled, Unknown, ids_or_reasons, load_tokenizer, tokenized
+from dsd_refine.tasks.masked_lm import Masking
 
 UNREAD = "unreadable text (the tokenizer: "
 
@@ -142,7 +142,7 @@ def test_pictures_whose_caption_cannot_be_read_are_skipped_and_named(command, tm
 
 
 def test_clips_whose_text_cannot_be_read_are_skipped_and_named(command, monkeypatch, tmp_path):
-    from dsd_refine.tasks import speech
+    from dsd_refine.tasks import ctc_speech as speech
 
     def reading(tokenizer, text, **options):
         if len(text) > 1 and LETTERS[0] in text:
@@ -406,7 +406,7 @@ def test_the_packages_that_are_missing_are_named(pieces, made, tmp_path):
     shutil.copy(pieces / "bpe.model", folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     without = "import sys; sys.modules |= {'sentencepiece': None, 'google.protobuf': None}"
-    code = f"{without}; from dsd_refine.app import main; main()"
+    code = f"{without}; from dsd_refine.cli.app import main; main()"
     found = process("-c", code, folder, "--data", made / "documents.txt", "-o", tmp_path / "out", *SHORT)
     assert found.returncode == 2, found.stderr
     assert found.stderr.splitlines()[-1] == (

@@ -20,11 +20,12 @@ from torchvision.models import _api
 from torchvision.models.googlenet import GoogLeNetOutputs
 from torchvision.models.inception import InceptionOutputs
 
-from dsd_refine.checkpoint import find_source, open_checkpoint, open_library
-from dsd_refine.checkpoint.torchvision import TorchvisionLibrary, _cached, describe
+from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_library
+from dsd_refine.checkpoint.libraries.torchvision import TorchvisionLibrary, _cached, describe
+from dsd_refine.checkpoint.source import find_source
 from dsd_refine.errors import CheckpointError
 from dsd_refine.forward import weighted_logits
-from dsd_refine.tasks.images import torchvision_preprocessing
+from dsd_refine.tasks.inputs.images import torchvision_preprocessing
 
 SMALL = "shufflenet_v2_x0_5"
 CLASSES = ("tench", "n01443537", "great white shark")  # the middle one by its synset, as ImageNet's folders are called
@@ -37,7 +38,7 @@ def report(out):
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
     """(TORCH_HOME, OUT of a finished run of `torchvision:NAME`)."""
-    from dsd_refine.app import main
+    from dsd_refine.cli.app import main
 
     place = tmp_path_factory.mktemp("released")
     builders.torchvision_cache(place / "home", SMALL)
@@ -191,7 +192,7 @@ def test_googlenet_trains_with_its_heads_and_is_judged_by_the_main_one(googlenet
 
 def test_the_loss_of_a_batch_is_the_weighted_sum_over_heads(googlenet, made):
     from dsd_refine.recipe import validate
-    from dsd_refine.tasks.open import open_task
+    from dsd_refine.tasks.registry import open_task
 
     checkpoint = opened(googlenet)
     recipe = validate({"phases": [{"kind": "sparse", "steps": 1, "lr": 0.1, "sparsity": 0.3}], "data": str(made / "colours")})

@@ -13,22 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from dsd_refine.errors import RunError
-from dsd_refine.masks import Spot, apply_masks, find_layers, make_masks
+from dsd_refine.masking.layers import Spot, find_layers
+from dsd_refine.masking.masks import apply_masks, make_masks
 from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.tasks import Batch, Score
-from dsd_refine.train import (
-    Key,
-    Loop,
-    Progress,
-    epoch_order,
-    evaluate,
-    learning_rate,
-    make_optimizer,
-    micro_batches,
-    shares,
-    train_phase,
-    unreached,
-)
+from dsd_refine.tasks.base import Batch, Score
+from dsd_refine.training.batches import epoch_order, shares
+from dsd_refine.training.evaluate import evaluate, unreached
+from dsd_refine.training.loop import train_phase
+from dsd_refine.training.optimizer import learning_rate, make_optimizer
+from dsd_refine.training.state import Key, Loop, Progress, micro_batches
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 
@@ -77,7 +70,7 @@ def loop_of(model, task=None, log=None, **recipe):
     batchnorm = any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
     return Loop(
         Accelerator(cpu=True), model, model, task or Numbers(), Recipe.model_validate(given), lambda m: nullcontext(),
-        log if log is not None else lambda line: None, lambda *a: None, lambda: False, lambda: None, lambda: False,
+        log if log is not None else lambda line: None, lambda: False, lambda: None, lambda: False,
         has_batchnorm=batchnorm, parameters=dict(model.named_parameters()),
     )  # fmt: skip
 

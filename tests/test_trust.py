@@ -14,8 +14,8 @@ from forked import Child, preload
 from forked import command as run_command
 from hub import hub, on_hub
 
-from dsd_refine.claims import claims
-from dsd_refine.links import leads_out
+from dsd_refine.evidence.card_results import claims
+from dsd_refine.files import leads_out
 
 TEMPLATE = "{{ cycler.__init__.__globals__.os.system('touch MARK') }}{% for x in messages %}{{ x }}{% endfor %}"
 MODULE = """

@@ -12,7 +12,7 @@ from builders import copy_folder, write_tensors
 from conftest import process
 from safetensors.torch import load_file
 
-from dsd_refine.checkpoint.layout import read_header
+from dsd_refine.checkpoint.safetensors_file import read_header
 
 
 @pytest.fixture

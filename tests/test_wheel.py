@@ -40,7 +40,7 @@ def test_every_recipe_and_the_demo_are_in_it(wheel):
 def test_it_takes_one_name(wheel):
     (info,) = wheel.glob("*.dist-info")
     assert {path.name for path in wheel.iterdir()} == {"dsd_refine", info.name}
-    assert "dsd-refine = dsd_refine.app:main" in (info / "entry_points.txt").read_text()
+    assert "dsd-refine = dsd_refine.cli.app:main" in (info / "entry_points.txt").read_text()
     for name in ("cli", "recipes"):
         assert "ModuleNotFoundError" in installed(wheel, "-c", f"import {name}").stderr
 

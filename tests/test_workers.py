@@ -12,14 +12,15 @@ import torch
 from conftest import ROOT, SHORT, environment
 from safetensors.torch import load_file
 
-from dsd_refine.checkpoint import find_source, open_library, open_shapes
+from dsd_refine.checkpoint.checkpoint import open_library, open_shapes
+from dsd_refine.checkpoint.source import find_source
 from dsd_refine.recipe import match_recipe, read_recipe, validate
-from dsd_refine.tasks.open import open_task
+from dsd_refine.tasks.registry import open_task
 
 SCRIPT = """
 import sys
 from multiprocessing import set_start_method
-from dsd_refine.app import main
+from dsd_refine.cli.app import main
 
 if __name__ == "__main__":
     set_start_method(sys.argv.pop(1))

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 FOLDERS = (
     "onnx", "openvino", "coreml", "gguf", "mlx", "metal", "tflite", "saved_model", "tf_saved_model", "checkpoint-*",
 )  # fmt: skip
+
 # Patterns of paths relative to the source's folder, in lower case; as in fnmatch, `*` crosses `/`.
 COPIES = (
     "model.*.safetensors", "model-*-of-*.safetensors",
@@ -30,6 +31,7 @@ COPIES = (
     "*.gguf", "*.ggml", "ggml-*.bin", "export.pkl",
     *(f"{folder}/*" for folder in FOLDERS),
 )  # fmt: skip
+
 # Endings that say nothing: weights, or a scaler, a vocabulary, a head. Beside the weights their name or their size tells.
 READ_PICKLES = (".pth", ".pt", ".pth.tar")  # which may also be what is read
 LOOSE = (*READ_PICKLES, ".ckpt", ".pkl", ".npz", ".h5", ".safetensors")
@@ -37,6 +39,7 @@ STEMS = (
     "model", "pytorch_model", "model_best", "best", "best_model", "last", "latest", "weights", "weights.*", "model_weights",
     "state_dict", "model_state_dict", "ema", "model_ema", "checkpoint*", "ckpt*", "epoch*",
 )  # fmt: skip
+
 # What training would go on from, of the old weights: transformers' and accelerate's.
 TRAINERS = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "rng_state*.pth", "random_states_*.pkl")
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dsd_refine.checkpoint.layout import Entry, Layout, listed
+from dsd_refine.checkpoint.layout import Layout
+from dsd_refine.checkpoint.safetensors_file import Entry, listed
 from dsd_refine.errors import CheckpointError
 
 FIRST_ID = 1024  # above what initialisers write (0, 1, small noise), so that a re-made tensor is not taken for a moved one
-
 EMPTY = torch.empty(0, dtype=torch.int64)
 
 Load = Callable[[dict[str, torch.Tensor], torch.dtype], torch.nn.Module]

@@ -11,25 +11,18 @@ import torch
 from safetensors.torch import load_file, save
 
 from dsd_refine.checkpoint.copies import may_be_weights
-from dsd_refine.checkpoint.layout import (
-    LONGEST_NAME,
-    TRAINABLE,
-    Layout,
-    all_finite,
-    memory,
-    read_json,
-    read_layout,
-    sha256_file,
-    sha256_files,
-)
+from dsd_refine.checkpoint.layout import Layout, read_layout
+from dsd_refine.checkpoint.safetensors_file import LONGEST_NAME, TRAINABLE, all_finite, memory, read_json
 from dsd_refine.errors import CheckpointError
+from dsd_refine.files import sha256_file, sha256_files
 from dsd_refine.forward import logits_of
 
 if TYPE_CHECKING:
-    from dsd_refine.checkpoint import Checkpoint
+    from dsd_refine.checkpoint.checkpoint import Checkpoint
 
 PROBE = "dsd/probe.safetensors"
 LONGEST_PATH = 1000  # letters of a name in the report: a system's limit is some thousand bytes, the folder's own path included
+
 # the same weights may be computed by other kernels (channels-last, threads, another machine): float32 noise is allowed
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -14,10 +13,12 @@ from typing import IO, Any
 
 import torch
 
-from dsd_refine.checkpoint.layout import Entry, Layout, all_finite, memory
+from dsd_refine.checkpoint.layout import Layout
 from dsd_refine.checkpoint.placement import Placement, gather
+from dsd_refine.checkpoint.safetensors_file import Entry, all_finite, memory
 from dsd_refine.errors import RunError
-from dsd_refine.threads import one_thread
+from dsd_refine.files import copy_file, sync
+from dsd_refine.system import one_thread
 
 AHEAD = 1 << 24  # bytes written before the disk is asked to write them
 GROUP = 1 << 20  # bytes that are hashed and written at a time: of a model's hundreds of tensors most are next to nothing
@@ -110,37 +111,6 @@ def _grouped(values: Iterable[memoryview]) -> Iterator[list[memoryview]]:
 def _update(digest: Any, group: list[memoryview]) -> None:
     for data in group:
         digest.update(data)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy bytes (not mode or times: modes follow the umask) and sync."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as read, target.open("wb") as write:
-        shutil.copyfileobj(read, write, 1 << 22)
-        sync(write)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write and sync a text file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        sync(file)
-
-
-def sync(file: IO[Any]) -> None:
-    """Ask for what was written to be on the disk before anything is renamed: python's own buffer first."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync a directory's own entries, as a rename into it needs."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def written_dtypes(layout: Layout, placement: Placement) -> Iterator[tuple[str, str, torch.Tensor | None, torch.dtype]]:

@@ -13,7 +13,8 @@ from typing import Any
 import datasets
 
 from dsd_refine.data.names import MOST
-from dsd_refine.data.tables import Table, lacks_head
+from dsd_refine.data.reading import Table
+from dsd_refine.data.tables import lacks_head
 from dsd_refine.errors import DataError
 
 WIDEST = 40  # characters of a column's name that a message shows
@@ -26,6 +27,7 @@ PAIRS = (
     ("text_a", "text_b"), ("text", "text_pair"), ("query", "document"), ("query", "passage"),
     ("claim", "evidence"),
 )  # fmt: skip
+
 # what is beside the content in many data sets: numbers, places, times, who said it
 ASIDE = re.compile(
     r"(?:.*_)?(?:id|ids|idx|index|guid|uid|uuid|url|uri|link|date|time|timestamp|year|lang|language|"
@@ -69,6 +71,7 @@ IMAGE = Kind(
     datasets.Image,
     decides=True,
 )  # fmt: skip
+
 AUDIO = Kind(
     "audio",
     (
@@ -79,6 +82,7 @@ AUDIO = Kind(
     datasets.Audio,
     decides=True,
 )  # fmt: skip
+
 LABEL = Kind(
     "label",
     (
@@ -89,16 +93,19 @@ LABEL = Kind(
     ),
     datasets.ClassLabel,
 )  # fmt: skip
+
 TEXT = Kind(
     "text",
     (("text", "sentence", "content", "document", "review", "review_body", "tweet", "comment", "utterance"),),
     pairs=True,
 )
+
 DOCUMENT = replace(TEXT, pairs=False)
 TRANSCRIPT = Kind(
     "text",
     (("text", "transcription", "transcript", "sentence"), ("normalized_text", "raw_transcription", "raw_text")),
 )
+
 CAPTION = Kind(
     "text",
     (("text", "caption", "captions", "sentence", "sentences", "description", "descriptions"), ("raw",)),

@@ -15,17 +15,18 @@ from typing import Any
 
 import datasets
 import pandas
-import pyarrow
 import pyarrow.parquet
 
-from dsd_refine.checkpoint.hub import is_of_the_hub
 from dsd_refine.data.plain import Plain, make_plain, refuse_pointer, stem_of, suffix_of
 from dsd_refine.data.reading import SHARD, Reading, Table, role_of
 from dsd_refine.errors import DataError
-from dsd_refine.space import is_full
+from dsd_refine.files import is_full
+from dsd_refine.hub import is_of_the_hub
 
 TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt"}
+
 SEPARATORS, LOOKED_AT = {",": ",", ";": ";", "\t": "tabs", "|": "|"}, 200
+
 NO_WORD_IS_EMPTY = {"keep_default_na": False, "na_values": [""]}  # a text may be NA or null
 BLOCK_OF_ROWS = 10_000  # the rows by which `datasets` reads a CSV
 WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "samples")
@@ -115,9 +116,6 @@ def check_shards(path: Path, split: str, files: list[Path]) -> None:
                 f"{path}: {split} has {len(shards)} of its {int(match['count'])} files ({shown}): "
                 "fetch the others, or rename these"
             )
-
-
-# ---------------------------------------------------------------- CSV and TSV
 
 
 def _read_csv(path: Path, plain: Plain, shown: str, place: Place) -> Reading:
@@ -330,9 +328,6 @@ def _check_quotes(path: Path, line: int, record: str, separator: str) -> None:
         ) from None
 
 
-# ---------------------------------------------------------------- JSON
-
-
 def _read_json(path: Path, plain: Plain, shown: str, place: Place) -> Reading:
     whole = _one_object(plain) if suffix_of(path) == ".json" else None
     if whole is not None:
@@ -383,9 +378,6 @@ def _from_object(path: Path, plain: Plain, whole: dict[str, Any], shown: str, pl
         notes.append(f"{shown}: {len(found)} rows under {key!r}")
     unused = tuple(f"{shown}: the key {key!r}: not rows" for key in whole if key not in keys)
     return Reading(tables, unused, tuple(notes))
-
-
-# ---------------------------------------------------------------- text
 
 
 def _read_text(path: Path, plain: Plain, shown: str, place: Place) -> Reading:

@@ -39,10 +39,12 @@ FILE_NAMES = (
     "file_name", "filename", "file_path", "filepath", "image_path", "audio_path", "image_file", "audio_file", "image_filename",
     "img_path", "image_name", "image_id", "path", "file",
 )  # fmt: skip
+
 # words of rows that are not to train
 ASIDE = re.compile(
     "unlabel|unsup|(no|without|missing) ?labels?|submission|predict|held ?out|hold ?out|(?<!la)(?<!con)(?<!pro)test( |$)"
 )
+
 FILE_NAME = re.compile(r"[^\0\n]{1,200}\.[A-Za-z0-9]{1,5}")
 # what the one folder of a split without classes is called
 UNKNOWN = re.compile("unknown|unlabell?ed|none|no[-_ ]?labels?|test|testing|images?|imgs?|all|data|files", re.IGNORECASE)
@@ -85,9 +87,6 @@ def _have_train(files: list[Path], folders: list[Path]) -> bool:
     return "train" in roles or not any(role_of(folder.name) == "train" for folder in folders)
 
 
-# ---------------------------------------------------------------- saved by `datasets`
-
-
 def _saved(path: Path) -> Reading:
     for file in path.rglob("*.arrow"):
         refuse_pointer(file)
@@ -104,9 +103,6 @@ def _saved(path: Path) -> Reading:
 
 def _own_name(path: Path) -> str:
     return f"{path.absolute().name}/"
-
-
-# ---------------------------------------------------------------- table files
 
 
 def _holds_only_tables(path: Path) -> bool:
@@ -282,9 +278,6 @@ def _beside(path: Path, first: str) -> str:
     return f"not named like a split, beside {first}" if is_table(path) else f"no table, beside {first}"
 
 
-# ---------------------------------------------------------------- metadata
-
-
 def _metadata(folder: Path) -> Path | None:
     """Raises DataError where there are two."""
     found = [folder / f"metadata.{suffix}" for suffix in ("csv", "jsonl", "parquet")]
@@ -366,9 +359,6 @@ def _by_first_folder(table: Table, folder: Path, names: list[str]) -> dict[str, 
         assert table.names is not None
         found[split] = Table(chosen, [table.names[row] for row in rows], folder, origin=f"{table.origin}: {split}/")
     return found
-
-
-# ---------------------------------------------------------------- class folders
 
 
 def _class_or_split_folders(path: Path, folders: list[Path], place: Place) -> Reading:

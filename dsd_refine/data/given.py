@@ -11,11 +11,13 @@ from typing import Any
 import datasets
 
 from dsd_refine.data.columns import Kind, aligned, choose, in_short, unused_columns
-from dsd_refine.data.splits import Rows, Splits, by_role, speaks_of, where_of
-from dsd_refine.data.tables import Reading, Table, read_tables
+from dsd_refine.data.reading import Reading, Table, speaks_of
+from dsd_refine.data.splits import Rows, Splits, by_role, where_of
+from dsd_refine.data.tables import read_tables
 from dsd_refine.errors import DataError
 
 Columns = dict[str, tuple[str, ...]]
+
 ROLE_COLUMN = re.compile(r"(?:.*[_ -])?(splits?|set|fold|subset|partition)", re.IGNORECASE)
 MOST_ROLES = 20  # values of a column that says which row is of which split
 TEXT_FILE = re.compile(r".*\.(csv|tsv|txt|json|jsonl|ndjson)(\.\w+)?", re.IGNORECASE)

@@ -10,12 +10,12 @@ from typing import Any
 
 import datasets
 
-from dsd_refine.checkpoint.hub import ask_hub, check_blobs
 from dsd_refine.data import imagenet
 from dsd_refine.data.files import guarded, validated
 from dsd_refine.data.names import listed
 from dsd_refine.data.reading import Reading, Table, named
 from dsd_refine.errors import CheckpointError, DataError
+from dsd_refine.hub import ask_hub, check_blobs
 
 HUB_LIMIT = 5 * 10**9
 

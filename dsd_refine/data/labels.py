@@ -28,10 +28,11 @@ from dsd_refine.data.names import (
     plain,
     shown,
 )
-from dsd_refine.data.tables import Table
+from dsd_refine.data.reading import Table
 from dsd_refine.errors import DataError
 
 Aliases = Sequence[Sequence[str]]
+
 NO_LABEL = ("-",)  # what annotators who did not agree are written as (SNLI, MNLI): no class anywhere
 
 

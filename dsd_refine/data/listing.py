@@ -20,16 +20,19 @@ JUNK = re.compile(
     r"|__MACOSX|__pycache__|\.ipynb_checkpoints|\.git|\.git(attributes|ignore|keep|modules)|\.cache|\.huggingface|\.nfs.*",
     re.IGNORECASE,
 )
+
 PAPERS = re.compile(
     r"(readme|licen[cs]e|notice|copying|citation|changelog|contributing|authors|datasheet|dataset_infos?|\.huggingface)"
     r"([-_.].*)?",
     re.IGNORECASE,
 )
+
 SIDE = re.compile(
     r"(.*[-_. ])?(class(es)?([-_ ]?names?)?|labels?([-_ ]?(names?|map|list))?|label2id|id2label|categories|stats?|statistics"
     r"|vocab(ulary)?|schema|config|info|meta(data)?|mapping|stop[-_ ]?words|columns|requirements)",
     re.IGNORECASE,
 )
+
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 SHOWN = 5  # entries of a folder that are named one by one
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from dsd_refine.errors import DataError
-from dsd_refine.space import is_full
+from dsd_refine.files import is_full
 
 BLOCK = 1 << 20
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
 MOST_PACKED, LEAST_REFUSED = 200, 100 << 20  # text packs by 3 to 20; a file made to fill a disk by 1000 and more
+
 POINTER = b"version https://git-lfs.github.com/spec/v1"
 MARKS = (  # the longer first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8-sig"),

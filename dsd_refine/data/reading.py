@@ -70,13 +70,12 @@ SEPARATOR = "[-._ 0-9]"
 SHARD = re.compile(r"^(?P<split>.+?)-\d{5}-of-(?P<count>\d{5})")
 NUMBER = re.compile(r"[-._ ]?\d+([-._ ]of[-._ ]\d+)?$")
 KEYWORD = re.compile(rf"(?:^|(?<={SEPARATOR}))({'|'.join(sorted(ROLES, key=len, reverse=True))})(?={SEPARATOR}|$)")
-
-
 # how the words begin by which a split's name speaks of a role
 STARTS = {
     "train": "train", "trn": "train", "val": "validation", "dev": "validation",
     "test": "test", "tst": "test", "eval": "test", "holdout": "test", "heldout": "test",
 }  # fmt: skip
+
 WORDS = "|".join(sorted({*ROLES, *STARTS}, key=len, reverse=True))
 GLUED = re.compile(f"({WORDS})(sets?|datas?|dataset|splits?|dir|folder|files?|images?|imgs?|rows|part|[a-z])?")
 ENDING = re.compile(f"(?P<before>.*[^-._ ])(?P<word>{WORDS})", re.IGNORECASE)

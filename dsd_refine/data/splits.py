@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 
 from dsd_refine.data.names import listed
-from dsd_refine.data.reading import shortened
-from dsd_refine.data.reading import speaks_of as speaks_of
-from dsd_refine.data.tables import Reading, Table, role_of
+from dsd_refine.data.reading import Reading, Table, role_of, shortened, speaks_of
 from dsd_refine.errors import DataError
 
 SALT = b"dsd-refine holdout 1"

@@ -20,14 +20,11 @@ from dsd_refine.data.hub_data import read_hub
 from dsd_refine.data.listing import refuse_unwritable
 from dsd_refine.data.names import integer, listed
 from dsd_refine.data.plain import POINTER
-from dsd_refine.data.reading import Reading as Reading
-from dsd_refine.data.reading import Table as Table
-from dsd_refine.data.reading import named as named
-from dsd_refine.data.reading import role_of as role_of
-from dsd_refine.data.reading import shortened
+from dsd_refine.data.reading import Reading, Table, shortened
 from dsd_refine.errors import DataError
 
 Found = TypeVar("Found")
+
 LARGEST = 10**9  # bytes of one example
 AT_MOST = 50  # folders that are looked into for a file that is not there
 AT_ONCE = 1000  # rows that wait for threads

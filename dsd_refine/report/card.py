@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from dsd_refine.links import leads_out
+from dsd_refine.files import leads_out
 from dsd_refine.report import words
 from dsd_refine.report.data import data_lines
 
@@ -54,9 +54,6 @@ class DataName:
     config: str | None = None
 
 
-# ---------------------------------------------------------------- reading the source's
-
-
 class _Loader(yaml.SafeLoader):
     """Plain values as YAML 1.2 has them (`no`, `on`, dates and 1:30 are text), and no aliases: they can be bombs."""
 
@@ -67,6 +64,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {}
+
 for _tag, _pattern, _first in (
     ("bool", r"^(true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("null", r"^(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -121,9 +119,6 @@ def read_plain(text: str) -> Any:
 
 def _dump(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
-
-
-# ---------------------------------------------------------------- writing ours
 
 
 def card(report: Mapping[str, Any], own: SourceCard, recipe_yaml: str, snippet: str | None = None) -> str:
@@ -215,9 +210,6 @@ def eval_results(report: Mapping[str, Any], recipe_yaml: str) -> dict[str, str]:
 def _short_name(report: Mapping[str, Any]) -> str:
     source = report["source"]
     return str(source["resolved"]).rstrip("/").rsplit("/", 1)[-1] or str(source["model"])
-
-
-# ---------------------------------------------------------------- the text
 
 
 def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str | None) -> str:

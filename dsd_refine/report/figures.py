@@ -93,9 +93,6 @@ def dots(points: Sequence[Point]) -> str:
     return "".join(f"M{number(x)} {number(y)}h0" for x, y in points)
 
 
-# ---------------------------------------------------------------- intervals
-
-
 @dataclass(frozen=True)
 class Interval:
     """A comparison as it is drawn: `low`, `point` and `high` in units, and its numbers for the words beside it."""
@@ -150,9 +147,6 @@ def flips(report: Mapping[str, Any]) -> list[Flips]:
         right = round(report["arms"][other][metric] * rows)
         found.append(Flips(other, right - one["lost"], one["gained"], one["lost"], rows - right - one["gained"]))
     return found
-
-
-# ---------------------------------------------------------------- learning curves
 
 
 @dataclass
@@ -360,9 +354,6 @@ def thin(points: Sequence[Point], most: int = POINTS) -> list[Point]:
         part = inner[i * len(inner) // parts : (i + 1) * len(inner) // parts]
         kept |= {min(part, key=lambda n: points[n][1]), max(part, key=lambda n: points[n][1])}
     return [points[n] for n in sorted(kept)]
-
-
-# ---------------------------------------------------------------- weight histograms
 
 
 @dataclass(frozen=True)

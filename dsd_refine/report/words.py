@@ -12,15 +12,18 @@ WORDS = {
     "same": "the same as the source, within the margin",
     "inconclusive": "the evaluation rows cannot tell it from the source",
 }
+
 TESTS = {
     "mcnemar-exact": "exact McNemar test",
     "mcnemar-exact-grouped": "exact McNemar test, equal rows counted as one",
     "paired-bootstrap": "paired bootstrap",
 }
+
 CONTROLS = {
     "dense": "the dense control (same rows, steps and rates, no mask)",
     "random": "the random control (as many weights masked, drawn by chance)",
 }
+
 CREDITS = ("mask", "training", "unknown")
 SHORT = {"dense": "training on without a mask", "random": "training on with a mask drawn by chance"}
 GATES = {

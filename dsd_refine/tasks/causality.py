@@ -11,6 +11,7 @@ from dsd_refine.errors import CheckpointError
 Inputs = Mapping[str, torch.Tensor]
 
 WINDOWS, LENGTH = 8, 32  # of so many tokens at most: the fewer, the more each moves what sees it
+
 # As a share of the logits' range. Rounding moves them by 1e-6 (in a mixture of experts, whose batches change, or where sums
 # are taken in another order), a model of random weights that sees later tokens by 5e-4 and more
 ROUNDING = 1e-4

@@ -1,0 +1,307 @@
+"""transformers' layout: building and loading go through transformers, with tensors that we read."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+from dsd_refine.checkpoint.placement import other_size
+from dsd_refine.checkpoint.safetensors_file import listed, read_json
+from dsd_refine.errors import CheckpointError
+
+transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+AUTO = {
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "ctc-speech": "AutoModelForCTC",
+    "image-captioning": "AutoModelForImageTextToText",
+}
+
+# of the many that answer to an image with text, those whose training on captions is known here
+CAPTIONERS = ("vision-encoder-decoder", "blip", "git")
+# the endings of class names in `architectures` that tell the task
+ENDINGS = {
+    "GitForCausalLM": "image-captioning",
+    "ForImageClassification": "image-classification",
+    "ForImageClassificationWithTeacher": "image-classification",
+    "ForSequenceClassification": "text-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ModelWithLMHead": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForPreTraining": "masked-lm",
+    "ForCTC": "ctc-speech",
+    "VisionEncoderDecoderModel": "image-captioning",
+    "ForConditionalGeneration": "image-captioning",
+}
+
+# the kind of each task in transformers' lists of classes (`MODEL_FOR_…_MAPPING_NAMES`)
+KINDS = {
+    "image-classification": "image-classification",
+    "text-classification": "sequence-classification",
+    "causal-lm": "causal-lm",
+    "masked-lm": "masked-lm",
+    "ctc-speech": "ctc",
+    "image-captioning": "image-text-to-text",
+}
+
+SHOWN = {"seq-to-seq-causal-lm": "seq2seq-lm", "speech-seq-2-seq": "speech-seq2seq", "": "embeddings (no task's head)"}
+VAGUE = ("pretraining", "multimodal-lm", "")  # of the kinds that a class is of, those that say least
+# families whose …ForPreTraining has the head of masked-lm; others tell real tokens from replaced ones, or learn from sounds
+WITH_MASKED_LM = ("Albert", "Bert", "BigBird", "Ernie", "FNet", "MegatronBert", "MobileBert", "RoCBert")
+# BatchNorm's counter, which older files have not: it starts at 0, as the library lets it
+UNCOUNTED = ".num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class TransformersLibrary:
+    """A transformers checkpoint folder. `task` is what its config says it was made for, or what the user said."""
+
+    folder: Path
+    config: Any
+    task: str
+    trust_remote_code: bool = False
+    name: str = "transformers"
+
+    @classmethod
+    def open(cls, folder: Path, task: str | None = None, trust_remote_code: bool = False) -> TransformersLibrary:
+        """Read config.json.
+
+        Raises:
+            CheckpointError: an unusable or quantised config, remote code without leave, no task to be seen.
+        """
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        except Exception as error:  # transformers raises whatever a strange config makes it raise
+            if "trust_remote_code" in str(error):
+                raise CheckpointError(
+                    f"{folder}: needs code of its own; read that code, then give --trust-remote-code"
+                ) from None
+            raise CheckpointError(f"{folder}/config.json: transformers cannot read it: {error!s:.300}") from None
+        _refuse_odd(folder, config, trust_remote_code)
+        if getattr(config, "quantization_config", None):
+            raise CheckpointError(f"{folder}: quantised weights cannot be refined; give the unquantised checkpoint")
+        if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
+            raise CheckpointError(
+                f"{folder}: its config's problem_type is {config.problem_type!r}, which is not supported yet: "
+                "classification here is of one label a row (single_label_classification)"
+            )
+        task = task or _infer(folder, config)
+        _refuse_task(folder, config, task)
+        return cls(folder, config, task, trust_remote_code)
+
+    @property
+    def names(self) -> list[str]:
+        """What a recipe's `models` globs are matched with."""
+        return [str(self.config.model_type), *(self.config.architectures or [])]
+
+    def build_meta(self) -> torch.nn.Module:
+        """The model without memory: shapes only.
+
+        Raises:
+            CheckpointError: no class of transformers does this task with this config.
+        """
+        auto = getattr(transformers, AUTO[self.task])
+        with _building(self), torch.device("meta"):
+            model: torch.nn.Module = auto.from_config(self._config(), trust_remote_code=self.trust_remote_code)
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()  # type: ignore[operator]
+        return model
+
+    def load(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
+        """The model through transformers' own loading (renaming and conversion included), from given tensors.
+
+        Raises:
+            CheckpointError: a missing, misshapen or re-initialised parameter, by name.
+        """
+        cls = type(self.build_meta())
+        with _building(self):
+            model, info = cls.from_pretrained(  # type: ignore[attr-defined]
+                None,
+                config=self._config(),
+                state_dict=dict(tensors),
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name: the library's error has none
+            )
+        for name, filed, wanted in sorted(info["mismatched_keys"], key=lambda each: str(each[0])):
+            raise CheckpointError(f"{self.folder}: {other_size(name, filed, wanted)}")
+        lost = sorted(key for key in info["missing_keys"] if not key.endswith(UNCOUNTED))
+        if lost:
+            hint = " Is it a base model without its head?" if _is_head(model, lost) else ""
+            raise CheckpointError(
+                f"{self.folder}: the weights lack what {cls.__name__} needs, and nothing is ever made up: {listed(lost)}.{hint}"
+            )
+        return model  # type: ignore[no-any-return]
+
+    def load_plain(self, folder: Path) -> torch.nn.Module:
+        """The model as any user loads it: `AutoModelFor….from_pretrained(folder)`, in float32."""
+        auto = getattr(transformers, AUTO[self.task])
+        with _building(self):
+            model: torch.nn.Module = auto.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        return model
+
+    def warnings(self, model: torch.nn.Module) -> list[str]:
+        """What is odd about the loaded model: code that came with it, a head that its config ties to another embedding."""
+        return [*self._code(), *self._untied(model)]
+
+    def _code(self) -> list[str]:
+        found = sorted(_code_files(self.folder)) if self.trust_remote_code else []
+        return [f"code that came with the model was run (--trust-remote-code): {listed(found)}"] if found else []
+
+    def _untied(self, model: torch.nn.Module) -> list[str]:
+        get_in, get_out = getattr(model, "get_input_embeddings", None), getattr(model, "get_output_embeddings", None)
+        if not (get_in and get_out and getattr(self.config, "tie_word_embeddings", False)):
+            return []
+        try:
+            embedding, head = get_in(), get_out()
+        except NotImplementedError:
+            return []
+        if embedding is None or head is None or embedding.weight is head.weight:
+            return []
+        names = {id(value): name for name, value in model.named_parameters()}
+        both = " and ".join(names.get(id(module.weight), "?") for module in (head, embedding))
+        return [
+            f"the config ties the output head to the embedding, but the file holds two different tensors, {both}: kept as two"
+        ]
+
+    def _config(self) -> Any:
+        config = copy.deepcopy(self.config)
+        config.dtype = None
+        return config
+
+
+def _is_head(model: Any, lost: list[str]) -> bool:
+    """Are these all the parameters outside of what the library calls the base model?"""
+    base = f"{getattr(model, 'base_model_prefix', '')}."
+    outside = {name for name, _ in model.named_parameters() if not name.startswith(base)}
+    return base != "." and bool(outside) and set(lost) == outside
+
+
+def _refuse_odd(folder: Path, config: Any, trust_remote_code: bool) -> None:
+    """Refuse what the library takes as it comes: code named where a setting should be, names that are none."""
+    raw = read_json(folder / "config.json")
+    architectures, labels = config.architectures or [], getattr(config, "id2label", None)
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError(f"{folder}/config.json: `architectures` is not a list of class names")
+    if labels is not None and sorted(labels) != list(range(len(labels))):
+        raise CheckpointError(f"{folder}/config.json: `id2label` does not name the classes 0 to {len(labels) - 1}")
+    named = raw.get("id2label")
+    if labels is not None and isinstance(named, dict) and len(named) != len(labels):  # the library drops the names then
+        raise CheckpointError(
+            f"{folder}/config.json: `id2label` has {len(named)} names, `num_labels` is {len(labels)}; correct the wrong one"
+        )
+    kernels = sorted(name for name in _implementations(raw) if "/" in name)
+    if kernels and not trust_remote_code:  # the library would fetch and run them
+        raise CheckpointError(
+            f"{folder}: wants the code of {listed(kernels)} from the Hub; look at it, then give --trust-remote-code"
+        )
+
+
+def _implementations(value: Any) -> Iterator[str]:
+    """The values of settings such as `attn_implementation`, which may name a kernel on the Hub."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if "implementation" in str(key):
+            yield from (text for text in (inner.values() if isinstance(inner, dict) else [inner]) if isinstance(text, str))
+        yield from _implementations(inner)
+
+
+def _code_files(folder: Path) -> set[str]:
+    """The modules that the folder's configs ask the library to run (`auto_map`)."""
+    found = set()
+    for path in folder.glob("*.json"):
+        try:
+            classes = read_json(path).get("auto_map")
+        except CheckpointError:
+            continue
+        for value in classes.values() if isinstance(classes, dict) else ():
+            found |= {str(name).rsplit(".", 1)[0] + ".py" for name in (value if isinstance(value, list) else [value]) if name}
+    return found
+
+
+def _infer(folder: Path, config: Any) -> str:
+    """The task that the class named in the config has the head of."""
+    architectures = config.architectures or []
+    for architecture in architectures:
+        if architecture.endswith("WithLMHeadModel") and not getattr(config, "causal", True):
+            return "masked-lm"  # XLM's and Flaubert's one class for both
+        for ending, task in ENDINGS.items():
+            if architecture.endswith(ending) and _has_head(architecture, config, task):
+                return task
+    done = {*KINDS.values()} - {KINDS["image-captioning"]}
+    others = [(name, kind) for name in architectures for kind in _kinds(name) if kind not in done]
+    for name, kind in others[:1]:
+        shown, hint = SHOWN.get(kind, kind), "; give --task if the weights have a head" if kind in VAGUE else ""
+        raise CheckpointError(f"{folder}: {name} is for {shown}, which is not supported yet; {_SUPPORTED}{hint}")
+    named = ", ".join(architectures)[:200] or "nothing"
+    raise CheckpointError(
+        f"{folder}: its config names {named} as architecture, which has no task's head that is known here; {_SUPPORTED}; "
+        "give --task if the weights have one"
+    )
+
+
+def _refuse_task(folder: Path, config: Any, task: str) -> None:
+    """Refuse a task that transformers, or this program, does not do with such a model."""
+    if task == "image-captioning" and config.model_type not in CAPTIONERS:
+        raise CheckpointError(f"{folder}: image-captioning is for {', '.join(CAPTIONERS)}; this is {config.model_type}")
+    if config.model_type not in _mapping(KINDS[task]) and not getattr(config, "auto_map", None):
+        raise CheckpointError(f"{folder}: transformers has no class that does {task} with {config.model_type}; {_SUPPORTED}")
+
+
+def _has_head(architecture: str, config: Any, task: str) -> bool:
+    """Has the class the task's head? Wav2Vec2ForSequenceClassification, say, is for sounds."""
+    if architecture.endswith("ForPreTraining"):
+        return architecture.removesuffix("ForPreTraining") in WITH_MASKED_LM
+    if task == "image-captioning":
+        return config.model_type in CAPTIONERS
+    kinds = _kinds(architecture)
+    return (
+        KINDS[task] in kinds if kinds else config.model_type in _mapping(KINDS[task]) or bool(getattr(config, "auto_map", None))
+    )
+
+
+def _kinds(architecture: str) -> list[str]:
+    """What transformers has a class for, in its words, the most telling first; "" for one without a head."""
+    found = {kind for kind, classes in _mappings().items() if architecture in classes.values()} - {"text-encoding"}
+    return sorted(found, key=lambda kind: (VAGUE.index(kind) if kind in VAGUE else -1, kind))
+
+
+def _mapping(kind: str) -> dict[str, Any]:
+    return _mappings()[kind]
+
+
+def _mappings() -> dict[str, dict[str, Any]]:
+    """Kind -> model type -> class, as transformers' `Auto…` classes have them."""
+    lists = {name: value for name, value in vars(modeling_auto).items() if name.endswith("MAPPING_NAMES")}
+    kinds = {name: name.removesuffix("MAPPING_NAMES").removeprefix("MODEL_").removeprefix("FOR_") for name in lists}
+    return {kinds[name].strip("_").lower().replace("_", "-"): dict(lists[name]) for name in lists if "CONFIG" not in name}
+
+
+_SUPPORTED = f"supported are {', '.join(AUTO)}"
+
+
+@contextmanager
+def _building(library: TransformersLibrary) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises whatever a strange config or file makes it raise
+        text = "\n".join(str(error).strip().splitlines()[:6])[:800]
+        raise CheckpointError(f"{library.folder}: transformers cannot load this for {library.task}: {text}") from None

@@ -1,0 +1,453 @@
+"""The command: arguments to a recipe, errors to exit codes. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from dsd_refine import __version__
+from dsd_refine.cli.streams import fill_streams
+from dsd_refine.errors import DsdError, Interrupted, RunError, UsageError, is_full_memory
+from dsd_refine.report.words import GATES
+from dsd_refine.run.signals import Signals
+
+if TYPE_CHECKING:
+    from dsd_refine.recipe import Recipe
+
+BUG = 1
+GATE_HELP = "; ".join(f"{rule}: {what}" for rule, what in GATES.items()) + "."
+# quiet libraries, no bars of theirs, nothing sent anywhere: set before any of them is imported
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+class DefaultRun(click.Group):
+    """A group whose default verb is `run`: `dsd-refine resnet50 …` is `dsd-refine run resnet50 …`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+class Shares(click.ParamType):  # type: ignore[type-arg]
+    """`0.3` or `0.25,0.3,0.5`."""
+
+    name = "S[,S…]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            found = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a number or a list of numbers", param, ctx)
+        if not all(0 <= share < 1 for share in found):
+            self.fail(f"{value}: a sparsity is at least 0 and less than 1", param, ctx)
+        return found[0] if len(found) == 1 else found
+
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _together(*options: Decorator) -> Decorator:
+    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+RECIPE_OPTIONS = _together(
+    click.option("--recipe", metavar="NAME|FILE", help="Shipped name or file (what matches model or task)."),
+    click.option("--set", "sets", metavar="A.B=V", multiple=True, help="Override one recipe field; repeatable."),
+    click.option("--data", metavar="D", help="Hub data set, directory or file to train on."),
+    click.option("--eval-data", metavar="D", help="A file or directory used for evaluation only."),
+    click.option("--eval-split", metavar="NAME", help="The split of the data that evaluates."),
+    click.option("--holdout-split", metavar="NAME", help="The split of --data that selects."),
+    click.option("--task", help="Inferred from the model's config."),
+    click.option("--sparsity", type=Shares(), help="Share of zeros per layer; of several, the holdout picks."),
+    click.option("--sparse-epochs", type=float, help="Length of the sparse phases; 0 masks only."),
+    click.option("--dense-epochs", type=float, help="Length of the dense phases; 0 is allowed."),
+    click.option("--sparse-steps", type=int, help="The same in optimizer steps."),
+    click.option("--dense-steps", type=int, help="The same in optimizer steps."),
+    click.option("--lr", type=float, help="Peak rate of the sparse phases."),
+    click.option("--dense-lr", type=float, help="Peak rate of the dense phases (a tenth of --lr)."),
+    click.option("--schedule", type=click.Choice(["cosine", "linear", "constant", "step"]), help="Within each phase."),
+    click.option("--warmup-steps", type=int, help="Within each phase."),
+    click.option("--optimizer", type=click.Choice(["sgd", "adamw"])),
+    click.option("--momentum", type=float),
+    click.option("--weight-decay", type=float),
+    click.option("--batch-size", type=int, help="Per process."),
+    click.option("--gradient-accumulation-steps", type=int),
+    click.option("--max-grad-norm", type=float),
+    click.option("--include", metavar="GLOB", multiple=True, help="Parameters to mask besides the default set."),
+    click.option("--exclude", metavar="GLOB", multiple=True, help="Parameters not to mask; wins."),
+    click.option("--control", type=click.Choice(["dense", "random", "none"]), multiple=True, help="Same-budget arms (dense)."),
+    click.option("--holdout", type=float, help="Share of the training rows that selects (0.1)."),
+    click.option("--keep", type=click.Choice(["best", "last", "sparse"])),
+    click.option("--gate", type=click.Choice(list(GATES)), help="What exit 0 requires (not-worse). " + GATE_HELP),
+    click.option("--margin", type=float, help="What counts as the same (0.005)."),
+    click.option("--seed", type=int),
+    click.option("--seeds", type=int, help="Repeat every arm with this many seeds; the holdout picks (1)."),
+    click.option("--expect", multiple=True, metavar="METRIC=VALUE", help="Stop unless the source reaches this."),
+    click.option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"])),
+    click.option("--image-column"),
+    click.option("--label-column"),
+    click.option("--text-column"),
+    click.option("--audio-column"),
+    click.option("--max-length", type=int),
+    click.option("--encoding", help="Of text files that are not UTF-8: latin-1, cp1252, utf-16, …"),
+)  # fmt: skip
+
+TRUST_OPTIONS = _together(
+    click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along."),
+    click.option("--allow-pickle", is_flag=True, help="Read .bin/.pth weights, weights-only even so."),
+    click.option("--weights-key", metavar="KEY", help="Which of a pickle's sets of weights (timm's choice: EMA first)."),
+)
+
+RUN_OPTIONS = _together(
+    click.option("--output-dir", "-o", metavar="DIR", help="Where the result goes (./NAME-dsd)."),
+    click.option("--resume", is_flag=True, help="Go on with a stopped run."),
+    click.option("--overwrite", is_flag=True, help="Replace an output of ours."),
+    click.option("--save-every", type=click.FloatRange(min=0), default=10, metavar="MINUTES", help="Save within phases (10)."),
+    click.option("--save-phases", is_flag=True, help="Also write each phase's end of the refined arm."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
+    click.option("--compile", is_flag=True, help="torch.compile the training forward."),
+    click.option("--workers", type=click.IntRange(min=0), help="Processes that load data."),
+    click.option("--yes", is_flag=True, help="Agree to large downloads."),
+    click.option("--quiet", is_flag=True, help="No progress; the result alone."),
+)
+
+PASSED_ON = ("resume", "overwrite", "save_phases", "save_every", "device", "compile", "allow_pickle")
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+@click.group(cls=DefaultRun, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="dsd-refine")
+def cli() -> None:
+    """Refine a released checkpoint by Dense-Sparse-Dense training, beside a control of the same budget.
+
+    `dsd-refine MODEL --data D` runs; MODEL is a timm name, a Hub repository or a local directory.
+    """
+
+
+@cli.command()
+@click.argument("model")
+@RECIPE_OPTIONS
+@RUN_OPTIONS
+@TRUST_OPTIONS
+@JSON_OPTION
+def run(model: str, **given: Any) -> int:
+    """Refine MODEL and write a same-shape checkpoint with its report (the default verb)."""
+    from dsd_refine.cli.progress import Display
+
+    _check_task(given)
+    display = Display(quiet=given["quiet"] or not _is_main())
+    if given["output_dir"] and _finished(Path(given["output_dir"]), given, display):
+        return 0
+    _quiet_libraries()
+    from dsd_refine.checkpoint.checkpoint import open_library
+    from dsd_refine.checkpoint.source import find_source
+    from dsd_refine.method import refine
+    from dsd_refine.report.report import summary
+    from dsd_refine.run.run import Options
+
+    source = find_source(model, allow_pickle=given["allow_pickle"])
+    library = open_library(source, given["task"], given["trust_remote_code"])
+    out = Path(given["output_dir"] or f"{Path(source.resolved).name}-dsd")
+    if not given["output_dir"] and _finished(out, given, display):
+        return 0
+    recipe = _choose_recipe(library, given, display.say)
+    options = Options(
+        output_dir=out,
+        argv=tuple(sys.argv[1:]),
+        say=display.say,
+        hooks=(display,),
+        download=_asker(given["yes"]),
+        workers=_workers(given["workers"]),
+        **{name: given[name] for name in PASSED_ON},
+    )
+    with display:
+        report = refine(source, library, recipe, options)
+    if _is_main():
+        _result(report.to_json().rstrip("\n") if given["as_json"] else summary(report))
+    return report.exit_code if _is_main() else 0
+
+
+@cli.command()
+@click.argument("model")
+@RECIPE_OPTIONS
+@click.option("--measure", is_flag=True, help="Train a few real steps, for memory and time; needs the weights and the data.")
+@RUN_OPTIONS
+@TRUST_OPTIONS
+@JSON_OPTION
+def plan(model: str, **given: Any) -> int:
+    """Show what a run would do: each layer, the steps, memory and disk. Fetches no weights, trains nothing.
+
+    It takes the options of `run`, so that a command becomes its plan by one word.
+    """
+    import json
+
+    _check_task(given)
+    _quiet_libraries()
+    from dsd_refine.checkpoint.checkpoint import open_library
+    from dsd_refine.checkpoint.source import find_source
+    from dsd_refine.cli.progress import Display
+    from dsd_refine.planning.plan import make_plan
+    from dsd_refine.report.report import plan_text
+
+    source = find_source(model, weights=given["measure"], allow_pickle=given["allow_pickle"])
+    library = open_library(source, given["task"], given["trust_remote_code"])
+    recipe = _choose_recipe(library, given, Display().say)
+    found = make_plan(source, library, recipe, allow_pickle=given["allow_pickle"])
+    if given["measure"]:
+        from dsd_refine.planning.measure import add_measured, measure
+
+        found = add_measured(found, measure(source, library, recipe, given["device"], given["allow_pickle"]))
+    _result(json.dumps(found, indent=1, ensure_ascii=False) if given["as_json"] else plan_text(found))
+    return 0
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("output")
+@TRUST_OPTIONS
+@JSON_OPTION
+@click.option("--quiet", is_flag=True, help="The result alone (there is nothing else).")
+def verify(
+    source: str,
+    output: str,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    weights_key: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Prove that OUTPUT has SOURCE's shape, and that its report's hashes and outputs hold."""
+    import json
+
+    _quiet_libraries()
+    from dsd_refine.checkpoint import verify as check
+    from dsd_refine.checkpoint.checkpoint import open_library, open_shapes
+    from dsd_refine.checkpoint.safetensors_file import read_json
+    from dsd_refine.checkpoint.source import find_source
+    from dsd_refine.checkpoint.verify import report_lines
+    from dsd_refine.recipe import TASKS
+
+    if not Path(output, "dsd/report.json").is_file():
+        raise UsageError(f"{output}: is no output of dsd-refine: it has no dsd/report.json")
+    report = read_json(Path(output, "dsd/report.json"))
+    task, said = report.get("task"), report.get("source")
+    task = task if isinstance(task, str) and task in TASKS else None
+    key = said.get("weights_key") if isinstance(said, dict) else None
+    found = find_source(source, allow_pickle=allow_pickle)
+    checkpoint = open_shapes(
+        found,
+        open_library(found, task, trust_remote_code),
+        allow_pickle=allow_pickle,
+        weights_key=weights_key or (key if isinstance(key, str) else None),
+        fetched=True,
+    )
+    problems = check(checkpoint, Path(output))
+    _result(json.dumps({"ok": not problems, "problems": problems}) if as_json else report_lines(problems, Path(output)))
+    return 3 if problems else 0
+
+
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def recipes(context: click.Context) -> None:
+    """List the shipped recipes, or `show` one."""
+    if context.invoked_subcommand is None:
+        from dsd_refine.recipe import shipped
+
+        known = shipped()
+        width = max(map(len, known))
+        for name, path in known.items():
+            first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            _result(f"{name.ljust(width)}  {first}")
+
+
+@recipes.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Print a shipped recipe."""
+    from dsd_refine.recipe import find_recipe
+
+    _result(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
+
+
+def _choose_recipe(library: Any, given: dict[str, Any], say: Callable[[str], None]) -> Recipe:
+    """The recipe named, else the one that matches the model, else the task's; with --set and flags laid over it."""
+    from dsd_refine.recipe import apply_flags, find_recipe, match_recipe, read_recipe, set_field, validate
+
+    if given["recipe"]:
+        path, why = find_recipe(given["recipe"]), "given"
+    else:
+        path, why = match_recipe(library.names, library.task)
+    raw = read_recipe(path)
+    for assignment in given["sets"]:
+        set_field(raw, assignment)
+    flags = {name: value for name, value in given.items() if name not in ("recipe", "sets", "task", "measure")}
+    if "none" in flags["control"]:
+        if len(flags["control"]) > 1:
+            raise UsageError("--control none goes alone")
+        raw["control"], flags["control"] = [], ()
+    flags["expect"] = _expectations(flags["expect"])
+    apply_flags(raw, flags)
+    if raw.get("task") not in (None, library.task):
+        raise UsageError(f"the recipe {path.stem} is for {raw['task']}, the model for {library.task}")
+    raw["task"] = library.task
+    for name in ("data", "eval_data"):
+        if isinstance(raw.get(name), str) and Path(raw[name]).exists():
+            raw[name] = str(Path(raw[name]).resolve())
+    recipe = validate(raw, str(path.name))
+    say(f"recipe: {recipe.name} ({why})")
+    return recipe
+
+
+def _expectations(given: tuple[str, ...]) -> dict[str, float] | None:
+    found = {}
+    for text in given:
+        metric, _, value = text.partition("=")
+        try:
+            found[metric.strip()] = float(value)
+        except ValueError:
+            raise UsageError(f"--expect {text}: expected METRIC=VALUE, such as accuracy=0.7613") from None
+    return found or None
+
+
+def _check_task(given: dict[str, Any]) -> None:
+    from dsd_refine.recipe import TASKS
+
+    if given["task"] not in (None, *TASKS):
+        raise UsageError(f"--task {given['task']}: not a task; known are {', '.join(TASKS)}")
+
+
+def _finished(out: Path, given: dict[str, Any], display: Any) -> bool:
+    """With --resume, a finished run says so and changes nothing."""
+    report = out / "dsd/report.json"
+    if not given["resume"] or not report.is_file():
+        return False
+    note = f"{out}: this run is finished already; nothing to resume"
+    if out.with_name(out.name + ".partial").is_dir():
+        from dsd_refine.run.workspace import Workspace
+
+        if not Workspace(out, writes=_is_main()).settle():
+            if given["overwrite"]:
+                return False
+            note += f". {out}.partial holds an unfinished run that is to replace it: --resume --overwrite goes on with that"
+    display.say(note)
+    if given["as_json"] and _is_main():
+        _result(report.read_text(encoding="utf-8").rstrip("\n"))
+    return True
+
+
+def _quiet_libraries() -> None:
+    import logging
+    import warnings
+
+    for name in ("timm", "datasets", "transformers", "huggingface_hub", "accelerate", "torch.distributed"):
+        level = logging.CRITICAL if name == "datasets" else logging.ERROR  # datasets raises what it logs
+        logging.getLogger(name).setLevel(level)
+    warnings.simplefilter("ignore")
+
+
+def _workers(asked: int | None) -> int:
+    """Loading processes: as asked, else a few beside a GPU, none on a CPU (which they would only share)."""
+    import torch
+
+    if asked is not None:
+        return asked
+    return min(4, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 0
+
+
+def _asker(yes: bool) -> Callable[[str, int], bool]:
+    def ask(name: str, size: int) -> bool:
+        if yes or not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+            return yes
+        return click.confirm(f"{name}: {size / 1e9:.0f} GB to download. Go on?", err=True)
+
+    return ask
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+_STDOUT: list[TextIO] = []
+
+
+def _result(text: str) -> None:
+    """The result goes to the real stdout; everything else, libraries' prints included, goes to stderr."""
+    out = _STDOUT[-1] if _STDOUT else sys.stdout
+    encoding = out.encoding or "utf-8"  # a name out of a file may have characters that it has not
+    out.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    out.flush()
+
+
+def main(args: list[str] | None = None) -> None:
+    """The console script. Ends the process with the exit code of the contract."""
+    fill_streams()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    _STDOUT.append(sys.stdout)
+    sys.stdout = sys.stderr if args is None and not _shows_help() else sys.stdout
+    code, message = _guarded(args)
+    if message and (_is_main() or code in (BUG, RunError.exit_code)):
+        click.echo(message, err=True)
+    if code and "WORLD_SIZE" in os.environ and _is_main():
+        click.echo(f"dsd-refine: exit code {code}", err=True)  # launchers replace it by their own
+    sys.stdout = _STDOUT.pop()
+    sys.exit(code)
+
+
+def _shows_help() -> bool:
+    return any(flag in sys.argv[1:] for flag in ("--help", "-h", "--version")) or len(sys.argv) < 2
+
+
+def _lost_another(error: Exception) -> bool:
+    """Is this what is left to say when another process of the run is gone? (gloo's and the store's words, NCCL's types)"""
+    distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return "WORLD_SIZE" in os.environ and (distributed or "gloo" in str(error))
+
+
+def _guarded(args: list[str] | None) -> tuple[int, str]:
+    try:
+        with Signals():
+            return int(cli.main(args, prog_name="dsd-refine", standalone_mode=False) or 0), ""
+    except click.exceptions.NoArgsIsHelpError as error:
+        return UsageError.exit_code, error.format_message()
+    except click.ClickException as error:
+        return UsageError.exit_code, f"Error: {error.format_message()}"
+    except click.Abort:
+        return Interrupted.exit_code, "Error: stopped before the first step; nothing was lost"
+    except DsdError as error:
+        return error.exit_code, f"Error: {error}"
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+            return RunError.exit_code, f"Error: {error.filename or 'disk'}: {error.strerror}; go on with --resume when cured"
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return UsageError.exit_code, f"Error: {error.filename!s:.200}: {error.strerror}"
+        return BUG, traceback.format_exc()
+    except Exception as error:
+        if is_full_memory(error):
+            return RunError.exit_code, "Error: out of memory; try a smaller --batch-size with --gradient-accumulation-steps"
+        if _lost_another(error):
+            return RunError.exit_code, "Error: another process of this run has ended; see its message, then go on with --resume"
+        return BUG, traceback.format_exc()

@@ -1,0 +1,1 @@
+"""Masks: which layers, which weights, how they are applied and measured."""

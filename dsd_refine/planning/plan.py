@@ -1,0 +1,134 @@
+"""What a run would do, found without weights: the model on the meta device, the files' headers, the rows' number."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dsd_refine.checkpoint.checkpoint import Checkpoint, Library, open_shapes
+from dsd_refine.checkpoint.source import Source
+from dsd_refine.data.splits import is_on_hub
+from dsd_refine.masking.checkpoint_layers import few_maskable, frozen_names, open_layers
+from dsd_refine.masking.layers import Layer
+from dsd_refine.method import arm_phases
+from dsd_refine.recipe import Phase, Recipe
+from dsd_refine.run import disk as space
+from dsd_refine.tasks.base import Task
+from dsd_refine.tasks.registry import look_at_data, parts_of, prepare_task
+from dsd_refine.training.settings import check_settings
+from dsd_refine.training.state import micro_batches
+
+FLOAT = 4  # bytes of a float32
+
+
+def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """Every layer with its masked counts (one a sparsity) or its reason, totals, steps, memory, disk, and a run's warnings.
+
+    Raises:
+        UsageError: as a run would, for what can be seen without weights.
+    """
+    absent = _not_here(recipe)
+    with tempfile.TemporaryDirectory() as cache:
+        given = look_at_data(recipe, library.task, library, Path(cache), lambda *_: False) if not absent else None
+        checkpoint = open_shapes(source, library, allow_pickle=allow_pickle, weights_key=recipe.weights_key)
+        check_settings(checkpoint.model, recipe, checkpoint.filled)
+        layers = open_layers(checkpoint, recipe, [])
+        task = prepare_task(recipe, library.task, library, checkpoint.model, given) if given else None
+        data = given.entry(parts_of(task)) if given and task else None
+    said = dict(task.report()) if task else {"warnings": []}
+    warnings = [*checkpoint.warnings, *said["warnings"], *(data["unused"] if data else [])]
+    shares = [_first_sparsity(recipe, tried) for tried in recipe.sparsities]
+    rows = [
+        {
+            "name": layer.name, "shape": list(layer.shape), "weights": layer.weights, "excluded": layer.excluded,
+            "masked": [layer.masked(share) for share in shares if share is not None],
+        }
+        for layer in layers
+    ]  # fmt: skip
+    return {
+        "model": source.model, "resolved": source.resolved, "revision": source.revision, "library": source.library,
+        "task": library.task, "recipe": recipe.name, "layers": rows,
+        "totals": _totals(checkpoint, layers, rows, shares)
+        | (_steps(checkpoint, recipe, task) if task else {"steps": f"not known{absent}"})
+        | _sizes(checkpoint, layers, recipe),
+        "labels": said.get("labels"), "data": data, "warnings": [*dict.fromkeys([*warnings, *few_maskable(layers)])],
+    }  # fmt: skip
+
+
+def _first_sparsity(recipe: Recipe, tried: float | None) -> float | None:
+    return next((float(p.sparsity) for p in recipe.phases_at(tried) if isinstance(p.sparsity, float | int)), None)
+
+
+def _totals(
+    checkpoint: Checkpoint, layers: list[Layer], rows: list[dict[str, Any]], shares: list[float | None]
+) -> dict[str, Any]:
+    parameters = sum(layer.weights for layer in layers if not (layer.excluded or "").startswith("the same storage"))
+    maskable = sum(layer.weights for layer in layers if layer.excluded is None)
+    found: dict[str, Any] = {"parameters": f"{parameters:,}", "maskable": f"{maskable:,} ({maskable / parameters:.1%})"}
+    for number, share in enumerate(share for share in shares if share is not None):
+        masked = sum(row["masked"][number] for row in rows)
+        found[f"masked at {share:g}"] = f"{masked:,} ({masked / maskable:.1%} of the maskable)"
+    return found
+
+
+def _not_here(recipe: Recipe) -> str:
+    """Why the data cannot be looked at; nothing where they can, or where it is to be said that there are none."""
+    if recipe.data is None:
+        return ": no data given (--data)"
+    fetched = [spec for spec in (recipe.data, recipe.eval_data) if spec and is_on_hub(spec)]
+    return f" before {' and '.join(fetched)} is fetched" if fetched else ""
+
+
+def _steps(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> dict[str, str]:
+    """Optimizer steps per phase."""
+    holdout = len(task.holdout.rows) if task.holdout else 0
+    found = {"rows": f"{len(task.train.rows):,} train, {holdout:,} holdout, {len(task.eval.rows):,} evaluation"}
+    batchnorm = any(isinstance(module, _BatchNorm) for module in checkpoint.model.modules())
+    micro = len(micro_batches(task.train.units, recipe.batch_size, batchnorm))
+    per_epoch = -(-micro // recipe.gradient_accumulation_steps)
+    for number, phase in enumerate(recipe.phases, 1):
+        found[f"{number}-{phase.kind}"] = _phase(phase, per_epoch)
+    names = ("refined", *recipe.control)
+    tries = [(arm, tried) for arm in names for tried in recipe.sparsities * recipe.seeds]
+    total = sum(phase.total_steps(per_epoch) for arm, tried in tries for phase in arm_phases(arm, recipe, tried))
+    return found | {"in all": f"{total:,} steps: {len(tries)} runs of the phases ({', '.join(names)})"}
+
+
+def _phase(phase: Phase, per_epoch: int) -> str:
+    return f"{phase.total_steps(per_epoch):,} steps ({per_epoch:,} an epoch), peak rate {phase.lr:g}, {phase.schedule}"
+
+
+def _sizes(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe) -> dict[str, str]:
+    """Memory of the largest phase, and disk."""
+    memory = max(memory_of(checkpoint, layers, recipe, phase, last=phase is recipe.phases[-1]) for phase in recipe.phases)
+    disk = space.of_run(checkpoint, layers, recipe)  # what a run looks for before it begins
+    return {"memory": f"{memory / 1e9:.2f} GB and the activations", "disk": f"{disk / 1e9:.2f} GB at most while running"}
+
+
+def memory_of(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe, phase: Phase, *, last: bool) -> int:
+    """Bytes that a phase holds beside the activations, all in float32 but for the masks.
+
+    The weights, the source's, a teacher; of what trains gradients and optimizer state; a mean; masks and what a random mask
+    puts aside. Saving takes no more. The last phase is evaluated with all of it there: rounded weights are a copy, and so are
+    those that a mean stands in for.
+    """
+    own = [layer for layer in layers if not (layer.excluded or "").startswith("the same storage")]
+    weights = sum(layer.weights for layer in own)
+    frozen = frozen_names(checkpoint.model, phase.frozen, checkpoint.filled)
+    still = sum(layer.weights for layer in own if all(spot.key in frozen for spot in layer.spots))
+    moments = 2 if recipe.optimizer == "adamw" else int(recipe.momentum > 0)
+    floats = (2 + int(any(each.distill for each in recipe.phases))) * weights + (1 + moments) * (weights - still)
+    floats += weights - still if phase.average != "none" else 0
+    if last and recipe.keep == "best":
+        halves = {entry.name for _, entry in checkpoint.layout.where.values() if entry.dtype.itemsize < FLOAT}
+        floats += sum(layer.weights for layer in own if layer.name in halves)
+        floats += weights - still if phase.average != "none" else 0
+    maskable = sum(layer.weights for layer in layers if layer.excluded is None) if phase.kind == "sparse" else 0
+    random = phase.refresh and (phase.criterion == "random" or "random" in recipe.control)
+    floats += (
+        round(maskable * (_first_sparsity(recipe, max(recipe.sparsities, key=lambda s: s or 0.0)) or 0.0)) if random else 0
+    )
+    return FLOAT * floats + maskable

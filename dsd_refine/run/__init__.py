@@ -1,0 +1,1 @@
+"""A run: opening it, its phases, its state on disk, and publishing."""

@@ -1,0 +1,308 @@
+"""Everything that must be right before the first step: model, data, device, output, and a look at what they do together."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dsd_refine import __version__
+from dsd_refine.checkpoint.checkpoint import Checkpoint, Library, open_checkpoint
+from dsd_refine.checkpoint.source import Source
+from dsd_refine.checkpoint.verify import check_plain
+from dsd_refine.errors import DsdError, UsageError, is_full_memory
+from dsd_refine.files import is_full, no_room
+from dsd_refine.masking.checkpoint_layers import open_layers
+from dsd_refine.recipe import Recipe
+from dsd_refine.report.data import data_lines
+from dsd_refine.report.report import environment
+from dsd_refine.run import disk as space
+from dsd_refine.run.probe import probes
+from dsd_refine.run.run import Options, Run
+from dsd_refine.run.signals import Signals
+from dsd_refine.run.workspace import Workspace
+from dsd_refine.seeding import seed_all
+from dsd_refine.system import keep_freed_memory
+from dsd_refine.tasks.base import Item, Task
+from dsd_refine.tasks.registry import look_at_data, parts_of, prepare_task
+from dsd_refine.training.batchnorm import without_variance
+from dsd_refine.training.blame import failing, in_short, rows_of
+from dsd_refine.training.evaluate import exact, unreached
+from dsd_refine.training.settings import check_settings
+from dsd_refine.training.state import Loop
+
+PRECISIONS = ("no", "fp16", "bf16")
+KERNEL_SETTINGS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE")
+STATE = 2  # what a saved state holds: raised by a change that an older state does not fit
+# how long processes wait for each other: the main one may fetch, write or verify for hours, and NCCL gives ten minutes
+PATIENCE = timedelta(days=7)
+
+
+@contextmanager
+def opened(source: Source, library: Library, recipe: Recipe, options: Options) -> Iterator[Run]:
+    """Everything that must be right before the first step, and the clean-up after the last."""
+    accelerator = open_accelerator(recipe, options)
+    recipe = recipe.model_copy(update={"mixed_precision": accelerator.mixed_precision})  # Accelerate's own, if none was given
+    workspace = Workspace(options.output_dir, writes=accelerator.is_main_process, save_every=options.save_every)
+    if accelerator.is_main_process:
+        workspace.check_target(source.folder, resume=options.resume, overwrite=options.overwrite)
+    with ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        stack.enter_context(workspace.locked() if accelerator.is_main_process else nullcontext())
+        accelerator.wait_for_everyone()
+        try:
+            with _unreadable(source):
+                run = _open(source, library, recipe, options, accelerator, workspace, signals)
+            signals.wait()
+            yield run
+        except BaseException as error:
+            if full := is_full(error):
+                raise no_room(full, workspace.partial, workspace.need) from None
+            raise
+
+
+@contextmanager
+def _unreadable(source: Source) -> Iterator[None]:
+    """Before the first step, a file that cannot be read is the user's to cure: nothing was trained, nothing can be resumed."""
+    try:
+        yield
+    except (PermissionError, FileNotFoundError, IsADirectoryError) as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else f"{source.folder}: {error}"
+        raise UsageError(f"{what}; nothing was trained") from None
+
+
+def _open(
+    source: Source,
+    library: Library,
+    recipe: Recipe,
+    options: Options,
+    accelerator: Accelerator,
+    workspace: Workspace,
+    signals: Signals,
+) -> Run:
+    with accelerator.main_process_first():  # before the weights: what is wrong with the data shows at once
+        given = look_at_data(recipe, library.task, library, workspace.partial / "cache", options.download)
+    seed_all(recipe.seed, accelerator.device)
+    checkpoint = open_checkpoint(source, library, allow_pickle=options.allow_pickle, weights_key=recipe.weights_key)
+    model = checkpoint.model
+    with accelerator.main_process_first():
+        task = prepare_task(recipe, library.task, library, model, given)
+    for line in data_lines(given.entry(parts_of(task))):
+        options.say(f"data: {line}")
+    loop = open_loop(checkpoint, task, recipe, options, accelerator, workspace, signals)
+    lost = first_look(loop)
+    if accelerator.is_main_process:
+        check_plain(checkpoint, probes(loop, checkpoint))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name not in lost)
+    check_settings(model, recipe, checkpoint.filled)
+    layers = open_layers(checkpoint, recipe, lost)
+    hashes = checkpoint.hashes()
+    workspace.need = space.of_run(checkpoint, layers, recipe, save_phases=options.save_phases)
+    if workspace.writes:
+        space.check_room(workspace.partial, workspace.need)
+    workspace.begin(_identity(recipe, hashes, task, accelerator, options), options.resume)
+    accelerator.wait_for_everyone()
+    start = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+    teacher = _teacher(recipe, task, model)
+    run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, given, teacher=teacher)
+    _wrap(run)
+    if accelerator.scaler is not None:
+        run.loss_scale = accelerator.scaler.state_dict()
+        accelerator.scaler.load_state_dict(workspace.state.get("scaler") or run.loss_scale)
+    return run
+
+
+def first_look(loop: Loop) -> list[str]:
+    """`unreached`, where model and data meet for the first time: what does not fit shows before anything is trained.
+
+    Raises:
+        UsageError: the model cannot compute on these data, or BatchNorm not on batches of one row.
+        CheckpointError: a model that is to say the next token sees it.
+    """
+    try:
+        if (refuse := getattr(loop.task, "refuse_foresight", None)) is not None:
+            loop.model.eval()
+            with exact():
+                refuse(loop.model, loop.accelerator.device)
+        lone = without_variance(loop) if loop.recipe.batch_size == 1 and loop.has_batchnorm else []
+        if lone:
+            raise UsageError(
+                f"--batch-size 1: {lone[0]} (BatchNorm) sees one value a channel, which has no variance; give 2 or more "
+                "(--gradient-accumulation-steps makes no difference to it)"
+            )
+        return unreached(loop)
+    except DsdError:
+        raise
+    except Exception as error:  # a model raises whatever inputs that it is not made for make it raise
+        if is_full_memory(error):
+            raise
+        items: list[Item] = [(unit, None) for unit in range(min(8, loop.task.train.units))]
+        lost = failing(loop, loop.task.train, items, loop.task.loss)
+        if 0 < len(lost) < len(items):
+            rows = rows_of(loop, loop.task.train, lost)
+            raise UsageError(f"the model fails on the {rows}: {in_short(error)}. Take it out of the data") from None
+        raise UsageError(
+            f"the model cannot compute on these data: {in_short(error)}. Do config and preprocessing belong to it?"
+        ) from None
+
+
+def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
+    """Accelerate's view of devices and processes; where a flag says nothing, its own configuration decides.
+
+    Raises:
+        UsageError: a device that is not there, a precision it lacks, or sharded training.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here")
+    if options.device == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: torch sees no MPS device here")
+    patient = InitProcessGroupKwargs(timeout=PATIENCE)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision, cpu=options.device == "cpu", kwargs_handlers=[patient]
+        )
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"accelerate refuses this device and precision: {error}") from None
+    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in kinds:
+        raise UsageError(f"{accelerator.distributed_type}: sharded training is not supported; use plain data parallelism")
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise UsageError(
+            f"mixed precision {accelerator.mixed_precision} is not supported: --mixed-precision {'|'.join(PRECISIONS)}"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # where Accelerate leaves it out silently
+        raise UsageError("--mixed-precision fp16 is for a GPU; the CPU has bf16, or no")
+    if accelerator.device.type == "cpu":
+        # a few kernels add in an order that depends on timing unless told otherwise
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        keep_freed_memory()
+    return accelerator
+
+
+def open_loop(
+    checkpoint: Checkpoint,
+    task: Task,
+    recipe: Recipe,
+    options: Options,
+    accelerator: Accelerator,
+    workspace: Workspace,
+    signals: Signals,
+) -> Loop:
+    """The loop over a model on its device. Convolutional models run channels-last where that is sound."""
+    model = checkpoint.model.to(accelerator.device)
+    last = channels_last(model, accelerator.device)
+    if last:
+        model.to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+    return Loop(
+        accelerator=accelerator,
+        model=model,
+        forward=model,
+        task=task,
+        recipe=recipe,
+        as_written=checkpoint.rounded,
+        log=workspace.log,
+        stopping=lambda: signals.asked,
+        save=lambda: None,
+        save_due=workspace.save_due,
+        workers=options.workers,
+        hooks=options.hooks if accelerator.is_main_process else (),
+        has_batchnorm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()),
+        channels_last=last,
+        parameters=dict(model.named_parameters(remove_duplicate=False)),
+    )
+
+
+def channels_last(model: nn.Module, device: torch.device) -> bool:
+    """Is the model convolutional, and are channels-last gradients right on the device?
+
+    On a CPU, oneDNN's strided 1x1 convolution of fewer input channels than its block (8 or 16) writes past its workspace:
+    gradients are wrong, or the process dies (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    narrow = any(
+        set(one.kernel_size) == {1} and set(one.stride) != {1} and one.in_channels // one.groups < 16 for one in convolutions
+    )
+    return bool(convolutions) and not (narrow and device.type == "cpu")
+
+
+def _teacher(recipe: Recipe, task: Task, model: nn.Module) -> nn.Module | None:
+    """A copy of the source to learn from, where a phase asks for it."""
+    if not any(phase.distill for phase in recipe.phases):
+        return None
+    if not hasattr(task, "logits"):
+        raise UsageError(f"phases.*.distill: is not for {task.name}")
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _wrap(run: Run) -> None:
+    loop = run.loop
+    if loop.world > 1:
+        loop.forward = parallel(loop.model, loop.accelerator.device)
+    if run.options.compile:
+        check_compiler(loop.accelerator.device)
+        loop.forward = torch.compile(loop.forward)
+
+
+def parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The model for several processes; what it computes by itself stays as it is.
+
+    By hand: `accelerator.prepare_model` puts autocast into the model's own `forward`, so that the proof of the output, which
+    is float32, would be computed in bf16 or fp16. Autocast lies around each call of the loop.
+    """
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile a trifle: what torch.compile needs (a C++ compiler, Triton) would be missed in the first step otherwise.
+
+    Raises:
+        UsageError: it cannot compile here.
+    """
+    try:
+        torch.compile(lambda values: values * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # torch raises whatever its compilers say
+        text = str(error).strip().splitlines()[0][:300]
+        raise UsageError(
+            f"--compile: torch.compile does not work here ({text}); leave --compile out, or install that"
+        ) from None
+
+
+def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: Accelerator, options: Options) -> dict[str, Any]:
+    """What must be equal for a resumed run to end in the same bytes."""
+    versions = environment(str(accelerator.device), accelerator.num_processes)
+    data = {name: rows.fingerprint for name, rows in parts_of(task).items() if rows is not None}
+    versions["dsd-refine"] = __version__
+    versions["form of the state"] = STATE
+    computed = versions | _kernels(accelerator.device) | {"--compile": options.compile}
+    return _flat({"recipe": recipe.model_dump(mode="json"), "source": hashes, "data": data} | computed)
+
+
+def _kernels(device: torch.device) -> dict[str, Any]:
+    """What chooses the order in which numbers are added: threads, the processor, and what is set for its libraries."""
+    on_gpu = device.type == "cuda"
+    return {
+        "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
+        "processor": torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
+    } | {name: os.environ.get(name) for name in KERNEL_SETTINGS}
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping of dotted names, so that a difference can be named."""
+    if not isinstance(value, dict | list):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: leaf for part, inner in items for key, leaf in _flat(inner, f"{name}.{part}".lstrip(".")).items()}

@@ -1,0 +1,33 @@
+"""A few inputs with their outputs, which `verify` computes again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from dsd_refine.forward import logits_of
+from dsd_refine.tasks.base import Batch, Forward
+from dsd_refine.training.blame import computed
+from dsd_refine.training.evaluate import exact
+from dsd_refine.training.state import Loop
+
+if TYPE_CHECKING:
+    from dsd_refine.checkpoint.checkpoint import Checkpoint
+
+PROBES = 2  # evaluation examples kept for `verify`, which computes each by itself
+
+
+def probes(loop: Loop, checkpoint: Checkpoint) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Inputs and outputs of a few evaluation examples, each by itself, so that nothing hangs on padding."""
+    loop.model.eval()
+    task, device = loop.task, loop.accelerator.device
+    units = range(min(PROBES, task.eval.units))
+    with exact(), checkpoint.rounded(loop.model):
+        batches = [replace(task.batch(task.eval, [(unit, None)]), items=((unit, None),)) for unit in units]
+        return [(b.inputs, computed(loop, task.eval, loop.model, b.to(device), _outputs)) for b in batches]
+
+
+def _outputs(forward: Forward, batch: Batch) -> torch.Tensor:
+    return logits_of(forward, batch.inputs)

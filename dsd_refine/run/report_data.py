@@ -1,0 +1,185 @@
+"""The fields of report.json and the rows of predictions.parquet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from dsd_refine.checkpoint.safetensors_file import listed
+from dsd_refine.evidence.compare import Corpus, corpus_over_seeds, credit, over_seeds
+from dsd_refine.evidence.power import rows_to_decide
+from dsd_refine.masking.checkpoint_layers import few_maskable, outside_embeddings
+from dsd_refine.report.places import from_home
+from dsd_refine.report.report import environment
+from dsd_refine.tasks.registry import parts_of
+
+if TYPE_CHECKING:
+    from dsd_refine.checkpoint.source import Source
+    from dsd_refine.run.run import Run
+
+SCHEMA = 1
+GATE_EXIT = 3
+
+
+def predictions(run: Run) -> pa.Table:
+    """A row per evaluation row: `row`, `target`, and per arm prediction, score and count."""
+    part, task = run.task.eval, run.task
+    rows = range(len(part.rows))
+    columns: dict[str, Any] = {
+        "row": [part.rows.name(row) for row in rows],
+        "target": [task.target(part, row) for row in rows],
+    }
+    arms = dict(run.scores)
+    if run.recipe.seeds > 1:
+        arms |= {f"{arm}_seed{number}": one for arm in run.arms for number, one in enumerate(run.seeds[arm], 1)}
+    for arm, scores in arms.items():
+        shown = list(scores.text or (task.shown(int(p)) if p >= 0 else None for p in scores.prediction))
+        columns[f"loss_{arm}"] = scores.loss
+        columns |= {f"prediction_{arm}": shown, f"score_{arm}": scores.score, f"count_{arm}": scores.count.astype(np.int64)}
+        if scores.stats is not None:
+            columns[f"stats_{arm}"] = list(scores.stats)
+    return pa.table(columns)
+
+
+def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], noted: tuple[str, ...] = ()) -> dict[str, Any]:
+    """report.json, schema 1. Every number is measured; nothing is copied from the request but what says so."""
+    source, recipe, task = run.checkpoint.source, run.recipe, run.task
+    maskable = [layer for layer in run.layers if layer.excluded is None]
+    selected = run.selected("refined")
+    zeros = run.state.get("zeros", {}).get(str(selected["attempt"]))
+    outside = outside_embeddings(run.layers)
+    first = _first_sparsity(run, selected["attempt"])
+    extra = dict(task.report())
+    data = run.given.entry(parts_of(task))
+    said = [*run.checkpoint.warnings, *extra.pop("warnings"), *data["unused"], *run.state["preflight"]]
+    said += [*run.state.get("harm", []), *_warnings(run), *noted]
+    warnings = list(dict.fromkeys(said))
+    device = str(run.loop.accelerator.device)
+    masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
+    return {
+        "schema": SCHEMA,
+        "argv": [from_home(arg) for arg in run.options.argv],
+        "seed": recipe.seed,
+        "exit_code": 0 if passed else GATE_EXIT,
+        "environment": environment(device, run.loop.world),
+        "source": {
+            "model": from_home(source.model), "resolved": _resolved(source), "revision": source.revision,
+            "library": source.library, "weights_key": run.checkpoint.layout.weights_key, "files": _files(run.source_hashes),
+        },
+        "output": {"path": from_home(str(run.options.output_dir)), "files": _files(written)},
+        "task": task.name,
+        "metric": {"name": task.metric, "higher_is_better": task.higher_is_better},
+        **extra,
+        "data": data,
+        "phases": [{name: value for name, value in phase.items() if name != "attempt"} for phase in run.state["phases"]],
+        "layers": [_layer(run, layer, first, zeros) for layer in run.layers],
+        "masked_share": masked / outside,
+        "maskable_share": sum(layer.weights for layer in maskable) / outside,
+        "arms": {arm: task.metrics(scores) for arm, scores in run.scores.items()},
+        "comparison": {name: found.to_dict() for name, found in run.comparisons.items()},
+        "verdict": verdict,
+        "gate": {"rule": recipe.gate, "passed": passed},
+        "selected": {name: selected[name] for name in ("sparsity", "epoch", *(["seed"] if recipe.seeds > 1 else []))},
+        "warnings": [from_home(warning) for warning in warnings],
+        "credit": credit(verdict, run.comparisons, recipe.control),
+        "rows_to_decide": _rows_to_decide(run, verdict),
+        "seeds": seeds_data(run) if recipe.seeds > 1 else None,
+        "holdout": _holdout(run),
+    }  # fmt: skip
+
+
+def _resolved(source: Source) -> str:
+    """Name of a repository or a release; a folder of this machine as it was given, and not the full path to it."""
+    if not Path(source.resolved).is_absolute():
+        return source.resolved
+    named = Path(source.model).name not in ("", "..")  # "." has no name of its own
+    return from_home(source.model) if named else Path(source.resolved).name
+
+
+def _holdout(run: Run) -> dict[str, dict[str, float]] | None:
+    """The holdout's metrics of the source and of what it chose of each arm; None where there is no holdout."""
+    baseline = run.state["looked"]["holdout"]
+    return {"baseline": baseline} | {arm: run.selected(arm)["holdout"] for arm in run.arms} if baseline else None
+
+
+def _rows_to_decide(run: Run, verdict: str) -> int | None:
+    found = run.comparisons["refined_vs_baseline"]
+    if verdict != "inconclusive":
+        return None
+    return rows_to_decide(found, len(run.task.eval.rows), run.margin, len(run.comparisons))
+
+
+def seeds_data(run: Run) -> dict[str, Any]:
+    """Over the seeds: each arm's metrics with mean and deviation, and paired differences with intervals over seeds and rows."""
+    metrics = {arm: [run.task.metrics(scores) for scores in run.seeds[arm]] for arm in run.arms}
+    arms = {arm: {name: _spread([one[name] for one in found]) for name in found[0]} for arm, found in metrics.items()}
+    comparison = {}
+    for other in ("baseline", *run.recipe.control):
+        delta, ci95, deviation = _over_seeds(run, other)
+        comparison[f"refined_vs_{other}"] = {"delta": delta, "ci95": list(ci95), "deviation": deviation}
+    return {"n": run.recipe.seeds, "arms": arms, "comparison": comparison}
+
+
+def _over_seeds(run: Run, other: str) -> tuple[float, tuple[float, float], float]:
+    corpus: Corpus | None = getattr(run.task, "corpus", None)
+    mine = [scores.compared(corpus) for scores in run.seeds["refined"]]
+    theirs = [scores.compared(corpus) for scores in run.seeds[other]] * (len(mine) if other == "baseline" else 1)
+    better, seed = run.task.higher_is_better, run.recipe.seed
+    if corpus is not None:
+        return corpus_over_seeds(mine, theirs, corpus, higher_is_better=better, seed=seed, groups=run.groups)
+    return over_seeds(mine, theirs, run.scores["refined"].count, higher_is_better=better, seed=seed, groups=run.groups)
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {"mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1)), "values": values}
+
+
+def _files(hashes: dict[str, str]) -> list[dict[str, str]]:
+    return [{"name": name, "sha256": digest} for name, digest in hashes.items()]
+
+
+def _layer(run: Run, layer: Any, sparsity: float | None, zeros: dict[str, int] | None) -> dict[str, Any]:
+    raw = run.checkpoint.layout.tensor(layer.name)
+    return {
+        "name": layer.name,
+        "shape": list(layer.shape),
+        "weights": layer.weights,
+        "source_zeros": int((raw == 0).sum()),
+        "masked": 0 if sparsity is None else layer.masked(sparsity),
+        "zeros_in_sparse": zeros.get(layer.name) if zeros else None,
+        "excluded": layer.excluded,
+    }
+
+
+def _first_sparsity(run: Run, attempt: int) -> float | None:
+    phases = run.recipe.phases_at(run.tries[attempt])
+    return next((float(p.sparsity) for p in phases if p.kind == "sparse"), None)  # type: ignore[arg-type]
+
+
+def _warnings(run: Run) -> list[str]:
+    lines = []
+    if run.task.holdout is not None and len(run.tries) * len(run.arms) > 1 and len(run.task.holdout.rows) < 100:
+        lines.append(f"the holdout has only {len(run.task.holdout.rows)} rows: what it selects is partly chance")
+    empty = run.state.get("empty", {}).get(str(run.selected("refined")["attempt"]), {})
+    if empty:
+        most = max(empty, key=lambda name: empty[name][0])
+        lines.append(
+            f"{sum(count for count, _ in empty.values()):,} filters held only zeros at the sparse phase's end, in {len(empty)} "
+            f"layers ({most}: {empty[most][0]} of {empty[most][1]}); --exclude leaves such layers out"
+        )
+    return lines + _returned_warning(run) + few_maskable(run.layers)
+
+
+def _returned_warning(run: Run) -> list[str]:
+    """Masked weights of layers and experts that had no gradient in the dense phase."""
+    returned: dict[str, int] = run.selected("refined").get("returned", {})
+    if not returned:
+        return []
+    names = [f"{name}: {returned[name]:,}" for name in sorted(returned, key=lambda name: -returned[name])]
+    return [
+        f"{sum(returned.values()):,} masked weights in {len(names)} layers got no gradient in the dense phase, as nothing of "
+        f"their layer or expert did: they could not come back from 0, and have the source's values again ({listed(names, 30)})"
+    ]

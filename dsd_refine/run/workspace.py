@@ -1,0 +1,338 @@
+"""A run's life on disk: everything in OUT.partial/, one rename at the end, and enough state to go on after a stop.
+
+State is safetensors and JSON, never pickle; each save has a name of its own, is synced, and becomes the state by one rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from safetensors.torch import load_file
+
+from dsd_refine.checkpoint.safetensors_file import build_header, memory
+from dsd_refine.errors import RunError, UsageError
+from dsd_refine.files import remove, replace_parts, replace_text, sha256_file, sync, sync_file, sync_folder, umask
+from dsd_refine.run import disk as space
+
+REPORT = "dsd/report.json"
+MOVING = "moving"  # in OUT.partial/: out/ is whole and proven; where it is gone, it has become OUT
+KEPT = ("lock", "pid", "cache")  # what a new start leaves in OUT.partial/
+# every name that a run gives in OUT.partial/
+OURS = ("lock", "pid", "cache", MOVING, "out", "replaced", "phases", "log.jsonl", "state*", "best-*", "scores-*", "*.tmp")
+SWEPT = ("state-*.safetensors", "best-*.safetensors")
+
+
+class Workspace:
+    """OUT and its sibling OUT.partial/. Only the main process writes (`writes`); the others read.
+
+    `state` is the JSON part of the saved state: empty for a new run. `need` is what the run takes on disk, in bytes;
+    `save_every` are minutes.
+
+    Raises:
+        UsageError: a path that can be no output directory, such as `/`.
+    """
+
+    def __init__(self, out: Path, *, writes: bool = True, save_every: float = 10.0) -> None:
+        self.out = out.resolve() if out.is_symlink() else Path(os.path.abspath(out))
+        if not self.out.name:
+            raise UsageError(f"{out}: cannot be an output directory; give one below it")
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.writes = writes
+        self.save_every = 60 * save_every
+        self.overwrite = False
+        self.state: dict[str, Any] = {}
+        self.need = 0
+        self.last_save = time.monotonic()
+        self.unsaved = 0
+        self._log_hash = hashlib.sha256()
+
+    @property
+    def ready(self) -> Path:
+        """The folder that the final rename publishes."""
+        return self.partial / "out"
+
+    @property
+    def log_file(self) -> Path:
+        return self.partial / "log.jsonl"
+
+    def finished(self) -> bool:
+        """Does OUT hold a finished run, by a report that is ours?"""
+        return is_ours(self.out)
+
+    def check_target(self, source: Path, *, resume: bool, overwrite: bool) -> None:
+        """Refuse an OUT that is the source, or that holds something, before anything is done.
+
+        Raises:
+            UsageError: names the directory and what to do.
+        """
+        out, self.overwrite = self.out.resolve(), overwrite
+        self._refuse_strange()
+        if out == source.resolve() or source.resolve() in out.parents or out in source.resolve().parents:
+            raise UsageError(f"{self.out}: the output would lie in or over the source; give another --output-dir")
+        if out.is_dir() and any(out.iterdir()):
+            if not overwrite:
+                raise UsageError(f"{self.out}: is not empty; give another --output-dir, or --overwrite")
+            if not self.finished():
+                raise UsageError(f"{self.out}: holds no report of ours, so --overwrite will not remove it; remove it yourself")
+        elif self.out.exists() and not out.is_dir():
+            raise UsageError(f"{self.out}: is a file; give another --output-dir")
+        if os.path.ismount(out):
+            raise UsageError(f"{self.out}: is a mount point, which no rename can replace; give a directory below it")
+        if self.partial.exists() and not (resume or overwrite):
+            raise UsageError(f"{self.partial}: an unfinished run is there; go on with --resume, or start anew with --overwrite")
+
+    def _refuse_strange(self) -> None:
+        """OUT.partial/ is emptied and removed as the run goes: nothing in it may be anybody else's.
+
+        Raises:
+            UsageError: names what is not ours.
+        """
+        found = sorted(path.name for path in self.partial.iterdir()) if self.partial.is_dir() else []
+        strange = [name for name in found if not any(fnmatchcase(name, pattern) for pattern in OURS)]
+        if strange or (self.partial.exists() and not self.partial.is_dir()):
+            what = f"holds {strange[0]!r}, which is" if strange else "is"
+            raise UsageError(f"{self.partial}: {what} not ours; move it, or give another --output-dir")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold OUT.partial/ for this process. It goes away where nothing could be begun and no earlier state is in it.
+
+        Raises:
+            UsageError: another process works there, or the place cannot be written.
+        """
+        lock = filelock.FileLock(self.partial / "lock", mode=0o666 & ~umask())
+        try:
+            self._take(lock)
+            yield
+        except (UsageError, KeyboardInterrupt):
+            if lock.is_locked and (self.partial / "lock").is_file():
+                self.abandon()
+            raise
+        finally:
+            lock.release()
+
+    def _take(self, lock: filelock.BaseFileLock) -> None:
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            (self.partial / "pid").write_text(f"{os.getpid()}\n")
+        except filelock.Timeout:
+            raise UsageError(f"{self.partial}: another run{self._holder()} is at work there") from None
+        except OSError as error:
+            raise UsageError(f"{self.partial}: cannot be written: {error.strerror or error}") from None
+        # its OUT.partial/ went, with the lock in it, or it came and went between our look and our lock
+        if not (self.partial / "lock").is_file() or (self.finished() and not self.overwrite):
+            raise UsageError(f"{self.out}: another run has just ended there; look at it, then try again")
+        shutil.rmtree(self.partial / "cache", ignore_errors=True)  # nobody has synced it: it may be half a file
+
+    def _holder(self) -> str:
+        try:
+            return f" (process {(self.partial / 'pid').read_text().strip()})"
+        except OSError:
+            return ""
+
+    def begin(self, identity: dict[str, Any], resume: bool) -> None:
+        """Start anew, or take up the saved state if `resume` and there is one.
+
+        Raises:
+            UsageError: the saved run had another recipe, source, data or library version; the difference is named.
+        """
+        file = self.partial / "state.json"
+        if resume and file.is_file():
+            self.state = _read_state(file)
+            _refuse_difference(self.state["identity"], identity)
+        elif self.writes:
+            self.clear()
+        if self.writes:
+            (self.partial / MOVING).unlink(missing_ok=True)
+        self.state.setdefault("identity", identity)
+        if self.writes:
+            self._cut_log()
+
+    def clear(self) -> None:
+        """Remove what an earlier run left in OUT.partial/."""
+        (self.partial / MOVING).unlink(missing_ok=True)
+        for path in self.partial.iterdir():
+            if path.name not in KEPT:
+                remove(path)
+
+    def abandon(self) -> None:
+        """Remove OUT.partial/ after a run that trained nothing, unless an earlier run's state is in it."""
+        if not (self.partial / "state.json").is_file():
+            self.discard()
+
+    def _cut_log(self) -> None:
+        size = self.state.get("log_bytes", 0)
+        with self.log_file.open("a+b") as file:
+            file.seek(0)
+            self._log_hash = hashlib.sha256(file.read(size))
+            if self._log_hash.hexdigest() != self.state.get("log_sha256", hashlib.sha256().hexdigest()):
+                raise _unusable(self.log_file, ValueError("it is not what was saved"))
+            file.truncate(size)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one line to log.jsonl and flush it."""
+        if self.writes:
+            data = (json.dumps(line) + "\n").encode()
+            with self.log_file.open("ab") as file:
+                file.write(data)
+            self._log_hash.update(data)
+
+    def save_due(self) -> bool:
+        return time.monotonic() - self.last_save > self.save_every or self.unsaved >= space.UNSAVED
+
+    def save(self, tensors: dict[str, torch.Tensor] | None) -> None:
+        """Save `state`, and the tensors that belong to it (None: none do, as between phases)."""
+        self.last_save = time.monotonic()
+        if self.writes:
+            self._write_state(tensors)
+        self.unsaved = 0
+
+    def _write_state(self, tensors: dict[str, torch.Tensor] | None) -> None:
+        number = int(self.state.get("save", 0)) + 1
+        self.state["save"] = number
+        self.state["log_bytes"], self.state["log_sha256"] = self._sync_log(), self._log_hash.hexdigest()
+        self.state["tensors"] = None
+        if tensors is not None:
+            self.state["tensors"] = f"state-{number}.safetensors"
+            self.write_tensors(self.state["tensors"], tensors)
+        replace_text(self.partial / "state.json", json.dumps(self.state | {"sha256": _digest(self.state)}))
+        self._sweep()
+
+    def _sync_log(self) -> int:
+        """The log's length, once so much of it is on the disk."""
+        with self.log_file.open("rb") as file:
+            sync(file)
+            return os.fstat(file.fileno()).st_size
+
+    def _sweep(self) -> None:
+        """Remove the tensors that the saved state no longer speaks of: older states, and bests that were bettered."""
+        named = set(_texts(self.state))
+        for path in [path for pattern in SWEPT for path in self.partial.glob(pattern)]:
+            if path.name not in named:
+                path.unlink()
+                self.state.get("files", {}).pop(path.name, None)
+
+    def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Write a safetensors file into OUT.partial/ whole or not at all (aliases are stored each by itself).
+
+        Tensor by tensor: beside the model and its optimizer there is no room for a copy of them.
+        """
+        self.unsaved += 1
+        if self.writes:
+            # the widest first, so that each lies at a multiple of its element's size, as whoever maps the file needs it
+            ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+            head, entries = build_header(ordered, {})
+            parts = (part for made in ([head], map(memory, ordered.values())) for part in made)
+            size = max((entry.end for entry in entries), default=len(head))
+            self.state.setdefault("files", {})[name] = replace_parts(self.partial / name, parts, size)
+
+    def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """What `write_tensors` wrote.
+
+        Raises:
+            UsageError: it is not there, or not what was written.
+        """
+        path, digest = self.partial / Path(name).name, self.state.get("files", {}).get(name)
+        try:
+            if digest is not None and sha256_file(path) != digest:
+                raise ValueError("it is not what was saved")
+            return load_file(path)
+        except Exception as error:  # safetensors has its own errors for a broken file
+            raise _unusable(path, error) from None
+
+    def publish(self) -> None:
+        """Make OUT appear by one rename, then remove OUT.partial/.
+
+        Raises:
+            RunError: OUT has come to hold something that is not to be overwritten.
+        """
+        for path in self.ready.rglob("*"):
+            sync_folder(path) if path.is_dir() else sync_file(path)
+        sync_folder(self.ready)
+        replace_text(self.partial / MOVING, f"{self.ready.name} -> {self.out.name}\n")
+        try:
+            if self.overwrite and self.finished():
+                os.replace(self.out, self.partial / "replaced")
+            os.replace(self.ready, self.out)
+        except OSError as error:
+            raise RunError(
+                f"{self.out}: cannot be put in its place: {error.strerror or error}. The result waits in {self.partial}: "
+                "make room for it there, then go on with --resume"
+            ) from None
+        sync_folder(self.out.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove OUT.partial/, the mark and the lock last: whatever a kill leaves here is seen to be of no use."""
+        for path in [*(p for p in self.partial.iterdir() if p.name not in (MOVING, *KEPT)), self.partial]:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def settle(self) -> bool:
+        """Is OUT finished, with nothing of its run left to do? Removes an OUT.partial/ that outlived its run."""
+        if self.finished() and self.partial.is_dir():
+            self._refuse_strange()
+            moved = (self.partial / MOVING).is_file() and not self.ready.exists()
+            if not moved and (self.partial / "state.json").is_file():
+                return False
+            self.overwrite = True
+            with self.locked() if self.writes else nullcontext():
+                if self.writes:
+                    self.discard()
+        return self.finished()
+
+
+def is_ours(out: Path) -> bool:
+    """Is the directory an output of ours? A file of the name dsd/report.json alone does not make it one."""
+    try:
+        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(report, dict) and {"schema", "verdict", "output", "source", "arms"} <= report.keys()
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or state.pop("sha256", None) != _digest(state):
+            raise ValueError("it is not what was saved")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unusable(file, error) from None
+    return state
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def _unusable(file: Path, error: Exception) -> UsageError:
+    return UsageError(f"{file}: the saved state cannot be used ({error!s:.200}); start anew with --overwrite")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def _refuse_difference(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    different = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
+    if different:
+        lines = "; ".join(f"{key} was {saved.get(key)!r:.80}, is {now.get(key)!r:.80}" for key in different)
+        raise UsageError(
+            f"--resume: the saved run differs from this one: {lines}. Run it as it was, or start anew with --overwrite"
+        )

@@ -1,0 +1,205 @@
+"""What a task is: rows to batches, batches to a loss or to a score for each row, scores to metrics.
+
+The loop calls three functions of a task (batch, loss, score). It knows no task, and a task knows no loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from dsd_refine.data.splits import Rows
+from dsd_refine.errors import UsageError
+
+Item = tuple[int, int | None]  # unit of a part, and the seed of its augmentation (None: as in evaluation)
+
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Collated examples. `inputs` go to the model by name (`x`: by position); `count` is the number of real targets.
+
+    `aside` and `texts` are the task's own: a row each of what its loss and scores need and the model does not take.
+    `items` are what it was made of, where the loop made it.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    targets: torch.Tensor
+    count: int
+    aside: dict[str, torch.Tensor] = field(default_factory=dict)
+    texts: tuple[tuple[str, ...], ...] = ()
+    items: tuple[Item, ...] = ()
+
+    def to(self, device: torch.device) -> Batch:
+        def moved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+
+        targets = self.targets.to(device, non_blocking=True)
+        return replace(self, inputs=moved(self.inputs), targets=targets, aside=moved(self.aside))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one unit of evaluation: `score` over `count` is the metric's share of it, `loss` its summed training loss.
+
+    A task that predicts words says them in `text`; `stats` are sums that its other metrics are made of.
+    """
+
+    score: float
+    count: int
+    loss: float
+    prediction: int | None = None
+    text: str | None = None
+    stats: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per row of a part, in its order: float64 arrays; `prediction` is -1 where the task predicts no class.
+
+    `text` is what was predicted in words (None: the task predicts none), `stats` rows x statistics (None: it has none).
+    """
+
+    score: np.ndarray[Any, Any]
+    count: np.ndarray[Any, Any]
+    loss: np.ndarray[Any, Any]
+    prediction: np.ndarray[Any, Any]
+    text: list[str] | None = None
+    stats: np.ndarray[Any, Any] | None = None
+
+    @classmethod
+    def of(cls, found: Iterable[tuple[int, Score]], rows: int) -> Scores:
+        """Add up (row, score of one of its units)."""
+        pairs = list(found)
+        text = [""] * rows if any(one.text is not None for _, one in pairs) else None
+        width = max((len(one.stats) for _, one in pairs), default=0)
+        new = cls(np.zeros(rows), np.zeros(rows), np.zeros(rows), np.full(rows, -1), text, np.zeros((rows, width)))
+        for row, one in pairs:
+            new.score[row] += one.score
+            new.count[row] += one.count
+            new.loss[row] += one.loss
+            if one.prediction is not None:
+                new.prediction[row] = one.prediction
+            if text is not None and one.text is not None:
+                text[row] = one.text
+            if one.stats and new.stats is not None:
+                new.stats[row] += one.stats
+        return new if width else replace(new, stats=None)
+
+    def compared(self, corpus: object | None) -> np.ndarray[Any, Any]:
+        """What arms are compared by: the score of each row, or its statistics where the metric is one of the corpus."""
+        return self.score if corpus is None or self.stats is None else self.stats
+
+    def pack(self) -> dict[str, torch.Tensor]:
+        """As tensors, for the saved state; texts are UTF-8 bytes and the end of each."""
+        names = ("score", "count", "loss", "prediction", *(["stats"] if self.stats is not None else []))
+        tensors = {name: torch.from_numpy(getattr(self, name)) for name in names}
+        if self.text is not None:
+            coded = [text.encode("utf-8", "surrogatepass") for text in self.text]
+            tensors["text"] = torch.tensor(list(b"".join(coded)), dtype=torch.uint8)
+            tensors["text_ends"] = torch.tensor([len(one) for one in coded], dtype=torch.int64).cumsum(0)
+        return tensors
+
+    @classmethod
+    def unpack(cls, tensors: Mapping[str, torch.Tensor]) -> Scores:
+        """What `pack` packed."""
+        arrays: dict[str, Any] = {name: value.numpy() for name, value in tensors.items() if not name.startswith("text")}
+        if "text" not in tensors:
+            return cls(**arrays)
+        ends, coded = tensors["text_ends"].tolist(), bytes(tensors["text"].tolist())
+        texts = [coded[a:b].decode("utf-8", "surrogatepass") for a, b in zip([0, *ends], ends, strict=False)]
+        return cls(**arrays, text=texts)
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What who knows nothing reaches: `value` of `metric`, and how. A source that does no better is probably used wrongly.
+
+    `rows`: the metric is the share of so many rows that are right (None: it is no count of rows).
+    """
+
+    metric: str
+    value: float
+    how: str
+    rows: int | None = None
+    higher_is_better: bool = False
+
+
+class Part(Protocol):
+    """One part of the data, as a task prepared it: `units` examples, each belonging to a row of `rows`."""
+
+    @property
+    def rows(self) -> Rows: ...
+
+    @property
+    def units(self) -> int: ...
+
+    def row_of(self, unit: int) -> int: ...
+
+
+class Task(Protocol):
+    """One kind of model and data. `metric` is the name in the report; all metrics are fractions or sums over counts."""
+
+    name: str
+    metric: str
+    higher_is_better: bool
+
+    @property
+    def train(self) -> Part: ...
+
+    @property
+    def holdout(self) -> Part | None: ...
+
+    @property
+    def eval(self) -> Part: ...
+
+    @property
+    def guesses(self) -> Sequence[Guess]:
+        """What the source must do better than on the evaluation rows, the plainest guess first."""
+        ...
+
+    def batch(self, part: Any, items: Sequence[Item]) -> Batch:
+        """Load, transform and collate; runs in worker processes."""
+        ...
+
+    def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """The summed loss over the batch's real targets, a float32 scalar."""
+        ...
+
+    def score(self, forward: Forward, batch: Batch) -> list[Score]:
+        """One score a unit, in the batch's order."""
+        ...
+
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        """The task's metrics over rows, `metric` first."""
+        ...
+
+    def target(self, part: Any, row: int) -> str | None:
+        """What row is labelled, for the predictions file."""
+        ...
+
+    def shown(self, prediction: int) -> str | None:
+        """A prediction's name, for the predictions file."""
+        ...
+
+    def report(self) -> Mapping[str, Any]:
+        """Task-specific report entries: `labels`, `preprocessing`, and `warnings`."""
+        ...
+
+
+def require(task: str, extra: str, *packages: str) -> None:
+    """Raise UsageError where a task's packages are not installed, with the name of the extra that has them."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{task} needs {' and '.join(missing)}: pip install 'dsd-refine[{extra}]'")
+
+
+def ratio(total: np.ndarray[Any, Any], count: np.ndarray[Any, Any]) -> float:
+    """Sum over sum: the same whatever the batch size."""
+    return float(total.sum() / max(1, count.sum()))

@@ -1,0 +1,207 @@
+"""Text classification and causal language modelling: tokens exactly as the checkpoint's tokenizer makes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dsd_refine.data.columns import DOCUMENT, column
+from dsd_refine.data.reading import Table
+from dsd_refine.data.splits import Examined, Rows, divide, use_rows
+from dsd_refine.data.tables import row_blocks
+from dsd_refine.forward import logits_of
+from dsd_refine.recipe import Recipe
+from dsd_refine.tasks.base import Batch, Forward, Guess, Item, Score, Scores, ratio
+from dsd_refine.tasks.causality import WINDOWS, refuse_foresight
+from dsd_refine.tasks.classification import overlap_warning, skip_warnings
+from dsd_refine.tasks.inputs.texts import no_text, text_digest
+from dsd_refine.tasks.inputs.tokens import Doubled, Unknown, beyond_warnings, or_reason, tokenized
+
+Ids = np.ndarray[Any, Any]
+
+NONE: Ids = np.empty(0, dtype=np.int32)
+NO_TARGET = -100  # at a position that nothing is to be predicted at
+
+
+@dataclass(frozen=True)
+class WindowedPart:
+    """Documents cut into windows: window u is tokens[start[u] : stop[u]] of the document `row[u]`."""
+
+    rows: Rows
+    tokens: np.ndarray[Any, Any]
+    row: np.ndarray[Any, Any]
+    start: np.ndarray[Any, Any]
+    stop: np.ndarray[Any, Any]
+
+    @property
+    def units(self) -> int:
+        return len(self.row)
+
+    def row_of(self, unit: int) -> int:
+        return int(self.row[unit])
+
+
+@dataclass
+class CausalLM:
+    """`causal-lm` for transformers models. A row is a document; its windows' sums are added.
+
+    Targets have the shape of the tokens: what each position predicts, or NO_TARGET.
+    """
+
+    train: WindowedPart
+    holdout: WindowedPart | None
+    eval: WindowedPart
+    warnings: list[str] = field(default_factory=list)
+    name: str = "causal-lm"
+    metric: str = "loss"
+    higher_is_better: bool = False
+    vocabulary: int = field(kw_only=True)  # tokens that the tokenizer knows
+
+    @property
+    def guesses(self) -> tuple[Guess, ...]:
+        return (guess_token(self.vocabulary),)
+
+    def batch(self, part: WindowedPart, items: Sequence[Item]) -> Batch:
+        windows = [torch.as_tensor(part.tokens[part.start[u] : part.stop[u]].astype(np.int64)) for u, _ in items]
+        ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)  # what fills is masked by length, never by id
+        mask = torch.arange(ids.shape[1])[None, :] < torch.tensor([len(w) for w in windows])[:, None]
+        targets = torch.full_like(ids, NO_TARGET)  # of every position what follows it; cutting logits instead copies them twice
+        targets[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], NO_TARGET)
+        return Batch({"input_ids": ids, "attention_mask": mask.long()}, targets, int(mask[:, 1:].sum()))
+
+    def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Targets x vocabulary."""
+        return logits_of(forward, batch.inputs)[batch.targets != NO_TARGET]
+
+    def refuse_foresight(self, forward: Forward, device: torch.device) -> None:
+        """Raises CheckpointError where the model sees the tokens that it is to say."""
+        units = range(min(WINDOWS, self.train.units))
+        windows = [self.batch(self.train, [(unit, None)]).to(device).inputs for unit in units]
+        refuse_foresight(self.name, lambda inputs: logits_of(forward, inputs), windows, ("input_ids", "attention_mask"))
+
+    def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        return self._nll(forward, batch).sum()
+
+    def score(self, forward: Forward, batch: Batch) -> list[Score]:
+        sums = self._nll(forward, batch).double().sum(1).tolist()
+        counts = (batch.targets != NO_TARGET).sum(1).tolist()
+        return [Score(s, c, s) for s, c in zip(sums, counts, strict=True)]
+
+    def _nll(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        logits = logits_of(forward, batch.inputs)
+        flat = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NO_TARGET, reduction="none")
+        return flat.reshape(batch.targets.shape)
+
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        loss = ratio(scores.score, scores.count)
+        return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
+
+    def target(self, part: WindowedPart, row: int) -> str | None:
+        return None
+
+    def shown(self, prediction: int) -> str | None:
+        return None
+
+    def report(self) -> Mapping[str, Any]:
+        return {"labels": None, "warnings": self.warnings}
+
+
+def prepare_documents(
+    recipe: Recipe,
+    tables: dict[str, Table],
+    evaluation: dict[str, Table] | None,
+    tokenizer: Any,
+    max_length: int,
+    size: int | None = None,
+) -> CausalLM:
+    """Tokenize every document, skip those without a target, divide. `size` is the number of the model's embeddings.
+
+    Raises:
+        DataError: no text column, or no usable documents.
+    """
+    # the first token of a window is no target: a last window of one token has none
+    parts, warnings = cut_documents(
+        recipe, tables, evaluation, tokenizer, max_length, _document, lambda ids: len(ids) > 1, size
+    )
+    return CausalLM(*parts, warnings, vocabulary=min(len(tokenizer), size or len(tokenizer)))
+
+
+def guess_token(vocabulary: int) -> Guess:
+    """The mean loss of holding every token for equally likely."""
+    return Guess("loss", math.log(vocabulary), f"guessing among the tokenizer's {vocabulary:,} tokens")
+
+
+def cut_documents(
+    recipe: Recipe,
+    tables: dict[str, Table],
+    evaluation: dict[str, Table] | None,
+    tokenizer: Any,
+    max_length: int,
+    examine: Callable[[Any, Ids], Examined],
+    counts: Callable[[Ids], bool],
+    size: int | None = None,
+) -> tuple[tuple[WindowedPart, WindowedPart | None, WindowedPart], list[str]]:
+    """Tokenize every document, examine it, divide, and cut into consecutive windows; those that `counts` denies are left out.
+
+    Returns the parts that train, select and judge, and the warnings.
+
+    Raises:
+        DataError: no text column, or no usable documents.
+    """
+    ids: dict[int, list[Ids]] = {}
+    doubled, unknown = Doubled(tokenizer), Unknown(tokenizer)
+
+    def examined(table: Table) -> Rows:
+        name = column(table, recipe.text_column, DOCUMENT)
+        held = ids[id(table)] = []
+        rows: list[Examined] = []
+        for text in (text for block in row_blocks(table, [name]) for (text,) in block):
+            found, why = or_reason(_tokens, tokenizer, text, size)
+            held.append(NONE if found is None else found)
+            rows.append(Examined(b"", None, why) if found is None else examine(text, found))
+            if rows[-1].reason is None:
+                doubled.see(held[-1])
+                unknown.see(held[-1])
+        return use_rows(table, rows)
+
+    def cut(rows: Rows) -> WindowedPart:
+        return _windows(rows, ids[id(rows.table)], max_length, counts)
+
+    used = {name: examined(table) for name, table in tables.items()}
+    judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
+    divided = divide(used, judged, recipe.holdout)
+    parts = cut(divided.train), cut(divided.holdout) if divided.holdout else None, cut(divided.eval)
+    noted = beyond_warnings(tokenizer, size) + doubled.warnings() + unknown.warnings()
+    return parts, overlap_warning(divided) + skip_warnings(divided) + noted
+
+
+def _tokens(tokenizer: Any, text: Any, size: int | None) -> Ids:
+    found = tokenized(tokenizer, text, size=size, verbose=False)["input_ids"] if isinstance(text, str) and text else []
+    return np.asarray(found, dtype=np.int32)
+
+
+def _document(text: Any, ids: Ids) -> Examined:
+    if no_text(text):
+        return Examined(b"", None, "no text")
+    if len(ids) < 2:
+        return Examined(b"", None, "fewer than two tokens: nothing to predict")
+    return Examined(text_digest(text))
+
+
+def _windows(rows: Rows, ids: list[Ids], max_length: int, counts: Callable[[Ids], bool]) -> WindowedPart:
+    spans, tokens, at = [], [], 0
+    for row, number in enumerate(rows.at):
+        document = ids[int(number)]
+        tokens.append(document)
+        starts = [start for start in range(0, len(document), max_length) if counts(document[start : start + max_length])]
+        spans += [(row, at + start, at + min(start + max_length, len(document))) for start in starts]
+        at += len(document)
+    table = np.asarray(spans, dtype=np.int64).reshape(-1, 3)
+    joined = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
+    return WindowedPart(rows, joined, table[:, 0], table[:, 1], table[:, 2])

@@ -1,0 +1,268 @@
+"""What image and text classification share: one label a row, cross-entropy, right or wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dsd_refine.data.columns import MissingColumn
+from dsd_refine.data.given import Given
+from dsd_refine.data.labels import (
+    LabelMap,
+    has_integers,
+    label_texts,
+    left_out,
+    match_labels,
+    refuse_one_output,
+    without_hidden,
+)
+from dsd_refine.data.reading import Table
+from dsd_refine.data.splits import Examined, Parts, Rows, divide, use_rows
+from dsd_refine.errors import DataError
+from dsd_refine.forward import logits_of, weighted_logits
+from dsd_refine.tasks.base import Batch, Forward, Guess, Score, Scores, ratio
+
+
+@dataclass(frozen=True)
+class LabelledPart:
+    """Rows with the model's class id of each."""
+
+    rows: Rows
+    ids: np.ndarray[Any, Any]
+
+    @property
+    def units(self) -> int:
+        return len(self.rows)
+
+    def row_of(self, unit: int) -> int:
+        return unit
+
+
+@dataclass
+class Classification:
+    """The half of a classification task that does not care what the rows are."""
+
+    labels: LabelMap
+    train: LabelledPart
+    holdout: LabelledPart | None
+    eval: LabelledPart
+    warnings: list[str] = field(default_factory=list)
+    metric: str = "accuracy"
+    higher_is_better: bool = True
+
+    @property
+    def guesses(self) -> tuple[Guess, ...]:
+        classes, rows = len(self.labels.model), len(self.eval.ids)
+        counts = np.bincount(self.eval.ids, minlength=classes)
+        most = int(counts.argmax())
+        always = f"always naming {self.labels.model[most]!r}, the commonest class here,"
+        return (
+            Guess("accuracy", 1 / classes, "guessing", rows, higher_is_better=True),
+            Guess("accuracy", float(counts[most] / rows), always, rows, higher_is_better=True),
+        )
+
+    def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """Rows x classes."""
+        return logits_of(forward, batch.inputs)
+
+    def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        heads = weighted_logits(forward, batch.inputs)
+        losses = [weight * F.cross_entropy(logits, batch.targets, reduction="sum") for weight, logits in heads]
+        return torch.stack(losses).sum()
+
+    def score(self, forward: Forward, batch: Batch) -> list[Score]:
+        logits = self.logits(forward, batch)
+        losses = F.cross_entropy(logits, batch.targets, reduction="none").tolist()
+        predictions = logits.argmax(-1)
+        hits = (predictions == batch.targets).tolist()
+        return [Score(float(h), 1, n, p) for h, n, p in zip(hits, losses, predictions.tolist(), strict=True)]
+
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        return {"accuracy": ratio(scores.score, scores.count), "loss": ratio(scores.loss, scores.count)}
+
+    def target(self, part: LabelledPart, row: int) -> str | None:
+        return self.labels.model[int(part.ids[row])]
+
+    def shown(self, prediction: int) -> str | None:
+        return self.labels.model[prediction]
+
+    def report(self) -> Mapping[str, Any]:
+        labels = {"model": list(self.labels.model), "data": list(self.labels.data), "rule": self.labels.rule}
+        return {"labels": labels, "warnings": [*self.warnings, *self.labels.warnings]}
+
+
+Examine = Callable[[Table, list[str | None]], list[Examined]]
+
+
+def labelled_parts(
+    tables: dict[str, Table],
+    evaluation: dict[str, Table] | None,
+    label_column: Callable[[Table], str],
+    examine: Examine,
+    aliases: Sequence[Sequence[str]] | None,
+    classes: int,
+    holdout: float,
+    label_map: Mapping[str, str | None],
+) -> tuple[LabelMap, list[LabelledPart | None], Parts]:
+    """Read labels, match them once for all splits, skip what cannot be used, and divide.
+
+    Raises:
+        DataError: as `match_labels` and `divide` say.
+    """
+    refuse_one_output(classes)
+    both = [*tables.items(), *(evaluation or {}).items()]
+    columns = [
+        _labels(table, label_column, may_lack=number < len(tables) and name != "train")
+        for number, (name, table) in enumerate(both)
+    ]
+    columns = without_hidden(columns, aliases, label_map)
+    left = left_out(label_map, columns)
+    rows_of = [_examined(table, texts, left, examine) for (_, table), texts in zip(both, columns, strict=True)]
+    used = dict(zip(tables, rows_of, strict=False))
+    judged = dict(zip(evaluation, rows_of[len(tables) :], strict=True)) if evaluation else None
+    everything = [*used.values(), *(judged or {}).values()]
+    found = {label for rows in everything for label in rows.labels}
+    if not found:
+        reasons = Counter(item["reason"] for rows in everything for item in rows.skipped)
+        if set(reasons) <= {"no label"}:
+            raise DataError("no row has a label")
+        shown = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+        first = next(item["row"] for rows in everything for item in rows.skipped)
+        raise DataError(f"no row can be used: {shown}{', …' if len(reasons) > 5 else ''}; the first is {first}")
+    said = {label: name for label, name in label_map.items() if name is not None}
+    labels = match_labels(aliases, classes, found, _declared(tables, label_column), said)
+    labels = _with_said_names(aliases, labels, [*tables.values(), *(evaluation or {}).values()], label_column)
+    parts = divide(used, judged, holdout)
+    return labels, [_with_ids(rows, labels) for rows in (parts.train, parts.holdout, parts.eval)], parts
+
+
+def check_labels(
+    given: Given,
+    aliases: Sequence[Sequence[str]] | None,
+    classes: int,
+    label_map: Mapping[str, str | None],
+    counts: Callable[[Table, tuple[str, ...], int], bool],
+) -> None:
+    """Match the labels of all splits with the classes before any row is examined, and so before any model is needed.
+
+    Only where that fails are rows looked at: a label counts if some row that has it can be used (`counts`).
+
+    Raises:
+        DataError: no labels, or as `match_labels` says.
+    """
+    (label,) = given.columns["label"]
+    content = next(names for what, names in given.columns.items() if what != "label")
+    tables = [*given.tables.values(), *(given.evaluation or {}).values()]
+    labelled = [table for table in tables if label in table.rows.column_names]
+    columns = without_hidden([label_texts(table, label) for table in labelled], aliases, label_map)
+    left = left_out(label_map, columns)
+    held = list(zip(labelled, columns, strict=True))
+    declared = _declared(given.tables, lambda table: label)
+    found = {text for _, texts in held for text in texts if text is not None} - left
+    said = {text: name for text, name in label_map.items() if name is not None}
+    if not found:
+        raise DataError(f"no row has a label (column {label!r})")
+    try:
+        match_labels(aliases, classes, found, declared, said)
+    except DataError:
+        used: set[str] = set()
+        for table, texts in held:
+            for row, text in enumerate(texts):
+                if text is not None and text not in left and text not in used and counts(table, content, row):
+                    used.add(text)
+        if used == found:
+            raise
+        if used:  # that no row can be used at all is said, with the reasons, where rows are examined
+            match_labels(aliases, classes, used, declared, said)
+
+
+def _labels(table: Table, label_column: Callable[[Table], str], may_lack: bool) -> list[str | None]:
+    """The labels of a split. One that `may_lack` its label column has none then."""
+    try:
+        return label_texts(table, label_column(table))
+    except MissingColumn:
+        if not may_lack:
+            raise
+        return [None] * len(table.rows)
+
+
+def _examined(table: Table, labels: list[str | None], left: frozenset[str], examine: Examine) -> Rows:
+    """The usable rows of a split: not those of a label that is `left` out."""
+    asked = [None if label in left else label for label in labels]
+    if all(label is None for label in asked):
+        examined = [Examined(b"", reason="no label")] * len(labels)
+    else:
+        examined = examine(table, asked)
+    return use_rows(
+        table,
+        [
+            replace(row, reason=f"label {label!r} left out by label_map") if label in left else row
+            for row, label in zip(examined, labels, strict=True)
+        ],
+    )
+
+
+def _declared(tables: dict[str, Table], label_column: Callable[[Table], str]) -> list[str] | None:
+    table = tables.get("train") or next(iter(tables.values()))
+    names = table.classes or getattr(table.rows.features[label_column(table)], "names", None)
+    return list(names) if names else None
+
+
+def _with_said_names(
+    aliases: Sequence[Sequence[str]] | None, labels: LabelMap, tables: Sequence[Table], label_column: Callable[[Table], str]
+) -> LabelMap:
+    """The same, with what became of names that were said for integers."""
+    told = [table for table in tables if table.classes]
+    if not told:
+        return labels
+    if any(_has_integers(table, label_column) for table in told):
+        return replace(labels, rule=f"{labels.rule}, integers by the names that the recipe or the data set's own name gives")
+    if aliases is None and labels.guessed:
+        return replace(labels, rule="the order of label_names (the model has no names)")
+    unused = "label_names names integers, and the labels of the data are texts: it is not used (label_map maps texts)"
+    return replace(labels, warnings=(*labels.warnings, unused))
+
+
+def _has_integers(table: Table, label_column: Callable[[Table], str]) -> bool:
+    try:
+        return has_integers(table, label_column(table))
+    except MissingColumn:  # a test split without labels
+        return False
+
+
+def _with_ids(rows: Rows | None, labels: LabelMap) -> LabelledPart | None:
+    if rows is None:
+        return None
+    return LabelledPart(rows, np.asarray([labels.ids[label] for label in rows.labels], dtype=np.int64))
+
+
+def overlap_warning(parts: Parts) -> list[str]:
+    """Evaluation rows that also train or select, or are equal to one another, are counted and warned of."""
+    rows = len(parts.eval)
+    lines = []
+    if parts.overlap:
+        lines.append(
+            f"{parts.overlap} of {rows} evaluation rows have the content of a training or holdout row: the figures flatter"
+        )
+    repeated = rows - len(set(parts.eval.digests))
+    if repeated:
+        lines.append(
+            f"{repeated} of {rows} evaluation rows repeat the content of another: p and interval count equal rows as one, "
+            f"{rows - repeated} in all"
+        )
+    return lines
+
+
+def skip_warnings(parts: Parts) -> list[str]:
+    """One line for each split that could not be used, and for each part that lost rows."""
+    lines = [f"the {name} split has no usable rows with labels: it is not used" for name in parts.unused]
+    for name, rows in (("training", parts.train), ("holdout", parts.holdout), ("evaluation", parts.eval)):
+        for item in (rows.skipped if rows else [])[:1]:
+            lines.append(f"{len(rows.skipped)} {name} rows skipped, the first: {item['row']} ({item['reason']})")  # type: ignore[union-attr]
+    return lines

@@ -1,0 +1,1 @@
+"""What goes into a model: images, audio, tokens, texts."""

@@ -1,0 +1,89 @@
+"""Which rows a model fails on: what one row makes it raise is said of that row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from dsd_refine.errors import DataError, DsdError, RunError, is_full_memory
+
+if TYPE_CHECKING:
+    from dsd_refine.tasks.base import Batch, Forward, Item
+    from dsd_refine.training.state import Loop
+
+T = TypeVar("T")
+
+Compute = Callable[["Forward", "Batch"], T]
+
+SHOWN = 5  # rows that a message names
+
+
+def computed(loop: Loop, part: Any, forward: Forward, batch: Batch, compute: Compute[T]) -> T:
+    """`compute(forward, batch)`.
+
+    Raises:
+        RunError: it fails; the message names the rows. DataError: the same, before the first step.
+    """
+    was_training = loop.model.training
+    try:
+        return compute(forward, batch)
+    except DsdError:
+        raise
+    except Exception as error:  # a model raises whatever a strange row makes it raise
+        message = None if is_of_the_machine(error) else _message(loop, part, batch, compute, error, was_training)
+        if message is None:
+            raise
+        raise (RunError if loop.begun else DataError)(message) from error
+
+
+def failing(loop: Loop, part: Any, items: Sequence[Item], compute: Compute[Any]) -> list[Item]:
+    """Those of the items that the model fails on by themselves, in evaluation mode."""
+    loop.model.eval()
+    return [item for item in items if _fails(loop, loop.task.batch(part, [item]), compute)]
+
+
+def _fails(loop: Loop, batch: Batch, compute: Compute[Any]) -> bool:
+    try:
+        with torch.no_grad(), loop.accelerator.autocast():
+            compute(loop.model, batch.to(loop.accelerator.device))
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        return True
+    return False
+
+
+def rows_of(loop: Loop, part: Any, items: Sequence[Item]) -> str:
+    """The rows of items, as a message names them."""
+    names = list(dict.fromkeys(str(part.rows.name(part.row_of(unit))) for unit, _ in items))
+    shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    kinds = {id(loop.task.train): "training", id(loop.task.holdout): "holdout", id(loop.task.eval): "evaluation"}
+    return f"{kinds.get(id(part), 'data')} row{'s' * (len(names) > 1)} {shown}"
+
+
+def in_short(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Is it memory, a disk, or another process of the run, and so no row's fault?"""
+    kind, text = type(error).__name__, str(error)
+    lost = kind.startswith("Dist") or "gloo" in text or "NCCL" in text
+    return isinstance(error, OSError) or is_full_memory(error) or lost
+
+
+def _message(loop: Loop, part: Any, batch: Batch, compute: Compute[Any], error: Exception, was_training: bool) -> str | None:
+    """What to say of an error. None where the model itself computes on the rows: a wrapper around it fails."""
+    items, remedy = batch.items, f"{in_short(error)}. Take it out of the data, or cure its content; then start anew"
+    if "device-side assert" in str(error) or type(error).__name__ == "AcceleratorError":  # the device answers no more
+        return f"the model fails on one of the {rows_of(loop, part, items)}: {remedy} (--device cpu tells which)"
+    alone = failing(loop, part, items, compute)
+    if alone:
+        return f"the model fails on the {rows_of(loop, part, alone)}: {remedy}"
+    loop.model.train(was_training)
+    if not _fails(loop, batch, compute):
+        return None
+    return f"the model fails on a batch, though on none of its rows alone, the {rows_of(loop, part, items)}: {remedy}"

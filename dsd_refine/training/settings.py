@@ -1,0 +1,52 @@
+"""What a phase changes of the model besides its weights: which parameters train, and its dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from dsd_refine.errors import UsageError
+from dsd_refine.masking.checkpoint_layers import Filled, frozen_names
+from dsd_refine.recipe import Phase, Recipe
+from dsd_refine.training.dropout import dropout_of, dropouts
+
+
+def check_settings(model: nn.Module, recipe: Recipe, filled: Filled) -> None:
+    """Refuse what a phase asks for and the model does not have.
+
+    Raises:
+        UsageError: names the field and what is missing.
+    """
+    for number, phase in enumerate(recipe.phases):
+        if phase.dropout is not None and not dropouts(model):
+            raise UsageError(f"phases.{number}.dropout: the model has no dropout to set (stochastic depth is none)")
+        frozen = frozen_names(model, phase.frozen, filled)
+        if phase.total_steps(1) and all(name in frozen or not p.requires_grad for name, p in model.named_parameters()):
+            raise UsageError(f"phases.{number}.frozen: leaves nothing to train")
+
+
+@contextmanager
+def settings(model: nn.Module, phase: Phase, filled: Filled) -> Iterator[None]:
+    """Within, the phase's `frozen` parameters do not train and its `dropout` holds."""
+    frozen = frozen_names(model, phase.frozen, filled)
+    kept = [p for name, p in model.named_parameters(remove_duplicate=False) if name in frozen and p.requires_grad]
+    try:
+        for parameter in kept:
+            parameter.requires_grad_(False)
+        with dropout_of(model, phase.dropout):
+            yield
+    finally:
+        for parameter in kept:
+            parameter.requires_grad_(True)
+
+
+def train_mode(model: nn.Module) -> None:
+    """Training mode, but for BatchNorm whose parameters are all frozen: its statistics are part of what is frozen."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            own = list(module.parameters(recurse=False))
+            if own and not any(p.requires_grad for p in own):
+                module.eval()
