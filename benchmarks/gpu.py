@@ -79,8 +79,8 @@ def steps_of(model: nn.Module, task: Fixed, accelerator: Accelerator, compiled: 
     mask = masker(masks, loop.parameters)
     model.train()
     return {
-        "dense": lambda: _step(loop, batch, Key(0, 0), 1, optimizer, {}, lambda: None),
-        "sparse": lambda: _step(loop, batch, Key(0, 0), 1, optimizer, masks, mask),
+        "dense": lambda: _step(loop, batch, Key(0, 0), 1, optimizer, {}, lambda: None, False),
+        "sparse": lambda: _step(loop, batch, Key(0, 0), 1, optimizer, masks, mask, False),
     }
 
 

@@ -6,6 +6,6 @@ python=${1:-.venv/bin/python}
 card=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -c 'A-Za-z0-9\n' '-')
 mkdir -p benchmarks/results
 result=benchmarks/results/gpu-$card
-PYTHONPATH=. "$python" benchmarks/gpu.py > "$result.part" || { cat "$result.part"; exit 1; }
+PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} "$python" benchmarks/gpu.py > "$result.part" || { cat "$result.part"; exit 1; }
 mv "$result.part" "$result.txt"
 cat "$result.txt"

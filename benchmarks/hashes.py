@@ -79,7 +79,7 @@ def hashes(place: Path, name: str, model: str, data: str, more: str) -> tuple[st
     """Run the command in a process of its own; SHA-256 of weights, predictions and report."""
     given = ["--data", data] if data else []
     command = [sys.executable, "-m", "dsd_refine", "run", model, *given, *more.split(), "-o", f"{name}-out"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 3):
         raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stderr}")
