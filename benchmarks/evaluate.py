@@ -24,7 +24,7 @@ from made import bert_folder, pictures, text_table, timm_folder
 from throughput import BATCH, BERT, LENGTH, SIZE, run_of
 from torch import nn
 
-from dsd_refine.training.batches import _loader
+from dsd_refine.training.batches import loader
 from dsd_refine.training.evaluate import evaluate
 
 
@@ -45,7 +45,7 @@ def bare(*args: Any) -> Iterator[Round]:
         def score() -> None:
             model.eval()
             hits, loss = 0, 0.0
-            for batch in _loader(run.loop, part, plan):
+            for batch in loader(run.loop, part, plan):
                 inputs = dict(batch.inputs)
                 if "x" in inputs:
                     logits = model(inputs["x"].contiguous(memory_format=torch.channels_last))

@@ -30,7 +30,7 @@ from dsd_refine.recipe import Recipe
 from dsd_refine.run import open as opening
 from dsd_refine.run.phase import enter
 from dsd_refine.run.run import Options, Run
-from dsd_refine.training.batches import _loader, _Plan
+from dsd_refine.training.batches import loader, BatchPlan
 from dsd_refine.training.loop import train_phase
 from dsd_refine.training.optimizer import make_optimizer
 from dsd_refine.training.state import Key, Progress
@@ -85,7 +85,7 @@ def bare(folder: Path, data: Path, out: Path, steps: int, *args: Any, **recipe: 
 
         def train() -> None:
             model.train()
-            for batch in _loader(run.loop, run.task.train, _Plan(run.loop, Key(0, 0), 0, steps)):
+            for batch in loader(run.loop, run.task.train, BatchPlan(run.loop, Key(0, 0), 0, steps)):
                 optimizer.zero_grad()
                 inputs = dict(batch.inputs)
                 if "x" in inputs:

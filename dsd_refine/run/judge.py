@@ -11,7 +11,7 @@ from dsd_refine.evidence.baseline_checks import preflight
 from dsd_refine.evidence.compare import Comparison, compare, holm
 from dsd_refine.evidence.damage import clearly_worse, harm_warnings, rising_warnings, view_warnings
 from dsd_refine.evidence.paired import ALPHA
-from dsd_refine.run.packing import load_state
+from dsd_refine.training.packing import load_state
 from dsd_refine.run.run import Run
 from dsd_refine.tasks.base import Item, Score, Scores
 from dsd_refine.training.evaluate import evaluate, first_items, scored

@@ -17,6 +17,7 @@ from dsd_refine.data.given import Given
 from dsd_refine.evidence.compare import Comparison, groups_of
 from dsd_refine.masking.layers import Layer
 from dsd_refine.recipe import Recipe
+from dsd_refine.run.state import RunState, Selected
 from dsd_refine.run.workspace import Workspace
 from dsd_refine.tasks.base import Scores, Task
 from dsd_refine.training.hooks import Hooks
@@ -61,11 +62,29 @@ class Run:
     scores: dict[str, Scores] = field(default_factory=dict)
     seeds: dict[str, list[Scores]] = field(default_factory=dict)
     comparisons: dict[str, Comparison] = field(default_factory=dict)
-    current: dict[str, Any] = field(default_factory=dict)
+    state: RunState = field(default_factory=RunState)
+    entered: bool = False  # has a phase begun in this process?
 
-    @property
-    def state(self) -> dict[str, Any]:
-        return self.workspace.state
+    def save(self, tensors: dict[str, torch.Tensor] | None = None) -> None:
+        """Save the state, with the fp16 loss scale: it was found by trying, and must not be looked for again.
+
+        `tensors` belong to a phase (None: between phases).
+        """
+        scaler = self.loop.accelerator.scaler
+        self.state.scaler = scaler.state_dict() if scaler is not None else None
+        self.workspace.save(self.state.to_json(), tensors)
+        self.loop.hooks.save()
+
+    def restored(self, at: list[int]) -> dict[str, torch.Tensor]:
+        """The saved tensors of the phase that this process goes on from; none for a later or a new one."""
+        first, self.entered = not self.entered, True
+        saved = self.workspace.state.get("tensors")
+        return self.workspace.read_tensors(saved) if first and saved and self.state.at == at else {}
+
+    def sparsity_of(self, attempt: int) -> float | None:
+        """The sparsity of a try: the listed one, else that of the first sparse phase."""
+        sparse = (phase.sparsity for phase in self.recipe.phases_at(self.tries[attempt]) if phase.kind == "sparse")
+        return next(sparse, None)
 
     @cached_property
     def groups(self) -> np.ndarray[Any, Any] | None:
@@ -91,14 +110,13 @@ class Run:
 
     def selected(self, arm: str) -> dict[str, Any]:
         """What the holdout chose of an arm: file, attempt, epoch, sparsity, seed, and the holdout's metrics."""
-        chosen: dict[str, Any] = self.state["best"][arm][str(self.preferred(arm))]
-        return chosen
+        return self.state.best[arm][str(self.preferred(arm))]
 
     def preferred(self, arm: str) -> int:
         """The number of the seed whose result the holdout prefers (the first, where there is no holdout)."""
         best = 0
         for seed in range(1, self.recipe.seeds):
-            new, old = (self.state["best"][arm][str(n)]["holdout"] for n in (seed, best))
+            new, old = (self.state.best[arm][str(n)].holdout for n in (seed, best))
             if new is not None and self.prefers(new, old):
                 best = seed
         return best

@@ -33,7 +33,7 @@ def epoch_order(key: Key, epoch: int, units: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(stable_seed(key.seed, key.phase, epoch, "order")).permutation(units)
 
 
-class _Plan(Sampler[tuple[list[Item], bool]]):
+class BatchPlan(Sampler[tuple[list[Item], bool]]):
     """What this process loads, micro-batch by micro-batch, from `first` to the end of the phase.
 
     A process without a row in a micro-batch loads two anyway and gives them no weight, since all must step together.
@@ -77,7 +77,7 @@ class _Loader(Dataset[Batch]):
         return batch if real else replace(batch, count=0)
 
 
-def _loader(loop: Loop, part: Any, plan: Any) -> DataLoader[Batch]:
+def loader(loop: Loop, part: Any, plan: Any) -> DataLoader[Batch]:
     # a generator of its own: drawing the workers' base seed must not move the generator that training uses
     return DataLoader(
         _Loader(loop.task, part), batch_size=None, sampler=plan, num_workers=loop.workers, generator=torch.Generator()

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsd_refine.seeding import stable_seed
-from dsd_refine.training.batches import _loader, epoch_order
+from dsd_refine.training.batches import epoch_order, loader
 from dsd_refine.training.blame import computed
-from dsd_refine.training.state import Key, Loop, _on_device, micro_batches
+from dsd_refine.training.state import Key, Loop, micro_batches, on_device
 
 
 @torch.no_grad()
@@ -36,8 +36,8 @@ def reestimate(loop: Loop, key: Key) -> bool:
     order = epoch_order(key, 0, loop.task.train.units)
     micro = [order[np.asarray(m)] for m in micro_batches(loop.task.train.units, loop.recipe.batch_size * loop.world, True)]
     plan = [([(int(u), stable_seed(*key, 0, int(u), "augment")) for u in units], True) for units in micro]
-    for batch in _loader(loop, loop.task.train, plan):
-        computed(loop, loop.task.train, loop.model, _on_device(loop, batch), loop.task.loss)
+    for batch in loader(loop, loop.task.train, plan):
+        computed(loop, loop.task.train, loop.model, on_device(loop, batch), loop.task.loss)
     for norm, momentum, tracked in kept:
         norm.momentum = momentum
         norm.num_batches_tracked.copy_(tracked)  # type: ignore[union-attr]
@@ -62,7 +62,7 @@ def without_variance(loop: Loop) -> list[str]:
     loop.model.eval()
     with torch.no_grad():
         for seed in (None, 0):  # as evaluation sees the row, and as training does, which may be smaller
-            loop.task.loss(loop.model, _on_device(loop, loop.task.batch(loop.task.train, [(0, seed)])))
+            loop.task.loss(loop.model, on_device(loop, loop.task.batch(loop.task.train, [(0, seed)])))
     for hook in hooks:
         hook.remove()
     return found

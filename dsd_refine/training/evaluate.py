@@ -14,9 +14,9 @@ from dsd_refine.errors import Interrupted, RunError
 from dsd_refine.masking.masks import Masks, check_masks
 from dsd_refine.seeding import stable_seed
 from dsd_refine.tasks.base import Item, Score, Scores
-from dsd_refine.training.batches import _loader, epoch_order
+from dsd_refine.training.batches import epoch_order, loader
 from dsd_refine.training.blame import computed
-from dsd_refine.training.state import Key, Loop, _on_device
+from dsd_refine.training.state import Key, Loop, on_device
 
 
 @contextmanager
@@ -54,9 +54,9 @@ def scored(loop: Loop, part: Any, items: Sequence[Item]) -> list[tuple[int, Scor
     plan = [([items[number] for number in group], True) for group in groups]
     found: list[tuple[int, Score]] = []
     with exact(), loop.as_written(loop.model):
-        for group, batch in zip(groups, _loader(loop, part, plan), strict=True):
+        for group, batch in zip(groups, loader(loop, part, plan), strict=True):
             with loop.accelerator.autocast():
-                scores = computed(loop, part, loop.model, _on_device(loop, batch), loop.task.score)
+                scores = computed(loop, part, loop.model, on_device(loop, batch), loop.task.score)
             found += zip(group, scores, strict=True)
             _stop_if_asked(loop)
         for _ in range(len(plan), -(-len(range(0, len(items), loop.world)) // size)):
@@ -108,7 +108,7 @@ def unreached(loop: Loop) -> list[str]:
     loop.model.eval()
     loop.model.training = True  # the root's flag alone: what it computes only in training (auxiliary heads) is reached
     units = range(min(2, loop.task.train.units))
-    batch = _on_device(loop, loop.task.batch(loop.task.train, [(unit, None) for unit in units]))
+    batch = on_device(loop, loop.task.batch(loop.task.train, [(unit, None) for unit in units]))
     with torch.backends.cudnn.flags(enabled=False):  # cuDNN's recurrent layers have no backward in evaluation mode
         loop.task.loss(loop.model, batch).backward()  # type: ignore[no-untyped-call]
     named = loop.model.named_parameters(remove_duplicate=False)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from dsd_refine.recipe import Phase
-from dsd_refine.training.state import Loop
+
+if TYPE_CHECKING:
+    from dsd_refine.training.state import Loop
 
 
 def learning_rate(phase: Phase, step: int, total: int) -> float:
@@ -51,7 +54,8 @@ def make_optimizer(loop: Loop, phase: Phase) -> AcceleratedOptimizer:
     return AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
 
 
-def _set_rate(optimizer: AcceleratedOptimizer, rate: float) -> float:
+def set_rate(optimizer: AcceleratedOptimizer, rate: float) -> float:
+    """Give every parameter group this rate; returns it."""
     for parameters in optimizer.param_groups:
         parameters["lr"] = rate
     return rate

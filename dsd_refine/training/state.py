@@ -1,20 +1,26 @@
-"""What training and evaluation share (`Loop`), and how far a phase is (`Progress`)."""
+"""What training and evaluation share (`Loop`), and a phase while it runs (`PhaseState`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from dsd_refine.recipe import Recipe
+from dsd_refine.masking.layers import Layer
+from dsd_refine.masking.masks import Masks, masker
+from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Batch, Forward, Task
+from dsd_refine.training.average import Average
 from dsd_refine.training.hooks import Hooks, Place
+from dsd_refine.training.optimizer import make_optimizer
+from dsd_refine.training.packing import pack_masks, pack_optimizer, unpack_masks, unpack_optimizer
 
 
 @dataclass
@@ -27,18 +33,18 @@ class Loop:
     task: Task
     recipe: Recipe
     as_written: Callable[[nn.Module], AbstractContextManager[None]]
-    log: Callable[[dict[str, Any]], None]
-    stopping: Callable[[], bool]
-    save: Callable[[], None]
-    save_due: Callable[[], bool]
+    hooks: Hooks = field(default_factory=Hooks)
     workers: int = 0
     has_batchnorm: bool = False
     channels_last: bool = False
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
-    hooks: Sequence[Hooks] = ()
-    place: Place | None = None  # of the phase that runs
+    layers: Sequence[Layer] = ()
     begun: bool = False  # has a step been trained, or tried?
     loss: Callable[[Forward, Batch], torch.Tensor] | None = None  # in place of the task's own
+
+    def stopping(self) -> bool:
+        """Has this process been asked to stop?"""
+        return self.hooks.should_stop()
 
     @property
     def world(self) -> int:
@@ -76,6 +82,54 @@ class Key(NamedTuple):
     phase: int
 
 
+@dataclass
+class PhaseState:
+    """A phase while it runs: what a stop in its middle must keep, and what its end needs.
+
+    `masks` are empty in a dense phase; `stash` holds the values that a random mask took out and that
+    come back with the next one. `restored` are the saved tensors that a phase goes on from after a
+    stop in its middle (`resumed`). `average` and `optimizer` are made by `begin`.
+    """
+
+    place: Place
+    progress: Progress = field(default_factory=Progress)
+    earlier: tuple[Phase, ...] = ()  # of the same try
+    last: bool = False  # is it the last phase of its try?
+    resumed: bool = False
+    restored: dict[str, torch.Tensor] = field(default_factory=dict)
+    masks: Masks = field(default_factory=dict)
+    stash: dict[str, torch.Tensor] = field(default_factory=dict)
+    average: Average = field(init=False)
+    optimizer: AcceleratedOptimizer = field(init=False)
+    started: float = 0.0  # when the step that runs began to load its batches, in seconds of `time.perf_counter`
+    reestimated: str | None = None  # why BatchNorm's statistics were computed again at its end
+    apply: Callable[[], None] = field(default=lambda: None, init=False)  # sets the masked weights to 0
+
+    @property
+    def key(self) -> Key:
+        """What order, augmentation and dropout of this phase are functions of."""
+        return Key(self.place.seed, self.place.phase - 1)
+
+    def begin(self, loop: Loop, phase: Phase) -> None:
+        """Make what the phase needs besides the weights, or load it where the phase goes on after a stop."""
+        self.average = Average(phase, loop.parameters, self.restored)
+        self.optimizer = make_optimizer(loop, phase)
+        unpack_optimizer(self.restored, self.optimizer)
+        self.stash = {k.removeprefix("stash."): v for k, v in self.restored.items() if k.startswith("stash.")}
+        self.use(unpack_masks(self.restored, loop.parameters), loop.parameters)
+        self.restored = {}
+
+    def use(self, masks: Masks, parameters: Mapping[str, torch.Tensor]) -> None:
+        """From now on these masks hold. They are applied."""
+        self.masks, self.apply = masks, masker(masks, parameters)
+        self.apply()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors that a stop in the middle of the phase must keep, besides the model's."""
+        stash = {f"stash.{name}": values for name, values in self.stash.items()}
+        return pack_masks(self.masks) | pack_optimizer(self.optimizer) | self.average.pack() | stash
+
+
 def micro_batches(units: int, size: int, has_batchnorm: bool) -> list[range]:
     """Positions of an epoch's order that each micro-batch (over all processes) takes.
 
@@ -93,14 +147,7 @@ def micro_count(units: int, size: int, has_batchnorm: bool) -> int:
     return math.ceil(units / size) - joined
 
 
-def place_of(label: str) -> dict[str, Any]:
-    """A label such as `refined try 2/1-sparse` as fields of a log line."""
-    arm, _, phase = label.partition("/")
-    arm, _, number = arm.partition(" try ")
-    return {"arm": arm, "phase": phase, **({"try": int(number)} if number else {})}
-
-
-def _on_device(loop: Loop, batch: Batch) -> Batch:
+def on_device(loop: Loop, batch: Batch) -> Batch:
     batch = batch.to(loop.accelerator.device)
     if loop.channels_last:
         inputs = {n: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in batch.inputs.items()}
