@@ -385,6 +385,7 @@ RISING = rising_warnings("refined", [0.5] * 5 + [9.0] * 30, 0.5)
         (with_controls("same", "none", dense=(0.5, 0.0)), "Keep the source, unless"),
         (with_controls("worse", "none", dense=(0.5, 0.0)), "Keep the source; training has made it worse"),
         (with_controls("worse", "none", warnings=RISING, dense=(0.5, 0.0)), "lower the rate (--lr)"),
+        (with_controls("worse", "none", warnings=["Try less augmentation (--set augment.crop=none)"]), "less augmentation"),
         (with_controls("inconclusive", "none", rows=5400, dense=(0.5, 0.0)), "about 4,400 more evaluation rows (5,400 in all)"),
         (with_controls("inconclusive", "none", rows=400, dense=(0.5, 0.0)), "how many cannot be told"),
         (with_controls("inconclusive", "none", dense=(0.5, 0.0)), "how many cannot be told"),

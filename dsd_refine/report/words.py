@@ -27,7 +27,7 @@ CONTROLS = {
 }
 
 # how warnings of `dsd_refine.evidence` speak of what decides what to do next
-AT_CHANCE, LOWER_RATE = "cannot be told from", "a lower --lr"
+AT_CHANCE, TOO_FAST, MILDER, LOWER_RATE = "cannot be told from", "The rate is too high", "less augmentation", "a lower --lr"
 CREDITS = ("mask", "training", "unknown")
 SHORT = {"dense": "more training alone", "random": "training with a random mask"}
 GATES = {
@@ -175,16 +175,22 @@ def what_next(report: Mapping[str, Any]) -> str:
         case "better":
             return _use(report)
         case "worse":
-            lower = any(LOWER_RATE in warning for warning in report["warnings"])
-            return "Keep the source; " + (
-                "to try again, lower the rate (--lr): a warning says why." if lower else "training has made it worse here."
-            )
+            return f"Keep the source; {_mended(' '.join(report['warnings']))}."
         case "same":
             return "Keep the source, unless you want this result for another reason: they differ by less than the margin."
     rows, used = report.get("rows_to_decide"), report["data"]["eval"]["rows"]
     if rows and rows > used:
         return f"Keep the source for now, and gather about {rows - used:,} more evaluation rows ({rows:,} in all) to decide."
     return "Keep the source for now; more evaluation rows may decide, how many cannot be told from these."
+
+
+def _mended(warnings: str) -> str:
+    """What would be different in another try, as far as the warnings say."""
+    if MILDER in warnings and TOO_FAST not in warnings:
+        return "to try again, train with less augmentation or a lower rate (--lr): a warning gives the options"
+    if LOWER_RATE in warnings:
+        return "to try again, lower the rate (--lr): a warning says why"
+    return "training has made it worse here"
 
 
 def _use(report: Mapping[str, Any]) -> str:
