@@ -5,6 +5,7 @@ import io
 import json
 import re
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsd_refine.report.examples import EXCERPT, MOST, SIDE, Content, examples, excerpt, thumbnail
+from dsd_refine.data.reading import Table
+from dsd_refine.data.splits import Rows
+from dsd_refine.report.examples import EXCERPT, MOST, SIDE, Content, contents_of, examples, excerpt, thumbnail
 from dsd_refine.report.page import page
 
 PICTURE = re.compile(r'src="data:image/jpeg;base64,([^"]+)"')
@@ -105,6 +108,14 @@ def test_pictures_are_small_jpegs(size, mode):
 @pytest.mark.parametrize("raw", [b"", b"no picture", png(50, 50)[:60], b"<svg onload=alert(1)/>"])
 def test_what_is_no_picture_is_left_out(raw):
     assert thumbnail(raw) is None
+
+
+def test_a_picture_that_is_gone_by_now_is_left_out(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(20, 10))
+    table = Table(datasets.Dataset.from_dict({"file": ["a.png", "gone.png"]}), folder=tmp_path)
+    content = contents_of(Rows(table, np.array([0, 1]), [b"", b""], ["", ""]), {"image": ("file",), "label": ("x",)})
+    assert opened(content(0).picture).size == (20, 10)
+    assert content(1) is None
 
 
 @given(st.text(max_size=3 * EXCERPT))

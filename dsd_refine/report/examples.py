@@ -120,7 +120,10 @@ def contents_of(rows: Rows, columns: Mapping[str, Sequence[str]]) -> ContentOf:
     def content(row: int) -> Content | None:
         place, table = int(rows.at[row]), rows.table
         if images := columns.get("image"):
-            picture = thumbnail(raw_bytes(table, images[0], place))
+            try:
+                picture = thumbnail(raw_bytes(table, images[0], place))
+            except OSError:  # gone since it was scored: no reason to lose a finished run
+                return None
             return Content(picture=picture) if picture else None
         if "audio" in columns or not (names := list(columns.get("text", ()))):
             return None
