@@ -31,7 +31,7 @@ from dsd_refine.run.run import Options, Run
 from dsd_refine.run.signals import Signals
 from dsd_refine.run.workspace import Workspace
 from dsd_refine.seeding import seed_all
-from dsd_refine.system import keep_freed_memory
+from dsd_refine.system import EnergyMeter, energy_counters, keep_freed_memory
 from dsd_refine.tasks.base import Item, Task
 from dsd_refine.tasks.registry import look_at_data, parts_of, prepare_task
 from dsd_refine.training.batchnorm import without_variance
@@ -62,6 +62,8 @@ def opened(source: Source, library: Library, recipe: Recipe, options: Options) -
         try:
             with _unreadable(source):
                 run = _open(source, library, recipe, options, accelerator, workspace, signals)
+            if run.loop.world == 1 and "judged" not in run.state:
+                run.meter = stack.enter_context(EnergyMeter(energy_counters(accelerator.device)))
             signals.wait()
             yield run
         except BaseException as error:

@@ -88,6 +88,7 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "rows_to_decide": _rows_to_decide(run, verdict),
         "seeds": seeds_data(run) if recipe.seeds > 1 else None,
         "holdout": _holdout(run),
+        "cost": _cost(run),
     }  # fmt: skip
 
 
@@ -103,6 +104,16 @@ def _holdout(run: Run) -> dict[str, dict[str, float]] | None:
     """The holdout's metrics of the source and of what it chose of each arm; None where there is no holdout."""
     baseline = run.state["looked"]["holdout"]
     return {"baseline": baseline} | {arm: run.selected(arm)["holdout"] for arm in run.arms} if baseline else None
+
+
+def _cost(run: Run) -> dict[str, Any]:
+    """What training took, all arms and tries together; the energy is the whole run's, with evaluation, loading, writing."""
+    phases = run.state["phases"]
+    return {
+        "seconds": sum(phase["seconds"] for phase in phases),
+        "samples": sum(phase["samples"] for phase in phases),
+        "energy_joules": run.meter.joules() if run.meter else None,
+    }
 
 
 def _rows_to_decide(run: Run, verdict: str) -> int | None:

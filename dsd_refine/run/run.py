@@ -18,6 +18,7 @@ from dsd_refine.evidence.compare import Comparison, groups_of
 from dsd_refine.masking.layers import Layer
 from dsd_refine.recipe import Recipe
 from dsd_refine.run.workspace import Workspace
+from dsd_refine.system import EnergyMeter
 from dsd_refine.tasks.base import Scores, Task
 from dsd_refine.training.hooks import Hooks
 from dsd_refine.training.state import Loop
@@ -32,6 +33,7 @@ class Options:
     overwrite: bool = False
     save_phases: bool = False
     save_every: float = 10.0  # minutes
+    report_images: int = 0  # rows gained, and rows lost, whose content report.html shows
     device: str = "auto"
     compile: bool = False
     workers: int = 0
@@ -57,6 +59,7 @@ class Run:
     start: dict[str, torch.Tensor]
     given: Given
     teacher: nn.Module | None = None
+    meter: EnergyMeter | None = None  # None: several processes, or a run taken up again, whose first part nothing measured
     loss_scale: dict[str, Any] | None = None  # fp16's, as each try begins with it
     scores: dict[str, Scores] = field(default_factory=dict)
     seeds: dict[str, list[Scores]] = field(default_factory=dict)
