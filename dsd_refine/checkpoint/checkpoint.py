@@ -206,8 +206,8 @@ def open_checkpoint(
         weights_key: The key of the set of weights to use, in a pickle that holds several.
 
     Raises:
-        CheckpointError: A tensor is missing, has another shape, is not finite or is quantised, or
-            the library initialises it anew, or it cannot be written back exactly.
+        CheckpointError: A tensor is missing, quantised or not finite, or has another shape. Or the
+            library initialises it anew. Or it cannot be written back exactly.
     """
     source.fetch()
     layout = read_layout(source.folder, allow_pickle, weights_key)

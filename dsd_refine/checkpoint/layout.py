@@ -91,10 +91,9 @@ def read_layout(folder: Path, allow_pickle: bool = False, weights_key: str | Non
         weights_key: The key of the set of weights to use, in a pickle that holds several.
 
     Raises:
-        CheckpointError: There are no weights, or a shard is missing or cut short, or a file is an
-            LFS pointer, or a header breaks the format, or the index contradicts the files, or the
-            weights are a pickle without `allow_pickle`, or there is no set of weights under
-            `weights_key`.
+        CheckpointError: There are no weights. A shard is missing or cut short. A file is an LFS
+            pointer. A header breaks the format. The index contradicts the files. The weights are a
+            pickle without `allow_pickle`. There is no set of weights under `weights_key`.
     """
     layout = _safetensors_layout(folder)
     if layout is not None and weights_key is not None:

@@ -131,8 +131,8 @@ def find_source(model: str, *, weights: bool = True, allow_pickle: bool = False)
         allow_pickle: Pickle files may be read.
 
     Raises:
-        CheckpointError: The model does not exist, is gated, is not in the cache while the Hub
-            cannot be reached, or has a layout that no library reads.
+        CheckpointError: The model does not exist, is gated, or has a layout that no library reads.
+            Or the Hub cannot be reached and the model is not in the cache.
         UsageError: The name is both a directory and a timm model.
     """
     scheme, _, rest = model.partition(":")

@@ -42,10 +42,10 @@ def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
     is right.
 
     It checks the headers of the weight files (names, shapes, dtypes, order, metadata) and the shard
-    map, every tensor that the model does not use, every side file, and the report's hashes of
-    source and output. Then the library loads the output, and its outputs on the run's examples are
-    compared with those that the run saved. A config or code that differs from the source's is not
-    loaded.
+    map. It checks every tensor that the model does not use, every side file, and the report's
+    hashes of source and output. Then the library loads the output, and the model's outputs on the
+    run's examples are compared with the saved ones. A config or code that differs from the source's
+    is not loaded.
 
     Args:
         checkpoint: The source. `open_shapes` is enough.

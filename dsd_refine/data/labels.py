@@ -89,8 +89,8 @@ def match_labels(
         label_map: The class of some labels, by the user. It comes before every rule.
 
     Raises:
-        DataError: Names do not match, or the numbers of classes differ, or an id is out of range,
-            or `label_map` has a label or a class that does not exist.
+        DataError: Names do not match, or the numbers of classes differ, or an id is out of range.
+            Or `label_map` has a label or a class that does not exist.
     """
     refuse_one_output(classes)
     own = list(declared or ())
@@ -378,8 +378,8 @@ def label_texts(table: Table, name: str) -> list[str | None]:
     Integers with known names become these.
 
     Raises:
-        DataError: A row has several labels, or a number that is no class, or a class id that is out
-            of range or contradicts the row's file name. Or one name is written with different
+        DataError: A row has several labels, or a number that is no class. A class id is out of
+            range, or contradicts the row's file name. One name is written with different
             characters.
     """
     return _in_one_form(_read_labels(table, name))

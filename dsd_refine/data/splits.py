@@ -50,7 +50,7 @@ class Rows:
 
     Attributes:
         table: The table that they are in.
-        at: Their numbers in `table.rows`, shape (rows,).
+        numbers: Their numbers in `table.rows`, shape (rows,).
         digests: A hash of each row's content.
         labels: Each row's label as text; "" in a task without classes.
         skipped: The rows that are not used: `{row, reason}`.
@@ -59,7 +59,7 @@ class Rows:
     """
 
     table: Table
-    at: np.ndarray[Any, Any]
+    numbers: np.ndarray[Any, Any]
     digests: list[bytes]
     labels: list[str]
     skipped: list[dict[str, Any]] = field(default_factory=list)
@@ -67,17 +67,17 @@ class Rows:
     why: str = ""
 
     def __len__(self) -> int:
-        return len(self.at)
+        return len(self.numbers)
 
     def name(self, i: int) -> str | int:
         """Return the name of a row for the user: a file's name, or the row's number in the table."""
-        return self.table.name(int(self.at[i]))
+        return self.table.name(int(self.numbers[i]))
 
     def subset(self, chosen: Sequence[int], skipped: list[dict[str, Any]] | None = None) -> Rows:
         """Return the rows at these positions of `at`, in this order."""
         return Rows(
             self.table,
-            self.at[np.asarray(chosen, dtype=np.int64)],
+            self.numbers[np.asarray(chosen, dtype=np.int64)],
             [self.digests[i] for i in chosen],
             [self.labels[i] for i in chosen],
             skipped or [],
@@ -134,9 +134,9 @@ def by_role(
 ) -> Splits:
     """Give the splits of DATA their roles.
 
-    We do not guess: if a name only contains the word of a role (`validation_matched`,
-    `test_small`), and the split could evaluate or select, the data are refused until the user says
-    which one does.
+    We do not guess. A name may only contain the word of a role (`validation_matched`,
+    `test_small`). If such a split could evaluate or select, the data are refused until the user
+    says which one does.
 
     Args:
         reading: What DATA was read as.

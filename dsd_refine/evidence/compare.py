@@ -192,8 +192,8 @@ def _of_draws(delta: float, deltas: Array, changed: int, unseen: float) -> Compa
     between the arms.
 
     The interval is the expanded percentile interval (Hesterberg 2015, The American Statistician
-    69:371-386). With m changed rows, plain percentiles are too narrow by sqrt((m - 1) / m), and
-    because they use the normal in place of Student's t. p is the level at which the interval ends
+    69:371-386). Plain percentiles of m changed rows are too narrow by sqrt((m - 1) / m). They also
+    use the normal distribution in place of Student's t. p is the level at which the interval ends
     at 0. It is at least 2 / 2**m, the chance that m random signs are all equal. If p >= ALPHA, the
     interval contains 0. If m < FEWEST_CHANGED, draws cannot show what one more changed row would
     do. Then the interval reaches at least `unseen` to both sides.
