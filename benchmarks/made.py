@@ -1,4 +1,4 @@
-"""Models, checkpoints and data of known shapes, made on the spot: random weights, random pictures and words."""
+"""Models, checkpoints and data of known shapes, made on the tensor_slice: random weights, random pictures and words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from dsd_refine.masking.layers import Layer, Spot, find_layers
+from dsd_refine.compat import BatchNorm
+from dsd_refine.masking.layers import Layer, TensorSlice, find_layers
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Batch, Scores
 from dsd_refine.training.state import Loop
@@ -73,7 +74,7 @@ def loop_of(model: nn.Module, task: Any, recipe: Recipe, accelerator: Accelerato
         save=lambda: None,
         save_due=lambda: False,
         workers=0,
-        has_batchnorm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()),
+        has_batchnorm=any(isinstance(module, BatchNorm) for module in model.modules()),
         channels_last=convolutional,
         parameters=dict(model.named_parameters(remove_duplicate=False)),
     )
@@ -91,7 +92,7 @@ def phase_of(steps: int, lr: float = 1e-4) -> Phase:
 
 def layers_of(model: nn.Module, first: Sequence[str] = ()) -> list[Layer]:
     """The model's parameters as layers, as if the file held them under their own names."""
-    tensors = {n: (tuple(p.shape), [Spot(n, EMPTY, EMPTY)]) for n, p in model.named_parameters(remove_duplicate=False)}
+    tensors = {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in model.named_parameters(remove_duplicate=False)}
     return find_layers(model, tensors, first=first)
 
 

@@ -246,7 +246,7 @@ MUTATIONS = [
     Mutation(
         "rounded weights stay after an evaluation",
         "checkpoint/checkpoint.py",
-        "            for key, value in kept.items():\n                state[key].copy_(value)\n",
+        "            for key, value in original.items():\n                state[key].copy_(value)\n",
         "            pass\n",
         "test_checkpoint.py::test_rounding_is_undone_exactly",
     ),
@@ -289,8 +289,8 @@ MUTATIONS = [
     Mutation(
         "the verdict goes by p before Holm",
         "evidence/compare.py",
-        "if found.p_adjusted < ALPHA:",
-        "if found.p_value < ALPHA:",
+        "if comparison.p_adjusted < ALPHA:",
+        "if comparison.p_value < ALPHA:",
         "test_compare.py::test_the_verdict",
     ),
     Mutation(

@@ -30,7 +30,7 @@ from made import Fixed, layers_of, loop_of, phase_of, recipe_of, resnet50, small
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from dsd_refine.masking.masks import BLOCK, Masks, make_masks, masker
+from dsd_refine.masking.masks import MASKED_PER_THREAD, Masks, make_masks, masker
 from dsd_refine.masking.selection import flat
 from dsd_refine.system import keep_freed_memory
 from dsd_refine.training.loop import _step
@@ -109,7 +109,7 @@ def passes(model: nn.Module, masks: Masks) -> dict[str, Step]:
     wide = [-flag.int() for flag in flags]
     drop = [~flag for flag in flags]
     zero = torch.zeros(())
-    size = BLOCK * torch.get_num_threads()
+    size = MASKED_PER_THREAD * torch.get_num_threads()
     blocks = [(x, y) for a, b in zip(bits, flags, strict=True) for x, y in zip(a.split(size), b.split(size), strict=True)]
     buffer = torch.empty(size, dtype=torch.int32)
     arrays = [(weight.numpy(), flag.numpy()) for weight, flag in zip(weights, flags, strict=True)]

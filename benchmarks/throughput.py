@@ -156,7 +156,7 @@ def trainer(folder: Path, data: Path, out: Path, steps: int, workers: int, **rec
                 return part.units
 
             def __getitem__(self, unit: int) -> dict[str, Any]:
-                return {"text": part.rows.table.rows[int(part.rows.at[unit])]["text"], "label": int(part.ids[unit])}
+                return {"text": part.rows.table.rows[int(part.rows.numbers[unit])]["text"], "label": int(part.ids[unit])}
 
         def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             texts = [row["text"] for row in rows]

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dsd_refine.errors import RecipeError
+from dsd_refine.yaml_reader import dump_recipe_yaml, load_recipe_yaml
 
 TaskName = Literal["image-classification", "text-classification", "causal-lm", "masked-lm", "ctc-speech", "image-captioning"]
 
@@ -37,7 +38,7 @@ Positive = Annotated[int, Field(gt=0, le=10**9)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 MOST_MISTAKES = 9  # lines that are shown: who made more reads the file anew
-LONGEST = 100_000  # characters of a recipe: its loader is slow, and what is longer is none
+LONGEST_RECIPE = 100_000  # characters; the loader is slow, and no real recipe is longer
 
 
 class Strict(BaseModel):
@@ -226,37 +227,7 @@ class Recipe(Strict):
     def dump(self) -> str:
         """YAML that `load_recipe` reads back to an equal recipe."""
         fields = self.model_dump(mode="json", exclude_none=True)
-        return yaml.dump(fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and aliases, and reads 1e-4 as the number that YAML 1.2 says it is."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed in a recipe")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} is not text; put it into quotes")
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice")
-        return super().construct_mapping(node, deep=deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what `_Loader` would read as a number."""
-
-
-for _each in (_Loader, _Dumper):
-    _each.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
+        return dump_recipe_yaml(fields)
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -265,10 +236,10 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     Raises:
         RecipeError: not YAML, not a mapping, a key twice, or an alias.
     """
-    if len(text) > LONGEST:
+    if len(text) > LONGEST_RECIPE:
         raise RecipeError(f"{where}: has {len(text):,} characters; a recipe has a few dozen lines")
     try:
-        raw = yaml.load(text, Loader=_Loader)
+        raw = load_recipe_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{where}: not a usable YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -284,7 +255,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            text = file.read(LONGEST + 1)
+            text = file.read(LONGEST_RECIPE + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     raw = parse_yaml(text, str(path))

@@ -1,4 +1,4 @@
-"""What the machine itself does: the C library's memory allocator, torch's own threads, energy counters."""
+"""The machine: the memory allocator of the C library, torch's threads, energy counters."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ POWERCAP = Path("/sys/class/powercap")  # Linux: a counter for each CPU package 
 SAMPLED = 60.0  # seconds between two readings; a counter of 262 kJ would need 4 kW to go round in that time
 
 NEVER = 2**31 - 1
-HIGHEST = 32 << 20  # the most that glibc takes for M_MMAP_THRESHOLD on 64 bits (mallopt(3))
+HIGHEST = 32 << 20  # bytes, the highest value that glibc accepts for M_MMAP_THRESHOLD on 64 bits (mallopt(3))
 
 
 def keep_freed_memory() -> bool:
-    """Let freed memory stay with the process, for the next step to use; True where that was done. glibc alone has it.
+    """Keep freed memory in the process for the next step.
 
-    glibc gives the top of its heap back whenever much of it is free, which is at the end of each step on a CPU; the next one
-    fetches it again page by page (a bare loop does, in `benchmarks/throughput.py`). Tensors beyond 32 MB come and go.
+    Return whether the C library (glibc) can do so.
+
+    On a CPU, glibc returns the free top of its heap to the system at the end of each step. The next
+    step then gets it back page by page, which takes time (`benchmarks/throughput.py` measures it).
+    Tensors of more than 32 MB are still returned.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -37,10 +40,10 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within, torch works on the caller's thread alone.
+    """Let torch use one thread inside a `with` block.
 
-    For beside threads that hash: torch cuts what a core does in milliseconds into equal parts for all cores and waits for the
-    last, which is the one whose core is busy (docs/decisions.md, "One thread beside the hash").
+    It is for code beside threads that hash. torch divides even short work among all cores, and
+    waits for the core that is busy hashing (docs/decisions.md, "One thread beside the hash").
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

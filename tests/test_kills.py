@@ -152,7 +152,7 @@ def test_rows_are_handed_to_threads_some_at_a_time_and_come_back_in_order(monkey
         return waiting[-1]
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", counted)
-    monkeypatch.setattr(tables, "AT_ONCE", 10)
+    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 10)
     assert in_threads(lambda row: time.sleep(0.001) or row, 205) == list(range(205))
     assert max(most) <= 10
     assert in_threads(lambda row: row, 0) == []

@@ -23,8 +23,8 @@ from reports import HOSTILE
 from safetensors.torch import load_file
 
 from dsd_refine.evidence.damage import rising_warnings
-from dsd_refine.masking import histograms as moments
-from dsd_refine.masking.layers import Layer, Spot
+from dsd_refine.masking import histograms
+from dsd_refine.masking.layers import Layer, TensorSlice
 from dsd_refine.report import figures, words
 from dsd_refine.report.card import SourceCard, card
 from dsd_refine.report.examples import examples
@@ -652,7 +652,7 @@ def test_the_spike_of_zeros_is_cut_and_named():
     assert pruned.spike
     assert pruned.above == pruned.zero_share > 0.1
     assert start.area != pruned.area
-    assert [one.moment for one in found.moments] == list(moments.MOMENTS)
+    assert [one.moment for one in found.moments] == list(histograms.MOMENTS)
 
 
 # ---------------------------------------------------------------- the weights at five moments
@@ -661,25 +661,27 @@ ALL = torch.tensor([], dtype=torch.long)
 
 
 def whole(name, *shape, excluded=None):
-    return Layer(name, shape, (Spot(name, ALL, ALL),), 1, excluded)
+    return Layer(name, shape, (TensorSlice(name, ALL, ALL),), 1, excluded)
 
 
 def test_a_picture_counts_every_weight():
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(50, 40, generator=generator)
-    layer, start = whole("a", 50, 40), moments.picture(whole("a", 50, 40), {"a": weights}, "start")
+    layer, start = whole("a", 50, 40), histograms.weight_histogram(whole("a", 50, 40), {"a": weights}, "start")
     assert sum(start["counts"]) == 2000
-    assert (start["zeros"], len(start["counts"])) == (0, moments.BINS)
+    assert (start["zeros"], len(start["counts"])) == (0, histograms.BINS)
     low, high = start["edges"]
     assert low == -high
-    assert (weights.abs() <= high).float().mean() == pytest.approx(moments.INSIDE, abs=0.001)
-    inner = torch.histc(weights, moments.BINS - 2, low + (high - low) / moments.BINS, high - (high - low) / moments.BINS)
+    assert (weights.abs() <= high).float().mean() == pytest.approx(histograms.INSIDE, abs=0.001)
+    inner = torch.histc(
+        weights, histograms.BINS - 2, low + (high - low) / histograms.BINS, high - (high - low) / histograms.BINS
+    )
     assert torch.tensor(start["counts"][1:-1]).sub(inner).abs().max() <= 1  # rounding at the edges of bins
     pruned = weights.clone().reshape(-1)
     pruned[pruned.abs().argsort()[:600]] = 0
-    found = moments.picture(layer, {"a": pruned.reshape(50, 40)}, "pruned", start["edges"])
+    found = histograms.weight_histogram(layer, {"a": pruned.reshape(50, 40)}, "pruned", start["edges"])
     assert (found["zeros"], sum(found["counts"])) == (600, 1400)
-    assert found["counts"][moments.BINS // 2] == 0  # nothing is left beside 0
+    assert found["counts"][histograms.BINS // 2] == 0  # nothing is left beside 0
     assert found["mean_abs"] == pytest.approx(float(pruned.abs().mean()), rel=1e-5)
     assert json.loads(json.dumps(found)) == found
 
@@ -687,12 +689,14 @@ def test_a_picture_counts_every_weight():
 def test_a_layer_s_own_elements_are_counted_wherever_they_are():
     """A fused tensor of the file that the model holds in two parameters, one of them shared with another layer."""
     parameters = {"q": torch.arange(1.0, 7.0).reshape(2, 3), "kv": torch.arange(10.0, 16.0)}
-    layer = Layer("qk", (9,), (Spot("q", torch.arange(6), torch.arange(6)), Spot("kv", torch.arange(6, 9), torch.arange(3))))
-    found = moments.picture(layer, parameters, "start")
+    layer = Layer(
+        "qk", (9,), (TensorSlice("q", torch.arange(6), torch.arange(6)), TensorSlice("kv", torch.arange(6, 9), torch.arange(3)))
+    )
+    found = histograms.weight_histogram(layer, parameters, "start")
     assert sum(found["counts"]) == 9
     expected = float(torch.cat([parameters["q"].reshape(-1), parameters["kv"][:3]]).mean())
     assert found["mean_abs"] == pytest.approx(expected)
-    assert moments.mean_abs([layer, whole("kv", 6)], parameters) == {
+    assert histograms.mean_abs([layer, whole("kv", 6)], parameters) == {
         "qk": pytest.approx(expected),
         "kv": pytest.approx(float(parameters["kv"].mean())),
     }
@@ -700,7 +704,7 @@ def test_a_layer_s_own_elements_are_counted_wherever_they_are():
 
 @pytest.mark.parametrize("values", [torch.zeros(8), torch.tensor([3.0]), torch.full((5,), -2.0), torch.ones(4, 4, 2, 2).half()])
 def test_odd_layers_have_pictures(values):
-    found = moments.picture(whole("a", *values.shape), {"a": values.contiguous()}, "start")
+    found = histograms.weight_histogram(whole("a", *values.shape), {"a": values.contiguous()}, "start")
     assert sum(found["counts"]) + found["zeros"] == values.numel()
     assert found["edges"][0] < found["edges"][1]
 
@@ -708,7 +712,7 @@ def test_odd_layers_have_pictures(values):
 def test_memory_order_changes_nothing():
     weights = torch.randn(8, 4, 3, 3)
     plain, last = (
-        moments.picture(whole("a", 8, 4, 3, 3), {"a": w}, "start")
+        histograms.weight_histogram(whole("a", 8, 4, 3, 3), {"a": w}, "start")
         for w in (weights, weights.to(memory_format=torch.channels_last))
     )
     assert plain["counts"] == last["counts"]
@@ -718,11 +722,11 @@ def test_memory_order_changes_nothing():
 def test_pictures_taken_again_replace_and_keep_the_edges():
     layer, book = whole("a", 100), {}
     values = {"a": torch.randn(100)}
-    moments.take(book, [layer], values, "start")
+    histograms.record(book, [layer], values, "start")
     edges = book["a"][0]["edges"]
     values["a"] *= 3
     for moment in ("pruned", "after S", "pruned"):
-        moments.take(book, [layer], values, moment)
+        histograms.record(book, [layer], values, moment)
     assert [one["moment"] for one in book["a"]] == ["start", "after S", "pruned"]
     assert all(one["edges"] == edges for one in book["a"])
     assert all(sum(one["counts"]) == 100 for one in book["a"])
@@ -733,14 +737,17 @@ def test_chosen_layers_are_spread_over_the_depth_and_large():
     layers = [whole(f"l.{i}.{kind}", size) for i in (10, 11, 2, 3, 4, 5) for kind, size in (("a", 10), ("b", 20), ("c", 15))]
     layers.append(whole("huge", 10_000, excluded="embedding"))
     order = sorted((layer.name for layer in layers), key=lambda name: [int(p) if p.isdecimal() else 0 for p in name.split(".")])
-    chosen = moments.choose(layers, dict.fromkeys(order, torch.zeros(1)))
-    assert len(chosen) == moments.MOST
+    chosen = histograms.choose_layers(layers, dict.fromkeys(order, torch.zeros(1)))
+    assert len(chosen) == histograms.MOST_LAYERS
     assert all(layer.name.endswith(".b") for layer in chosen)
     depth = [int(layer.name.split(".")[1]) for layer in chosen]
     assert depth == sorted(depth)
     assert (depth[0], depth[-1] >= 10) == (2, True)
-    assert [layer.name for layer in moments.choose(layers[:2], dict.fromkeys(order, torch.zeros(1)))] == ["l.10.a", "l.10.b"]
-    assert moments.choose(layers[-1:], {"huge": torch.zeros(1)}) == []
+    assert [layer.name for layer in histograms.choose_layers(layers[:2], dict.fromkeys(order, torch.zeros(1)))] == [
+        "l.10.a",
+        "l.10.b",
+    ]
+    assert histograms.choose_layers(layers[-1:], {"huge": torch.zeros(1)}) == []
 
 
 # ---------------------------------------------------------------- a real run's page
@@ -757,8 +764,8 @@ def test_a_run_leaves_its_page(finished, made):
     for layer in report["layers"]:
         assert layer["name"] in reader.text
     cells = [each for name, each in reader.elements if name == "div" and each.get("class") == "cell"]
-    assert len(cells) == len(moments.MOMENTS) * moments.MOST
-    assert all(moment in reader.text for moment in moments.MOMENTS)
+    assert len(cells) == len(histograms.MOMENTS) * histograms.MOST_LAYERS
+    assert all(moment in reader.text for moment in histograms.MOMENTS)
     source, found = (load_file(folder / "model.safetensors") for folder in (made / "timm", finished))
     name = next(layer["name"] for layer in report["layers"] if layer["excluded"] is None)
     for tensors in (source, found):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dsd_refine.errors import RunError
-from dsd_refine.masking.layers import Spot, find_layers
+from dsd_refine.masking.layers import TensorSlice, find_layers
 from dsd_refine.masking.masks import apply_masks, make_masks
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Batch, Score
@@ -76,7 +76,7 @@ def loop_of(model, task=None, log=None, **recipe):
 
 
 def masks_of(model, sparsity):
-    tensors = {n: (tuple(p.shape), [Spot(n, EMPTY, EMPTY)]) for n, p in model.named_parameters()}
+    tensors = {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in model.named_parameters()}
     masks = make_masks(find_layers(model, tensors), dict(model.named_parameters()), sparsity)
     apply_masks(masks, dict(model.named_parameters()))
     return masks
@@ -333,7 +333,7 @@ def test_refresh_makes_the_mask_anew_from_the_weights_then_held():
         with torch.no_grad():
             model[0].weight[~first["0.weight"]] += 9  # so that others are the smallest now
         return make_masks(
-            find_layers(model, {n: (tuple(p.shape), [Spot(n, EMPTY, EMPTY)]) for n, p in model.named_parameters()}),
+            find_layers(model, {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in model.named_parameters()}),
             dict(model.named_parameters()),
             0.5,
         )

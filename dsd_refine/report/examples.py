@@ -118,7 +118,7 @@ def contents_of(rows: Rows, columns: Mapping[str, Sequence[str]]) -> ContentOf:
     """Row -> what it holds: `columns` are the names of those used, by what they are (image, text, audio, …)."""
 
     def content(row: int) -> Content | None:
-        place, table = int(rows.at[row]), rows.table
+        place, table = int(rows.numbers[row]), rows.table
         if images := columns.get("image"):
             try:
                 picture = thumbnail(raw_bytes(table, images[0], place))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dsd_refine.errors import Interrupted
-from dsd_refine.evidence.baseline_checks import preflight
+from dsd_refine.evidence.baseline_checks import check_baseline
 from dsd_refine.evidence.compare import Comparison, compare, holm
 from dsd_refine.evidence.damage import clearly_worse, harm_warnings, rising_warnings, view_warnings
 from dsd_refine.evidence.paired import ALPHA
@@ -38,7 +38,7 @@ def judge(run: Run, arm: str, seed: int = 0) -> None:
     scores = evaluate(run.loop, run.task.eval)
     found = run.task.metrics(scores)
     if arm == "baseline":
-        run.state["preflight"] = preflight(
+        run.state["preflight"] = check_baseline(
             run.task, found, run.recipe, run.checkpoint.source.folder, scores, lambda part: evaluate(run.loop, part)
         )
         for line in run.state["preflight"]:

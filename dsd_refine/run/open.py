@@ -19,6 +19,7 @@ from dsd_refine import __version__
 from dsd_refine.checkpoint.checkpoint import Checkpoint, Library, open_checkpoint
 from dsd_refine.checkpoint.source import Source
 from dsd_refine.checkpoint.verify import check_plain
+from dsd_refine.compat import BatchNorm
 from dsd_refine.errors import DsdError, UsageError, is_full_memory
 from dsd_refine.files import is_full, no_room
 from dsd_refine.masking.checkpoint_layers import open_layers
@@ -222,7 +223,7 @@ def open_loop(
         save_due=workspace.save_due,
         workers=options.workers,
         hooks=options.hooks if accelerator.is_main_process else (),
-        has_batchnorm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()),
+        has_batchnorm=any(isinstance(module, BatchNorm) for module in model.modules()),
         channels_last=last,
         parameters=dict(model.named_parameters(remove_duplicate=False)),
     )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dsd_refine.errors import Interrupted
-from dsd_refine.masking import histograms as moments
+from dsd_refine.masking import histograms
 from dsd_refine.masking import masks as masking
 from dsd_refine.masking.masks import Masks
 from dsd_refine.recipe import Phase, Recipe
@@ -81,7 +81,7 @@ def trained(run: Run, phase: Phase, done: Progress, last: bool) -> Masks:
             done.without_gradient = masking.without_gradient(run.layers, parameters, done.without_gradient)
 
     if done.without_gradient is None:
-        done.without_gradient = masking.pieces(run.layers, parameters) if after_mask(run, phase) else []
+        done.without_gradient = masking.trained_groups(run.layers, parameters) if after_mask(run, phase) else []
     loop.loss = distilled(run.task, run.teacher, phase.distill) if phase.distill and run.teacher else None
     train_phase(loop, phase, key, at["label"], masks, done, optimizer, remask=make, epoch_end=epoch_end,
                 step_end=step_end, backward_end=backward_end)  # fmt: skip
@@ -99,8 +99,8 @@ def look(run: Run, moment: str | None, begun: bool = False) -> None:
     at = run.current
     if moment is None or begun or at["arm"] != "refined":
         return
-    book = run.state.setdefault("pictures", {}).setdefault(str(at["attempt"]), {})
-    moments.take(book, moments.choose(run.layers, run.loop.parameters), run.loop.parameters, moment)
+    recorded = run.state.setdefault("pictures", {}).setdefault(str(at["attempt"]), {})
+    histograms.record(recorded, histograms.choose_layers(run.layers, run.loop.parameters), run.loop.parameters, moment)
 
 
 def settle(run: Run, phase: Phase, masks: Masks, done: Progress, last: bool) -> None:
