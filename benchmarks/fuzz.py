@@ -126,13 +126,13 @@ def stopped(*args: Any) -> None:
     """A run that is told to stop in its first step."""
     from dsd_refine.training import loop as train
 
-    step = train._step
+    step = train.train_step
 
     def asked(loop: Any, *given: Any) -> Any:
         loop.stopping = lambda: True
         return step(loop, *given)
 
-    train._step = asked
+    train.train_step = asked
     command(*args)()
 
 

@@ -21,15 +21,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from common import ROOT, arguments, machine, place, table
-from made import Fixed, layers_of, loop_of, phase_of, pictures, recipe_of, resnet50, timm_folder
+from made import Fixed, layers_of, loop_of, phase_of, pictures, recipe_of, resnet50, stepper, timm_folder
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsd_refine.masking.masks import make_masks, masker
-from dsd_refine.training.loop import _step
 from dsd_refine.training.optimizer import make_optimizer
-from dsd_refine.training.state import Key
 
 SPARSITY = 0.3
 Step = Callable[[], object]
@@ -79,8 +77,8 @@ def steps_of(model: nn.Module, task: Fixed, accelerator: Accelerator, compiled: 
     mask = masker(masks, loop.parameters)
     model.train()
     return {
-        "dense": lambda: _step(loop, batch, Key(0, 0), 1, optimizer, {}, lambda: None, False),
-        "sparse": lambda: _step(loop, batch, Key(0, 0), 1, optimizer, masks, mask, False),
+        "dense": stepper(loop, phase_of(1), batch, {}, lambda: None, optimizer),
+        "sparse": stepper(loop, phase_of(1), batch, masks, mask, optimizer),
     }
 
 

@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/support")]
 
-TIMES = ("seconds", "samples_per_second")
+TIMES = ("seconds", "samples_per_second", "cost")
 STEPS = "--sparse-steps 3 --dense-steps 3 --batch-size 4 --control dense --control random --gate none --device cpu --quiet"
 
 TWO = "--sparse-epochs 1 --dense-epochs 2 --sparsity 0.2,0.4 --batch-size 4 --gate none --device cpu --quiet"

@@ -1,4 +1,4 @@
-"""Models, checkpoints and data of known shapes, made on the spot: random weights, random pictures and words."""
+"""Models, checkpoints and data of known shapes, made on the tensor_slice: random weights, random pictures and words."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from dsd_refine.masking.layers import Layer, Spot, find_layers
+from dsd_refine.compat import BatchNorm
+from dsd_refine.masking.layers import Layer, TensorSlice, find_layers
+from dsd_refine.masking.masks import Masks
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Batch, Scores
-from dsd_refine.training.state import Loop
+from dsd_refine.training.hooks import Place
+from dsd_refine.training.loop import train_step
+from dsd_refine.training.state import Loop, PhaseState
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 
@@ -68,15 +72,20 @@ def loop_of(model: nn.Module, task: Any, recipe: Recipe, accelerator: Accelerato
         task=task,
         recipe=recipe,
         as_written=lambda model: nullcontext(),
-        log=lambda line: None,
-        stopping=lambda: False,
-        save=lambda: None,
-        save_due=lambda: False,
         workers=0,
-        has_batchnorm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()),
+        has_batchnorm=any(isinstance(module, BatchNorm) for module in model.modules()),
         channels_last=convolutional,
         parameters=dict(model.named_parameters(remove_duplicate=False)),
     )
+
+
+def stepper(
+    loop: Loop, phase: Phase, batch: list[Batch], masks: Masks, apply: Callable[[], None], optimizer: Any
+) -> Callable[[], object]:
+    """The first step of a phase, over and over: `apply` is called for the mask."""
+    state = PhaseState(Place("refined", 1, 1, 0, 1, 1, phase.kind, 0, 1))
+    state.optimizer, state.masks, state.apply = optimizer, masks, apply
+    return lambda: train_step(loop, phase, state, batch)
 
 
 def recipe_of(batch: int, steps: int, optimizer: str = "sgd", **more: Any) -> Recipe:
@@ -91,7 +100,7 @@ def phase_of(steps: int, lr: float = 1e-4) -> Phase:
 
 def layers_of(model: nn.Module, first: Sequence[str] = ()) -> list[Layer]:
     """The model's parameters as layers, as if the file held them under their own names."""
-    tensors = {n: (tuple(p.shape), [Spot(n, EMPTY, EMPTY)]) for n, p in model.named_parameters(remove_duplicate=False)}
+    tensors = {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in model.named_parameters(remove_duplicate=False)}
     return find_layers(model, tensors, first=first)
 
 

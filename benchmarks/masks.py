@@ -19,7 +19,7 @@ from common import CLOCK, Peak, arguments, interleaved, machine, ratio, table, v
 from made import EMPTY, layers_of
 from torch import nn
 
-from dsd_refine.masking.layers import Layer, Spot, masked_count
+from dsd_refine.masking.layers import Layer, TensorSlice, masked_count
 from dsd_refine.masking.masks import make_masks
 
 SPARSITY = 0.3
@@ -29,7 +29,7 @@ Way = Callable[[torch.Tensor, int], torch.Tensor]
 
 def ours(values: torch.Tensor, count: int) -> torch.Tensor:
     """Through `make_masks`, as a run does."""
-    layer = Layer("w", tuple(values.shape), (Spot("w", EMPTY, EMPTY),))
+    layer = Layer("w", tuple(values.shape), (TensorSlice("w", EMPTY, EMPTY),))
     return make_masks([layer], {"w": values}, SPARSITY)["w"]
 
 

@@ -81,22 +81,22 @@ MUTATIONS = [
     Mutation(
         "DropConnect keeps one mask for all steps",
         "run/phase.py",
-        '(at["seed"], at["number"], refresh, "mask")',
-        '(at["seed"], at["number"], 0, "mask")',
+        '(*state.key, refresh, "mask")',
+        '(*state.key, 0, "mask")',
         "test_methods.py::test_dropconnect_s_masks_are_drawn_independently_of_each_other",
     ),
     # ---------------------------------------------------------------- the step
     Mutation(
         "mask, then step",
         "training/loop.py",
-        "    optimizer.step()\n    mask()\n",
-        "    mask()\n    optimizer.step()\n",
+        "    state.optimizer.step()\n    if not free:\n        state.apply()\n",
+        "    if not free:\n        state.apply()\n    state.optimizer.step()\n",
         "test_train.py::test_masked_weights_are_zero_after_every_step",
     ),
     Mutation(
         "masked gradients count in the norm",
         "training/loop.py",
-        "mask_gradients(masks, loop.parameters)",
+        "mask_gradients(state.masks, loop.parameters)",
         "mask_gradients({}, loop.parameters)",
         "test_train.py::test_masked_gradients_do_not_count_in_the_norm",
     ),
@@ -145,16 +145,16 @@ MUTATIONS = [
     Mutation(
         "dropout hangs on what was drawn before",
         "training/loop.py",
-        '        seed_all(stable_seed(*key, step, number, rank, "dropout"), device)\n',
+        '        seed_all(stable_seed(*state.key, step, number, loop.accelerator.process_index, "dropout"), summed.device)\n',
         "",
         "test_train.py::test_dropout_is_a_function_of_seed_and_step",
     ),
     # ---------------------------------------------------------------- phases and arms
     Mutation(
         "a phase goes on with the optimizer of the one before",
-        "run/phase.py",
-        'make_optimizer(loop, phase)\n    unpack_optimizer(at["saved"], optimizer)\n',
-        'loop.__dict__.setdefault("kept", make_optimizer(loop, phase))\n',
+        "training/state.py",
+        "self.optimizer = make_optimizer(loop, phase)\n",
+        'self.optimizer = loop.__dict__.setdefault("kept", make_optimizer(loop, phase))\n',
         "test_run.py::test_a_restored_weight_is_minus_rate_times_gradient",
     ),
     Mutation(
@@ -209,7 +209,7 @@ MUTATIONS = [
     Mutation(
         "a mask without training after keeps the old statistics",
         "run/phase.py",
-        'if last and run.state["masked_only"]:',
+        "if state.last and run.state.masked_only:",
         "if False:",
         "test_methods.py::test_a_mask_without_training_after_has_new_statistics",
     ),
@@ -217,8 +217,8 @@ MUTATIONS = [
     Mutation(
         "the evaluation rows select",
         "run/phase.py",
-        "evaluate(run.loop, run.task.holdout, masks)",
-        "evaluate(run.loop, run.task.eval, masks)",
+        "evaluate(run.loop, run.task.holdout, state.masks)",
+        "evaluate(run.loop, run.task.eval, state.masks)",
         "test_run.py::test_the_evaluation_rows_select_nothing",
     ),
     Mutation(
@@ -246,7 +246,7 @@ MUTATIONS = [
     Mutation(
         "rounded weights stay after an evaluation",
         "checkpoint/checkpoint.py",
-        "            for key, value in kept.items():\n                state[key].copy_(value)\n",
+        "            for key, value in original.items():\n                state[key].copy_(value)\n",
         "            pass\n",
         "test_checkpoint.py::test_rounding_is_undone_exactly",
     ),
@@ -289,8 +289,8 @@ MUTATIONS = [
     Mutation(
         "the verdict goes by p before Holm",
         "evidence/compare.py",
-        "if found.p_adjusted < ALPHA:",
-        "if found.p_value < ALPHA:",
+        "if comparison.p_adjusted < ALPHA:",
+        "if comparison.p_value < ALPHA:",
         "test_compare.py::test_the_verdict",
     ),
     Mutation(
@@ -374,8 +374,8 @@ MUTATIONS = [
     ),
     Mutation(
         "--resume begins the optimizer anew",
-        "run/phase.py",
-        '    unpack_optimizer(at["saved"], optimizer)\n',
+        "training/state.py",
+        "        unpack_optimizer(self.restored, self.optimizer)\n",
         "",
         "test_resume.py::test_stopped_at_a_step_and_resumed[2]",
     ),

@@ -26,16 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 from common import CLOCK, PEERS, ROOT, arguments, interleaved, machine, middle, missing, ratio, spread, table, verdict
-from made import Fixed, layers_of, loop_of, phase_of, recipe_of, resnet50, small_bert, small_gpt2
+from made import Fixed, layers_of, loop_of, phase_of, recipe_of, resnet50, small_bert, small_gpt2, stepper
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from dsd_refine.masking.masks import BLOCK, Masks, make_masks, masker
+from dsd_refine.masking.masks import MASKED_PER_THREAD, Masks, make_masks, masker
 from dsd_refine.masking.selection import flat
 from dsd_refine.system import keep_freed_memory
-from dsd_refine.training.loop import _step
 from dsd_refine.training.optimizer import make_optimizer
-from dsd_refine.training.state import Key
 
 SPARSITY = 0.3
 OF = 3  # steps, of which the fastest counts
@@ -69,8 +67,8 @@ def ours(model: nn.Module, task: Fixed, masks: Masks) -> tuple[Step, Step, list[
         apply()
         spent.append(CLOCK[-1]() - began)
 
-    dense = lambda: _step(loop, batch, Key(0, 0), 1, optimizer, {}, lambda: None)  # noqa: E731
-    return dense, lambda: _step(loop, batch, Key(0, 0), 1, optimizer, masks, passed), spent
+    dense = stepper(loop, phase_of(1), batch, {}, lambda: None, optimizer)
+    return dense, stepper(loop, phase_of(1), batch, masks, passed, optimizer), spent
 
 
 def work(model: nn.Module, masks: Masks) -> dict[str, Step]:
@@ -109,7 +107,7 @@ def passes(model: nn.Module, masks: Masks) -> dict[str, Step]:
     wide = [-flag.int() for flag in flags]
     drop = [~flag for flag in flags]
     zero = torch.zeros(())
-    size = BLOCK * torch.get_num_threads()
+    size = MASKED_PER_THREAD * torch.get_num_threads()
     blocks = [(x, y) for a, b in zip(bits, flags, strict=True) for x, y in zip(a.split(size), b.split(size), strict=True)]
     buffer = torch.empty(size, dtype=torch.int32)
     arrays = [(weight.numpy(), flag.numpy()) for weight, flag in zip(weights, flags, strict=True)]

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,10 @@ from dsd_refine.checkpoint.checkpoint import open_library
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.recipe import Recipe
 from dsd_refine.run import open as opening
-from dsd_refine.run.phase import enter
+from dsd_refine.run.phase import enter_phase, run_phase
 from dsd_refine.run.run import Options, Run
-from dsd_refine.training.batches import loader, BatchPlan
-from dsd_refine.training.loop import train_phase
-from dsd_refine.training.optimizer import make_optimizer
-from dsd_refine.training.state import Key, Progress
+from dsd_refine.training.batches import BatchPlan, loader
+from dsd_refine.training.state import Key
 
 BATCH, LENGTH, SIZE = 32, 48, 128
 CROP = {"crop": "random-resized", "scale": (0.35, 1.0), "ratio": (0.75, 4 / 3), "flip": 0.5}
@@ -54,21 +53,16 @@ def run_of(folder: Path, data: Path, out: Path, steps: int, workers: int, plain:
         opening.keep_freed_memory = lambda: False
     with opening.opened(source, open_library(source), wanted, options) as run:
         torch.use_deterministic_algorithms(not plain, warn_only=True)
-        enter(run, "refined", 0, 0, wanted.phases)
         yield run
 
 
 @contextmanager
 def ours(*args: Any, **recipe: Any) -> Iterator[Round]:
     with run_of(*args, **recipe) as run:
-        phase = run.recipe.phases[0]
-        optimizer = make_optimizer(run.loop, phase)
+        phases = run.recipe.phases
 
         def train() -> None:
-            train_phase(
-                run.loop, phase, Key(0, 0), "refined/1-dense", {}, Progress(), optimizer,
-                remask=lambda refresh: {}, epoch_end=lambda epoch: None,
-            )  # fmt: skip
+            run_phase(run, phases[0], replace(enter_phase(run, "refined", 0, 0, phases), last=False))
 
         yield timed(train)
 
@@ -156,7 +150,7 @@ def trainer(folder: Path, data: Path, out: Path, steps: int, workers: int, **rec
                 return part.units
 
             def __getitem__(self, unit: int) -> dict[str, Any]:
-                return {"text": part.rows.table.rows[int(part.rows.at[unit])]["text"], "label": int(part.ids[unit])}
+                return {"text": part.rows.table.rows[int(part.rows.numbers[unit])]["text"], "label": int(part.ids[unit])}
 
         def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
             texts = [row["text"] for row in rows]

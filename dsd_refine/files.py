@@ -1,4 +1,4 @@
-"""Files: hashes, copies, atomic replacement, sync, links, and what is said when the disk is full."""
+"""Files: hashes, copies, atomic replacement, sync, links, and the message for a full disk."""
 
 from __future__ import annotations
 
@@ -14,35 +14,42 @@ from typing import IO, Any
 
 from dsd_refine.errors import RunError
 
-BLOCK = 1 << 20
+READ_SIZE = 1 << 20  # bytes read at once
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in blocks."""
+    """Return the hexadecimal SHA-256 of a file."""
     return sha256_files([path])[path]
 
 
 def sha256_files(paths: Iterable[Path]) -> dict[Path, str]:
-    """Path -> hex SHA-256 of the file's bytes, several files at a time. A signal waits for the blocks at work alone."""
-    asked, stopped = [*paths], Event()
+    """Return the hexadecimal SHA-256 of each file by its path, in as many threads as there are
+    cores.
+
+    A signal (KeyboardInterrupt) stops the threads after the block that they are reading.
+    """
+    files, stopped = [*paths], Event()
 
     def digest(path: Path) -> str:
-        found, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
+        sha256, block = hashlib.sha256(), memoryview(bytearray(READ_SIZE))
         with path.open("rb", buffering=0) as file:
             while not stopped.is_set() and (count := file.readinto(block)):
-                found.update(block[:count])
-        return found.hexdigest()
+                sha256.update(block[:count])
+        return sha256.hexdigest()
 
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
-        return dict(zip(asked, pool.map(digest, asked), strict=True))
+        return dict(zip(files, pool.map(digest, files), strict=True))
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy bytes (not mode or times: modes follow the umask) and sync."""
+    """Copy the bytes of a file, and sync them.
+
+    The mode follows the umask, and the times are not copied.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as read, target.open("wb") as write:
         shutil.copyfileobj(read, write, 1 << 22)
@@ -58,13 +65,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync(file: IO[Any]) -> None:
-    """Ask for what was written to be on the disk before anything is renamed: python's own buffer first."""
-    file.flush()
+    """Write everything of an open file to the disk. It must be there before a rename."""
+    file.flush()  # python's own buffer
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync a directory's own entries, as a rename into it needs."""
+    """Write a folder's entries to the disk, so that a rename into it is not lost."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -73,16 +80,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Is the path, or a folder on the way to it, a link to something that is not the folder's own?
+    """Return whether links lead from a path to a place outside the folder.
 
-    Its own is what lies in it, and for a snapshot in the Hub's cache also the cache's blobs, which its files link to.
+    The files of a snapshot in the Hub's cache are links to the cache's blobs, which count as
+    inside.
     """
     real, root = os.path.realpath(path), os.path.realpath(folder)
     return not any(os.path.commonpath([real, own]) == own for own in (root, *_blobs(root)))
 
 
 def _blobs(root: str) -> list[str]:
-    """`…/blobs` of `…/snapshots/COMMIT`."""
+    """The folder `…/blobs` that belongs to a snapshot `…/snapshots/COMMIT`; nothing for other
+    folders.
+    """
     place, _ = os.path.split(root)
     above, name = os.path.split(place)
     return [os.path.join(above, "blobs")] if name == "snapshots" else []
@@ -94,23 +104,40 @@ def remove(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Ask for a file's bytes to be on the disk, whoever wrote it."""
+    """Write a closed file's bytes to the disk."""
     with path.open("rb") as file:
         sync(file)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that at every moment it holds the old text or the new."""
+    """Replace a file's content by a text. At every moment the file has the old or the new content.
+
+    Raises:
+        RunError: The file cannot be written: no room, or a read-only place.
+    """
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """The same for bytes. Raises RunError where they cannot be written (no room, a read-only place)."""
+    """Replace a file's content by bytes, as `replace_text` does.
+
+    Raises:
+        RunError: The file cannot be written: no room, or a read-only place.
+    """
     replace_parts(path, [data], len(data))
 
 
 def replace_parts(path: Path, parts: Iterable[bytes | memoryview], size: int) -> str:
-    """The same for `size` bytes that come in parts, each made when it is written; returns their SHA-256."""
+    """Replace a file's content by `size` bytes that come in parts, as `replace_text` does.
+
+    Each part is made when it is written, so that they need not be in memory together.
+
+    Returns:
+        The hexadecimal SHA-256 of the bytes.
+
+    Raises:
+        RunError: The file cannot be written: no room, or a read-only place.
+    """
     temporary, digest = path.with_name(path.name + ".tmp"), hashlib.sha256()
     try:
         with temporary.open("wb") as file:
@@ -119,7 +146,7 @@ def replace_parts(path: Path, parts: Iterable[bytes | memoryview], size: int) ->
                 digest.update(part)
             sync(file)
         os.replace(temporary, path)
-        sync_folder(path.parent)  # what comes after, a removal above all, must not reach the disk before this
+        sync_folder(path.parent)  # a later change, such as a removal, must not reach the disk before this one
     except OSError as error:
         temporary.unlink(missing_ok=True)
         free = f"; {in_words(free_bytes(path.parent))} are free" if error.errno in FULL else ""
@@ -131,7 +158,7 @@ def replace_parts(path: Path, parts: Iterable[bytes | memoryview], size: int) ->
 
 
 def umask() -> int:
-    """The process's umask (there is no way to read it but to set it)."""
+    """Return the process's umask. It can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -141,7 +168,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def no_room(error: OSError, place: Path, need: int) -> RunError:
-    """What is said when a write found no room: where, how much the whole run needs, how much is free, what to do."""
+    """Return the error for a full disk: where, how much the run needs, how much is free, and what
+    to do.
+
+    Args:
+        error: The system's error.
+        place: The folder that the run writes to.
+        need: The bytes that the whole run needs there.
+    """
     where = error.filename or place
     free = f"{in_words(free_bytes(place))} are free" if place.is_dir() else "it is gone"
     return RunError(
@@ -151,7 +185,10 @@ def no_room(error: OSError, place: Path, need: int) -> RunError:
 
 
 def is_full(error: BaseException | None) -> OSError | None:
-    """The lack of room behind an error, however many libraries have wrapped it."""
+    """Return the system's error for a full disk that caused an error, or None.
+
+    Libraries may have wrapped it.
+    """
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return error
@@ -160,11 +197,12 @@ def is_full(error: BaseException | None) -> OSError | None:
 
 
 def free_bytes(place: Path) -> int:
+    """Return the free bytes of the disk that a folder is on."""
     return shutil.disk_usage(place).free
 
 
 def in_words(size: int) -> str:
-    """A number of bytes in the largest unit that keeps it above 1."""
+    """Write a number of bytes in the largest unit in which it is at least 1."""
     for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
         if size >= 10**power:
             return f"{size / 10**power:.1f} {unit}"

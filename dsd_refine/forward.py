@@ -1,4 +1,4 @@
-"""Calling a model of any library."""
+"""Call a model of any library."""
 
 from __future__ import annotations
 
@@ -9,33 +9,46 @@ from typing import Any
 import torch
 from torch import nn
 
-# fields of torchvision's named tuples. GoogLeNet: Szegedy et al. 2015, section 5. Inception v3: what its authors' released
-# training code (TF-slim) and PyTorch's fine-tuning tutorial use; torchvision's own reference script trains neither
+from dsd_refine.compat import not_compiled
+
+# Weights of auxiliary losses, by the fields of torchvision's named tuples. GoogLeNet: Szegedy et
+# al. 2015, section 5. Inception v3: the value of its authors' training code (TF-slim) and of
+# PyTorch's fine-tuning tutorial. torchvision's own reference script trains neither.
 AUXILIARY = {"aux_logits1": 0.3, "aux_logits2": 0.3, "aux_logits": 0.4}
 
 
 def logits_of(forward: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Float32 logits of a timm or torchvision model (`{"x": …}`, by position) or of a transformers model (keyword inputs)."""
+    """Return the model's logits in float32.
+
+    `inputs` is `{"x": …}` for a timm or torchvision model, and keyword arguments for a transformers
+    model.
+    """
     return weighted_logits(forward, inputs)[0][1]
 
 
 def weighted_logits(forward: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> list[tuple[float, torch.Tensor]]:
-    """(weight in the loss, float32 logits) of each head: the main one first, then auxiliary ones, which train only."""
-    found = forward(inputs["x"]) if set(inputs) == {"x"} else forward(**inputs, **without_cache(forward))
-    logits: torch.Tensor = getattr(found, "logits", found)
+    """Return the weight in the loss and the float32 logits of each head.
+
+    The main head is the first. Auxiliary heads exist only in training mode. `inputs` are as in
+    `logits_of`.
+    """
+    outputs = forward(inputs["x"]) if set(inputs) == {"x"} else forward(**inputs, **without_cache(forward))
+    logits: torch.Tensor = getattr(outputs, "logits", outputs)
     heads = [(1.0, (logits[0] if isinstance(logits, tuple) else logits).float())]
-    auxiliary = {name: AUXILIARY[name] for name in getattr(found, "_fields", ()) if name in AUXILIARY}
-    return heads + [(weight, getattr(found, name).float()) for name, weight in auxiliary.items()]
+    auxiliary = {name: AUXILIARY[name] for name in getattr(outputs, "_fields", ()) if name in AUXILIARY}
+    return heads + [(weight, getattr(outputs, name).float()) for name, weight in auxiliary.items()]
 
 
 def without_cache(forward: Callable[..., Any]) -> dict[str, bool]:
-    """`use_cache=False` where a forward takes it: what is kept for the next token costs memory, and in-place updates of it
-    break the backward pass of some models in evaluation mode (RWKV).
+    """Return the argument `use_cache=False` if the model's forward has it.
+
+    The cache for the next token costs memory. Some models update it in place in evaluation mode
+    (RWKV), which breaks the backward pass.
     """
     inner = inspect.unwrap(forward)
-    for _ in range(2):  # compiled, spread over processes, or both
-        inner = getattr(inner, "_orig_mod", inner)
+    for _ in range(2):  # the model may be compiled, or spread over processes, or both
+        inner = not_compiled(inner)
         inner = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner
-    # of the class: Accelerate lays another forward over the instance's
+    # the class's forward, because Accelerate replaces that of the instance
     takes = isinstance(inner, nn.Module) and "use_cache" in inspect.signature(type(inner).forward).parameters
     return {"use_cache": False} if takes else {}

@@ -1,4 +1,6 @@
-"""Asking the Hub: patient where it is busy, one line with its own reason where it refuses, and no byte but what it meant."""
+"""Call the Hub: retry if it is busy, turn its errors into one line each, and check what was
+downloaded.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,28 @@ from dsd_refine.files import sha256_file
 
 T = TypeVar("T")
 
-WAITS, LONGEST_WAIT = (1.0, 3.0), 60  # seconds between tries
+WAITS, LONGEST_WAIT = (1.0, 3.0), 60  # seconds between tries; the longest that we wait if the Hub asks for more
 
 BROKEN_OFF = ("ReadError", "RemoteProtocolError", "ReadTimeout", "ConnectionResetError", "IncompleteRead")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def ask_hub(repo: str, call: Callable[[], T], what: str = "model") -> T:
-    """Run a Hub call; turn its many errors into one line that keeps the Hub's own reason.
+    """Call the Hub, and turn its errors into one line that keeps the Hub's own reason.
+
+    Args:
+        repo: The repository, for the message.
+        call: The call of `huggingface_hub`.
+        what: What the repository is, for the message.
 
     Raises:
-        CheckpointError: `__cause__` is set where the Hub could not be reached at all.
+        CheckpointError: The Hub refuses, or cannot be reached. `__cause__` is set only in the
+            second case.
     """
     from huggingface_hub import errors as hub
 
     try:
-        return _patiently(call)
+        return _with_retries(call)
     except hub.GatedRepoError:
         raise CheckpointError(f"{repo}: the Hub says it is gated: accept its terms on its page, then `hf auth login`") from None
     except hub.RevisionNotFoundError:
@@ -41,41 +49,44 @@ def ask_hub(repo: str, call: Callable[[], T], what: str = "model") -> T:
     except hub.HFValidationError:
         raise CheckpointError(f"{repo}: not a directory here and not a valid Hub name (org/name)") from None
     except Exception as error:
-        ours = isinstance(error, hub.HfHubHTTPError | hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled | OSError)
-        if not ours and not is_of_the_hub(error):
+        known = isinstance(error, hub.HfHubHTTPError | hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled | OSError)
+        if not known and not is_of_the_hub(error):
             raise
-        reason = _answered(repo, error)
+        reason = _reason(repo, error)
         if reason is not None:
             raise CheckpointError(reason) from None
         raise _unreachable(repo, what) from error
 
 
 def is_of_the_hub(error: Exception) -> bool:
-    """Is an answer of the Hub, or a broken connection to it, behind this error?"""
-    return any(_from_http(each) or hasattr(each, "response") for each in _chain(error))
+    """Return whether an answer of the Hub, or a broken connection to it, caused an error."""
+    return any(_from_http(cause) or hasattr(cause, "response") for cause in _chain(error))
 
 
 def _from_http(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0].startswith(("httpx", "httpcore"))
 
 
-def _answered(repo: str, error: Exception) -> str | None:
-    """What to say where the Hub was reached, or the cache could not be used. None: neither.
+def _reason(repo: str, error: Exception) -> str | None:
+    """The message for an error if the Hub has answered or the cache cannot be written.
 
-    A snapshot that fails for the Hub's answer says "not in the cache", and keeps the answer as its cause.
+    None: neither.
+
+    A snapshot that fails because of the Hub's answer says "not in the cache", and the answer is its
+    cause.
 
     Raises:
-        OSError: no room in the cache.
+        OSError: The disk of the cache is full.
     """
-    for each in _chain(error):
-        if isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise each from None
-        if isinstance(each, OSError) and each.errno in UNWRITABLE:
-            return f"{each.filename or 'the cache'}: {each.strerror}; give the cache a place of your own with HF_HOME"
-        if "Consistency check failed" in str(each) or type(each).__name__ in BROKEN_OFF:
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise cause from None
+        if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
+            return f"{cause.filename or 'the cache'}: {cause.strerror}; give the cache a place of your own with HF_HOME"
+        if "Consistency check failed" in str(cause) or type(cause).__name__ in BROKEN_OFF:
             return f"{repo}: the download broke off before it was complete; nothing of it is used, try again"
-    statuses = (getattr(getattr(each, "response", None), "status_code", None) for each in _chain(error))
-    status = next((found for found in statuses if found is not None), None)
+    statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _chain(error))
+    status = next((status for status in statuses if status is not None), None)
     if status in (401, 403):
         return f"{repo}: the Hub refuses access ({status}): log in with `hf auth login`, or let your token read it"
     if status == 404:
@@ -84,27 +95,31 @@ def _answered(repo: str, error: Exception) -> str | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _patiently(call: Callable[[], T]) -> T:
-    """Ask again where the Hub is busy (429, 5xx), which says for how long, and where a file came short."""
+def _with_retries(call: Callable[[], T]) -> T:
+    """Call again if the Hub is busy (429, 5xx) or a file came incomplete."""
     for wait in WAITS:
         try:
             return call()
         except Exception as error:
-            asked = _worth_asking_again(error)
+            asked = _seconds_to_wait(error)
             if asked is None:
                 raise
             time.sleep(asked or wait)
     return call()
 
 
-def _worth_asking_again(error: Exception) -> float | None:
-    """The seconds that the Hub asks for (0: it does not say), or None where the same would come again."""
-    if any("Consistency check failed" in str(each) for each in _chain(error)):
+def _seconds_to_wait(error: Exception) -> float | None:
+    """The seconds that the Hub asks us to wait; 0 if it does not say.
+
+    None: another try would be of no use.
+    """
+    if any("Consistency check failed" in str(cause) for cause in _chain(error)):
         return 0
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", 0)
@@ -115,12 +130,15 @@ def _worth_asking_again(error: Exception) -> float | None:
 
 
 def check_blobs(repo: str, files: Iterable[Path]) -> None:
-    """Hold cached files against the SHA-256 that the Hub gave for them: the cache names a large file by it.
+    """Check cached files against the SHA-256 that the Hub gave for them.
 
-    The library does not look. A file that is something else is taken out of the cache, so that the next try fetches it.
+    The cache names large files by it.
+
+    The library does not check them. A wrong file is removed from the cache, so that the next try
+    downloads it again.
 
     Raises:
-        CheckpointError: names the file.
+        CheckpointError: A file is wrong.
     """
     for path in files:
         blob = path.resolve()

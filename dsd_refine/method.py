@@ -10,9 +10,9 @@ from dsd_refine.checkpoint.source import Source
 from dsd_refine.evidence.compare import gate_passed, verdict
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report.report import Report
-from dsd_refine.run.judge import judge, judge_all, load_selected, look_at_source, look_for_harm
+from dsd_refine.run.judge import compare_arms, load_selected, look_at_source, score_arm, warn_of_harm
 from dsd_refine.run.open import opened
-from dsd_refine.run.phase import enter, one_phase, passed, save
+from dsd_refine.run.phase import enter_phase, finished_before, leave_phase, run_phase
 from dsd_refine.run.publish import publish
 from dsd_refine.run.run import Options, Run
 from dsd_refine.training.settings import settings
@@ -28,25 +28,25 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
         Interrupted, RunError, VerifyError: as `dsd_refine.errors` says.
     """
     with opened(source, library, recipe, options) as run:
-        run.loop.save = lambda: save(run)
-        judge(run, "baseline")
+        score_arm(run, "baseline")
         look_at_source(run)
         for arm in run.arms:
             for attempt, sparsity in enumerate(run.tries):
                 phases = arm_phases(arm, recipe, sparsity)
                 for number, phase in enumerate(phases):
-                    if passed(run, arm, attempt, number):
+                    if finished_before(run, arm, attempt, number):
                         continue
-                    done = enter(run, arm, attempt, number, phases)
+                    state = enter_phase(run, arm, attempt, number, phases)
                     with settings(run.loop.model, phase, run.checkpoint.filled):
-                        one_phase(run, phase, done, last=number == len(phases) - 1)
+                        run_phase(run, phase, state)
+                        leave_phase(run, phase, state)
         for arm in run.arms:
             for seed in range(recipe.seeds):
                 load_selected(run, arm, seed)
-                judge(run, arm, seed)
+                score_arm(run, arm, seed)
         run.teacher = None  # what loads the output, to prove it, needs the room
-        judge_all(run)
-        look_for_harm(run)
+        compare_arms(run)
+        warn_of_harm(run)
         load_selected(run, "refined", run.preferred("refined"))
         return finish(run)
 

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dsd_refine.errors import RecipeError
+from dsd_refine.yaml_reader import dump_recipe_yaml, load_recipe_yaml
 
 TaskName = Literal["image-classification", "text-classification", "causal-lm", "masked-lm", "ctc-speech", "image-captioning"]
 
@@ -37,7 +38,7 @@ Positive = Annotated[int, Field(gt=0, le=10**9)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 MOST_MISTAKES = 9  # lines that are shown: who made more reads the file anew
-LONGEST = 100_000  # characters of a recipe: its loader is slow, and what is longer is none
+LONGEST_RECIPE = 100_000  # characters; the loader is slow, and no real recipe is longer
 
 
 class Strict(BaseModel):
@@ -57,7 +58,7 @@ class Phase(Strict):
     """One stretch of training with its own optimizer: `sparse` under a mask, or `dense` without.
 
     Lengths are durations, in `epochs` (max(1, ceil(epochs * steps per epoch)) steps) or in optimizer `steps`; 0 is allowed.
-    `sparsity` is the share of zeros per layer (paper, section 3); a list is tried one by one and the holdout picks.
+    `sparsity` is the share of zeros per layer (paper, section 3).
     `refresh` makes the mask anew: `once` (the paper), `every step`, `every N steps`. By magnitude, the step before it is an
     unmasked one, so that a masked weight can come back by its gradient (iterative hard thresholding, Jin et al. 2016); by
     chance, the masked weights return as they were and others go (DropConnect, Wan et al. 2013).
@@ -72,7 +73,7 @@ class Phase(Strict):
     lr: Rate
     schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
     warmup_steps: Count = 0
-    sparsity: Share | Annotated[tuple[Share, ...], Field(strict=False, min_length=1)] | None = None
+    sparsity: Share | None = None
     criterion: Literal["magnitude", "random"] = "magnitude"
     refresh: Positive | None = None
     average: Literal["none", "swa", "ema"] = "none"
@@ -121,9 +122,16 @@ class Augment(Strict):
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
+def _has_list(phase: Any) -> bool:
+    listed = phase.get("sparsity") if isinstance(phase, dict) else None
+    return isinstance(listed, list | tuple) and len(listed) > 0
+
+
 class Recipe(Strict):
     """Everything that decides a result. `dsd/recipe.yaml` of an output is one of these, and repeats the run.
 
+    `sparsities` are tried one by one in the one sparse phase, and the holdout picks; a file may also write
+    them as a list in that phase.
     `weights_key` says which of the sets of weights in one pickle is the model.
     `label_names` are the names of integer labels, in order, in place of the data's own: a list, or `imagenet-1k`.
     `label_map` says which class of the model (its name, or its number where it has none) a label of the data is;
@@ -141,6 +149,7 @@ class Recipe(Strict):
     eval_split: str | None = None
     holdout_split: str | None = None
     phases: Annotated[tuple[Phase, ...], Field(strict=False, min_length=1)]
+    sparsities: Annotated[tuple[Share, ...], Field(strict=False)] = ()
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Rate = 0.0
@@ -195,15 +204,28 @@ class Recipe(Strict):
             raise ValueError(f"the class {odd!r:.40} is no text; put it into quotes, as YAML reads yes, no and dates as others")
         return {label: None if name is None else str(name) for label, name in value.items()}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _listed_in_the_phase(cls, raw: Any) -> Any:
+        """`sparsity: [0.25, 0.3]` in the sparse phase is what `sparsities` says."""
+        phases = raw.get("phases") if isinstance(raw, dict) else None
+        listed = [n for n, phase in enumerate(phases) if _has_list(phase)] if isinstance(phases, list | tuple) else []
+        if not listed or not isinstance(phases, list | tuple):
+            return raw
+        if len(listed) > 1 or raw.get("sparsities"):
+            raise ValueError("a list of sparsities goes with exactly one sparse phase")
+        tried = phases[listed[0]]["sparsity"]
+        single = [{**phase, "sparsity": tried[0]} if n == listed[0] else phase for n, phase in enumerate(phases)]
+        return {**raw, "phases": single, "sparsities": tried}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         sparse = [p for p in self.phases if p.kind == "sparse"]
-        lists = [p for p in sparse if isinstance(p.sparsity, tuple)]
-        if lists and len(sparse) != 1:
+        if self.sparsities and len(sparse) != 1:
             raise ValueError("a list of sparsities goes with exactly one sparse phase")
         if self.keep == "sparse" and not sparse:
             raise ValueError("keep: sparse needs a sparse phase")
-        if self.holdout == 0 and (self.keep == "best" or len(self.sparsities) > 1):
+        if self.holdout == 0 and (self.keep == "best" or len(self.tried) > 1):
             raise ValueError("holdout 0 leaves nothing to select by: use keep: last and one sparsity")
         if self.gate == "beats-control" and not self.control:
             raise ValueError("gate beats-control needs a control")
@@ -212,51 +234,22 @@ class Recipe(Strict):
         return self
 
     @property
-    def sparsities(self) -> tuple[float | None, ...]:
+    def tried(self) -> tuple[float | None, ...]:
         """What is tried: the listed sparsities, or (None,) where every phase has its own single one."""
-        for phase in self.phases:
-            if isinstance(phase.sparsity, tuple):
-                return phase.sparsity
-        return (None,)
+        return self.sparsities or (None,)
 
     def phases_at(self, sparsity: float | None) -> tuple[Phase, ...]:
-        """The phases of one try: a listed sparsity is replaced by the one that is tried."""
-        return tuple(p.model_copy(update={"sparsity": sparsity}) if isinstance(p.sparsity, tuple) else p for p in self.phases)
+        """The phases of one try. `sparsity` is one of `tried`: a listed one takes the place of the sparse phase's own."""
+        if sparsity is None:
+            return self.phases
+        return tuple(p.model_copy(update={"sparsity": sparsity}) if p.kind == "sparse" else p for p in self.phases)
 
     def dump(self) -> str:
         """YAML that `load_recipe` reads back to an equal recipe."""
         fields = self.model_dump(mode="json", exclude_none=True)
-        return yaml.dump(fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and aliases, and reads 1e-4 as the number that YAML 1.2 says it is."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed in a recipe")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} is not text; put it into quotes")
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice")
-        return super().construct_mapping(node, deep=deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what `_Loader` would read as a number."""
-
-
-for _each in (_Loader, _Dumper):
-    _each.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
+        if tried := fields.pop("sparsities"):
+            next(phase for phase in fields["phases"] if phase["kind"] == "sparse")["sparsity"] = tried
+        return dump_recipe_yaml(fields)
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -265,10 +258,10 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     Raises:
         RecipeError: not YAML, not a mapping, a key twice, or an alias.
     """
-    if len(text) > LONGEST:
+    if len(text) > LONGEST_RECIPE:
         raise RecipeError(f"{where}: has {len(text):,} characters; a recipe has a few dozen lines")
     try:
-        raw = yaml.load(text, Loader=_Loader)
+        raw = load_recipe_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{where}: not a usable YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -284,7 +277,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open(encoding="utf-8") as file:
-            text = file.read(LONGEST + 1)
+            text = file.read(LONGEST_RECIPE + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     raw = parse_yaml(text, str(path))
@@ -415,6 +408,8 @@ def apply_flags(raw: dict[str, Any], flags: Mapping[str, Any]) -> None:
         for unit, other in (("epochs", "steps"), ("steps", "epochs")):
             if f"{kind}_{unit}" in flags:
                 fields.update({unit: flags[f"{kind}_{unit}"], other: _REMOVE})
+    if "sparsity" in flags:
+        raw.pop("sparsities", None)
     phases = raw.get("phases")
     for phase in phases if isinstance(phases, list) else []:
         named = phase.get("kind") if isinstance(phase, dict) else None

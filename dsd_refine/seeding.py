@@ -1,4 +1,4 @@
-"""Seeds: stable numbers from names, and setting all random generators."""
+"""Seeds: stable numbers from names, and re-seeding of all random generators."""
 
 from __future__ import annotations
 
@@ -10,25 +10,20 @@ import torch
 
 
 def stable_seed(*parts: int | str) -> int:
-    """A 63-bit seed that is a function of its parts alone, on every machine and in every process."""
+    """Return a 63-bit seed that depends only on its parts, on every machine and in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
-def reseed(seed: int) -> None:
-    """Re-seed python's, numpy's and torch's generators: what augmentation draws is a function of the seed alone.
-
-    Of torch's the one that augmentation draws from: `torch.manual_seed` writes down a stack trace for each device that is
-    not in use, which takes longer than decoding a small picture.
-    """
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
+CPU = torch.device("cpu")
 
 
-def seed_all(seed: int, device: torch.device) -> None:
-    """Re-seed python's, numpy's and torch's generators. `device` is the one that is drawn on.
+def seed_all(seed: int, device: torch.device = CPU) -> None:
+    """Re-seed the generators of python, numpy and torch.
 
-    `torch.manual_seed` writes down a stack trace for each device that is not in use, at every step.
+    `device` is the one that torch will draw on.
+
+    For a CPU, only that generator of torch is seeded. `torch.manual_seed` also records a stack
+    trace for each unused device, which takes longer than decoding a small image.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -19,7 +19,7 @@ from dsd_refine.data.files import paragraphs
 from dsd_refine.data.labels import label_texts, match_labels
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import SALT, Rows, by_role, carve, divide
-from dsd_refine.data.tables import AT_ONCE, read_tables
+from dsd_refine.data.tables import ROWS_AT_ONCE, read_tables
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Scores
@@ -820,7 +820,7 @@ def test_the_fingerprint_changes_with_content_label_and_order():
 
 def test_texts_are_looked_through_a_block_at_a_time(tmp_path):
     """However long the rows are, the table stays on the disk."""
-    rows, text = 6 * AT_ONCE, "flim " * 400
+    rows, text = 6 * ROWS_AT_ONCE, "flim " * 400
     lines = (f"{text}{number},{('neg', 'pos')[number % 2]}" for number in range(rows))
     (tmp_path / "train.csv").write_text("\n".join(["text,label", *lines]))
     tables = read(tmp_path / "train.csv", tmp_path / "cache")

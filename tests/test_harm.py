@@ -95,7 +95,7 @@ def test_the_source_is_seen_on_the_holdout_once(command, made, tmp_path):
     assert report["holdout"]["refined"] == report["phases"][1]["holdout"]
     page = (tmp_path / "out/dsd/report.html").read_text()
     panel = page.partition("holdout accuracy")[2].partition("</figure>")[0]
-    assert 'class="bold baseline"' in panel
+    assert 'class="bold level baseline"' in panel
 
 
 def test_without_a_holdout_there_is_none_of_the_source(command, made, tmp_path):
@@ -106,7 +106,7 @@ def test_without_a_holdout_there_is_none_of_the_source(command, made, tmp_path):
 
 def test_a_look_at_the_source_changes_no_byte(command, made, tmp_path, monkeypatch):
     """Dropout, BatchNorm, order and augmentation are what they are without it."""
-    from dsd_refine import method
+    from dsd_refine.run import judge as method
 
     outs = [tmp_path / "with", tmp_path / "without"]
     args = [made / "timm", "--data", made / "pictures", *SHORT, "--quiet", "--set", "augment.flip=0.5"]

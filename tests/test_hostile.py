@@ -400,13 +400,13 @@ def test_a_saved_state_that_is_not_what_was_saved_is_refused(command, made, tmp_
 
     args = [made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *SHORT, "--quiet"]
     with pytest.MonkeyPatch.context() as patch:
-        step = train._step
+        step = train.train_step
 
         def asked(loop, *given):
             loop.stopping = lambda: True
             return step(loop, *given)
 
-        patch.setattr(train, "_step", asked)
+        patch.setattr(train, "train_step", asked)
         assert command(*args).code == 4
     partial = tmp_path / "out.partial"
     for path in [partial / "state.json", partial / "log.jsonl", *partial.glob("*.safetensors")]:

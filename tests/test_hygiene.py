@@ -19,7 +19,7 @@ def watched_run(made, tmp_path, *args):
     def work():
         from dsd_refine.training import loop as train
 
-        step, taken, me = train._step, [0], psutil.Process()
+        step, taken, me = train.train_step, [0], psutil.Process()
         log, seen = tmp_path / "out.partial/log.jsonl", (tmp_path / "seen").open("w")
 
         def counted(*given):
@@ -31,7 +31,7 @@ def watched_run(made, tmp_path, *args):
                 seen.flush()
             return found
 
-        train._step = counted
+        train.train_step = counted
         run_command(*args, "-o", tmp_path / "out", *QUIET)()
 
     child = Child(work, tmp_path / "log")

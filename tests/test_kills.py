@@ -152,7 +152,7 @@ def test_rows_are_handed_to_threads_some_at_a_time_and_come_back_in_order(monkey
         return waiting[-1]
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", counted)
-    monkeypatch.setattr(tables, "AT_ONCE", 10)
+    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 10)
     assert in_threads(lambda row: time.sleep(0.001) or row, 205) == list(range(205))
     assert max(most) <= 10
     assert in_threads(lambda row: row, 0) == []
@@ -171,7 +171,9 @@ def test_a_signal_that_came_where_nothing_can_be_raised_ends_the_run_before_its_
 
 
 def test_a_second_signal_ends_at_once(child, made, tmp_path):
-    one = child(work=slowly(tmp_path / "begun", "dsd_refine.training.loop", "_step", 30, *pictures(made, tmp_path / "out")))
+    one = child(
+        work=slowly(tmp_path / "begun", "dsd_refine.training.loop", "train_step", 30, *pictures(made, tmp_path / "out"))
+    )
     wait_until((tmp_path / "begun").exists, one)
     one.kill(signal.SIGTERM)
     assert one.ended_within(0.5) is None  # the step is finished first
@@ -185,17 +187,17 @@ def test_a_stop_at_an_epoch_s_end_leaves_the_evaluation_to_the_resumed_run(comma
 
     args = pictures(made, tmp_path / "out", "--control", "none")
     with pytest.MonkeyPatch.context() as patch:
-        step, taken = train._step, []
+        step, taken = train.train_step, []
 
         def counted(loop, *given):
             taken.append(1)
             loop.stopping = lambda: len(taken) == 9  # the last step of the last phase
             return step(loop, *given)
 
-        patch.setattr(train, "_step", counted)
+        patch.setattr(train, "train_step", counted)
         assert command(*args).code == 4
     state = json.loads((tmp_path / "out.partial/state.json").read_text())
-    assert (state["progress"]["step"], state["progress"]["ended"]) == (3, 0)
+    assert (state["run"]["progress"]["step"], state["run"]["progress"]["ended"]) == (3, 0)
     assert command(*args, "--resume").code == 0
     assert command(*pictures(made, tmp_path / "whole", "--control", "none")).code == 0
     same(tmp_path / "out", tmp_path / "whole")
@@ -217,7 +219,9 @@ def test_save_every_says_how_much_a_kill_may_cost(command, made, tmp_path, monke
 
 def test_two_at_once_on_one_output(child, refused, made, tmp_path):
     """The second refuses at once and names the first's process; a killed one's lock does not block."""
-    first = child(work=slowly(tmp_path / "begun", "dsd_refine.training.loop", "_step", 10, *pictures(made, tmp_path / "out")))
+    first = child(
+        work=slowly(tmp_path / "begun", "dsd_refine.training.loop", "train_step", 10, *pictures(made, tmp_path / "out"))
+    )
     wait_until((tmp_path / "begun").exists, first)
     for how in ("--resume", "--overwrite"):
         message = refused(*pictures(made, tmp_path / "out", how))
@@ -254,13 +258,13 @@ def test_a_stopped_run_that_is_to_replace_a_finished_one_goes_on(command, made, 
     assert command(*args).code == 0
     old = (tmp_path / "out/model.safetensors").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        step = train._step
+        step = train.train_step
 
         def asked(loop, *given):
             loop.stopping = lambda: True
             return step(loop, *given)
 
-        patch.setattr(train, "_step", asked)
+        patch.setattr(train, "train_step", asked)
         assert command(*args, "--seed", "5", "--overwrite").code == 4
     found = command(*args, "--seed", "5", "--resume")
     assert found.code == 0
@@ -342,7 +346,7 @@ def test_a_signal_to_one_of_two_stops_both_in_an_evaluation(child, made, tmp_pat
 
 def test_workers_end_with_a_killed_parent(child, made, tmp_path):
     args = pictures(made, tmp_path / "out", "--workers", "2")
-    one = child(work=slowly(tmp_path / "begun", "dsd_refine.training.loop", "_step", 10, *args))
+    one = child(work=slowly(tmp_path / "begun", "dsd_refine.training.loop", "train_step", 10, *args))
     wait_until((tmp_path / "begun").exists, one)
     workers = psutil.Process(one.pid).children(recursive=True)
     assert len(workers) >= 2

@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dsd_refine.errors import RunError, UsageError
-from dsd_refine.masking.layers import Spot, find_layers, masked_count
+from dsd_refine.masking.layers import TensorSlice, find_layers, masked_count
 from dsd_refine.masking.masks import apply_masks, check_masks, count_zeros, make_masks
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 
 
 def layers_of(model, **options):
-    tensors = {n: (tuple(p.shape), [Spot(n, EMPTY, EMPTY)]) for n, p in model.named_parameters(remove_duplicate=False)}
+    tensors = {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in model.named_parameters(remove_duplicate=False)}
     return find_layers(model, tensors, **options)
 
 
@@ -219,8 +219,8 @@ def test_parts_of_a_joined_parameter_are_masked_in_the_file_s_own_order():
         joined.weight.copy_(torch.tensor([[9.0, 9, 9], [1, 1, 1], [9, 9, 9], [2, 2, 2]]))
     rows = torch.arange(12).reshape(4, 3)
     tensors = {
-        "q": ((2, 3), [Spot("weight", torch.arange(6), rows[[3, 1]].reshape(-1))]),
-        "k": ((2, 3), [Spot("weight", torch.arange(6), rows[[0, 2]].reshape(-1))]),
+        "q": ((2, 3), [TensorSlice("weight", torch.arange(6), rows[[3, 1]].reshape(-1))]),
+        "k": ((2, 3), [TensorSlice("weight", torch.arange(6), rows[[0, 2]].reshape(-1))]),
     }
     mask = make_masks(find_layers(joined, tensors), dict(joined.named_parameters()), 0.5)["weight"]
     assert mask.tolist() == [[False] * 3, [False] * 3, [True] * 3, [True] * 3]

@@ -49,22 +49,23 @@ def test_a_teacher_is_asked_in_the_steps_that_are_measured(planned, monkeypatch)
 
 
 def test_what_is_frozen_gets_no_gradient_and_the_phase_s_dropout_holds(planned, monkeypatch):
-    moved, rates, really = (set(), set()), (set(), set()), measure.enter
+    moved, rates, really, current = (set(), set()), (set(), set()), measure.run_phase, []
 
-    def enter(run, arm, attempt, number, phases):
+    def run_phase(run, phase, state):
         def look(module, *_):
             if module.training:
-                rates[run.current["number"]].add(module.p)
+                rates[current[-1]].add(module.p)
 
-        if number == 0:
+        current.append(state.place.phase - 1)
+        if len(current) == 1:
             for name, parameter in run.loop.parameters.items():
-                parameter.register_post_accumulate_grad_hook(lambda _, name=name: moved[run.current["number"]].add(name))
+                parameter.register_post_accumulate_grad_hook(lambda _, name=name: moved[current[-1]].add(name))
             for module in run.loop.model.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.register_forward_pre_hook(look)
-        return really(run, arm, attempt, number, phases)
+        return really(run, phase, state)
 
-    monkeypatch.setattr(measure, "enter", enter)
+    monkeypatch.setattr(measure, "run_phase", run_phase)
     planned("--set", "phases.1.frozen=[bert.encoder.*]", "--set", "phases.1.dropout=0.37")
     assert any(name.startswith("bert.encoder.") for name in moved[0])
     assert moved[1] == {name for name in moved[0] if not name.startswith("bert.encoder.")}
@@ -75,7 +76,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_phase_s_dropout_holds(planned, 
 def run_of(recipe):
     part = SimpleNamespace(units=100)
     return SimpleNamespace(
-        recipe=recipe, arms=("refined", *recipe.control), tries=list(recipe.sparsities) * recipe.seeds,
+        recipe=recipe, arms=("refined", *recipe.control), tries=list(recipe.tried) * recipe.seeds,
         loop=SimpleNamespace(steps_per_epoch=10, has_batchnorm=True),
         task=SimpleNamespace(train=SimpleNamespace(units=1000), holdout=part, eval=SimpleNamespace(units=50)),
     )  # fmt: skip
@@ -95,8 +96,8 @@ def test_the_total_counts_the_phases_that_run():
 
 def test_the_total_counts_seeds_sparsities_and_averages():
     step, row = [1.0, 10.0], 0.001
-    phases = (PHASES[0].model_copy(update={"sparsity": (0.3, 0.5)}), PHASES[1].model_copy(update={"average": "swa"}))
-    whole = measure.whole_run(run_of(Recipe(phases=phases, seeds=3)), step, row)
+    phases = (PHASES[0], PHASES[1].model_copy(update={"average": "swa"}))
+    whole = measure.whole_run(run_of(Recipe(phases=phases, sparsities=(0.3, 0.5), seeds=3)), step, row)
     looks = 1000 * 4 * row  # BatchNorm goes over the training rows at three ends, and for the mean that stays
     assert whole == pytest.approx(2 * 6 * (320 + 5 * 100 * row + looks) + (1 + 2 * 3) * 50 * row + 100 * row)
 

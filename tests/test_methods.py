@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dsd_refine.errors import UsageError
 from dsd_refine.masking.checkpoint_layers import frozen_names
-from dsd_refine.masking.layers import Spot, find_layers
+from dsd_refine.masking.layers import TensorSlice, find_layers
 from dsd_refine.masking.masks import apply_masks, make_masks, masked_values, put_back
 from dsd_refine.recipe import Distill, Phase, Recipe, read_recipe, shipped, validate
 from dsd_refine.training.average import Average
@@ -43,7 +43,7 @@ def phase(kind="dense", **given):
 
 def masks_at(model, sparsity=0.5, criterion="magnitude", seed=()):
     parameters = dict(model.named_parameters())
-    layers = find_layers(model, {n: (tuple(p.shape), [Spot(n, EMPTY, EMPTY)]) for n, p in parameters.items()})
+    layers = find_layers(model, {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in parameters.items()})
     return make_masks(layers, parameters, sparsity, criterion, seed)
 
 
@@ -449,7 +449,9 @@ def test_a_parameter_is_frozen_whole_or_not_at_all():
     assert frozen_names(model, ["head", "experts.*"], files) == {"0.weight", "1.weight"}
     assert frozen_names(model, [f"experts.{n}.*" for n in range(4)], files) == {"0.weight"}
     assert frozen_names(model, ["0.weight", "experts.1.w1"], files) == {"0.weight"}
-    with pytest.raises(UsageError, match=r"frozen: the model holds experts.1.w1 in one parameter with others .*frozen whole"):
+    with pytest.raises(
+        UsageError, match=r"frozen: one parameter of the model .*holds experts.1.w1 together with .*frozen whole"
+    ):
         frozen_names(model, ["experts.[023].*"], files)
 
 
@@ -509,7 +511,7 @@ def test_the_papers_five_moments_are_kept_and_a_stop_changes_none(command, made,
         stop_after(patched, 4)
         assert command(*args, "-o", tmp_path / "out").code == 4
     state = json.loads((tmp_path / "out.partial/state.json").read_text())
-    (book,) = state["pictures"].values()
+    (book,) = state["run"]["histograms"].values()
     for pictures in book.values():
         moments = {picture["moment"]: picture for picture in pictures}
         assert list(moments) == ["start", "pruned", "after S", "unmasked"]

@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import browser
+import builders
 import pytest
 import reports
 import torch
@@ -21,22 +22,24 @@ from hypothesis import strategies as st
 from reports import HOSTILE
 from safetensors.torch import load_file
 
-from dsd_refine.masking import histograms as moments
-from dsd_refine.masking.layers import Layer, Spot
+from dsd_refine.evidence.damage import rising_warnings
+from dsd_refine.masking import histograms
+from dsd_refine.masking.layers import Layer, TensorSlice
 from dsd_refine.report import figures, words
 from dsd_refine.report.card import SourceCard, card
+from dsd_refine.report.examples import examples
 from dsd_refine.report.page import margin_of, page, read_lines
 from dsd_refine.report.places import from_home
 from dsd_refine.report.report import Report, summary
 
-SECTIONS = ["verdict", "arms", "flips", "curves", "weights", "layers", "run", "warnings"]
+SECTIONS = ["verdict", "arms", "flips", "examples", "curves", "weights", "layers", "cost", "run", "warnings"]
 MEANS = {"conv2.weight": (0.05, 0.045), "fc.weight": (0.1, 0.12), "conv1.weight": (0.2, 0.2), "fc.bias": (0.0, 0.0)}
 
 
 class Reader(HTMLParser):
     """Elements with their attributes, the text outside style, and whether every element is closed in order."""
 
-    EMPTY = ("meta", "link", "br", "path", "rect")
+    EMPTY = ("meta", "link", "br", "path", "rect", "img")
 
     def __init__(self, text):
         super().__init__()
@@ -67,9 +70,14 @@ class Reader(HTMLParser):
         return [found for name, found in self.elements if name == tag and attrs.items() <= found.items()]
 
 
+def rows_of(predictions, **options):
+    return examples(predictions, **({"higher_is_better": True, "decided": True} | options))
+
+
 def made(report=None, **changes):
     """The page's text of a report made for it."""
     given_ = {"log": reports.log(), "pictures": reports.pictures(), "recipe_yaml": reports.recipe(), "means": MEANS}
+    given_ |= {"rows": rows_of(reports.predictions())}
     return page(report or reports.report(warnings=["look out"]), **(given_ | changes))
 
 
@@ -78,7 +86,6 @@ def harmless(reader):
     assert not {tag for tag, _ in reader.elements} & {
         "script",
         "iframe",
-        "img",
         "object",
         "embed",
         "form",
@@ -87,7 +94,8 @@ def harmless(reader):
         "use",
     }
     for tag, attrs in reader.elements:
-        assert not [name for name in attrs if name.startswith("on") or name in ("src", "srcset", "xlink:href", "action")]
+        assert not [name for name in attrs if name.startswith("on") or name in ("srcset", "xlink:href", "action")]
+        assert "src" not in attrs or (tag == "img" and re.fullmatch(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+", attrs["src"]))
         if "href" in attrs:
             assert attrs["href"].startswith("#") or (tag, attrs["href"]) == ("link", "data:,")
         assert "url(" not in (attrs.get("style") or "")
@@ -103,8 +111,8 @@ def test_the_verdict_comes_first_and_everything_follows_in_order():
     reader = Reader(made())
     assert [attrs["id"] for attrs in reader.all("section")] == SECTIONS
     harmless(reader)
-    text = " ".join(reader.text.split())
-    for said in ("Better", "+0.0300", "+0.0150 to +0.0410", "1,000", "not-worse", "0.9300"):
+    text = " ".join(reader.text.replace("\u00a0", "~").split()).replace("~", "\u00a0")
+    for said in ("Better", "+3.00", "+1.50 to +4.10", "1,000", "not-worse", "93.00\u00a0%"):
         assert said in text, said
     assert "cannot be told from the dense control" in text
     assert "may come from training on, not from this mask" in text
@@ -131,26 +139,33 @@ def test_no_gain_is_claimed_that_is_not_shown():
     assert "worse than the dense control" in words.credit(report)[0]
 
 
-def credited(credit, **p_values):
-    """A better report with this credit, whose controls have these p values."""
+def credited(credit, behind=(), **p_values):
+    """A better report with this credit, whose controls have these p values; those `behind` measured better than the result."""
     report = reports.report(credit=credit)
     found = report["comparison"].pop("refined_vs_dense")
     report["comparison"] |= {f"refined_vs_{arm}": found | {"p_adjusted": p} for arm, p in p_values.items()}
+    for arm in behind:
+        report["comparison"][f"refined_vs_{arm}"]["delta"] = -0.005
     return report
 
 
-TRAINING_ON, BY_CHANCE = "training on without a mask", "training on with a mask drawn by chance"
+TRAINING_ON, BY_CHANCE = "more training alone", "training with a random mask"
 
 
 @pytest.mark.parametrize(
     ("report", "sentence"),
     [
         (credited("mask", dense=0.01), f"better than the source, and better than {TRAINING_ON}"),
-        (credited("mask", dense=0.01, random=0.01), f"the source, and better than {TRAINING_ON} and than {BY_CHANCE}"),
-        (credited("training", dense=0.2), f"better than the source; no better than {TRAINING_ON}"),
-        (credited("training", dense=0.01, random=0.2), f"better than the source; no better than {BY_CHANCE}"),
-        (credited("training", dense=0.3, random=0.2), f"no better than {TRAINING_ON} or than {BY_CHANCE}"),
-        (credited("unknown"), "better than the source; no control was run"),
+        (credited("mask", dense=0.01, random=0.01), f"the source, and better than {TRAINING_ON} and {BY_CHANCE}"),
+        (credited("training", dense=0.2), f"better than the source; not shown to be better than {TRAINING_ON}"),
+        (credited("training", ["dense"], dense=0.2), f"better than the source; {TRAINING_ON} did as well"),
+        (credited("training", ["dense"], dense=0.01), f"better than the source; {TRAINING_ON} did better"),
+        (
+            credited("training", ["dense"], dense=0.3, random=0.01),
+            f"better than the source, and better than {BY_CHANCE}; {TRAINING_ON} did as well",
+        ),
+        (credited("training", dense=0.3, random=0.2), f"not shown to be better than {TRAINING_ON} and {BY_CHANCE}"),
+        (credited("unknown"), "better than the source; without a control, it is not known whether the mask helped"),
     ],
 )
 def test_whose_doing_a_gain_is_stands_in_the_headline_s_sentence(report, sentence):
@@ -251,11 +266,11 @@ def test_a_p_value_is_never_shown_as_nothing(p):
 
 
 def test_what_is_missing_is_left_out():
-    text = made(reports.loss_report(), log=reports.log(("refined",), looks=0), pictures={}, means=None)
+    text = made(reports.loss_report(), log=reports.log(("refined",), looks=0), pictures={}, means=None, rows=None)
     reader = Reader(text)
     harmless(reader)
     ids = [attrs["id"] for attrs in reader.all("section")]
-    assert ids == [name for name in SECTIONS if name not in ("flips", "weights")]
+    assert ids == [name for name in SECTIONS if name not in ("flips", "examples", "weights")]
     for said in ("None", "nan", "undefined"):
         assert said not in reader.text
     assert "the difference counts a decrease as positive" in reader.text
@@ -286,7 +301,7 @@ def test_several_seeds_have_their_own_intervals():
     tries = tuple(f"{arm} try {n}" for arm in ("refined", "dense") for n in range(1, 7))
     reader = Reader(made(report, log=reports.log(tries, best="refined try 4")))
     text = " ".join(reader.text.split())
-    assert "0.9200 ± 0.0040" in text
+    assert "92.00 % ± 0.40" in text
     assert "Mean over 3 seeds" in text
     assert "12 tries in all" in text
     assert "refined try 4, dense try 1" in text
@@ -296,6 +311,118 @@ def test_equal_inputs_give_equal_bytes():
     one, two = (made(log=iter(reports.log())) for _ in range(2))
     assert one == two
     assert json.loads(json.dumps(reports.report())) == reports.report()
+
+
+# ---------------------------------------------------------------- the headline, in a reader's units
+
+
+def compared(delta, gained=None, lost=None, p=0.001, **changes):
+    """A report with this difference to the source."""
+    report = reports.report(**changes)
+    report["comparison"]["refined_vs_baseline"] = reports.comparison(delta, delta - 0.01, delta + 0.01, p, gained, lost)
+    return report
+
+
+def measured_as(metric, before, after, higher=False):
+    arms = {"baseline": {metric: before}, "refined": {metric: after}, "dense": {metric: before}}
+    return compared(before - after, arms=arms, metric={"name": metric, "higher_is_better": higher})
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        (compared(0.03, 30, 0), "accuracy 90.00 % → 93.00 %, 30 more of 1,000 right, none lost"),
+        (compared(0.03, 40, 10), "30 more of 1,000 right (40 gained, 10 lost)"),
+        (compared(-0.03, 0, 30), "30 fewer of 1,000 right, none gained"),
+        (compared(0.0, 7, 7), "7 of 1,000 rows gained and as many lost"),
+        (compared(0.0, 0, 0), "the same 1,000 rows right and wrong"),
+        (measured_as("loss", 3.2, 3.136), "loss 3.2000 → 3.1360, 2 % lower"),
+        (measured_as("loss", 2.0, 3.0), "loss 2.0000 → 3.0000, 50 % higher"),
+        (measured_as("loss", 0.0, 0.0), "no change"),
+        (measured_as("wer", 0.123, 0.111), "word error rate 12.30 % → 11.10 %, 1.20 points lower"),
+        (measured_as("bleu4", 0.312, 0.32, higher=True), "BLEU-4 31.20 → 32.00, 0.80 points higher"),
+    ],
+)
+def test_the_change_is_said_in_a_reader_s_units(report, said):
+    assert said in words.change(report)
+    assert words.amount(report) in Reader(made(report)).text
+
+
+def test_numbers_on_the_page_are_those_of_the_report(finished):
+    report = json.loads((finished / "dsd/report.json").read_text())
+    text = " ".join(Reader((finished / "dsd/report.html").read_text()).text.replace("\u2212", "-").split())
+    for found in report["arms"].values():
+        assert f"{100 * found['accuracy']:.2f} %" in text
+        assert f"{found['loss']:.4f}" in text
+    for found in report["comparison"].values():
+        for number in (found["delta"], *found["ci95"]):
+            shown = f"{100 * number:+.2f}"
+            assert ("0.00" if float(shown) == 0 else shown) in text
+    assert f"{report['data']['eval']['rows']:,}" in text
+    assert f"{report['cost']['samples']:,}" in text
+
+
+def with_controls(verdict, credit_, gate=True, warnings=(), rows=None, **controls):
+    """A report with p and delta of each control."""
+    report = reports.report(verdict=verdict, credit=credit_, warnings=list(warnings), rows_to_decide=rows)
+    report["gate"] = {"rule": "beats-control", "passed": gate}
+    found = report["comparison"].pop("refined_vs_dense")
+    report["comparison"] |= {f"refined_vs_{arm}": found | {"p_adjusted": p, "delta": d} for arm, (p, d) in controls.items()}
+    return report
+
+
+RISING = rising_warnings("refined", [0.5] * 5 + [9.0] * 30, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        (with_controls("better", "mask", dense=(0.01, 0.02)), "Use it: it is better than the source and than every control"),
+        (with_controls("better", "training", dense=(0.5, 0.0)), "which training without this mask may give as well"),
+        (with_controls("better", "training", gate=False, dense=(0.5, 0.0)), "--gate beats-control was not met"),
+        (with_controls("better", "training", dense=(0.01, -0.02)), "Train on without this mask instead"),
+        (with_controls("better", "unknown"), "--control dense would show"),
+        (with_controls("same", "none", dense=(0.5, 0.0)), "Keep the source, unless"),
+        (with_controls("worse", "none", dense=(0.5, 0.0)), "Keep the source; training has made it worse"),
+        (with_controls("worse", "none", warnings=RISING, dense=(0.5, 0.0)), "lower the rate (--lr)"),
+        (with_controls("worse", "none", warnings=["Try less augmentation (--set augment.crop=none)"]), "less augmentation"),
+        (with_controls("inconclusive", "none", rows=5400, dense=(0.5, 0.0)), "about 4,400 more evaluation rows (5,400 in all)"),
+        (with_controls("inconclusive", "none", rows=400, dense=(0.5, 0.0)), "how many cannot be told"),
+        (with_controls("inconclusive", "none", dense=(0.5, 0.0)), "how many cannot be told"),
+    ],
+)
+def test_what_next_follows_from_the_evidence(report, said):
+    """One sentence; the result is recommended for a shown gain alone."""
+    found = words.what_next(report)
+    assert said in found
+    assert found.count(".") == 1
+    assert found.startswith("Use it") <= (report["verdict"] == "better" and report["gate"]["passed"])
+    assert found in " ".join(Reader(made(report)).text.split())
+
+
+def test_a_source_that_only_guesses_is_spoken_of_first(command, tmp_path):
+    """The warning is that of a real run: by chance alone a random net gets as many right."""
+    builders.timm_checkpoint(tmp_path / "net", seed=5)
+    builders.image_folder(tmp_path / "pictures")
+    done = command(
+        tmp_path / "net", "--data", tmp_path / "pictures", "-o", tmp_path / "out", *SHORT, "--control", "none", "--gate", "none"
+    )
+    assert done.code == 0
+    report = json.loads((tmp_path / "out/dsd/report.json").read_text())
+    assert any(words.AT_CHANCE in warning for warning in report["warnings"])
+    assert words.what_next(report).startswith("Read the warning about the source first")
+
+
+@pytest.mark.parametrize("verdict", ["worse", "same", "inconclusive"])
+def test_a_headline_without_a_gain_says_how_it_stands_to_the_controls(verdict):
+    for p, delta, said in ((0.01, 0.02, "better than more training"), (0.01, -0.02, "worse than more training")):
+        headline = words.said(with_controls(verdict, "none", dense=(p, delta)))
+        assert headline.startswith(words.WORDS[verdict])
+        assert said in headline
+    headline = words.said(with_controls(verdict, "none", dense=(0.5, 0.02), random=(0.01, -0.02)))
+    assert "no clear difference" in headline
+    assert "worse than training with a random mask" in headline
+    assert "better" not in headline
 
 
 # ---------------------------------------------------------------- nothing from outside gets out of its place
@@ -346,6 +473,7 @@ def test_names_from_outside_stay_text(text):
         pictures=pictures,
         recipe_yaml=reports.recipe(name=text, data=text),
         means={text: (1.0, 2.0)},
+        rows=rows_of(reports.predictions(text=text.encode("utf-8", "replace").decode())),
     )
     reader = Reader(source)
     harmless(reader)
@@ -441,11 +569,40 @@ def test_intervals_stand_where_their_numbers_are():
     assert (first.point - found.zero) / (found.margin[1] - found.zero) == pytest.approx(0.03 / 0.005)
 
 
+def test_the_holdout_s_curve_begins_at_the_source_and_shows_every_evaluation():
+    """The source is a level line too; the epoch that was chosen is ringed."""
+    log = reports.log(looks=5)
+    looks = [line for line in log if line["event"] == "evaluation" and line["part"] == "holdout"]
+    for line in looks:
+        line["epoch"] = line["step"] / 8
+    found = figures.curves(figures.read_log(log), "accuracy", True, {"accuracy": 0.88, "loss": 1.0}, epoch=4)
+    refined, _, source = found.panels[1].curves
+    assert refined.dots.count("M") == 1 + len(looks) / 2
+    assert refined.dots.startswith(source.bold.split("L")[0] + "h0")
+    heights = [float(point.split()[1]) for point in source.bold.removeprefix("M").split("L")]
+    assert heights[0] == heights[1]
+    assert refined.ring.count("M") == 1
+    assert refined.ring in refined.dots
+    assert figures.curves(figures.read_log(log), "accuracy", True).panels[1].curves[0].ring == ""
+
+
+def test_the_three_layers_that_changed_most_are_shown_the_rest_is_folded():
+    pictures = reports.pictures(("a", "b", "c", "d", "e"))
+    for name, mean in zip("abcde", (0.04, 0.05, 0.06, 0.051, 0.09), strict=True):
+        pictures[name][-1]["mean_abs"] = mean
+    shown, rest = figures.histograms(pictures)
+    assert [layer.name for layer in shown] == ["a", "c", "e"]
+    assert [layer.name for layer in rest] == ["b", "d"]
+    text = made(pictures=pictures)
+    assert text.index("<code>e</code>") < text.index("2 more layers") < text.index("<code>b</code>")
+    assert "of the 5 layers recorded, those whose mean |w| changed most" in Reader(text).text
+
+
 def test_controls_share_the_axis_and_phases_are_told_apart():
     found = figures.curves(figures.read_log(reports.log()), "accuracy", True)
     assert [phase.name for phase in found.phases] == ["1 sparse", "2 dense"]
     assert [(phase.start, phase.end) for phase in found.phases] == [(0, 500), (500, 1000)]
-    assert [panel.title for panel in found.panels] == ["training loss", "holdout accuracy", "learning rate"]
+    assert [panel.title for panel in found.panels] == ["training loss", "holdout accuracy, %", "learning rate"]
     assert [curve.arm for curve in found.panels[0].curves] == ["refined", "dense"]
     assert found.panels[0].curves[1].bold.count("M") == 2
 
@@ -489,13 +646,13 @@ def test_three_hundred_layers_stay_small():
 
 
 def test_the_spike_of_zeros_is_cut_and_named():
-    (found,) = figures.histograms(reports.pictures())
+    (found,), _ = figures.histograms(reports.pictures())
     start, pruned = found.moments[:2]
     assert (start.spike, start.above, start.zero_share) == ("", None, 0)
     assert pruned.spike
     assert pruned.above == pruned.zero_share > 0.1
     assert start.area != pruned.area
-    assert [one.moment for one in found.moments] == list(moments.MOMENTS)
+    assert [one.moment for one in found.moments] == list(histograms.MOMENTS)
 
 
 # ---------------------------------------------------------------- the weights at five moments
@@ -504,25 +661,27 @@ ALL = torch.tensor([], dtype=torch.long)
 
 
 def whole(name, *shape, excluded=None):
-    return Layer(name, shape, (Spot(name, ALL, ALL),), 1, excluded)
+    return Layer(name, shape, (TensorSlice(name, ALL, ALL),), 1, excluded)
 
 
 def test_a_picture_counts_every_weight():
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(50, 40, generator=generator)
-    layer, start = whole("a", 50, 40), moments.picture(whole("a", 50, 40), {"a": weights}, "start")
+    layer, start = whole("a", 50, 40), histograms.weight_histogram(whole("a", 50, 40), {"a": weights}, "start")
     assert sum(start["counts"]) == 2000
-    assert (start["zeros"], len(start["counts"])) == (0, moments.BINS)
+    assert (start["zeros"], len(start["counts"])) == (0, histograms.BINS)
     low, high = start["edges"]
     assert low == -high
-    assert (weights.abs() <= high).float().mean() == pytest.approx(moments.INSIDE, abs=0.001)
-    inner = torch.histc(weights, moments.BINS - 2, low + (high - low) / moments.BINS, high - (high - low) / moments.BINS)
+    assert (weights.abs() <= high).float().mean() == pytest.approx(histograms.INSIDE, abs=0.001)
+    inner = torch.histc(
+        weights, histograms.BINS - 2, low + (high - low) / histograms.BINS, high - (high - low) / histograms.BINS
+    )
     assert torch.tensor(start["counts"][1:-1]).sub(inner).abs().max() <= 1  # rounding at the edges of bins
     pruned = weights.clone().reshape(-1)
     pruned[pruned.abs().argsort()[:600]] = 0
-    found = moments.picture(layer, {"a": pruned.reshape(50, 40)}, "pruned", start["edges"])
+    found = histograms.weight_histogram(layer, {"a": pruned.reshape(50, 40)}, "pruned", start["edges"])
     assert (found["zeros"], sum(found["counts"])) == (600, 1400)
-    assert found["counts"][moments.BINS // 2] == 0  # nothing is left beside 0
+    assert found["counts"][histograms.BINS // 2] == 0  # nothing is left beside 0
     assert found["mean_abs"] == pytest.approx(float(pruned.abs().mean()), rel=1e-5)
     assert json.loads(json.dumps(found)) == found
 
@@ -530,12 +689,14 @@ def test_a_picture_counts_every_weight():
 def test_a_layer_s_own_elements_are_counted_wherever_they_are():
     """A fused tensor of the file that the model holds in two parameters, one of them shared with another layer."""
     parameters = {"q": torch.arange(1.0, 7.0).reshape(2, 3), "kv": torch.arange(10.0, 16.0)}
-    layer = Layer("qk", (9,), (Spot("q", torch.arange(6), torch.arange(6)), Spot("kv", torch.arange(6, 9), torch.arange(3))))
-    found = moments.picture(layer, parameters, "start")
+    layer = Layer(
+        "qk", (9,), (TensorSlice("q", torch.arange(6), torch.arange(6)), TensorSlice("kv", torch.arange(6, 9), torch.arange(3)))
+    )
+    found = histograms.weight_histogram(layer, parameters, "start")
     assert sum(found["counts"]) == 9
     expected = float(torch.cat([parameters["q"].reshape(-1), parameters["kv"][:3]]).mean())
     assert found["mean_abs"] == pytest.approx(expected)
-    assert moments.mean_abs([layer, whole("kv", 6)], parameters) == {
+    assert histograms.mean_abs([layer, whole("kv", 6)], parameters) == {
         "qk": pytest.approx(expected),
         "kv": pytest.approx(float(parameters["kv"].mean())),
     }
@@ -543,7 +704,7 @@ def test_a_layer_s_own_elements_are_counted_wherever_they_are():
 
 @pytest.mark.parametrize("values", [torch.zeros(8), torch.tensor([3.0]), torch.full((5,), -2.0), torch.ones(4, 4, 2, 2).half()])
 def test_odd_layers_have_pictures(values):
-    found = moments.picture(whole("a", *values.shape), {"a": values.contiguous()}, "start")
+    found = histograms.weight_histogram(whole("a", *values.shape), {"a": values.contiguous()}, "start")
     assert sum(found["counts"]) + found["zeros"] == values.numel()
     assert found["edges"][0] < found["edges"][1]
 
@@ -551,7 +712,7 @@ def test_odd_layers_have_pictures(values):
 def test_memory_order_changes_nothing():
     weights = torch.randn(8, 4, 3, 3)
     plain, last = (
-        moments.picture(whole("a", 8, 4, 3, 3), {"a": w}, "start")
+        histograms.weight_histogram(whole("a", 8, 4, 3, 3), {"a": w}, "start")
         for w in (weights, weights.to(memory_format=torch.channels_last))
     )
     assert plain["counts"] == last["counts"]
@@ -561,11 +722,11 @@ def test_memory_order_changes_nothing():
 def test_pictures_taken_again_replace_and_keep_the_edges():
     layer, book = whole("a", 100), {}
     values = {"a": torch.randn(100)}
-    moments.take(book, [layer], values, "start")
+    histograms.record(book, [layer], values, "start")
     edges = book["a"][0]["edges"]
     values["a"] *= 3
     for moment in ("pruned", "after S", "pruned"):
-        moments.take(book, [layer], values, moment)
+        histograms.record(book, [layer], values, moment)
     assert [one["moment"] for one in book["a"]] == ["start", "after S", "pruned"]
     assert all(one["edges"] == edges for one in book["a"])
     assert all(sum(one["counts"]) == 100 for one in book["a"])
@@ -576,14 +737,17 @@ def test_chosen_layers_are_spread_over_the_depth_and_large():
     layers = [whole(f"l.{i}.{kind}", size) for i in (10, 11, 2, 3, 4, 5) for kind, size in (("a", 10), ("b", 20), ("c", 15))]
     layers.append(whole("huge", 10_000, excluded="embedding"))
     order = sorted((layer.name for layer in layers), key=lambda name: [int(p) if p.isdecimal() else 0 for p in name.split(".")])
-    chosen = moments.choose(layers, dict.fromkeys(order, torch.zeros(1)))
-    assert len(chosen) == moments.MOST
+    chosen = histograms.choose_layers(layers, dict.fromkeys(order, torch.zeros(1)))
+    assert len(chosen) == histograms.MOST_LAYERS
     assert all(layer.name.endswith(".b") for layer in chosen)
     depth = [int(layer.name.split(".")[1]) for layer in chosen]
     assert depth == sorted(depth)
     assert (depth[0], depth[-1] >= 10) == (2, True)
-    assert [layer.name for layer in moments.choose(layers[:2], dict.fromkeys(order, torch.zeros(1)))] == ["l.10.a", "l.10.b"]
-    assert moments.choose(layers[-1:], {"huge": torch.zeros(1)}) == []
+    assert [layer.name for layer in histograms.choose_layers(layers[:2], dict.fromkeys(order, torch.zeros(1)))] == [
+        "l.10.a",
+        "l.10.b",
+    ]
+    assert histograms.choose_layers(layers[-1:], {"huge": torch.zeros(1)}) == []
 
 
 # ---------------------------------------------------------------- a real run's page
@@ -600,8 +764,8 @@ def test_a_run_leaves_its_page(finished, made):
     for layer in report["layers"]:
         assert layer["name"] in reader.text
     cells = [each for name, each in reader.elements if name == "div" and each.get("class") == "cell"]
-    assert len(cells) == len(moments.MOMENTS) * moments.MOST
-    assert all(moment in reader.text for moment in moments.MOMENTS)
+    assert len(cells) == len(histograms.MOMENTS) * histograms.MOST_LAYERS
+    assert all(moment in reader.text for moment in histograms.MOMENTS)
     source, found = (load_file(folder / "model.safetensors") for folder in (made / "timm", finished))
     name = next(layer["name"] for layer in report["layers"] if layer["excluded"] is None)
     for tensors in (source, found):
@@ -693,6 +857,41 @@ def test_it_prints_with_everything_in_view(chromium, tmp_path):
         assert chromium.run(hidden) == 0
         printed = chromium.devtools("Page.printToPDF", printBackground=True)["data"]
     assert base64.b64decode(printed).startswith(b"%PDF")
+
+
+CONTRASTS = """
+    const parts = text => text.match(/[\\d.]+/g).map(Number);
+    const over = (top, under) => top.length < 4 ? top : [0, 1, 2].map(i => top[3] * top[i] + (1 - top[3]) * under[i]);
+    const light = colour => { const [r, g, b] = colour.map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+        return .2126 * r + .7152 * g + .0722 * b; };
+    const ground = e => { const mine = parts(getComputedStyle(e).backgroundColor);
+        return mine.length < 4 ? mine : over(mine, e.parentElement ? ground(e.parentElement) : [255, 255, 255]); };
+    document.querySelectorAll('details').forEach(e => e.open = true);
+    const found = [];
+    for (const e of document.querySelectorAll('main *')) {
+        if (![...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())) continue;
+        const below = ground(e), [a, b] = [light(over(parts(getComputedStyle(e).color), below)), light(below)];
+        const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+        if (ratio < 4.5) found.push(`${e.tagName}.${e.className} ${e.textContent.trim().slice(0, 30)} ${ratio.toFixed(2)}`);
+    }
+    return [document.querySelectorAll('main *').length, [...new Set(found)]];
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("verdict", ["better", "mask", "worse", "same", "inconclusive"])
+def test_every_text_has_enough_contrast(chromium, tmp_path, verdict, dark):
+    """4.5 to 1, as WCAG's AA asks, also in what is folded."""
+    report = reports.report(verdict="better" if verdict == "mask" else verdict, warnings=["w"])
+    report["credit"] = "mask" if verdict == "mask" else "training"
+    (tmp_path / "report.html").write_text(made(report, pictures=reports.pictures(("a", "b", "c", "d"))))
+    with browser.served(tmp_path) as (address, _):
+        chromium.open(f"{address}/report.html", 1280, dark=dark)
+        elements, faint = chromium.run(CONTRASTS)
+        assert elements > 100
+        assert faint == []
+        ground = chromium.run("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground))) < 150) == dark
 
 
 def screenshots(place):

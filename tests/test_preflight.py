@@ -1,4 +1,4 @@
-"""Before anything is trained: what is expected, what the source's card claims, and what knowing nothing reaches."""
+"""Before anything is trained: what is expected, what the source's card says, and the score of a trivial predictor."""
 
 import json
 import math
@@ -12,8 +12,8 @@ from conftest import SHORT
 from safetensors.torch import load_file, save_file
 from test_run import report_of
 
-from dsd_refine.evidence.baseline_checks import preflight
-from dsd_refine.evidence.card_results import Claim, claims
+from dsd_refine.evidence.baseline_checks import check_baseline
+from dsd_refine.evidence.card_results import CardResult, read_card_results
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report.card import data_name
 from dsd_refine.tasks.base import Guess
@@ -46,10 +46,10 @@ def test_an_expectation_that_is_none_is_refused(refused, made, tmp_path, given, 
 
 
 def warned(tmp_path, found, *, guesses=(), metric="accuracy", data="pictures", **recipe):
-    """The preflight's warnings of a source in `tmp_path` that reaches `found`."""
+    """The warnings of `check_baseline` of a source in `tmp_path` that reaches `found`."""
     task = SimpleNamespace(metric=metric, guesses=guesses)
     phases = (Phase(kind="dense", steps=1, lr=0.1),)
-    return preflight(task, found, Recipe(phases=phases, data=data, **recipe), tmp_path)
+    return check_baseline(task, found, Recipe(phases=phases, data=data, **recipe), tmp_path)
 
 
 HALF = Guess("accuracy", 0.5, "guessing", 100, higher_is_better=True)
@@ -142,7 +142,7 @@ def test_speech_that_hears_nothing_is_warned_of(warnings_of, tmp_path):
     assert "cannot be told from hearing nothing (1.0000)" in line
 
 
-# ---------------------------------------------------------------- what a card claims
+# ---------------------------------------------------------------- what a card read_card_results
 
 
 def write_card(folder, dataset, metric="accuracy", value=99.5):
@@ -164,16 +164,16 @@ def test_a_card_that_cannot_be_read_says_nothing(tmp_path, text):
     (tmp_path / "README.md").write_text(text)
     (tmp_path / ".eval_results").mkdir()
     (tmp_path / ".eval_results/x.yaml").write_text(text.strip("-"))
-    assert claims(tmp_path) == []
+    assert read_card_results(tmp_path) == []
 
 
 def test_figures_of_a_card(tmp_path):
     write_card(tmp_path, {"name": "Pictures!", "type": "pictures", "config": "small"}, "Accuracy")
     write_results(tmp_path, {"id": "org/board", "task_id": "default", "revision": "abc"}, 20.9, notes="no tools")
-    found = claims(tmp_path)
+    found = read_card_results(tmp_path)
     assert found == [
-        Claim("pictures", "small", "accuracy", 99.5, found[0].notes),
-        Claim("org/board", None, None, 20.9, "no tools"),
+        CardResult("pictures", "small", "accuracy", 99.5, found[0].notes),
+        CardResult("org/board", None, None, 20.9, "no tools"),
     ]
 
 
@@ -199,7 +199,7 @@ def test_figures_of_a_card(tmp_path):
 )  # fmt: skip
 def test_which_data_a_figure_is_of(tmp_path, dataset, given, same):
     write_card(tmp_path, dataset)
-    (claim,) = claims(tmp_path)
+    (claim,) = read_card_results(tmp_path)
     assert claim.is_of(data_name(given)) is same
     lines = warned(tmp_path, {"accuracy": 0.5, "loss": 1.0}, data=given)
     assert len(lines) == same

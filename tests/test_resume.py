@@ -46,14 +46,14 @@ def stop_after(monkeypatch, steps):
     """Ask every run to stop once so many optimizer steps were taken, as a signal that came then would."""
     from dsd_refine.training import loop as train
 
-    taken, step = [0], train._step
+    taken, step = [0], train.train_step
 
     def counted(loop, *args):
         taken[0] += 1
         loop.stopping = lambda: taken[0] >= steps
         return step(loop, *args)
 
-    monkeypatch.setattr(train, "_step", counted)
+    monkeypatch.setattr(train, "train_step", counted)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 8, 9, 12, 13, 20, 23, ALL])
@@ -120,7 +120,7 @@ def test_killed_between_saves_goes_on_from_the_last_one(command, made, undisturb
         pass
 
     args = arguments(made, tmp_path / "out")
-    taken, step = [0], train._step
+    taken, step = [0], train.train_step
 
     def killed(*given):
         taken[0] += 1
@@ -131,7 +131,7 @@ def test_killed_between_saves_goes_on_from_the_last_one(command, made, undisturb
     from dsd_refine.cli.app import main
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_step", killed)
+        patch.setattr(train, "train_step", killed)
         with pytest.raises(Killed):
             main([str(arg) for arg in args])
     log = tmp_path / "out.partial/log.jsonl"

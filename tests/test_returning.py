@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from test_resume import same, stop_after
 from test_run import report_of
 
-from dsd_refine.masking.layers import Layer, Spot
-from dsd_refine.masking.masks import never_back, pieces, without_gradient
+from dsd_refine.masking.layers import Layer, TensorSlice
+from dsd_refine.masking.masks import never_back, trained_groups, without_gradient
 
 ALL = torch.empty(0, dtype=torch.int64)
 RUN = ("--gate", "none", "--batch-size", "4", "--device", "cpu", "--optimizer", "sgd", "--lr", "0.1", "--dense-lr", "0.1")
@@ -186,9 +186,9 @@ def test_a_filter_that_is_never_active_keeps_its_zeros_where_others_of_its_layer
 
 
 def test_a_layer_that_has_a_gradient_is_found_at_its_first_step():
-    layers = [Layer("w", (4, 4), (Spot("w", ALL, ALL),))]
+    layers = [Layer("w", (4, 4), (TensorSlice("w", ALL, ALL),))]
     parameter = torch.nn.Parameter(torch.zeros(4, 4))
-    known = pieces(layers, {"w": parameter})
+    known = trained_groups(layers, {"w": parameter})
     assert known == [("w", 0)]
     assert without_gradient(layers, {"w": parameter}, known) == known  # no gradient at all
     parameter.grad = torch.zeros(4, 4)
@@ -200,12 +200,12 @@ def test_a_layer_that_has_a_gradient_is_found_at_its_first_step():
 def test_experts_of_a_fused_layer_are_told_apart():
     """And what was 0 in the source stays 0."""
     parameter = torch.nn.Parameter(torch.zeros(3, 2, 2))
-    layers = [Layer("e", (3, 2, 2), (Spot("e", ALL, ALL),), groups=3)]
+    layers = [Layer("e", (3, 2, 2), (TensorSlice("e", ALL, ALL),), groups=3)]
     source = torch.ones(3, 2, 2)
     source[1, 0, 0] = 0.0
     parameter.grad = torch.zeros(3, 2, 2)
     parameter.grad[0] = 1.0
-    left = without_gradient(layers, {"e": parameter}, pieces(layers, {"e": parameter}))
+    left = without_gradient(layers, {"e": parameter}, trained_groups(layers, {"e": parameter}))
     assert left == [("e", 1), ("e", 2)]
     flags = never_back(layers, {"e": parameter}, {"e": source}, [["e", 1]])["e"]  # as it comes back from the saved state
     assert flags.nonzero().tolist() == [[1, 0, 1], [1, 1, 0], [1, 1, 1]]

@@ -67,7 +67,7 @@ def strip(report):
     report = json.loads(json.dumps(report))
     for phase in report["phases"]:
         del phase["seconds"], phase["samples_per_second"]
-    del report["argv"], report["output"]["path"]
+    del report["argv"], report["output"]["path"], report["cost"]
     return report
 
 
@@ -117,7 +117,14 @@ MODELS = pytest.mark.parametrize("model", list(DATA))
 @MODELS
 def test_the_report_has_the_contracts_fields(runs, model):
     report = report_of(runs[model])
-    assert [name for name in report if name != "preprocessing"] == [*FIELDS, "credit", "rows_to_decide", "seeds", "holdout"]
+    assert [name for name in report if name != "preprocessing"] == [
+        *FIELDS,
+        "credit",
+        "rows_to_decide",
+        "seeds",
+        "holdout",
+        "cost",
+    ]
     assert ("preprocessing" in report) == (model in ("timm", "vit"))
     assert list(report["environment"]) == ENVIRONMENT
     assert list(report["source"]) == ["model", "resolved", "revision", "library", "weights_key", "files"]

@@ -9,8 +9,8 @@ from torch import nn
 
 from dsd_refine.errors import RunError, UsageError
 from dsd_refine.files import replace_bytes
-from dsd_refine.training.packing import pack_masks, pack_optimizer, unpack_masks, unpack_optimizer
 from dsd_refine.run.workspace import Workspace
+from dsd_refine.training.packing import pack_masks, pack_optimizer, unpack_masks, unpack_optimizer
 
 
 @pytest.fixture

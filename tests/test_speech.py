@@ -549,7 +549,7 @@ def test_plan_counts_clips(command, heard):
 
 
 def test_missing_packages_are_named(refused, heard, monkeypatch):
-    import dsd_refine.tasks as tasks
+    from dsd_refine.tasks import base as tasks
 
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     message = refused(heard / "group", "--data", heard / "data")

@@ -13,15 +13,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from dsd_refine.errors import RunError
-from dsd_refine.masking.layers import Spot, find_layers
+from dsd_refine.masking.layers import TensorSlice, find_layers
 from dsd_refine.masking.masks import apply_masks, make_masks
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Batch, Score
 from dsd_refine.training.batches import epoch_order, shares
 from dsd_refine.training.evaluate import evaluate, unreached
-from dsd_refine.training.loop import train_phase
+from dsd_refine.training.hooks import Hooks, Place
+from dsd_refine.training.loop import batches_of_steps, count, renews_mask, train_step
 from dsd_refine.training.optimizer import learning_rate, make_optimizer
-from dsd_refine.training.state import Key, Loop, Progress, micro_batches
+from dsd_refine.training.state import Key, Loop, PhaseState, Progress, micro_batches
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 
@@ -66,40 +67,49 @@ def mlp(*middle):
 
 
 def loop_of(model, task=None, log=None, **recipe):
+    """A loop around a model; `log` is called with a line for each step, as log.jsonl has it."""
     given = {"phases": [{"kind": "dense", "epochs": 1, "lr": 0.1}], "batch_size": 4, "momentum": 0.0, **recipe}
     batchnorm = any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
-    return Loop(
+    loop = Loop(
         Accelerator(cpu=True), model, model, task or Numbers(), Recipe.model_validate(given), lambda m: nullcontext(),
-        log if log is not None else lambda line: None, lambda: False, lambda: None, lambda: False,
         has_batchnorm=batchnorm, parameters=dict(model.named_parameters()),
     )  # fmt: skip
+    loop.hooks = Logged(log)
+    return loop
+
+
+class Logged(Hooks):
+    def __init__(self, log):
+        self.log = log
+
+    def on_step(self, step):
+        if self.log:
+            self.log({"step": step.step, "lr": step.lr, "loss": step.loss, "samples": step.samples, "skipped": step.skipped})
 
 
 def masks_of(model, sparsity):
-    tensors = {n: (tuple(p.shape), [Spot(n, EMPTY, EMPTY)]) for n, p in model.named_parameters()}
+    tensors = {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in model.named_parameters()}
     masks = make_masks(find_layers(model, tensors), dict(model.named_parameters()), sparsity)
     apply_masks(masks, dict(model.named_parameters()))
     return masks
 
 
 def run(loop, masks=None, done=None, remask=None, **phase):
+    """Train a phase of 5 steps from `done` on: step, then mask, then what `remask` gives where the phase renews its mask."""
     kind = "sparse" if masks else "dense"
     given = {"kind": kind, "steps": 5, "lr": 0.1, "schedule": "constant", **({"sparsity": 0.5} if masks else {}), **phase}
     phase = Phase.model_validate(given)
-    done = done or Progress()
-    optimizer = make_optimizer(loop, phase)
-    train_phase(
-        loop,
-        phase,
-        Key(0, 0),
-        "refined/1-x",
-        masks or {},
-        done,
-        optimizer,
-        remask=remask or (lambda n: {}),
-        epoch_end=lambda e: None,
-    )
-    return done
+    state = PhaseState(Place("refined", 1, 1, 0, 1, 1, "x", 0, 5), done or Progress())
+    state.begin(loop, phase)
+    state.use(masks or {}, loop.parameters)
+    for batches in batches_of_steps(loop, phase, state):
+        step, _ = train_step(loop, phase, state, batches)
+        if renews_mask(phase, step.step, step.steps):
+            masks.update(remask(step.step // phase.refresh))
+            state.use(masks, loop.parameters)
+        count(state, step)
+        loop.hooks.on_step(step)
+    return state.progress
 
 
 def values(model):
@@ -333,7 +343,7 @@ def test_refresh_makes_the_mask_anew_from_the_weights_then_held():
         with torch.no_grad():
             model[0].weight[~first["0.weight"]] += 9  # so that others are the smallest now
         return make_masks(
-            find_layers(model, {n: (tuple(p.shape), [Spot(n, EMPTY, EMPTY)]) for n, p in model.named_parameters()}),
+            find_layers(model, {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in model.named_parameters()}),
             dict(model.named_parameters()),
             0.5,
         )

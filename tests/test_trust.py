@@ -14,7 +14,7 @@ from forked import Child, preload
 from forked import command as run_command
 from hub import hub, on_hub
 
-from dsd_refine.evidence.card_results import claims
+from dsd_refine.evidence.card_results import read_card_results
 from dsd_refine.files import leads_out
 
 TEMPLATE = "{{ cycler.__init__.__globals__.os.system('touch MARK') }}{% for x in messages %}{{ x }}{% endfor %}"
@@ -232,8 +232,8 @@ def test_results_that_are_a_link_out_of_the_folder_are_no_claims(secret, tmp_pat
     link = tmp_path / "source" / name
     link.parent.mkdir(parents=True)
     link.symlink_to(secret / "card.yaml" if name.endswith(".yaml") else secret)
-    assert claims(tmp_path / "source") == []
-    assert claims(_moved(link, secret / "card.yaml")) != []  # as files of the folder's own they are
+    assert read_card_results(tmp_path / "source") == []
+    assert read_card_results(_moved(link, secret / "card.yaml")) != []  # as files of the folder's own they are
 
 
 def _moved(link, file):

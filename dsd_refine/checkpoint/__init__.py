@@ -1,4 +1,4 @@
-"""A released checkpoint: its files, the model in them, and the way back."""
+"""Released checkpoints: their files, their models, and writing them back in the same shape."""
 
 from dsd_refine.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_library, open_shapes
 from dsd_refine.checkpoint.layout import Layout

@@ -1,4 +1,6 @@
-"""A released checkpoint: its files, the model in them, and the way back."""
+"""Open a released checkpoint: its files, its model, and where each tensor of the files is in the
+model.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,16 @@ QUANTISED = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened source: `model` holds its values in float32, `placement` says where each tensor of the file lives in it."""
+    """An opened source.
+
+    Attributes:
+        source: The folder with its files.
+        library: The adapter of the library that the source is for.
+        layout: The weight files and their tensors.
+        model: The model with the source's values in float32, or on the meta device without values.
+        placement: Where the model holds each tensor of the files.
+        warnings: For the user.
+    """
 
     source: Source
     library: Library
@@ -52,43 +63,48 @@ class Checkpoint:
     warnings: tuple[str, ...]
 
     def hashes(self) -> dict[str, str]:
-        """File name -> SHA-256 of every source file that counts, weights first."""
+        """Return the SHA-256 of every file in `counted`, by file name."""
         hashed = sha256_files(self.source.folder / name for name in self.counted)
         return {name: hashed[self.source.folder / name] for name in self.counted}
 
     @property
     def counted(self) -> list[str]:
-        """The source's files that count, by name: those of the weights first."""
+        """Names of the source's files that an output must have: weight files first, then side
+        files.
+        """
         return [*self.weight_files, *self.side_files]
 
     @property
     def side_files(self) -> list[str]:
-        """What an output has besides the weights, by name."""
+        """Names of the files that an output has besides the weights."""
         return self.source.side_files(set(self.weight_files))[0]
 
     @property
     def weight_files(self) -> list[str]:
-        """The source's weight files and index, by name."""
+        """Names of the source's weight files and of their index."""
         return self.layout.read_from
 
     @property
     def filled(self) -> dict[str, set[str]]:
-        """Tensor of the file -> the names of the model's tensors that it fills, wholly or in part."""
-        return {name: {part.key for part in parts} for name, parts in self.placement.items()}
+        """For each tensor of the file, the names of the model's tensors that hold its elements."""
+        return {name: {tensor_slice.key for tensor_slice in slices} for name, slices in self.placement.items()}
 
     @contextmanager
     def rounded(self, model: torch.nn.Module) -> Iterator[None]:
-        """Within, the model computes with the weights as they would be written: rounded to the file's dtypes.
+        """Round the model's weights to the file's dtypes inside a `with` block, and restore them
+        after it.
+
+        So an evaluation uses the weights as they would be written.
 
         Raises:
-            RunError: a value that the file's dtype cannot hold.
+            RunError: A value does not fit into the file's dtype, or is not finite.
         """
         state = model.state_dict()
-        self._refuse_unfinite(state)
-        kept: dict[str, torch.Tensor] = {}
+        self._refuse_not_finite(state)
+        original: dict[str, torch.Tensor] = {}
         try:
             for name, key, elements, dtype in written_dtypes(self.layout, self.placement):
-                kept.setdefault(key, state[key].clone())
+                original.setdefault(key, state[key].clone())
                 if elements is None:
                     new = state[key].to(dtype)
                     _refuse_overflow(name, state[key], new)
@@ -101,24 +117,30 @@ class Checkpoint:
                     state[key].copy_(flat.reshape(state[key].shape))
             yield
         finally:
-            for key, value in kept.items():
+            for key, value in original.items():
                 state[key].copy_(value)
 
-    def _refuse_unfinite(self, state: dict[str, torch.Tensor]) -> None:
-        """Raise RunError where a float32 tensor of the file holds a value that is not finite: others are seen when rounded."""
-        for name, parts in self.placement.items():
+    def _refuse_not_finite(self, state: dict[str, torch.Tensor]) -> None:
+        """Refuse values of float32 tensors that are not finite.
+
+        Tensors of other dtypes are checked when rounded.
+        """
+        for name, slices in self.placement.items():
             if self.layout.entry(name).dtype != torch.float32:
                 continue
-            for part in parts:
-                value = state[part.key]
-                value = value if part.whole else value.reshape(-1)[part.target.to(value.device)]
+            for tensor_slice in slices:
+                value = state[tensor_slice.key]
+                value = value if tensor_slice.whole else value.reshape(-1)[tensor_slice.target.to(value.device)]
                 _refuse_overflow(name, value, value)
 
     def write(self, model: torch.nn.Module, folder: Path) -> dict[str, str]:
-        """Write weights and side files into an empty folder; returns file name -> SHA-256 of the weights as written.
+        """Write the weights of `model` and the side files into an empty folder.
+
+        Returns:
+            The SHA-256 of every written file by its name.
 
         Raises:
-            RunError: a value that the file's dtype cannot hold.
+            RunError: A value does not fit into the file's dtype.
         """
         hashes = write_weights(self.layout, self.placement, model.state_dict(), folder)
         for name in self.side_files:
@@ -136,21 +158,26 @@ def _refuse_overflow(name: str, value: torch.Tensor, rounded: torch.Tensor) -> N
 
 
 def _too_large(value: torch.Tensor, dtype: torch.dtype) -> str:
-    """What is wrong with values that a dtype cannot hold."""
+    """Describe values that a dtype cannot hold."""
     if not all_finite(value):
         return "holds values that are not finite after training; a lower rate may help"
     largest, limit = float(value.abs().max()), torch.finfo(dtype).max
     return (
-        f"training brought a value to {largest:,.0f}, and {_plain(dtype)}, which the source's file has, ends at {limit:,.0f}; "
-        "a lower rate may keep it within, or give the source in float32"
+        f"training brought a value to {largest:,.0f}, and {_dtype_name(dtype)}, which the source's file has, "
+        f"ends at {limit:,.0f}; a lower rate may keep it within, or give the source in float32"
     )
 
 
 def open_library(source: Source, task: str | None = None, trust_remote_code: bool = False) -> Library:
-    """The adapter of the library that the source is for: the others are not imported.
+    """Open the adapter of the library that the source is for. Other libraries are not imported.
+
+    Args:
+        source: The source with its config.
+        task: The task that the user asked for; None: that of the config.
+        trust_remote_code: Allow code from the source's repository (transformers only).
 
     Raises:
-        CheckpointError: its config cannot be used, or is for another task than asked.
+        CheckpointError: The config cannot be used, or is for another task.
     """
     if source.library == "transformers":
         from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
@@ -170,30 +197,37 @@ def open_library(source: Source, task: str | None = None, trust_remote_code: boo
 def open_checkpoint(
     source: Source, library: Library, *, allow_pickle: bool = False, weights_key: str | None = None
 ) -> Checkpoint:
-    """Load a source strictly, in float32, and find where each tensor of its files lives in the model.
+    """Load a source strictly, in float32, and find where the model holds each tensor of its files.
 
-    `weights_key` says which of a pickle's sets of weights is meant.
+    Args:
+        source: The source. Its weights are fetched if they are not here.
+        library: What `open_library` returned for it.
+        allow_pickle: Read pickle files, with torch's weights-only loader.
+        weights_key: The key of the set of weights to use, in a pickle that holds several.
 
     Raises:
-        CheckpointError: anything missing, misshapen, re-initialised, quantised, not finite, or not writable back.
+        CheckpointError: A tensor is missing, quantised or not finite, or has another shape. Or the
+            library initialises it anew. Or it cannot be written back exactly.
     """
     source.fetch()
     layout = read_layout(source.folder, allow_pickle, weights_key)
     _refuse_quantised(layout)
     tensors = {name: tensor for file in layout.files for name, tensor in file.mapped().items()}
-    with _bounded(layout):
-        if library.name != "transformers":  # which builds on the meta device first by itself
+    with _size_guard(layout):
+        if library.name != "transformers":  # transformers itself builds on the meta device first
             library.build_meta()
-        model = _owned(library.load(tensors, torch.float32), tensors)
+        model = _in_own_memory(library.load(tensors, torch.float32), tensors)
     state = model.state_dict()
-    placement = place(layout, model, library.load, lambda name: _same(tensors[name], state[name]))
+    placement = place(layout, model, library.load, lambda name: _equal_values(tensors[name], state[name]))
     _refuse_values(layout, placement, tensors, {key for key, _ in model.named_parameters(remove_duplicate=False)})
     warnings = (*library.warnings(model), *_layout_warnings(source, layout, placement))
     return Checkpoint(source, library, layout, model.eval(), placement, warnings)
 
 
 def _layout_warnings(source: Source, layout: Layout, placement: Placement) -> list[str]:
-    """How the weights were read, which of them the model does not use, and `_file_warnings`."""
+    """Warn of weights from a pickle, of tensors that the model does not use, and of files that are
+    not copied.
+    """
     warnings = []
     if layout.from_pickle:
         warnings.append(f"the source's weights are a pickle; the output's are {SINGLE}")
@@ -204,7 +238,9 @@ def _layout_warnings(source: Source, layout: Layout, placement: Placement) -> li
 
 
 def _file_warnings(source: Source, layout: Layout) -> list[str]:
-    """What an output does not have of the source's files, and what it has that will no longer fit."""
+    """Warn of files that an output will not have, and of copied files that no longer fit to its
+    weights.
+    """
     copied, left, links = source.side_files(set(layout.read_from))
     lines = []
     if left:
@@ -227,7 +263,9 @@ def _file_warnings(source: Source, layout: Layout) -> list[str]:
 
 
 def _may_be_held(path: Path, layout: Layout) -> bool:
-    """Are all of an adapter's tensors among the weights, with the same values? Of a pickle that is not known."""
+    """True if all tensors of an adapter are among the weights, with the same values, or if it is a
+    pickle.
+    """
     if path.suffix != ".safetensors":
         return path.suffix in (".bin", ".pt", ".pth")
     try:
@@ -247,16 +285,27 @@ def open_shapes(
     weights_key: str | None = None,
     fetched: bool = False,
 ) -> Checkpoint:
-    """The same on the meta device: no values; headers where the weights are here (`fetched`: they must be).
+    """Open a source on the meta device: with shapes and without values.
 
-    `warnings` are those of the headers and files, and of a model without values.
+    The headers of the weight files are read if these are here. Otherwise the shapes are those of
+    the model that the config describes.
+
+    Args:
+        source: The source.
+        library: What `open_library` returned for it.
+        allow_pickle: Read pickle files, with torch's weights-only loader.
+        weights_key: The key of the set of weights to use, in a pickle that holds several.
+        fetched: The weight files must be here.
+
+    Raises:
+        CheckpointError: The config, or the headers of files that are here, cannot be used.
     """
     source.fetch()
     here = True
     try:
         layout = read_layout(source.folder, allow_pickle, weights_key)
         _refuse_quantised(layout)
-        with _bounded(layout):
+        with _size_guard(layout):
             model = library.build_meta()
     except CheckpointError:
         if source.revision is None or fetched:
@@ -272,50 +321,54 @@ def open_shapes(
     return Checkpoint(source, library, layout, model, placement, tuple(warnings))
 
 
-def _owned(model: torch.nn.Module, mapped: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """The model in float32 and in memory of its own: a library may have put what it was given into it."""
-    theirs = {tensor.untyped_storage().data_ptr() for tensor in mapped.values()}
+def _in_own_memory(model: torch.nn.Module, mapped: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """Convert the model to float32, and copy tensors that the library took over from the mapped
+    files.
+    """
+    of_files = {tensor.untyped_storage().data_ptr() for tensor in mapped.values()}
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             if tensor.dtype in TRAINABLE:
                 tensor.data = tensor.data.to(torch.float32)
-            if tensor.untyped_storage().data_ptr() in theirs:
+            if tensor.untyped_storage().data_ptr() in of_files:
                 tensor.data = tensor.data.clone()
     return model
 
 
-def _bounded(layout: Layout) -> AbstractContextManager[None]:
+def _size_guard(layout: Layout) -> AbstractContextManager[None]:
+    """Refuse, inside a `with` block, to build a model that is much larger than the files."""
     return bounded(len(layout.where), sum(entry.numel for _, entry in layout.where.values()))
 
 
-def _same(filed: torch.Tensor, held: torch.Tensor) -> bool:
-    return torch.equal(filed.to(held.dtype), held) or bool(filed.isnan().any())
+def _equal_values(in_file: torch.Tensor, in_model: torch.Tensor) -> bool:
+    """True if the model has the file's values.
+
+    NaN equals nothing; `_refuse_values` refuses it with its own message.
+    """
+    return torch.equal(in_file.to(in_model.dtype), in_model) or bool(in_file.isnan().any())
 
 
 def _refuse_quantised(layout: Layout) -> None:
-    """Refuse weight matrices of whole numbers or fp8: a library may load them as they are, without their scales.
-
-    Raises:
-        CheckpointError: names the first and its dtype, which stands in the header.
-    """
+    """Refuse weight matrices of integers or fp8, which a library may load without their scales."""
     for name in layout.names():
         entry = layout.entry(name)
         if entry.dtype in QUANTISED and len(entry.shape) > 1 and "weight" in name.rsplit(".", 1)[-1]:
             raise CheckpointError(
-                f"{layout.folder}: quantised weights ({_plain(entry.dtype)} in tensor {name}) cannot be refined; "
+                f"{layout.folder}: quantised weights ({_dtype_name(entry.dtype)} in tensor {name}) cannot be refined; "
                 "give the checkpoint that they were made from"
             )
 
 
-def _plain(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _refuse_values(layout: Layout, placement: Placement, tensors: dict[str, torch.Tensor], trained: set[str]) -> None:
-    for name, parts in placement.items():
+    """Refuse parameters of dtypes that cannot be trained, and values that are not finite."""
+    for name, slices in placement.items():
         tensor = tensors[name]
-        if not tensor.is_floating_point() and any(part.key in trained for part in parts):
-            raise CheckpointError(f"{layout.folder}: quantised weights ({_plain(tensor.dtype)} in tensor {name})")
+        if not tensor.is_floating_point() and any(tensor_slice.key in trained for tensor_slice in slices):
+            raise CheckpointError(f"{layout.folder}: quantised weights ({_dtype_name(tensor.dtype)} in tensor {name})")
         if tensor.is_floating_point() and tensor.dtype not in TRAINABLE:
             raise CheckpointError(f"{name}: is {tensor.dtype}; only float32, float16 and bfloat16 weights can be refined")
         if tensor.is_floating_point() and not all_finite(tensor):

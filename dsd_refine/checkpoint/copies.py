@@ -1,7 +1,10 @@
-"""Which files of a source are known copies of its weights: an output does not have them, for they would be stale.
+"""Recognise copies of a source's weights.
 
-Everything else beside the weights is the checkpoint's, whatever its ending: a decoder's `5gram.bin`, a module's own weights
-in a folder of its own, an adapter for another language, a scaler in `normalizer.ckpt`.
+An output does not have them, because they would be outdated.
+
+Every other file beside the weights belongs to the checkpoint, whatever its ending. Examples are a
+decoder's `5gram.bin`, the weights of a module in its own folder, an adapter for another language,
+and a scaler in `normalizer.ckpt`.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-# Folders that hold the whole model once more: exports, the publisher's own format, the states of its training.
+# Folders that hold the whole model again: exports, the publisher's own format, training states.
 FOLDERS = (
     "onnx", "openvino", "coreml", "gguf", "mlx", "metal", "tflite", "saved_model", "tf_saved_model", "checkpoint-*",
 )  # fmt: skip
@@ -32,51 +35,59 @@ COPIES = (
     *(f"{folder}/*" for folder in FOLDERS),
 )  # fmt: skip
 
-# Endings that say nothing: weights, or a scaler, a vocabulary, a head. Beside the weights their name or their size tells.
-READ_PICKLES = (".pth", ".pt", ".pth.tar")  # which may also be what is read
+# Ambiguous endings: the file may hold weights, or a scaler, a vocabulary, a head. Its name or size
+# decides.
+READ_PICKLES = (".pth", ".pt", ".pth.tar")  # a file with one of these may be the source's weight file
 LOOSE = (*READ_PICKLES, ".ckpt", ".pkl", ".npz", ".h5", ".safetensors")
 STEMS = (
     "model", "pytorch_model", "model_best", "best", "best_model", "last", "latest", "weights", "weights.*", "model_weights",
     "state_dict", "model_state_dict", "ema", "model_ema", "checkpoint*", "ckpt*", "epoch*",
 )  # fmt: skip
 
-# What training would go on from, of the old weights: transformers' and accelerate's.
+# Training states of transformers and accelerate, which belong to the old weights.
 TRAINERS = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scheduler.bin", "rng_state*.pth", "random_states_*.pkl")
 
 
 def is_weights(name: str) -> bool:
-    """Is the file of this name, relative to the source's folder, a known copy of the weights, or a trainer's state?"""
+    """Return whether a file is a known copy of the weights, or a training state.
+
+    `name` is relative to the source's folder.
+    """
     lower = name.lower()
     patterns: tuple[str, ...] = COPIES
     if "/" not in name:
-        patterns = (*COPIES, *TRAINERS, *(f"{stem}{_loose(lower)}" for stem in STEMS if _loose(lower)))
+        patterns = (*COPIES, *TRAINERS, *(f"{stem}{_ambiguous(lower)}" for stem in STEMS if _ambiguous(lower)))
     return any(fnmatchcase(lower, pattern) for pattern in patterns)
 
 
 def is_as_large(name: str, size: int, weights: int) -> bool:
-    """Has a file beside the weights, of an ending that weights may have, half as many bytes as they: fp16 of float32?"""
-    if "/" in name or name.startswith("adapter") or not _loose(name.lower()):
+    """Return whether a file's ending and size say that it is a copy of the weights.
+
+    It is one if it has at least half as many bytes: float16 has half as many as float32. `size` and
+    `weights` are bytes, of the file and of all weight files.
+    """
+    if "/" in name or name.startswith("adapter") or not _ambiguous(name.lower()):
         return False
     return 0 < weights <= 2 * size
 
 
 def may_be_weights(name: str) -> bool:
-    """Could the file of this name hold weights, by its name or its ending?"""
-    return is_weights(name) or ("/" not in name and bool(_loose(name.lower())))
+    """Return whether a file may hold weights, by its name or its ending."""
+    return is_weights(name) or ("/" not in name and bool(_ambiguous(name.lower())))
 
 
-def _loose(lower: str) -> str | None:
-    """The longest of the endings that say nothing."""
+def _ambiguous(lower: str) -> str | None:
+    """The longest ambiguous ending of a name in lower case; None if it has none."""
     return max((ending for ending in LOOSE if lower.endswith(ending)), key=len, default=None)
 
 
 def shown_folder(name: str) -> str | None:
-    """The folder that is named in place of its many files, where all of them are left out (`onnx/`)."""
+    """Return the folder to name in a message in place of its many files (`onnx/`), or None."""
     top, _, rest = name.partition("/")
     return f"{top}/" if rest and any(fnmatchcase(top.lower(), folder) for folder in FOLDERS) else None
 
 
-# Formats that nobody trains in, by the ending of their files.
+# Formats that cannot be trained here, by the ending of their files.
 FORMATS = {
     ".gguf": "GGUF", ".ggml": "GGML", ".onnx": "ONNX", ".h5": "TensorFlow", ".keras": "Keras", ".pb": "TensorFlow",
     ".tflite": "TensorFlow Lite", ".msgpack": "Flax", ".ot": "Rust", ".npz": "NumPy, as of MLX or JAX", ".mlmodel": "Core ML",
@@ -84,7 +95,10 @@ FORMATS = {
 
 
 def other_formats(names: Iterable[str]) -> str | None:
-    """What to say of weights in formats that cannot be read here, and what is needed instead; None: there are none."""
+    """Describe weights in formats that cannot be read here, and say what is needed.
+
+    None: there are none.
+    """
     known = ((name, FORMATS.get(PurePosixPath(name).suffix.lower())) for name in sorted(names))
     firsts: dict[str, str] = {}
     for name, kind in known:
@@ -92,15 +106,18 @@ def other_formats(names: Iterable[str]) -> str | None:
             firsts.setdefault(kind, name)
     if not firsts:
         return None
-    found = ", ".join(f"{name} ({kind})" for kind, name in firsts.items())
+    files = ", ".join(f"{name} ({kind})" for kind, name in firsts.items())
     return (
-        f"found {found}: give the checkpoint that it was exported from, in transformers' or timm's layout "
+        f"found {files}: give the checkpoint that it was exported from, in transformers' or timm's layout "
         "(config.json and model.safetensors)"
     )
 
 
 def adapter_of(folder: Path, names: Iterable[str]) -> str | None:
-    """What peft's files in a folder are (`a LoRA adapter of org/base`); None: there are none."""
+    """Describe the adapter that peft saved in a folder (`a LoRA adapter of org/base`).
+
+    None: there is none.
+    """
     if "adapter_config.json" not in names:
         return None
     try:

@@ -1,7 +1,7 @@
-"""What the source's weight files are: names, shapes, dtypes, order, shards, metadata. The file is the truth.
+"""Read the layout of a source's weight files: names, shapes, dtypes, order, shards, metadata.
 
-Read before any library touches the files, checked against the safetensors format's own rules, and the only thing that
-writing goes by. Nothing here knows a model.
+The layout is read before a library opens the files, and checked against the rules of the
+safetensors format. The writer follows nothing else. This code knows no models.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dsd_refine.checkpoint.copies import other_formats
-from dsd_refine.checkpoint.pickle_file import PickleFile, _read_pickle, _single_pickle
+from dsd_refine.checkpoint.pickle_file import PickleFile, find_pickle, read_pickle
 from dsd_refine.checkpoint.safetensors_file import (
     LONGEST_NAME,
     Entry,
@@ -33,7 +33,14 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 
 @dataclass(frozen=True)
 class Layout:
-    """The weight files of a source, its index if it has one, and every tensor by name."""
+    """The weight files of a source.
+
+    Attributes:
+        folder: The source's folder.
+        files: The weight files. A pickle source has one file, which is written as safetensors.
+        index: The index of a sharded checkpoint, or None.
+        where: The file and the header's entry of every tensor by name.
+    """
 
     folder: Path
     files: tuple[WeightFile, ...]
@@ -41,62 +48,70 @@ class Layout:
     where: dict[str, tuple[WeightFile, Entry]]
 
     def entry(self, name: str) -> Entry:
+        """Return the header's entry of a tensor."""
         return self.where[name][1]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in the file's dtype."""
+        """Read one tensor, in the file's dtype."""
         file, entry = self.where[name]
         return file.tensor(entry)
 
     @property
     def read_from(self) -> list[str]:
-        """The source's files that the weights were read from, index included."""
+        """Names of the source's files that hold the weights, and of their index."""
         index = [self.index.name] if self.index else []
         return [name for file in self.files for name in (file.read if isinstance(file, PickleFile) else [file.name])] + index
 
     @property
     def from_pickle(self) -> bool:
+        """True if the source's weights are a pickle."""
         return any(isinstance(file, PickleFile) for file in self.files)
 
     @property
     def weights_key(self) -> str | None:
-        """The key of a pickle that the weights stood under."""
+        """The key of the weights in a pickle, or None."""
         return next((file.key for file in self.files if isinstance(file, PickleFile)), None)
 
     @property
     def notes(self) -> list[str]:
-        """What is to be said of how a pickle was read."""
+        """Warnings of how a pickle was read."""
         return [note for file in self.files if isinstance(file, PickleFile) for note in file.notes]
 
     def names(self) -> Iterator[str]:
-        """Every tensor's name, file by file, in file order."""
+        """Yield the name of every tensor, in the order of the files."""
         return (entry.name for file in self.files for entry in file.entries)
 
 
 def read_layout(folder: Path, allow_pickle: bool = False, weights_key: str | None = None) -> Layout:
-    """The layout of a checkpoint folder. `weights_key` says which of a pickle's sets of weights is meant.
+    """Read the layout of a checkpoint's folder.
+
+    Args:
+        folder: The folder with the weight files.
+        allow_pickle: Read pickle files, with torch's weights-only loader.
+        weights_key: The key of the set of weights to use, in a pickle that holds several.
 
     Raises:
-        CheckpointError: no weights, a missing or truncated shard, an LFS pointer, a header that breaks the format, an
-            index that contradicts the files, pickle files without `allow_pickle`, or a `weights_key` that is none.
+        CheckpointError: There are no weights. A shard is missing or cut short. A file is an LFS
+            pointer. A header breaks the format. The index contradicts the files. The weights are a
+            pickle without `allow_pickle`. There is no set of weights under `weights_key`.
     """
-    found = _safe(folder)
-    if found is not None and weights_key is not None:
+    layout = _safetensors_layout(folder)
+    if layout is not None and weights_key is not None:
         raise CheckpointError(
-            f"--weights-key {weights_key}: {found.files[0].path} is safetensors, which holds one set of weights; "
+            f"--weights-key {weights_key}: {layout.files[0].path} is safetensors, which holds one set of weights; "
             "the option is for a pickle that holds several"
         )
-    return found or _pickled(folder, allow_pickle, weights_key)
+    return layout or _pickle_layout(folder, allow_pickle, weights_key)
 
 
-def _safe(folder: Path) -> Layout | None:
-    """The layout of a folder's safetensors files, if it has any that are its model."""
+def _safetensors_layout(folder: Path) -> Layout | None:
+    """The layout of a folder's safetensors files; None if it has none that hold a model."""
     index = folder / INDEX
     if index.is_file():
-        return _sharded(folder, index)
+        return _sharded_layout(folder, index)
     if (folder / SINGLE).is_file():
         return _collect(folder, [read_header(folder / SINGLE)], None)
-    # adapters (of a language, of peft) are laid over a model, and are none
+    # An adapter (for a language, or peft's) changes a model, and holds none itself.
     others = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter"))
     if len(others) == 1:
         return _collect(folder, [read_header(others[0])], None)
@@ -106,7 +121,8 @@ def _safe(folder: Path) -> Layout | None:
     return None
 
 
-def _sharded(folder: Path, index: Path) -> Layout:
+def _sharded_layout(folder: Path, index: Path) -> Layout:
+    """The layout of a checkpoint in several safetensors files. Its index must agree with them."""
     weight_map = read_index(index)
     if (folder / SINGLE).is_file() and SINGLE not in weight_map.values():
         raise CheckpointError(
@@ -127,10 +143,10 @@ def _sharded(folder: Path, index: Path) -> Layout:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name of an index file.
+    """Read an index file, and return the file's name for each tensor.
 
     Raises:
-        CheckpointError: not such an index, or a file name that leads out of the folder.
+        CheckpointError: It is no index, or names a file outside its folder.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
@@ -144,6 +160,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def _collect(folder: Path, files: list[WeightFile], index: Path | None) -> Layout:
+    """Make a layout of files. Each tensor must be in one of them only."""
     where: dict[str, tuple[WeightFile, Entry]] = {}
     for file in files:
         for entry in file.entries:
@@ -155,35 +172,38 @@ def _collect(folder: Path, files: list[WeightFile], index: Path | None) -> Layou
     return Layout(folder, tuple(files), index, where)
 
 
-def _pickled(folder: Path, allow_pickle: bool, weights_key: str | None) -> Layout:
+def _pickle_layout(folder: Path, allow_pickle: bool, weights_key: str | None) -> Layout:
+    """The layout of a pickle checkpoint: that of the one safetensors file that its tensors are
+    written to.
+    """
     index = folder / PICKLE_INDEX
     weight_map = read_index(index) if index.is_file() else None
-    paths = [folder / name for name in dict.fromkeys(weight_map.values())] if weight_map else _single_pickle(folder)
+    paths = [folder / name for name in dict.fromkeys(weight_map.values())] if weight_map else find_pickle(folder)
     if not paths:
         refuse_lost_link(folder / "pytorch_model.bin")
         raise CheckpointError(no_weights(str(folder), [path.relative_to(folder).as_posix() for path in folder.rglob("*")]))
     if not allow_pickle:
-        raise CheckpointError(needs_leave(str(folder), paths[0].name))
+        raise CheckpointError(needs_allow_pickle(str(folder), paths[0].name))
     if weights_key is not None and len(paths) > 1:
         raise CheckpointError(
             f"--weights-key {weights_key}: {folder} has several pickles, which are one set of weights together"
         )
-    pickles = {path.name: _read_pickle(path, weights_key) for path in paths}
-    held = {name: tensor for found in pickles.values() for name, tensor in found.tensors.items()}
-    where = {name: file for file, found in pickles.items() for name in found.tensors}
+    pickles = {path.name: read_pickle(path, weights_key) for path in paths}
+    tensors = {name: tensor for pickled in pickles.values() for name, tensor in pickled.tensors.items()}
+    where = {name: file for file, pickled in pickles.items() for name in pickled.tensors}
     if weight_map is not None and where != weight_map:
         wrong = sorted(name for name in {*where, *weight_map} if where.get(name) != weight_map.get(name))
         raise CheckpointError(f"{index}: index and shards disagree on where these tensors are: {listed(wrong)}")
-    head, entries = build_header(held, {"format": "pt"})
+    head, entries = build_header(tensors, {"format": "pt"})
     read = (*pickles, *([index.name] if weight_map else []))
-    notes = tuple(note for found in pickles.values() for note in found.notes)
+    notes = tuple(note for pickled in pickles.values() for note in pickled.notes)
     key = pickles[paths[0].name].key
-    file = PickleFile(SINGLE, paths[0], head, {"format": "pt"}, entries, held, read, key, notes)
+    file = PickleFile(SINGLE, paths[0], head, {"format": "pt"}, entries, tensors, read, key, notes)
     return _collect(folder, [file], None)
 
 
-def needs_leave(where: str, name: str) -> str:
-    """What to say of weights that are a pickle, where pickles are not to be read."""
+def needs_allow_pickle(where: str, name: str) -> str:
+    """Return the message for weights that are a pickle, without --allow-pickle."""
     return (
         f"{where}: only pickle weights ({name}); pickles can carry code, so they are read only with "
         "--allow-pickle, and weights-only even then"
@@ -191,7 +211,10 @@ def needs_leave(where: str, name: str) -> str:
 
 
 def no_weights(where: str, names: Iterable[str]) -> str:
-    """What to say where there are no weights that can be read: what is there, and what is needed."""
-    found = other_formats(names)
-    said = f"{where}: no weights here (looked for {SINGLE}, {INDEX}, pytorch_model.bin, *.pth)"
-    return f"{said}; {found}" if found else said
+    """Return the message for a folder or repository without weights that can be read.
+
+    `names` are its files.
+    """
+    formats = other_formats(names)
+    message = f"{where}: no weights here (looked for {SINGLE}, {INDEX}, pytorch_model.bin, *.pth)"
+    return f"{message}; {formats}" if formats else message

@@ -1,4 +1,6 @@
-"""Weights out of a pickle: read weights-only, and which of several sets of weights in one file is meant."""
+"""Read weights from a pickle with torch's weights-only loader, and choose between several sets of
+weights.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,29 @@ import numpy as np
 import torch
 
 from dsd_refine.checkpoint.copies import READ_PICKLES
-from dsd_refine.checkpoint.safetensors_file import NAMES, Bytes, Entry, WeightFile, memory, refuse_lost_link, refuse_pointer
+from dsd_refine.checkpoint.safetensors_file import (
+    NAMES,
+    Bytes,
+    Entry,
+    WeightFile,
+    listed,
+    memory,
+    refuse_lost_link,
+    refuse_pointer,
+)
 from dsd_refine.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class PickleFile(WeightFile):
-    """Tensors of a pickle source, already read weights-only; they come out as one safetensors file."""
+    """The weights of a pickle source, as the one safetensors file that they are written to.
+
+    Attributes:
+        held: The tensors by name, in memory.
+        read: Names of the source's files that they were read from.
+        key: Their key in the pickle, or None.
+        notes: Warnings of how the pickle was read.
+    """
 
     held: dict[str, torch.Tensor] = field(default_factory=dict)
     read: tuple[str, ...] = ()
@@ -35,8 +53,14 @@ class PickleFile(WeightFile):
         return dict(self.held)
 
 
-def _single_pickle(folder: Path) -> list[Path]:
-    """The one pickle that holds the weights: pytorch_model.bin, else the only .pth, .pt or .pth.tar."""
+def find_pickle(folder: Path) -> list[Path]:
+    """Return the pickle that holds a folder's weights, or nothing.
+
+    It is pytorch_model.bin, else the only .pth, .pt or .pth.tar.
+
+    Raises:
+        CheckpointError: There are several.
+    """
     if (folder / "pytorch_model.bin").is_file():
         return [folder / "pytorch_model.bin"]
     others = sorted(path for path in folder.iterdir() if path.name.endswith(READ_PICKLES))
@@ -46,29 +70,44 @@ def _single_pickle(folder: Path) -> list[Path]:
     return others
 
 
-def _read_pickle(path: Path, weights_key: str | None) -> Pickled:
+def read_pickle(path: Path, weights_key: str | None = None) -> Pickled:
+    """Read the weights of a pickle.
+
+    Args:
+        path: The file.
+        weights_key: The key of the set of weights to use, if the file holds several.
+
+    Raises:
+        CheckpointError: The file is missing or an LFS pointer, or a tensor cannot be kept in a
+            safetensors file, or `read_weights` cannot read it.
+    """
     refuse_lost_link(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: is not there; was the download completed?")
     with path.open("rb") as file:
         refuse_pointer(file.read(64), path)
-    found = read_pickle(path, weights_key)
-    for name, tensor in found.tensors.items():
+    pickled = read_weights(path, weights_key)
+    for name, tensor in pickled.tensors.items():
         if tensor.dtype not in NAMES or tensor.layout != torch.strided:
             raise CheckpointError(f"{path}: {name}: {tensor.dtype}, {tensor.layout} cannot be kept in a safetensors file")
-    return found
+    return pickled
 
 
-# What timm.models.load_state_dict looks for, in its order: the averaged weights come first.
+# The keys that timm.models.load_state_dict looks for, in its order: the averaged weights come
+# first.
 TIMM_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
-WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile, data parallelism and averaging put before each name
-DEEPEST = 4  # mappings in mappings that are looked into for weights
+WRAPPERS = ("_orig_mod.", "module.")  # prefixes of names, from torch.compile, data parallelism and averaging
+DEEPEST = 4  # levels of nested mappings that are searched for weights
 AVERAGED = "n_averaged"  # the counter of torch's AveragedModel, beside the weights that it wraps
+SHOWN_SETS = 8  # keys that a message names
 SAFER = "where you trust the file, save its weights alone (torch.save of the state dict, or safetensors)"
 
 
 class Inert:
-    """Stands in for what a training script saves beside the weights. It takes anything and does nothing."""
+    """Replaces an object that a training script saved beside the weights.
+
+    It accepts anything and does nothing.
+    """
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -77,7 +116,8 @@ class Inert:
         pass
 
 
-# Settings (timm's `args`, paths in them) and numbers (a metric that NumPy computed): none of them is made, Inert is.
+# Classes of settings (timm's `args`, with paths) and of numbers (NumPy's metrics). Inert replaces
+# each of them.
 BESIDE = (
     "argparse.Namespace", "types.SimpleNamespace",
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype",
@@ -88,75 +128,90 @@ BESIDE = (
 
 @dataclass(frozen=True)
 class Pickled:
-    """The tensors of a pickle; the key that they stand under (None: the file is the mapping itself); what is to be said."""
+    """The tensors of a pickle.
+
+    Attributes:
+        tensors: The tensors by name.
+        key: Their key in the file. None: the file itself is the mapping of names to tensors.
+        notes: Warnings of how the file was read.
+    """
 
     tensors: dict[str, torch.Tensor]
     key: str | None = None
     notes: tuple[str, ...] = ()
 
 
-def read_pickle(path: Path, asked: str | None = None) -> Pickled:
-    """The weights of a pickle, those under the key `asked` where it is given.
+def read_weights(path: Path, weights_key: str | None = None) -> Pickled:
+    """Read the weights of a pickle, with the names that the model gives them.
+
+    Args:
+        path: The file.
+        weights_key: The key of the set of weights to use, if the file holds several.
 
     Raises:
-        CheckpointError: it needs more than weights-only, holds no plain mapping of tensors, no such key, or several
-            sets of weights of which timm's rule says nothing.
+        CheckpointError: The weights-only loader refuses the file. Or it holds no plain mapping of
+            names to tensors, or no set of weights under `weights_key`, or several sets without a
+            rule to choose.
     """
-    key, found, notes = _chosen(path, _loaded(path), asked)
-    odd = [str(name) for name, value in found.items() if not isinstance(value, torch.Tensor)]
+    key, weights, notes = _choose(path, _load(path), weights_key)
+    odd = [str(name) for name, value in weights.items() if not isinstance(value, torch.Tensor)]
     if odd:
         place = f" under {key!r}" if key else ""
         raise CheckpointError(f"{path}: holds no plain mapping of names to tensors{place}: {odd[0]!r:.100} is no tensor")
-    named = {str(name): tensor.detach() for name, tensor in found.items()}
+    named = {str(name): tensor.detach() for name, tensor in weights.items()}
     bare = _unwrapped(named)
     if bare is not named:
         notes = (*notes, f"{path.name}: names are written without the {_wrapper(named)!r} that a training script put there")
     return Pickled(bare, key, notes)
 
 
-def _loaded(path: Path) -> Any:
+def _load(path: Path) -> Any:
+    """Everything in a pickle, by torch's weights-only loader."""
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in BESIDE]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the pickle makes it raise
-        wanted = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text advises to load it unsafely
+    except Exception as error:  # a pickle may make torch raise any error
+        # torch's own message advises to load the file unsafely, so only the class is taken from it
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
         why = f"it wants {wanted[1]}, which is no tensor; {SAFER}" if wanted else "it is no whole file of tensors"
         raise CheckpointError(f"{path}: cannot be read weights-only, refused ({why})") from None
 
 
-def _chosen(path: Path, found: Any, asked: str | None) -> tuple[str | None, Mapping[Any, Any], tuple[str, ...]]:
-    """(key, what stands there, what is to be said) of the weights that are meant."""
-    sets = dict(_sets(found))
-    if asked is not None:
-        if asked not in sets:
-            raise CheckpointError(f"{path}: --weights-key {asked}: no weights there; {_offered([*sets])}")
-        key = asked
-    elif isinstance(found, Mapping) and found and all(isinstance(value, torch.Tensor) for value in found.values()):
-        return None, found, ()
-    elif not sets and _has_weights(found):
-        return None, found, ()  # and something else besides, which is named
+def _choose(path: Path, content: Any, weights_key: str | None) -> tuple[str | None, Mapping[Any, Any], tuple[str, ...]]:
+    """The key of the set of weights to use, the set, and warnings."""
+    sets = dict(_sets(content))
+    if weights_key is not None:
+        if weights_key not in sets:
+            raise CheckpointError(f"{path}: --weights-key {weights_key}: no weights there; {_available([*sets])}")
+        key = weights_key
+    elif isinstance(content, Mapping) and content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return None, content, ()
+    elif not sets and _has_weights(content):
+        return None, content, ()  # it holds other things too; read_weights() names the first of them
     elif not sets:
         raise CheckpointError(f"{path}: does not hold a plain mapping of names to tensors; {SAFER}")
     else:
-        key = _by_timm(path, found, [*sets])
+        key = _timm_key(path, content, [*sets])
     left = [name for name in sets if name != key]
-    why = "--weights-key" if asked else "as timm does; --weights-key chooses"
-    said = f"{path.name}: of its sets of weights {key!r} is taken ({why}), left: {_few(left)}"
-    return key, sets[key], (said,) if left else ()
+    why = "--weights-key" if weights_key else "as timm does; --weights-key chooses"
+    note = f"{path.name}: of its sets of weights {key!r} is taken ({why}), left: {listed(left, SHOWN_SETS)}"
+    return key, sets[key], (note,) if left else ()
 
 
-def _by_timm(path: Path, found: Mapping[Any, Any], sets: list[str]) -> str:
-    """The set that timm's loader would take, or the only one.
+def _timm_key(path: Path, content: Mapping[Any, Any], sets: list[str]) -> str:
+    """The key of the set that timm's loader would use, or of the only set.
 
     Raises:
-        CheckpointError: that loader knows none of them, or finds further mappings under its key instead of the weights.
+        CheckpointError: timm's loader knows none of several sets, or its key holds further
+            mappings.
     """
     by_timm = next((key for key in TIMM_KEYS if any(name == key or name.startswith(f"{key}.") for name in sets)), None)
     if by_timm in sets and not any(name.startswith(f"{by_timm}.") for name in sets):
         return by_timm
     if len(sets) > 1:
-        raise CheckpointError(f"{path}: holds several sets of weights ({_few(sets)}); say which with --weights-key")
-    if by_timm is None and _has_weights(found, least=2):
+        names = listed(sets, SHOWN_SETS)
+        raise CheckpointError(f"{path}: holds several sets of weights ({names}); say which with --weights-key")
+    if by_timm is None and _has_weights(content, least=2):
         raise CheckpointError(
             f"{path}: holds weights, and under {sets[0]!r} another set of them; --weights-key {sets[0]} takes those, "
             "or save those that are meant alone"
@@ -164,47 +219,50 @@ def _by_timm(path: Path, found: Mapping[Any, Any], sets: list[str]) -> str:
     return sets[0]
 
 
-def _sets(found: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """(key, mapping) of each set of weights in a mapping, those inside others under dotted keys (`ema.module`, `ema.0`).
+def _sets(content: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Yield the key and the mapping of each set of weights.
 
-    Averages kept as a list have numbers for names: no model takes them, but they are there, and are named.
+    Nested sets have dotted keys (`ema.module`, `ema.0`).
+
+    Averages in a list have numbers for names. No model has such names, but messages list these sets
+    too.
     """
-    inner = [("", found)] if isinstance(found, Mapping) else []
-    entered = {id(found)}  # a mapping may hold itself, or another one many times
+    inner = [("", content)] if isinstance(content, Mapping) else []
+    entered = {id(content)}  # a mapping may contain itself, or another one many times
     for depth in range(DEEPEST):
         outer, inner = inner, []
-        for place, mapping in outer:
+        for prefix, mapping in outer:
             for name, held in mapping.items():
-                value = {str(number): each for number, each in enumerate(held)} if isinstance(held, list | tuple) else held
+                value = {str(number): item for number, item in enumerate(held)} if isinstance(held, list | tuple) else held
                 if not isinstance(value, Mapping) or (isinstance(name, str) and name.startswith("optim")):
                     continue
                 if depth and not isinstance(name, str):
-                    continue  # an optimizer numbers its own
+                    continue  # the tensors of an optimizer have numbers
                 if _has_weights(value):
-                    yield f"{place}{name}", value
+                    yield f"{prefix}{name}", value
                 if id(held) not in entered:
                     entered.add(id(held))
-                    inner.append((f"{place}{name}.", value))
+                    inner.append((f"{prefix}{name}.", value))
 
 
 def _has_weights(value: Any, least: int = 1) -> bool:
-    """Is it a mapping that holds a floating-point tensor of so many dimensions under a name? (An optimizer numbers its own.)"""
+    """True for a mapping with a floating-point tensor of at least `least` dimensions under a name.
+
+    The tensors of an optimizer have numbers in place of names.
+    """
     return isinstance(value, Mapping) and any(
         isinstance(name, str) and isinstance(inner, torch.Tensor) and inner.is_floating_point() and inner.ndim >= least
         for name, inner in value.items()
     )
 
 
-def _few(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _offered(sets: list[str]) -> str:
-    return f"the file has {_few(sets)}" if sets else "the file is itself a mapping of tensors, or holds none"
+def _available(sets: list[str]) -> str:
+    """Say which sets of weights a file has."""
+    return f"the file has {listed(sets, SHOWN_SETS)}" if sets else "the file is itself a mapping of tensors, or holds none"
 
 
 def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under the names that the model itself gives them, where a wrapper put something before all of them."""
+    """The tensors with the model's own names, without the prefix of a wrapper."""
     wrapper = _wrapper(tensors)
     if not wrapper:
         return tensors
@@ -212,8 +270,8 @@ def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _wrapper(tensors: Mapping[str, torch.Tensor]) -> str:
-    """What stands before every name: `module.`, `_orig_mod.`, one before the other, or nothing."""
-    names, found = [name for name in tensors if name != AVERAGED], ""
-    while each := [one for one in WRAPPERS if names and all(name.startswith(found + one) for name in names)]:
-        found += each[0]
-    return found
+    """The prefix of every name: `module.`, `_orig_mod.`, both in any order, or nothing."""
+    names, prefix = [name for name in tensors if name != AVERAGED], ""
+    while more := [word for word in WRAPPERS if names and all(name.startswith(prefix + word) for name in names)]:
+        prefix += more[0]
+    return prefix

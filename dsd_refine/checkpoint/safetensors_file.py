@@ -1,4 +1,4 @@
-"""Reading and building safetensors files, byte for byte."""
+"""Read and build safetensors files, byte for byte."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ DTYPES = {
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TRAINABLE = {torch.float16, torch.bfloat16, torch.float32}
-HEADER_LIMIT = 100_000_000  # the format's own limit
-BRACKETS = 1_000_000  # objects and lists in a header or config: three for each tensor
-LONGEST_NAME = 255  # bytes of a file's name
+HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
+BRACKETS = 1_000_000  # the most objects and lists in a header or config; a header has three for each tensor
+LONGEST_NAME = 255  # bytes of a file's name, the limit of common file systems
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,21 @@ class Entry:
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One safetensors file: `head` is the length and header, byte for byte; `entries` lie in file order."""
+    """One safetensors file.
+
+    Attributes:
+        name: Its file name.
+        path: Its path.
+        head: Its first bytes: the header's length and the header.
+        metadata: The header's metadata, or None.
+        entries: The tensors in the order of the file.
+    """
 
     name: str
     path: Path
@@ -69,7 +78,7 @@ class WeightFile:
     entries: tuple[Entry, ...]
 
     def raw(self, entry: Entry) -> Bytes:
-        """The bytes of one tensor as they stand in the file."""
+        """Read the bytes of one tensor."""
         buffer = np.empty(entry.end - entry.begin, dtype=np.uint8)
         with self.path.open("rb") as file:
             file.seek(entry.begin)
@@ -78,44 +87,53 @@ class WeightFile:
         return buffer
 
     def tensor(self, entry: Entry) -> torch.Tensor:
-        """One tensor in the file's dtype, in memory of its own."""
+        """Read one tensor, in the file's dtype."""
         return from_bytes(self.raw(entry), entry.dtype, entry.shape)
 
     def mapped(self) -> dict[str, torch.Tensor]:
-        """Every tensor as a view of the file, which takes no memory; what is written there stays out of the file."""
+        """Return every tensor as a view of the mapped file, which takes no memory.
+
+        Writing to it keeps the file.
+        """
         with self.path.open("rb") as file:
             if os.fstat(file.fileno()).st_size < max((entry.end for entry in self.entries), default=0):
                 raise CheckpointError(f"{self.path}: has become shorter; was it changed meanwhile?")
-            held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return {entry.name: self._view(entry, held) for entry in self.entries}
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return {entry.name: self._view(entry, mapped) for entry in self.entries}
 
-    def _view(self, entry: Entry, held: mmap.mmap) -> torch.Tensor:
+    def _view(self, entry: Entry, mapped: mmap.mmap) -> torch.Tensor:
         if not entry.numel or entry.begin % entry.dtype.itemsize:
-            return self.tensor(entry)
-        return torch.frombuffer(held, dtype=entry.dtype, count=entry.numel, offset=entry.begin).reshape(entry.shape)
+            return self.tensor(entry)  # torch makes no views without elements or at such an offset
+        return torch.frombuffer(mapped, dtype=entry.dtype, count=entry.numel, offset=entry.begin).reshape(entry.shape)
 
 
 def from_bytes(raw: Bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Little-endian bytes as a tensor that shares their memory."""
+    """Return little-endian bytes as a tensor that shares their memory."""
     return torch.from_numpy(raw).view(dtype).reshape(shape) if len(raw) else torch.empty(shape, dtype=dtype)
 
 
 def memory(tensor: torch.Tensor) -> memoryview:
-    """A tensor's elements in logical order as little-endian bytes: a view where they lie so already, else a copy."""
+    """Return a tensor's elements in logical order, as little-endian bytes.
+
+    They are copied only if necessary.
+    """
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Is there neither NaN nor infinity? One pass that makes nothing: NaN is at both ends of any range."""
+    """Return whether there is neither NaN nor infinity.
+
+    One pass finds the lowest and the highest value, and both are NaN if any is. It takes no memory.
+    """
     return not tensor.numel() or all(math.isfinite(end) for end in torch.stack(tensor.aminmax()).tolist())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: cannot be read, an LFS pointer, not a JSON object.
+        CheckpointError: The file cannot be read, is an LFS pointer, or is no JSON object.
     """
     try:
         if path.stat().st_size > HEADER_LIMIT:
@@ -131,10 +149,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def bounded_json(raw: bytes) -> bytes:
-    """The same bytes, if no more comes of them than a checkpoint needs: an empty object takes 2 bytes here and 64 in memory.
+    """Return the same bytes if they hold no more values than a checkpoint needs.
+
+    Otherwise a small file could fill the memory: an empty object has 2 bytes here and 64 in memory.
 
     Raises:
-        ValueError: too many objects, lists or values.
+        ValueError: There are too many objects, lists or values.
     """
     if raw.count(b"{") + raw.count(b"[") > BRACKETS or raw.count(b",") > 5 * BRACKETS:
         raise ValueError("it holds more values than any checkpoint has")
@@ -145,7 +165,10 @@ POINTER = b"version https://git-lfs"
 
 
 def is_pointer(path: Path) -> bool:
-    """Is the file a git-lfs pointer? What cannot be read is none; who reads it says why."""
+    """Return whether a file is a git-lfs pointer.
+
+    An unreadable file is none: its reader reports the error.
+    """
     try:
         with path.open("rb") as file:
             return file.read(len(POINTER)) == POINTER
@@ -154,16 +177,22 @@ def is_pointer(path: Path) -> bool:
 
 
 def refuse_pointer(start: bytes, path: Path) -> None:
-    """Raise CheckpointError where the bytes are those of a git-lfs pointer instead of the file."""
+    """Check that the first bytes of a file are not those of a git-lfs pointer.
+
+    Raises:
+        CheckpointError: They are.
+    """
     if start.startswith(POINTER):
         raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull` or download it anew")
 
 
 def read_header(path: Path) -> WeightFile:
-    """The header of one safetensors file, held against the format: no gaps, no overlaps, known dtypes, nothing twice.
+    """Read the header of a safetensors file, and check it against the format.
+
+    There must be no gaps, no overlaps, no unknown dtypes, and no name twice.
 
     Raises:
-        CheckpointError: names what is wrong and what to do.
+        CheckpointError: The file cannot be read or breaks the format.
     """
     refuse_lost_link(path)
     try:
@@ -184,8 +213,8 @@ def read_header(path: Path) -> WeightFile:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not an object")
     metadata = header.pop("__metadata__", None)
-    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    if metadata is not None and not texts:
+    only_texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not only_texts:
         raise CheckpointError(f"{path}: the safetensors metadata is not a mapping of text to text")
     entries = sorted((_entry(path, n, v, len(head)) for n, v in header.items()), key=lambda e: (e.begin, e.end))
     _check_cover(path, entries, len(head), size)
@@ -193,13 +222,18 @@ def read_header(path: Path) -> WeightFile:
 
 
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice")
-    return found
+    """Make a JSON object.
+
+    Readers differ on which of two equal names counts, so these are refused.
+    """
+    by_name = dict(pairs)
+    if len(by_name) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return by_name
 
 
 def _entry(path: Path, name: str, value: Any, start: int) -> Entry:
+    """Check one tensor of the header. `start` is the offset of the data in the file."""
     try:
         shape, offsets = value["shape"], value["data_offsets"]
         numbers = [*shape, *offsets]
@@ -217,31 +251,41 @@ def _entry(path: Path, name: str, value: Any, start: int) -> Entry:
 
 
 def _check_cover(path: Path, entries: list[Entry], start: int, size: int) -> None:
-    at = start
+    """Check that the tensors fill the file from `start` to its end, without gaps."""
+    end = start
     for entry in entries:
-        if entry.begin != at:
+        if entry.begin != end:
             raise CheckpointError(f"{path}: {entry.name!r} overlaps another tensor or leaves a gap")
-        at = entry.end
-    if at != size:
-        short = "truncated: " if size < at else ""
-        raise CheckpointError(f"{path}: {short}the header speaks of {at:,} bytes, the file has {size:,}; download it anew")
+        end = entry.end
+    if end != size:
+        short = "truncated: " if size < end else ""
+        raise CheckpointError(f"{path}: {short}the header speaks of {end:,} bytes, the file has {size:,}; download it anew")
 
 
 def refuse_lost_link(path: Path) -> None:
-    """Raise CheckpointError where the path is a link to nothing: "no such file" would not say which."""
+    """Check that a path is not a link to a missing file.
+
+    The system's own error would not name that file.
+
+    Raises:
+        CheckpointError: It is.
+    """
     if path.is_symlink() and not path.exists():
         raise CheckpointError(f"{path}: is a link to {os.readlink(path)}, which is not there")
 
 
 def build_header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> tuple[bytes, tuple[Entry, ...]]:
-    """A safetensors head and its entries for tensors in the given order (aliased tensors are stored each by itself)."""
+    """Build the first bytes of a safetensors file, and the entries of its tensors.
+
+    The file has the tensors in the given order. Tensors that share memory are stored separately.
+    """
     header: dict[str, Any] = {"__metadata__": metadata}
-    at, spans = 0, []
+    begin, spans = 0, []
     for name, tensor in tensors.items():
-        end = at + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-        spans.append((name, tensor, at, end))
-        at = end
+        end = begin + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        spans.append((name, tensor, begin, end))
+        begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
@@ -249,6 +293,6 @@ def build_header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> 
 
 
 def listed(names: list[str], most: int = 5) -> str:
-    """A few names for an error message, with the count of the rest."""
+    """Return the first `most` names for a message, and the number of the others."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest

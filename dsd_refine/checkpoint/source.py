@@ -1,4 +1,4 @@
-"""What MODEL names, and the folder its files are in: a local directory, or a snapshot of a Hub repository."""
+"""Resolve MODEL to a folder with its files: a local directory, or a snapshot of a Hub repository."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from dsd_refine.checkpoint.copies import READ_PICKLES, adapter_of, is_as_large, is_weights, other_formats, shown_folder
-from dsd_refine.checkpoint.layout import INDEX, PICKLE_INDEX, SINGLE, needs_leave, no_weights
+from dsd_refine.checkpoint.layout import INDEX, PICKLE_INDEX, SINGLE, needs_allow_pickle, no_weights
 from dsd_refine.checkpoint.libraries.guard import refuse_counts
 from dsd_refine.checkpoint.safetensors_file import is_pointer, read_json
 from dsd_refine.errors import CheckpointError, UsageError
 from dsd_refine.files import leads_out
 from dsd_refine.hub import ask_hub, check_blobs
 
-# What may hold weights, by its ending: not fetched where nobody asks for weights.
+# Files that may hold weights. They are not fetched if only the config is needed.
 HEAVY = (
     "*.bin", "*.pth", "*.pt", "*.pth.tar", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.gguf", "*.ggml",
     "*.npz", "*.tflite", "*.mlmodel", "*.mlpackage", "*.pb", "*.pkl", "*.pickle", "*.safetensors", "*.bin.index.json",
@@ -32,22 +32,30 @@ HEAVY = (
 )  # fmt: skip
 
 PICKLE = "pytorch_model.bin"
-CONNECT = 10.0  # seconds that the Hub has to answer
-NOT_FETCHED = "not fetched"  # the revision of a source that is known from timm's registry alone
+CONNECT = 10.0  # seconds to wait for the Hub's answer
+NOT_FETCHED = "not fetched"  # the revision of a source of which only timm's registry is known
 READ_BY_LIBRARIES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab")
-OURS = ("dsd", "rejected", ".git", ".cache", ".eval_results")
+OURS = ("dsd", "rejected", ".git", ".cache", ".eval_results")  # never copied from a source
 
 
-def _is_here() -> None:
-    """Nothing is left to fetch."""
+def _fetch_nothing() -> None:
+    """The `fetch` of a source whose files are all here."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on disk. `resolved` is the repository or directory meant, `revision` its commit (None: a directory).
+    """A checkpoint on disk.
 
-    Of what is not local only the config and its kin are here at first: `fetch` brings the rest, weights included. Opening
-    the checkpoint calls it; until then the data can be held against the config, and a mistake costs no download.
+    At first only the config and other small files of a remote source are here. So the data can be
+    checked against the config before anything large is downloaded.
+
+    Attributes:
+        model: MODEL as the user wrote it.
+        resolved: The repository or directory that it means.
+        revision: The commit of the repository. None: a directory.
+        folder: The folder with the files.
+        library: timm, torchvision or transformers.
+        fetch: Downloads the other files, weights included. Opening the checkpoint calls it.
     """
 
     model: str
@@ -55,14 +63,17 @@ class Source:
     revision: str | None
     folder: Path
     library: str
-    fetch: Callable[[], None] = field(default=_is_here, compare=False, repr=False)
+    fetch: Callable[[], None] = field(default=_fetch_nothing, compare=False, repr=False)
 
     def side_files(self, weight_files: set[str]) -> tuple[list[str], list[str], list[str]]:
-        """Relative names of the files that an output copies; of copies of the weights (by name or size), a trainer's state and
-        what is ours to write, which it does not; and of links that lead out of the folder, to folders or to nothing, which
-        it does not either.
+        """Sort the source's files, besides `weight_files` and README.md, by whether an output
+        copies them.
 
-        The config is copied though it be such a link: it has been read, and is a model's.
+        Returns:
+            Three lists of names relative to the folder. First the files to copy. Then copies of the
+            weights (by name or size), training states, and files that we write ourselves. Last the
+            links to folders, to missing files, or to files outside the folder. A config that is a
+            link to a file outside is copied, because it has been read and checked.
         """
         copied: list[str] = []
         left: dict[str, None] = {}
@@ -88,15 +99,15 @@ class Source:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; 0 where it is not here."""
+    """The size of a file in bytes; 0 if it is not here."""
     return path.stat().st_size if path.is_file() else 0
 
 
 def _within(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, and every link to a folder (which is not followed).
+    """Yield every file below a folder, and every link to a folder. Such links are not followed.
 
     Raises:
-        CheckpointError: a folder cannot be read of which an output would have the files.
+        CheckpointError: A folder cannot be read, and an output would have its files.
     """
 
     def refuse(error: OSError) -> None:
@@ -111,11 +122,18 @@ def _within(folder: Path) -> Iterator[Path]:
 
 
 def find_source(model: str, *, weights: bool = True, allow_pickle: bool = False) -> Source:
-    """Resolve MODEL and bring its config and other small files here. With `weights`, `Source.fetch` brings the rest.
+    """Resolve MODEL, and download its config and other small files.
+
+    Args:
+        model: MODEL as the user wrote it.
+        weights: Let `Source.fetch` download the other files. Without it, the weights are not
+            needed.
+        allow_pickle: Pickle files may be read.
 
     Raises:
-        CheckpointError: not there, gated, offline without a cached copy, or neither timm's nor transformers' layout.
-        UsageError: a name that could mean two things, or a kind of source that this version lacks.
+        CheckpointError: The model does not exist, is gated, or has a layout that no library reads.
+            Or the Hub cannot be reached and the model is not in the cache.
+        UsageError: The name is both a directory and a timm model.
     """
     scheme, _, rest = model.partition(":")
     if scheme == "torchvision" and rest:
@@ -138,7 +156,10 @@ def find_source(model: str, *, weights: bool = True, allow_pickle: bool = False)
 
 
 def _from_folder(model: str, folder: Path, resolved: str, revision: str | None, names: Iterable[str] = ()) -> Source:
-    """The source that a folder is. `names` are the files of a repository, of which the folder has what was fetched."""
+    """Make a source from a folder.
+
+    `names` are all files of its repository, of which some may not be here yet.
+    """
     known = {*names, *(path.relative_to(folder).as_posix() for path in _within(folder))}
     config_file = folder / "config.json"
     adapter = adapter_of(folder, known)
@@ -157,17 +178,20 @@ def _from_folder(model: str, folder: Path, resolved: str, revision: str | None, 
 
 
 def _what_instead(config_file: Path, adapter: str | None, names: Iterable[str]) -> str:
-    """What a folder without config.json is."""
+    """Describe a folder that has no config.json."""
     if config_file.is_symlink():
         return f"nothing says what it is: config.json is a link to {os.readlink(config_file)}, which is not there"
     if adapter:
         return f"it is {adapter} alone: merge it into that model first (peft's merge_and_unload), and give the merged model"
-    found = other_formats(names)
-    return "neither timm's nor transformers' layout" + (f"; {found}" if found else "")
+    formats = other_formats(names)
+    return "neither timm's nor transformers' layout" + (f"; {formats}" if formats else "")
 
 
 def _library(config_file: Path, config: dict[str, Any]) -> str:
-    """The library that a config is for. transformers' wrapper of timm's models names both: it is transformers'."""
+    """The library that a config is for.
+
+    A config of transformers' wrapper for timm models has the keys of both.
+    """
     if config.get("library") == "torchvision":
         return "torchvision"
     if "model_type" not in config and ("architecture" in config or "pretrained_cfg" in config):
@@ -181,10 +205,9 @@ def _library(config_file: Path, config: dict[str, Any]) -> str:
 
 
 def _refuse_pointers(folder: Path) -> None:
-    """Refuse a clone without its large files: the libraries would read the pointers as configs and vocabularies.
+    """Refuse a clone without its large files.
 
-    Raises:
-        CheckpointError: names them.
+    The libraries would read the pointers as configs and vocabularies.
     """
     texts = (path for path in sorted(folder.iterdir()) if path.suffix in READ_BY_LIBRARIES)
     lost = [path.name for path in texts if path.is_file() and is_pointer(path)]
@@ -224,7 +247,7 @@ def _from_timm_name(model: str, name: str, weights: bool, allow_pickle: bool) ->
 
 
 def _from_registry(model: str, cfg: Any) -> Source:
-    """What timm itself knows of a released model: enough for `plan` where there is no network."""
+    """Make a source from timm's registry alone. It is enough for `plan` without a network."""
     place = tempfile.TemporaryDirectory(prefix="dsd-refine-")
     atexit.register(place.cleanup)
     config = {"architecture": cfg.architecture, "num_classes": cfg.num_classes, "pretrained_cfg": cfg.to_dict()}
@@ -233,56 +256,62 @@ def _from_registry(model: str, cfg: Any) -> Source:
 
 
 def _from_torchvision(model: str, name: str, weights: bool, allow_pickle: bool) -> Source:
-    """A released weights entry of torchvision, as a folder of its own: what the entry says, and a link to its file."""
+    """Make a folder for released weights of torchvision: a config from their entry, and a link to
+    their file.
+    """
     from dsd_refine.checkpoint.libraries.torchvision import describe_in, entry, link_weights
 
-    architecture, found = entry(name)
+    architecture, released = entry(name)
     if weights and not allow_pickle:
         raise CheckpointError(
-            f"{model}: torchvision releases pickles ({found.url.rsplit('/', 1)[-1]}); pickles can carry code, so they are read "
-            "only with --allow-pickle, and weights-only even then"
+            f"{model}: torchvision releases pickles ({released.url.rsplit('/', 1)[-1]}); pickles can carry code, so they are "
+            "read only with --allow-pickle, and weights-only even then"
         )
     place = tempfile.TemporaryDirectory(prefix="dsd-refine-")
     atexit.register(place.cleanup)
-    revision = describe_in(Path(place.name), architecture, found)
-    fetch = partial(link_weights, Path(place.name), found) if weights else _is_here
-    return Source(model, f"{architecture}.{found.name}", revision, Path(place.name), "torchvision", fetch)
+    revision = describe_in(Path(place.name), architecture, released)
+    fetch = partial(link_weights, Path(place.name), released) if weights else _fetch_nothing
+    return Source(model, f"{architecture}.{released.name}", revision, Path(place.name), "torchvision", fetch)
 
 
-def _from_hub(model: str, repo_at: str, weights: bool, allow_pickle: bool) -> Source:
-    """A snapshot of a repository: what the Hub has now, or without the Hub what the cache holds."""
+def _from_hub(model: str, name: str, weights: bool, allow_pickle: bool) -> Source:
+    """Make a source from a snapshot of `org/name[@revision]`.
+
+    Without the Hub, the cache's snapshot is used.
+    """
     from huggingface_hub import HfApi, snapshot_download
 
-    repo, _, revision = repo_at.partition("@")
+    repo, _, revision = name.partition("@")
     files: set[str] = set()
-    fetch = _is_here
+    fetch = _fetch_nothing
     try:
         info = ask_hub(repo, lambda: HfApi().model_info(repo, revision=revision or None, timeout=CONNECT))
     except CheckpointError as error:
-        if error.__cause__ is None:  # an answer, not a missing connection: the cache must not hide it
+        if error.__cause__ is None:  # the Hub has answered, and the cache must not hide its answer
             raise
         folder = _from_cache(repo, revision or None, weights)
     else:
-        files = {each.rfilename for each in info.siblings or []}
+        files = {file.rfilename for file in info.siblings or []}
         if weights and "config.json" in files:
             _refuse_unreadable(repo, files, allow_pickle)
-        small, whole = (_not_wanted(files, heavy, allow_pickle) for heavy in (False, True))
-        folder = ask_hub(repo, lambda: snapshot_download(repo, revision=info.sha, ignore_patterns=small))
+        not_small, not_needed = (_not_wanted(files, heavy, allow_pickle) for heavy in (False, True))
+        folder = ask_hub(repo, lambda: snapshot_download(repo, revision=info.sha, ignore_patterns=not_small))
         _remember(Path(folder), revision or "main", str(info.sha))
 
-        def rest() -> None:
-            ask_hub(repo, lambda: snapshot_download(repo, revision=info.sha, ignore_patterns=whole))
+        def fetch_rest() -> None:
+            ask_hub(repo, lambda: snapshot_download(repo, revision=info.sha, ignore_patterns=not_needed))
             check_blobs(repo, Path(folder).iterdir())
 
-        fetch = rest if weights else _is_here
+        fetch = fetch_rest if weights else _fetch_nothing
     check_blobs(repo, Path(folder).iterdir())
     return replace(_from_folder(model, Path(folder), repo, Path(folder).name, files), fetch=fetch)
 
 
 def _from_cache(repo: str, revision: str | None, weights: bool) -> str:
-    """A snapshot that the cache holds whole: its side files, and its model.safetensors or index if it is to have one.
+    """The folder of a snapshot in the cache, with its side files and its model.safetensors or
+    index.
 
-    Which files hold weights is known by their names alone here; `read_layout` tells which of them are missing.
+    Only names tell here which files hold weights. `read_layout` reports those that are missing.
     """
     from huggingface_hub import snapshot_download
 
@@ -295,11 +324,7 @@ def _from_cache(repo: str, revision: str | None, weights: bool) -> str:
 
 
 def _refuse_unreadable(repo: str, files: set[str], allow_pickle: bool) -> None:
-    """Refuse a repository without weights that could be read, before it is fetched.
-
-    Raises:
-        CheckpointError: what it holds instead, and the remedy.
-    """
+    """Refuse a repository without weights that can be read, before it is downloaded."""
     at_root = sorted(name for name in files if "/" not in name)
     if any(name.endswith(".safetensors") and not name.startswith("adapter") for name in at_root):
         return
@@ -307,23 +332,29 @@ def _refuse_unreadable(repo: str, files: set[str], allow_pickle: bool) -> None:
     if not pickles and "adapter_config.json" not in files:
         raise CheckpointError(no_weights(repo, files))
     if pickles and not allow_pickle:
-        raise CheckpointError(needs_leave(repo, pickles[0]))
+        raise CheckpointError(needs_allow_pickle(repo, pickles[0]))
 
 
 def _remember(folder: Path, revision: str, commit: str) -> None:
-    """Let the cache know which commit a branch or tag meant, as the library does when it is asked for it by name."""
+    """Write the commit of a branch or tag into the cache, as the library does if it is given the
+    name.
+
+    We give it the commit. Without this file, the name could not be resolved offline.
+    """
     if revision == commit:
         return
     file = folder.parent.parent / "refs" / revision
-    with suppress(OSError):  # a cache that is only to be read serves all the same
+    with suppress(OSError):  # a read-only cache can still be used
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(commit, encoding="utf-8")
 
 
 def _not_wanted(files: set[str], weights: bool, allow_pickle: bool) -> list[str]:
-    """What not to fetch of a repository: what an output leaves out by its name, but what will be read.
+    """Patterns of files not to download: all that may hold weights, or (`weights`) those that
+    nobody will read.
 
-    Copies that only their size tells are fetched: what the weights come to is not known before they are here.
+    Copies of the weights that only their size would show are downloaded: sizes are not known
+    before.
     """
     if not weights:
         return list(HEAVY)
@@ -332,7 +363,10 @@ def _not_wanted(files: set[str], weights: bool, allow_pickle: bool) -> list[str]
 
 
 def _read_from(files: set[str], allow_pickle: bool) -> set[str]:
-    """The files of a repository that `read_layout` will read, and what else it wants to see: shards by their usual names."""
+    """The weight files of a repository that `read_layout` will read.
+
+    Shards must have their usual names.
+    """
     at_root = {name for name in files if "/" not in name}
     if INDEX in files:
         return {name for name in at_root if fnmatchcase(name, "model-*.safetensors")}
@@ -347,5 +381,5 @@ def _read_from(files: set[str], allow_pickle: bool) -> set[str]:
 
 
 def _literal(name: str) -> str:
-    """The fnmatch pattern that matches this name alone."""
+    """The fnmatch pattern that matches only this name."""
     return re.sub(r"([*?[])", r"[\1]", name)

@@ -1,4 +1,6 @@
-"""The same-shape proof, from outside: what was written, held against the source and against what was evaluated."""
+"""Verify an output: compare its files with the source's, and its model's outputs with the evaluated
+ones.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +23,33 @@ if TYPE_CHECKING:
     from dsd_refine.checkpoint.checkpoint import Checkpoint
 
 PROBE = "dsd/probe.safetensors"
-LONGEST_PATH = 1000  # letters of a name in the report: a system's limit is some thousand bytes, the folder's own path included
+LONGEST_PATH = 1000  # characters of a file's name in the report: systems allow a few thousand bytes with the folder
 
-# the same weights may be computed by other kernels (channels-last, threads, another machine): float32 noise is allowed
+# Other kernels may compute the outputs (channels-last, threads, another machine), so float32 noise
+# is allowed.
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 
 
 def weights_folder(output: Path) -> Path:
-    """Where an output holds its checkpoint: itself, or `rejected/` when its gate was not met."""
+    """Return the folder of an output's checkpoint: the output, or `rejected/` if the gate was not
+    met.
+    """
     return output / "rejected" if (output / "rejected").is_dir() else output
 
 
 def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
-    """Everything that is wrong with an output of `checkpoint`; empty when it is what it claims to be.
+    """Return everything that is wrong with an output of `checkpoint`: one text each, empty if all
+    is right.
 
-    `checkpoint` may be opened by `open_shapes`: its values are not asked for.
-    Checked: the files' headers (names, shapes, dtypes, order, metadata) and shard map, every tensor that is not the
-    model's, every side file, the report's hashes of both sides, and the outputs of the model, as its library loads it,
-    on the batch that the run left with what it computed there. A config, or code, that is not the source's is not loaded.
+    It checks the headers of the weight files (names, shapes, dtypes, order, metadata) and the shard
+    map. It checks every tensor that the model does not use, every side file, and the report's
+    hashes of source and output. Then the library loads the output, and the model's outputs on the
+    run's examples are compared with the saved ones. A config or code that differs from the source's
+    is not loaded.
+
+    Args:
+        checkpoint: The source. `open_shapes` is enough.
+        output: The output's folder.
     """
     folder = weights_folder(output)
     try:
@@ -48,18 +59,19 @@ def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
     problems = [*_headers(checkpoint.layout, written)]
     if problems:
         return problems
-    hashed = _hashed(checkpoint, folder)  # first: it reads the files through, from where views then find them in memory
-    problems += _foreign(checkpoint, written)
-    strange = [*_side_files(checkpoint, folder, hashed)]
-    problems += [*strange, *_hashes(checkpoint, output, folder, hashed)]
+    hashed = _hashed(checkpoint, folder)  # first, because it brings the files into the system's cache
+    problems += _tensors(checkpoint, written)
+    side_problems = [*_side_files(checkpoint, folder, hashed)]
+    problems += [*side_problems, *_hashes(checkpoint, output, folder, hashed)]
     try:
-        problems += [] if strange else _outputs(checkpoint, output, folder)
+        problems += [] if side_problems else _outputs(checkpoint, output, folder)
     except CheckpointError as error:
         problems.append(f"its own library does not load it: {error}")
     return problems
 
 
 def _headers(source: Layout, written: Layout) -> Iterator[str]:
+    """Compare the names and the headers of the weight files."""
     if [file.name for file in source.files] != [file.name for file in written.files]:
         yield f"weight files are {[f.name for f in written.files]}, the source's are {[f.name for f in source.files]}"
         return
@@ -68,10 +80,11 @@ def _headers(source: Layout, written: Layout) -> Iterator[str]:
             yield f"{ours.name}: header (names, shapes, dtypes, order, metadata) differs from the source's"
 
 
-def _foreign(checkpoint: Checkpoint, written: Layout) -> Iterator[str]:
+def _tensors(checkpoint: Checkpoint, written: Layout) -> Iterator[str]:
+    """Check that unused tensors have the source's bytes, and that trained ones are finite."""
     for file, theirs in zip(written.files, checkpoint.layout.files, strict=True):
-        found, source = file.mapped(), theirs.mapped()
-        for name, tensor in found.items():
+        tensors, source = file.mapped(), theirs.mapped()
+        for name, tensor in tensors.items():
             if name not in checkpoint.placement and memory(tensor) != memory(source[name]):
                 yield f"{name}: is not the model's, yet its bytes differ from the source's"
             if name in checkpoint.placement and tensor.dtype in TRAINABLE and not all_finite(tensor):
@@ -79,12 +92,13 @@ def _foreign(checkpoint: Checkpoint, written: Layout) -> Iterator[str]:
 
 
 def _hashed(checkpoint: Checkpoint, folder: Path) -> dict[Path, str]:
-    """The hash of every file that counts, of both sides, where it is there."""
-    sides = [root / name for name in checkpoint.counted for root in (folder, checkpoint.source.folder)]
-    return sha256_files(path for path in sides if path.is_file())
+    """The SHA-256 of every counted file of the source and of the output that exists."""
+    paths = [root / name for name in checkpoint.counted for root in (folder, checkpoint.source.folder)]
+    return sha256_files(path for path in paths if path.is_file())
 
 
 def _side_files(checkpoint: Checkpoint, folder: Path, hashed: dict[Path, str]) -> Iterator[str]:
+    """Check that the index and every side file are byte-equal to the source's."""
     index = [checkpoint.layout.index.name] if checkpoint.layout.index else []
     for name in [*index, *checkpoint.side_files]:
         if not (folder / name).is_file():
@@ -94,6 +108,7 @@ def _side_files(checkpoint: Checkpoint, folder: Path, hashed: dict[Path, str]) -
 
 
 def _hashes(checkpoint: Checkpoint, output: Path, folder: Path, hashed: dict[Path, str]) -> Iterator[str]:
+    """Compare the files of the source and of the output with the hashes in the report."""
     if not (output / "dsd/report.json").is_file():
         yield "dsd/report.json is missing: nothing says what was written"
         return
@@ -103,9 +118,9 @@ def _hashes(checkpoint: Checkpoint, output: Path, folder: Path, hashed: dict[Pat
     except (CheckpointError, KeyError, TypeError) as error:
         yield f"dsd/report.json is not a report with the hashes of output and source ({error!s:.200})"
         return
-    said, key = report["source"].get("weights_key"), checkpoint.layout.weights_key
-    if said != key and "weights_key" in report["source"]:
-        yield f"the report's source are the weights under {said!r} of its pickle, looked at were those under {key!r}"
+    reported, key = report["source"].get("weights_key"), checkpoint.layout.weights_key
+    if reported != key and "weights_key" in report["source"]:
+        yield f"the report's source are the weights under {reported!r} of its pickle, looked at were those under {key!r}"
     yield from _unlisted(checkpoint, folder, set(files["output"]))
     for side, root in (("output", folder), ("source", checkpoint.source.folder)):
         for name, digest in files[side].items():
@@ -115,7 +130,7 @@ def _hashes(checkpoint: Checkpoint, output: Path, folder: Path, hashed: dict[Pat
 
 
 def _unlisted(checkpoint: Checkpoint, folder: Path, listed: set[str]) -> Iterator[str]:
-    """Files of the output that the report does not know."""
+    """Find files of the output that the report does not list."""
     expected = {*checkpoint.counted}
     if not checkpoint.layout.from_pickle:
         for name in sorted(expected - listed):
@@ -126,14 +141,14 @@ def _unlisted(checkpoint: Checkpoint, folder: Path, listed: set[str]) -> Iterato
 
 
 def _inside(name: str) -> bool:
-    """Does a name out of a report stay in its folder, and is it short enough to be a file's?"""
+    """True if a name from a report stays inside its folder and is short enough for a file."""
     parts = Path(name).parts
     short = len(name) <= LONGEST_PATH and all(len(part.encode(errors="replace")) <= LONGEST_NAME for part in parts)
     return short and "\0" not in name and ".." not in parts and not Path(name).is_absolute()
 
 
 def save_probe(path: Path, probes: Sequence[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
-    """Keep a few examples, each a batch of its own, and the model's outputs on them, for `verify` to repeat."""
+    """Save a few examples for `verify`: the inputs of each, as one batch, and the model's outputs."""
     tensors: dict[str, torch.Tensor] = {}
     for number, (inputs, outputs) in enumerate(probes):
         tensors |= {f"{number}.input.{name}": value.cpu().contiguous() for name, value in inputs.items()}
@@ -143,7 +158,10 @@ def save_probe(path: Path, probes: Sequence[tuple[dict[str, torch.Tensor], torch
 
 
 def load_probe(path: Path) -> dict[str, tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """What `save_probe` kept: by each example's number its inputs and the outputs; safetensors' errors where it is broken."""
+    """Read what `save_probe` wrote: the inputs and outputs of each example, by its number.
+
+    A broken file raises safetensors' own errors.
+    """
     tensors = load_file(path)
     numbers = [number for number, _, kind in (name.partition(".") for name in tensors) if kind == "output"]
 
@@ -155,6 +173,7 @@ def load_probe(path: Path) -> dict[str, tuple[dict[str, torch.Tensor], torch.Ten
 
 
 def _outputs(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str]:
+    """Load the output by its library, and compare its outputs on the saved examples."""
     if not (output / PROBE).is_file():
         yield f"{PROBE} is missing: the outputs cannot be compared"
         return
@@ -169,28 +188,38 @@ def _outputs(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str
     for number, (inputs, expected) in probes.items():
         try:
             with torch.no_grad():
-                found = logits_of(model, inputs)
-        except Exception as error:  # a model raises whatever inputs that are none of its own make it raise
+                logits = logits_of(model, inputs)
+        except Exception as error:  # inputs that do not fit may raise any error
             yield f"example {number}: the model cannot compute on its inputs ({' '.join(str(error).split())[:200]})"
             continue
-        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=RELATIVE, atol=ABSOLUTE):
+        if not _near(logits, expected):
             yield f"example {number}: the model as loaded from the output computes something else than was evaluated"
 
 
-def check_plain(checkpoint: Checkpoint, probes: Sequence[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
-    """Before the first step: the source as any user loads it answers as the model does that is to be trained.
+def _near(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    return logits.shape == expected.shape and torch.allclose(logits, expected, rtol=RELATIVE, atol=ABSOLUTE)
 
-    What is written has the source's files, so what cannot be loaded from there cannot be loaded from the output. A pickle
-    source's output is another file than the source's, and is not opened twice.
+
+def check_plain(checkpoint: Checkpoint, probes: Sequence[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
+    """Check before training that the source, loaded as a user would load it, has the same outputs
+    as our model.
+
+    The output will have the source's side files, so a source that its library cannot load would
+    give an output that it cannot load. A pickle source is not checked, because its output has
+    another format.
+
+    Args:
+        checkpoint: The opened source.
+        probes: Examples: the inputs, and the outputs of `checkpoint.model`.
 
     Raises:
-        CheckpointError: the source's own library does not load it from its folder, or computes something else.
+        CheckpointError: The library cannot load the source from its folder, or its outputs differ.
     """
     if checkpoint.layout.from_pickle:
         return
     source, names = checkpoint.source, ", ".join(checkpoint.weight_files)
     with TemporaryDirectory() as place, torch.random.fork_rng(devices=[]):
-        folder = Path(place) / source.folder.name  # only what an output has: no pickles that lie beside the weights
+        folder = Path(place) / source.folder.name  # only with the files that an output will have
         for name in checkpoint.counted:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).symlink_to((source.folder / name).resolve())
@@ -203,8 +232,8 @@ def check_plain(checkpoint: Checkpoint, probes: Sequence[tuple[dict[str, torch.T
             ) from None
         for inputs, expected in probes:
             with torch.no_grad():
-                found, wanted = logits_of(model, inputs), expected.cpu().float()
-            if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=RELATIVE, atol=ABSOLUTE):
+                logits = logits_of(model, inputs)
+            if not _near(logits, expected.cpu().float()):
                 raise CheckpointError(
                     f"{source.folder}: what its own library loads from {names} computes something else than these weights do; "
                     "nothing was trained"
@@ -212,7 +241,7 @@ def check_plain(checkpoint: Checkpoint, probes: Sequence[tuple[dict[str, torch.T
 
 
 def report_lines(problems: list[str], output: Path) -> str:
-    """What `verify` prints."""
+    """Return the text that the command `verify` prints."""
     if problems:
         return "\n".join([f"{output}: not what it should be", *(f"  - {problem}" for problem in problems)])
     return f"{output}: same files, names, shapes, dtypes and metadata as the source; hashes and outputs as reported"

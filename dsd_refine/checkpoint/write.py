@@ -1,4 +1,4 @@
-"""The same-shape writer: trained values laid over the source's own bytes."""
+"""Write trained values into files of the same shape as the source's."""
 
 from __future__ import annotations
 
@@ -20,19 +20,27 @@ from dsd_refine.errors import RunError
 from dsd_refine.files import copy_file, sync
 from dsd_refine.system import one_thread
 
-AHEAD = 1 << 24  # bytes written before the disk is asked to write them
-GROUP = 1 << 20  # bytes that are hashed and written at a time: of a model's hundreds of tensors most are next to nothing
-BEHIND = 4  # groups that are held until they are hashed
+AHEAD = 1 << 24  # bytes written between two syncs
+GROUP = 1 << 20  # bytes that are hashed and written at once: most of a model's hundreds of tensors are tiny
+BEHIND = 4  # groups that wait in memory for their hash
 
 
 def entry_value(start: torch.Tensor, entry: Entry, placement: Placement, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What one tensor of the file is written as; `start` is the source's.
+    """Return the values to write for one tensor of the file.
 
-    A tensor that the model does not own, or whose values did not change, is the source's own (so that -0.0 and the
-    bits of foreign tensors survive).
+    Args:
+        start: The tensor's values in the source.
+        entry: Its entry in the file's header.
+        placement: Where the model holds the tensors of the file.
+        state: The model's tensors by name.
+
+    Returns:
+        The trained values in the file's dtype. Or `start` itself, if the model does not use the
+        tensor or its values did not change. So -0.0 and the bits of unused tensors stay as they
+        are.
 
     Raises:
-        RunError: a trained value is not finite, or overflows the file's dtype.
+        RunError: A trained value is not finite, or does not fit into the file's dtype.
     """
     if entry.name not in placement:
         return start
@@ -45,9 +53,15 @@ def entry_value(start: torch.Tensor, entry: Entry, placement: Placement, state: 
 
 
 def write_weights(layout: Layout, placement: Placement, state: Mapping[str, torch.Tensor], folder: Path) -> dict[str, str]:
-    """Write every weight file of the layout into `folder`; returns file name -> SHA-256 of what was written.
+    """Write every weight file of the layout, and its index, into `folder`.
 
-    Header and metadata are the source's bytes; the files are synced before this returns.
+    The header and the metadata are the source's bytes. The files are on the disk when this returns.
+
+    Returns:
+        The SHA-256 of every written weight file by its name.
+
+    Raises:
+        RunError: A trained value is not finite, or does not fit into the file's dtype.
     """
     digests: dict[str, Any] = {}
     syncs: list[Future[None]] = []
@@ -57,7 +71,7 @@ def write_weights(layout: Layout, placement: Placement, state: Mapping[str, torc
             values = (memory(entry_value(source[entry.name], entry, placement, state)) for entry in file.entries)
             out = files.enter_context((folder / file.name).open("wb"))
             digests[file.name] = _write(file.head, values, out, hashing, syncing, syncs)
-        for synced in syncs:  # all of them: what one sync has said of the disk, a later one does not say again
+        for synced in syncs:  # all of them, because a later sync does not repeat the error of an earlier one
             synced.result()
     if layout.index is not None:
         copy_file(layout.index, folder / layout.index.name)
@@ -72,10 +86,11 @@ def _write(
     syncing: Executor,
     syncs: list[Future[None]],
 ) -> Any:
-    """Head and tensors; returns their SHA-256, which takes longer than to write and is made beside, a few groups behind.
+    """Write the header and the tensors, and return their SHA-256.
 
-    The disk is asked to write all the while, since at the end it would have everything to do and nothing beside; the last
-    bytes, while the hash catches up.
+    Hashing takes longer than writing, so another thread hashes, a few groups behind. A third thread
+    syncs the file while it is written: a single sync at the end would take long with nothing beside
+    it.
     """
     digest = hashlib.sha256(head)
     out.write(head)
@@ -97,6 +112,7 @@ def _write(
 
 
 def _grouped(values: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    """Collect values until a group has GROUP bytes."""
     group: list[memoryview] = []
     size = 0
     for data in values:
@@ -114,9 +130,14 @@ def _update(digest: Any, group: list[memoryview]) -> None:
 
 
 def written_dtypes(layout: Layout, placement: Placement) -> Iterator[tuple[str, str, torch.Tensor | None, torch.dtype]]:
-    """What is written in less than float32: (the file's name, the model's, flat elements or None for all, dtype)."""
-    for name, parts in placement.items():
+    """Yield the slices of the model that are written in less than float32.
+
+    Yields:
+        The tensor's name in the file, its name in the model, the slice's flat indices in the
+        model's tensor (None: all), and the file's dtype.
+    """
+    for name, slices in placement.items():
         dtype = layout.entry(name).dtype
         if dtype in (torch.float16, torch.bfloat16):
-            for part in parts:
-                yield name, part.key, None if part.whole else part.target, dtype
+            for tensor_slice in slices:
+                yield name, tensor_slice.key, None if tensor_slice.whole else tensor_slice.target, dtype

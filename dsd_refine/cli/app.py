@@ -127,6 +127,13 @@ RUN_OPTIONS = _together(
     click.option("--overwrite", is_flag=True, help="Replace an output of ours."),
     click.option("--save-every", type=click.FloatRange(min=0), default=10, metavar="MINUTES", help="Save within phases (10)."),
     click.option("--save-phases", is_flag=True, help="Also write each phase's end of the refined arm."),
+    click.option(
+        "--report-images",
+        type=click.IntRange(0, 100),
+        default=0,
+        metavar="N",
+        help="report.html shows N rows gained and N lost with their content (0).",
+    ),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
     click.option("--compile", is_flag=True, help="torch.compile the training forward."),
     click.option("--workers", type=click.IntRange(min=0), help="Processes that load data."),
@@ -134,7 +141,7 @@ RUN_OPTIONS = _together(
     click.option("--quiet", is_flag=True, help="No progress; the result alone."),
 )
 
-PASSED_ON = ("resume", "overwrite", "save_phases", "save_every", "device", "compile", "allow_pickle")
+PASSED_ON = ("resume", "overwrite", "save_phases", "save_every", "report_images", "device", "compile", "allow_pickle")
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 

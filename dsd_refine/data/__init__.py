@@ -1,1 +1,3 @@
-"""Data: read into tables, divided into parts, labels matched with classes."""
+"""Data: read into tables, divided into train, holdout and evaluation rows, with labels matched to
+classes.
+"""

@@ -1,6 +1,6 @@
-"""Which columns of a table are used: as asked, by a telling type, by a known name. No task, no model.
+"""Find the columns of a table to use: as the user asks, by their type, or by a known name.
 
-Where several columns could each be meant, none is chosen: a silent choice would be another result.
+If several columns could be meant, the data are refused. A silent choice could give a wrong result.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dsd_refine.data.tables import lacks_head
 from dsd_refine.errors import DataError
 
 WIDEST = 40  # characters of a column's name that a message shows
-PARSES = ("_parse", "_binary_parse")  # SNLI and MNLI give each sentence's parse beside it
-SAMPLE = 1000  # rows that are looked at to tell a column of texts from one of names
+PARSES = ("_parse", "_binary_parse")  # columns of SNLI and MNLI with the parse of each sentence
+SAMPLE = 1000  # rows that are read to tell a column of texts from one of names
 PAIRS = (
     ("sentence1", "sentence2"), ("sentence_1", "sentence_2"), ("sentence_a", "sentence_b"),
     ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
@@ -28,7 +28,7 @@ PAIRS = (
     ("claim", "evidence"),
 )  # fmt: skip
 
-# what is beside the content in many data sets: numbers, places, times, who said it
+# Names of columns beside the content: numbers, places, times, authors.
 ASIDE = re.compile(
     r"(?:.*_)?(?:id|ids|idx|index|guid|uid|uuid|url|uri|link|date|time|timestamp|year|lang|language|"
     r"locale|split|source|domain|license|author|user|username|speaker|hash|md5|sha256|name|file|"
@@ -38,10 +38,14 @@ ASIDE = re.compile(
 
 @dataclass(frozen=True)
 class Kind:
-    """What a task looks for. `known` are names in ranks: a column of an earlier rank is preferred.
+    """What a task looks for in a table.
 
-    `feature` is the type of `datasets` that tells such a column. `decides`: where columns of that
-    type are there, no other can be it.
+    Attributes:
+        what: image, audio, label or text.
+        known: Known column names in ranks. A column of an earlier rank is preferred.
+        feature: The type of `datasets` that such a column may have.
+        decides: If there are columns of that type, no other column can be meant.
+        pairs: Two columns may form a pair of texts.
     """
 
     what: str
@@ -52,10 +56,11 @@ class Kind:
 
     @property
     def flag(self) -> str:
+        """The option that names such a column."""
         return f"--{self.what}-column"
 
     def rank(self, name: str) -> int | None:
-        """The rank of a column's name, whatever its case; None for an unknown one."""
+        """Return the rank of a column's name in any case, or None for an unknown name."""
         plain = name.strip().casefold()
         return next((rank for rank, names in enumerate(self.known) if plain in names), None)
 
@@ -113,38 +118,52 @@ CAPTION = Kind(
 
 
 class MissingColumn(DataError):
-    """A split has no column of the name asked for, or of any known name."""
+    """A split has no column with the asked name, or with any known name."""
 
 
 def column(table: Table, asked: str | None, kind: Kind, taken: Sequence[str] = ()) -> str:
-    """The one column of a kind: the one asked for, else by type and name, else the only column of texts.
+    """Return the column of a kind: the asked one, else one by type and name, else the only column
+    of texts.
 
-    `taken` are columns that are used as something else.
+    Args:
+        table: The table.
+        asked: The name that the user gives, or None.
+        kind: What to look for.
+        taken: Columns that are used as something else.
 
     Raises:
-        MissingColumn: there is none; lists the columns. DataError: several could each be it.
+        MissingColumn: There is no such column.
+        DataError: Several columns could be meant.
     """
     if asked is not None:
-        return _called(table, asked, kind)
-    found = _preferred(table, kind, taken) or (_strings(table, taken) if kind.what == "text" else [])
-    known = any(kind.rank(name) is not None or _is_typed(table, name, kind) for name in found)
-    if len(found) == 1:
-        return found[0]
+        return _with_name(table, asked, kind)
+    candidates = _preferred(table, kind, taken) or (_strings(table, taken) if kind.what == "text" else [])
+    known = any(kind.rank(name) is not None or _is_typed(table, name, kind) for name in candidates)
+    if len(candidates) == 1:
+        return candidates[0]
     if known:
-        raise DataError(f"{_listed(found)} could each be the {kind.what} column: name the one that is meant with {kind.flag}")
+        raise DataError(
+            f"{_listed(candidates)} could each be the {kind.what} column: name the one that is meant with {kind.flag}"
+        )
     looked = ", ".join(name for names in kind.known for name in names)
     raise _missing(table, f"no {kind.what} column found (looked for {looked})", kind)
 
 
 def choose(table: Table, kinds: Sequence[Kind], asked: Mapping[str, str | None]) -> dict[str, tuple[str, ...]]:
-    """What each kind is called in a table, by `Kind.what`; a text may be a pair of columns.
+    """Return the columns of each kind in a table, by `Kind.what`. A text may be a pair of columns.
+
+    Args:
+        table: The table.
+        kinds: What to look for.
+        asked: The names that the user gives, by `Kind.what`.
 
     Raises:
-        MissingColumn, DataError: as `column` says, and for a further text beside the ones used.
+        MissingColumn: A kind has no column.
+        DataError: Several columns could be meant, or there are more columns of texts than are used.
     """
     chosen: dict[str, tuple[str, ...]] = {}
     missing: dict[str, MissingColumn] = {}
-    for kind in sorted(kinds, key=lambda kind: kind.what == "text"):  # a text is what is nothing else
+    for kind in sorted(kinds, key=lambda kind: kind.what == "text"):  # texts last: among the columns that are left
         taken = [name for names in chosen.values() for name in names]
         try:
             chosen[kind.what] = _texts(table, asked[kind.what], kind, taken) if kind.pairs else (
@@ -160,7 +179,10 @@ def choose(table: Table, kinds: Sequence[Kind], asked: Mapping[str, str | None])
 
 
 def _refuse_two_uses(chosen: Mapping[str, tuple[str, ...]]) -> None:
-    """Raises DataError for a column that is used as two things: a label in the text is the answer itself."""
+    """Refuse a column that is used as two things.
+
+    A label in the text would tell the model the answer.
+    """
     uses: dict[str, list[str]] = {}
     for what, names in chosen.items():
         for name in names:
@@ -172,7 +194,9 @@ def _refuse_two_uses(chosen: Mapping[str, tuple[str, ...]]) -> None:
 
 
 def in_short(names: Sequence[str]) -> str:
-    """Names of columns in a line: the first dozen, each cut to WIDEST characters, and how many there are."""
+    """Return column names in a line: the first dozen, each cut to WIDEST characters, and the number
+    of all.
+    """
     cut = [name if len(name) <= WIDEST else f"{name[: WIDEST - 1]}…" for name in names[:MOST]]
     return ", ".join(cut) + (f", … ({len(names)} in all)" if len(names) > MOST else "")
 
@@ -185,10 +209,18 @@ def aligned(
     *,
     may_lack_label: bool,
 ) -> Table:
-    """The table of another split, with the columns used called as in the split that trains.
+    """Rename the columns of a split's table to their names in the split that trains.
+
+    Args:
+        table: The table.
+        chosen: The columns of the split that trains, by `Kind.what`.
+        kinds: What the task looks for.
+        asked: The names that the user gives, by `Kind.what`.
+        may_lack_label: Return a table without a label column as it is.
 
     Raises:
-        MissingColumn: a column that it has not, under this or another known name. DataError: several could each be meant.
+        MissingColumn: The table has no such column, under this or another known name.
+        DataError: Several columns could be meant.
     """
     for kind in sorted(kinds, key=lambda kind: kind is not LABEL):
         for name in chosen[kind.what]:
@@ -196,12 +228,12 @@ def aligned(
                 continue
             by_name = asked[kind.what] is not None or len(chosen[kind.what]) > 1
             try:
-                own = _called(table, name, kind)
+                own = _with_name(table, name, kind)
             except MissingColumn as error:
                 try:
                     own = column(table, name if by_name else None, kind)
                 except MissingColumn:
-                    if kind is LABEL and may_lack_label:  # as a test split whose labels nobody gives away
+                    if kind is LABEL and may_lack_label:  # such as a test split with secret labels
                         return table
                     raise MissingColumn(f"{table.origin}: {error}") from None
             table = replace(table, rows=table.rows.rename_column(own, name))
@@ -209,18 +241,21 @@ def aligned(
 
 
 def unused_columns(table: Table, chosen: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """The columns of a table that nothing is read from."""
+    """Return the columns of a table that are not used."""
     used = {name for names in chosen.values() for name in names}
     return [name for name in table.rows.column_names if name not in used]
 
 
 def _texts(table: Table, asked: str | None, kind: Kind, taken: Sequence[str]) -> tuple[str, ...]:
-    """One text column, or the two of a pair; a further column of texts is refused, for which is meant is not known."""
-    if asked is not None:  # a name may hold a comma itself
+    """One column of texts, or the two of a pair.
+
+    A further column of texts is refused: it could be meant.
+    """
+    if asked is not None:  # a comma separates two names, or belongs to one
         names = [asked] if asked in table.rows.column_names else [name.strip() for name in asked.split(",")]
         if len(names) > 2:
             raise DataError(f"{kind.flag} {asked}: a text is one column, or two for a pair; these are {len(names)}")
-        return tuple(_called(table, name, kind) for name in names)
+        return tuple(_with_name(table, name, kind) for name in names)
     plain = {name.strip().casefold(): name for name in table.rows.column_names if name not in taken}
     pairs = [(plain[a], plain[b]) for a, b in PAIRS if a in plain and b in plain]
     used = pairs[0] if pairs else (column(table, None, kind, taken),)
@@ -235,7 +270,8 @@ def _texts(table: Table, asked: str | None, kind: Kind, taken: Sequence[str]) ->
     return used
 
 
-def _called(table: Table, asked: str, kind: Kind) -> str:
+def _with_name(table: Table, asked: str, kind: Kind) -> str:
+    """The column with a name, else the only one with that name in another case."""
     columns = table.rows.column_names
     alike = [name for name in columns if name.strip().casefold() == asked.strip().casefold()]
     if asked in columns:
@@ -246,6 +282,7 @@ def _called(table: Table, asked: str, kind: Kind) -> str:
 
 
 def _missing(table: Table, what: str, kind: Kind) -> MissingColumn:
+    """The error for a missing column, with the columns that there are and a remedy."""
     named = f"{what}; the data has {in_short(table.rows.column_names)}."
     if lacks_head(table):
         head = "The first line seems to be data, and no head: put a line of column names above it, such as text,label"
@@ -257,12 +294,14 @@ def _missing(table: Table, what: str, kind: Kind) -> MissingColumn:
 
 
 def _preferred(table: Table, kind: Kind, taken: Sequence[str]) -> list[str]:
-    """The columns that could be it by type or name: those of the best rank, and any whose type says more than that rank."""
+    """The columns that could be meant: those of the best rank, and those of the type if no column
+    of that rank has it.
+    """
     free = [name for name in table.rows.column_names if name not in taken]
     typed = [name for name in free if _is_typed(table, name, kind)]
     candidates = typed if typed and kind.decides else [name for name in free if name in typed or kind.rank(name) is not None]
     candidates = [name for name in candidates if _may_hold(table, name, kind)] or candidates
-    # a column of a telling type and no known name stands with the second rank
+    # a column of the type without a known name has the second rank
     ranks = {name: 1 if (rank := kind.rank(name)) is None else rank for name in candidates}
     best = [name for name in candidates if ranks[name] == min(ranks.values())]
     untyped = not kind.decides and not any(name in typed for name in best)
@@ -270,7 +309,7 @@ def _preferred(table: Table, kind: Kind, taken: Sequence[str]) -> list[str]:
 
 
 def _may_hold(table: Table, name: str, kind: Kind) -> bool:
-    """Is it not empty, and for a text no number?"""
+    """False for an empty column, and for a column of numbers if a text is looked for."""
     dtype = str(getattr(table.rows.features[name], "dtype", ""))
     return dtype != "null" and not (kind.what == "text" and re.match("u?int|float|bool", dtype))
 
@@ -280,7 +319,7 @@ def _is_typed(table: Table, name: str, kind: Kind) -> bool:
 
 
 def _strings(table: Table, taken: Sequence[str]) -> list[str]:
-    """Columns of strings that may hold the content: by their names no addresses, times or labels."""
+    """Columns of strings that may be the content: not addresses, times or labels by their names."""
     kinds = {name: getattr(feature, "dtype", None) for name, feature in table.rows.features.items()}
     strings = [name for name, kind in kinds.items() if kind in ("string", "large_string") and name not in taken]
     return [name for name in strings if not _is_aside(name)]
@@ -291,7 +330,10 @@ def _is_aside(name: str) -> bool:
 
 
 def _is_text(table: Table, name: str, kind: Kind) -> bool:
-    """Does it hold texts, and not one value, or the names of a few things? A known name is believed."""
+    """True if a column has texts, and not one value or a few names.
+
+    Its name may be known as that of texts.
+    """
     values = table.rows.select_columns([name])[:SAMPLE][name]
     texts = [value.strip() for value in values if isinstance(value, str) and value.strip()]
     several = len(set(texts)) > 1

@@ -1,4 +1,4 @@
-"""One file as a table: CSV, TSV, JSON, Parquet, text. How its lines became rows is said, and no line is lost unsaid."""
+"""Read a file as a table: CSV, TSV, JSON, Parquet, text. Notes say how its lines became rows."""
 
 from __future__ import annotations
 
@@ -25,31 +25,37 @@ from dsd_refine.hub import is_of_the_hub
 
 TABLE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt"}
 
-SEPARATORS, LOOKED_AT = {",": ",", ";": ";", "\t": "tabs", "|": "|"}, 200
+SEPARATORS = {",": ",", ";": ";", "\t": "tabs", "|": "|"}  # and what a message calls them
+SAMPLED = 200  # records that are read to find the separator and quotes
 
-NO_WORD_IS_EMPTY = {"keep_default_na": False, "na_values": [""]}  # a text may be NA or null
-BLOCK_OF_ROWS = 10_000  # the rows by which `datasets` reads a CSV
+NO_WORD_IS_EMPTY = {"keep_default_na": False, "na_values": [""]}  # the words NA and null may be texts
+CSV_ROWS = 10_000  # rows in a block, as `datasets` reads a CSV
 WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "samples")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where files are parsed into, and what text files are written in."""
+    """The folder that files are parsed into, and the encoding of text files."""
 
     cache: Path
     encoding: str = "utf-8"
 
 
 def is_table(path: Path) -> bool:
-    """Does its name say that it is a table? `rows.csv.gz` is one too."""
+    """Return whether a file has the suffix of a table: `rows.csv`, `rows.csv.gz`."""
     return suffix_of(path) in TABLE_SUFFIXES
 
 
 def read_file(path: Path, shown: str, place: Place) -> Reading:
-    """One file, under `train` where it says nothing of splits. `shown` is what the user calls it.
+    """Read a file as the split `train`, or as several splits if it has them.
+
+    Args:
+        path: The file.
+        shown: Its name for the user.
+        place: The folder that files are parsed into, and the encoding.
 
     Raises:
-        DataError: empty, broken, not a table, or with lines of which it is not clear what they are.
+        DataError: The file is empty, broken or no table, or its lines could mean several things.
     """
     kind = suffix_of(path)
     if kind not in TABLE_SUFFIXES:
@@ -64,28 +70,35 @@ def read_file(path: Path, shown: str, place: Place) -> Reading:
     if not plain.lines:
         raise DataError(f"{path}: is empty")
     reader = {".csv": _read_csv, ".tsv": _read_csv, ".txt": _read_text}.get(kind, _read_json)
-    found = reader(path, plain, shown, place)
-    return replace(found, notes=tuple(", ".join((note, *plain.notes)) for note in found.notes))
+    reading = reader(path, plain, shown, place)
+    return replace(reading, notes=tuple(", ".join((note, *plain.notes)) for note in reading.notes))
 
 
 def _options(place: Place) -> dict[str, Any]:
     return {"cache_dir": str(place.cache), "keep_in_memory": False}
 
 
-def _reading(rows: Any, path: Path, shown: str, said: Sequence[str], advice: str = "") -> Reading:
+def _reading(rows: Any, path: Path, shown: str, notes: Sequence[str], advice: str = "") -> Reading:
     table = Table(rows, None, path.parent, origin=shown, advice=advice)
-    return Reading({"train": table}, notes=(f"{shown}: {', '.join(said)}",))
+    return Reading({"train": table}, notes=(f"{shown}: {', '.join(notes)}",))
 
 
-def validated(found: Any) -> Any:
-    """The same, once its Arrow tables are known to be what they say: a wrong offset asks for terabytes, a text is UTF-8."""
-    for rows in found.values() if isinstance(found, dict) else [found]:
+def validated(data: Any) -> Any:
+    """Check the Arrow tables of a data set, or of its splits, and return the data.
+
+    A wrong offset in a broken file could make Arrow ask for terabytes. Texts must be UTF-8.
+    """
+    for rows in data.values() if isinstance(data, dict) else [data]:
         rows.data.validate(full=True)
-    return found
+    return data
 
 
 def guarded(path: Path, read: Callable[[], Any]) -> Any:
-    """What `read` returns. Raises DataError, naming the file, for whatever a broken file makes the libraries raise."""
+    """Return what `read` returns, and turn the libraries' errors about a broken file into one.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
     try:
         return read()
     except (DataError, ConnectionError):
@@ -93,15 +106,19 @@ def guarded(path: Path, read: Callable[[], Any]) -> Any:
     except Exception as error:
         if is_of_the_hub(error) or is_full(error):  # not the file's fault
             raise
-        # datasets, pandas and pyarrow raise whatever a broken file makes them raise
+        # a broken file may make datasets, pandas and pyarrow raise any error
         cause = error.__cause__ or error
-        if "corresponds to no data" in str(cause):  # what datasets says of a table with a head and nothing below it
+        if "corresponds to no data" in str(cause):  # datasets' message for a table with a head and no rows
             raise DataError(f"{path}: holds no rows") from None
         raise DataError(f"{path}: cannot be read: {' '.join(str(cause).split())[:300] or type(cause).__name__}") from None
 
 
 def check_shards(path: Path, split: str, files: list[Path]) -> None:
-    """Raises DataError where files of one split are the same data twice, of several kinds, or not all there."""
+    """Check the files of one split: one kind of file, no data twice, and all shards here.
+
+    Raises:
+        DataError: They are not.
+    """
     shown = ", ".join(file.relative_to(path).as_posix() for file in files[:6])
     kinds = {suffix_of(file) for file in files}
     if len(kinds - {".json", ".jsonl", ".ndjson"}) + bool(kinds & {".json", ".jsonl", ".ndjson"}) > 1:
@@ -119,6 +136,7 @@ def check_shards(path: Path, split: str, files: list[Path]) -> None:
 
 
 def _read_csv(path: Path, plain: Plain, shown: str, place: Place) -> Reading:
+    """Read a CSV or TSV. The notes tell everything that is not usual."""
     usual = "\t" if suffix_of(path) == ".tsv" else ","
     separator = _separator(path, plain, usual)
     is_quoted = suffix_of(path) != ".tsv" or separator != "\t" or _head_in_quotes(plain)
@@ -126,45 +144,48 @@ def _read_csv(path: Path, plain: Plain, shown: str, place: Place) -> Reading:
     if not is_quoted:
         _refuse_broken_records(path, plain)
     rows, of_text = _typed_csv(path, plain, how | NO_WORD_IS_EMPTY, place)
-    said = [_lines_and_rows(path, plain, rows, separator, is_quoted)]
-    if "__index_level_0__" in rows.column_names:  # pandas takes a first field beyond the head for the row's name
+    notes = [_lines_and_rows(path, plain, rows, separator, is_quoted)]
+    if "__index_level_0__" in rows.column_names:  # pandas takes the first of more fields than the head has as an index
         raise DataError(
             f"{path}: its first row has one field more than its head ({len(rows.column_names) - 1}): put texts that hold "
             f"{_in_words(separator)} in quotes, or name the first column in the head"
         )
     if of_text:
-        said.append(f"columns read as texts, for some of their rows hold texts: {', '.join(of_text)}")
+        notes.append(f"columns read as texts, for some of their rows hold texts: {', '.join(of_text)}")
     if separator != usual:
-        said.append(f"separated by {_in_words(separator)}")
+        notes.append(f"separated by {_in_words(separator)}")
     if not is_quoted and _quoted_texts(rows):
-        said.append("quotes are read as part of the texts, for a .tsv has no quoting (with it, call it .csv)")
-    return _reading(rows, path, shown, said)
+        notes.append("quotes are read as part of the texts, for a .tsv has no quoting (with it, call it .csv)")
+    return _reading(rows, path, shown, notes)
 
 
 def _typed_csv(path: Path, plain: Plain, how: dict[str, Any], place: Place) -> tuple[Any, list[str]]:
-    """The rows, and the columns that were made texts.
+    """The rows, and the names of the columns that were made texts.
 
-    `datasets` reads blocks of rows and takes each column for what the first block holds. Where a later one holds something
-    else, the columns that hold texts anywhere are texts everywhere.
+    `datasets` reads blocks of rows, and takes the type of each column from the first block. If a
+    later block has another type, columns with a text in any block are read as texts in all blocks.
     """
 
     try:
         return guarded(path, lambda: validated(datasets.Dataset.from_csv(str(plain.path), **how, **_options(place)))), []
     except DataError:
         kinds = _kinds_of_blocks(plain, how)
-        changing = [name for name, held in kinds.items() if len(held) > 1 and held & set("Ob")]
-        if not any("O" in held for held in kinds.values()) and not changing:
+        changing = [name for name, of_column in kinds.items() if len(of_column) > 1 and of_column & set("Ob")]
+        if not any("O" in of_column for of_column in kinds.values()) and not changing:
             raise
         return guarded(path, lambda: validated(_with_texts(path, plain, how, kinds, place))), changing
 
 
 def _blocks(plain: Plain, how: dict[str, Any], **more: Any) -> Iterator[pandas.DataFrame]:
-    with pandas.read_csv(plain.path, chunksize=BLOCK_OF_ROWS, **how, **more) as blocks:
+    with pandas.read_csv(plain.path, chunksize=CSV_ROWS, **how, **more) as blocks:
         yield from blocks
 
 
 def _kinds_of_blocks(plain: Plain, how: dict[str, Any]) -> dict[str, set[str]]:
-    """Each column's kinds of values (numpy's letters) over the blocks of a CSV; none where it cannot be parsed."""
+    """The kinds of each column in the blocks of a CSV, as numpy's letters.
+
+    Empty: the CSV cannot be parsed.
+    """
     kinds: dict[str, set[str]] = defaultdict(set)
     try:
         for block in _blocks(plain, how):
@@ -176,10 +197,13 @@ def _kinds_of_blocks(plain: Plain, how: dict[str, Any]) -> dict[str, set[str]]:
 
 
 def _with_texts(path: Path, plain: Plain, how: dict[str, Any], kinds: dict[str, set[str]], place: Place) -> Any:
-    """The rows with a column as texts where a block of it holds texts; written down, for they may not fit in memory."""
-    texts = [name for name, held in kinds.items() if not held <= set("if") and held != {"b"}]
-    types = {name: pyarrow.int64() if held == {"i"} else pyarrow.float64() for name, held in kinds.items()}
-    types |= {name: pyarrow.bool_() for name, held in kinds.items() if held == {"b"}}
+    """The rows, with each column that has a text in any block as texts.
+
+    They are written into a file, block by block.
+    """
+    texts = [name for name, of_column in kinds.items() if not of_column <= set("if") and of_column != {"b"}]
+    types = {name: pyarrow.int64() if of_column == {"i"} else pyarrow.float64() for name, of_column in kinds.items()}
+    types |= {name: pyarrow.bool_() for name, of_column in kinds.items() if of_column == {"b"}}
     schema = pyarrow.schema(types | dict.fromkeys(texts, pyarrow.large_string()))
     name = hashlib.sha256(str(path.absolute()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     copy = place.cache / "plain" / f"{name}.parquet"
@@ -191,19 +215,21 @@ def _with_texts(path: Path, plain: Plain, how: dict[str, Any], kinds: dict[str, 
 
 
 def _refuse_broken_records(path: Path, plain: Plain) -> None:
-    """Refuse a TSV in which a text in quotes goes over several lines, as pandas writes it: each line would be a row.
+    """Refuse a TSV with a quoted text over several lines, as pandas writes it.
 
-    Raises:
-        DataError: a line's last field opens a quote and does not close it, and it or the next line is short of fields.
+    Each line would become a row.
+
+    Such a text opens a quote in the last field of a line, and this line or the next one has too few
+    fields.
     """
     fields, opened = 0, 0
     for number, line in enumerate(_lines(plain), 1):
-        held = line.rstrip("\n").split("\t")
-        if held == [""]:
+        of_line = line.rstrip("\n").split("\t")
+        if of_line == [""]:
             continue
-        fields = fields or len(held)
-        opens = number > 1 and held[-1].startswith('"') and _is_open(held[-1])
-        if (opened or opens) and len(held) < fields:
+        fields = fields or len(of_line)
+        opens = number > 1 and of_line[-1].startswith('"') and _is_open(of_line[-1])
+        if (opened or opens) and len(of_line) < fields:
             raise DataError(
                 f'{path}: line {opened or number} opens a quote (") that it does not close, and a line there is short of '
                 "fields: a text with line breaks, which a .tsv cannot hold. Write it without them, or as a .csv"
@@ -231,7 +257,10 @@ def _head(plain: Plain, separator: str) -> list[str]:
 
 
 def _head_in_quotes(plain: Plain) -> bool:
-    """Are all names of a TSV's columns in quotes, as R writes them? Then its texts are too."""
+    """True if all column names of a TSV are in quotes, as R writes them.
+
+    Its texts are in quotes then too.
+    """
     head = next((line.strip() for line in _lines(plain) if line.strip()), "")
     return bool(head) and all(len(name) > 1 and name[0] == name[-1] == '"' for name in head.split("\t"))
 
@@ -242,10 +271,12 @@ def _lines(plain: Plain) -> Iterator[str]:
 
 
 def _separator(path: Path, plain: Plain, usual: str) -> str:
-    """What stands between the fields: the usual, unless the head has one column and another sign fits every line.
+    """The separator of the fields: the usual one, unless the head has one column and another sign
+    fits all lines.
 
     Raises:
-        DataError: the head holds another sign, and the lines do not agree on it.
+        DataError: The head contains another sign, and not all lines agree with it, or several signs
+            fit.
     """
     head = _head(plain, usual)
     others = [sign for sign in SEPARATORS if len(head) == 1 and sign != usual and sign in head[0]]
@@ -260,27 +291,27 @@ def _separator(path: Path, plain: Plain, usual: str) -> str:
 
 
 def _agree(plain: Plain, separator: str) -> bool:
-    """Do the first records all have as many fields as the head?"""
-    counts = {len(record) for record in islice(_records(plain, separator), LOOKED_AT) if any(map(str.strip, record))}
+    """True if the first records all have as many fields as the head."""
+    counts = {len(record) for record in islice(_records(plain, separator), SAMPLED) if any(map(str.strip, record))}
     return len(counts) == 1 and counts != {1}
 
 
 def text_columns(rows: Any) -> list[str]:
-    """The columns of plain texts."""
+    """Return the names of the columns with texts."""
     return [name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
 
 
 def _quoted_texts(rows: Any) -> bool:
     texts = text_columns(rows)
-    some = rows.select_columns(texts)[:LOOKED_AT] if texts else {}
-    return any(isinstance(v, str) and len(v) > 1 and v[0] == v[-1] == '"' for values in some.values() for v in values)
+    first = rows.select_columns(texts)[:SAMPLED] if texts else {}
+    return any(isinstance(v, str) and len(v) > 1 and v[0] == v[-1] == '"' for values in first.values() for v in values)
 
 
 def _lines_and_rows(path: Path, plain: Plain, rows: Any, separator: str, is_quoted: bool) -> str:
-    """How many lines became how many rows, and why not as many.
+    """Say how many lines became how many rows, and why the numbers differ.
 
     Raises:
-        DataError: a field in quotes goes over several lines, and does not end as one does.
+        DataError: A quoted field over several lines is not closed properly.
     """
     counted = f"{plain.lines} lines with the head, {len(rows)} rows"
     if plain.lines == len(rows) + 1:
@@ -299,7 +330,7 @@ def _lines_and_rows(path: Path, plain: Plain, rows: Any, separator: str, is_quot
 
 
 def _spans(plain: Plain, separator: str, is_quoted: bool) -> Iterator[tuple[int, str]]:
-    """(number of the first line, text) of every record."""
+    """Yield the number of the first line and the text of every record."""
     csv.field_size_limit(sys.maxsize)
     taken: list[str] = []
 
@@ -318,6 +349,7 @@ def _spans(plain: Plain, separator: str, is_quoted: bool) -> Iterator[tuple[int,
 
 
 def _check_quotes(path: Path, line: int, record: str, separator: str) -> None:
+    """Refuse a record with a quote that is closed in the middle of a field."""
     try:
         list(csv.reader(record.splitlines(keepends=True), delimiter=separator, strict=True))
     except csv.Error:
@@ -337,7 +369,10 @@ def _read_json(path: Path, plain: Plain, shown: str, place: Place) -> Reading:
 
 
 def _one_object(plain: Plain) -> dict[str, Any] | None:
-    """The file where it is one JSON object that holds more than a row; None for lines, an array, or what is broken."""
+    """The content of a file that is one JSON object and more than a row.
+
+    None: lines, an array, or broken.
+    """
     first, more = "", ""
     for line in _lines(plain):
         if line.strip():
@@ -359,7 +394,7 @@ def _parsed(text: str) -> Any:
 
 
 def _from_object(path: Path, plain: Plain, whole: dict[str, Any], shown: str, place: Place) -> Reading:
-    """The rows under a key such as `data`, or a split under each key that is named like one."""
+    """Read the rows under a key such as `data`, or a split under each key with a split's name."""
     rows = {key: value for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
     splits = [key for key in rows if role_of(key)]
     keys = splits or [key for key in WRAPPERS if key in rows]
@@ -373,31 +408,32 @@ def _from_object(path: Path, plain: Plain, whole: dict[str, Any], shown: str, pl
         file = place.cache / "plain" / f"{plain.path.stem}-{keys.index(key)}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows[key]), encoding="utf-8")
-        found = guarded(path, lambda file=file: validated(datasets.Dataset.from_json(str(file), **_options(place))))  # type: ignore[misc]
-        tables[key if splits else "train"] = Table(found, None, path.parent, origin=f"{shown}: {key}")
-        notes.append(f"{shown}: {len(found)} rows under {key!r}")
+        of_key = guarded(path, lambda file=file: validated(datasets.Dataset.from_json(str(file), **_options(place))))  # type: ignore[misc]
+        tables[key if splits else "train"] = Table(of_key, None, path.parent, origin=f"{shown}: {key}")
+        notes.append(f"{shown}: {len(of_key)} rows under {key!r}")
     unused = tuple(f"{shown}: the key {key!r}: not rows" for key in whole if key not in keys)
     return Reading(tables, unused, tuple(notes))
 
 
 def _read_text(path: Path, plain: Plain, shown: str, place: Place) -> Reading:
+    """Read the paragraphs of a text file as documents."""
     documents = list(paragraphs(plain.path))
-    said = f"{plain.lines} lines, {len(documents)} documents (a paragraph is one)"
+    note = f"{plain.lines} lines, {len(documents)} documents (a paragraph is one)"
     advice = ""
     if len(documents) == 1 and plain.lines > 1:
         advice = (
             f"{path}: in a .txt a paragraph is a document, and its {plain.lines} lines have no blank one between them: one "
             "document. Put a blank line between documents, or give a .jsonl or .csv with a column `text`"
         )
-        said += ": no blank line was found between two"
-    return _reading(datasets.Dataset.from_dict({"text": documents}), path, shown, [said], advice)
+        note += ": no blank line was found between two"
+    return _reading(datasets.Dataset.from_dict({"text": documents}), path, shown, [note], advice)
 
 
 def paragraphs(path: Path) -> Iterable[str]:
-    """The documents of a text file: runs of lines without a blank one between them, stripped of outer white space.
+    """Yield the paragraphs of a text file, without outer white space. Blank lines separate them.
 
     Raises:
-        DataError: not UTF-8.
+        DataError: The file is not UTF-8.
     """
     block: list[str] = []
     try:

@@ -1,4 +1,7 @@
-"""A folder as tables: class folders, metadata with files, table files. Which form it has, and what of it is not used."""
+"""Read a folder: class folders, files with metadata, or table files.
+
+Find its form, and what is not used.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ from dsd_refine.data.reading import (
     SHARD,
     Reading,
     Table,
+    first_and_last,
     is_glued,
     joined,
-    listed,
     role_of,
     roles_in,
     siblings,
@@ -34,19 +37,19 @@ from dsd_refine.data.reading import (
 from dsd_refine.errors import DataError
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".m4a"}
-# what a column of file names is called, the surer first
+# Names of columns with file names, the most certain first.
 FILE_NAMES = (
     "file_name", "filename", "file_path", "filepath", "image_path", "audio_path", "image_file", "audio_file", "image_filename",
     "img_path", "image_name", "image_id", "path", "file",
 )  # fmt: skip
 
-# words of rows that are not to train
+# Words in the names of files whose rows are not meant for training.
 ASIDE = re.compile(
     "unlabel|unsup|(no|without|missing) ?labels?|submission|predict|held ?out|hold ?out|(?<!la)(?<!con)(?<!pro)test( |$)"
 )
 
 FILE_NAME = re.compile(r"[^\0\n]{1,200}\.[A-Za-z0-9]{1,5}")
-# what the one folder of a split without classes is called
+# Names of the only folder in a split without classes.
 UNKNOWN = re.compile("unknown|unlabell?ed|none|no[-_ ]?labels?|test|testing|images?|imgs?|all|data|files", re.IGNORECASE)
 KNOWN_FORMS = (
     "Known forms: class folders, train/ and test/ of them, train.csv|jsonl|parquet|txt, metadata.csv|jsonl, or a folder that "
@@ -55,10 +58,15 @@ KNOWN_FORMS = (
 
 
 def read_folder(path: Path, config: str | None, place: Place) -> Reading:
-    """Any folder that holds data; what in it is not used is in the reading's `unused`.
+    """Read a folder of any known form. The result's `unused` names what is not used.
+
+    Args:
+        path: The folder.
+        config: The configuration that the user asked for, or None.
+        place: The folder that files are parsed into, and the encoding.
 
     Raises:
-        DataError: of no known form, or of a form that could mean several things.
+        DataError: The folder has no known form, or one that could mean several things.
     """
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved(path)
@@ -82,16 +90,17 @@ def _is_data(path: Path) -> bool:
 
 
 def _have_train(files: list[Path], folders: list[Path]) -> bool:
-    """Is train among the files, or at least no folder?"""
+    """True if a file is the training split, or no folder is."""
     roles = {role_of(split_of(stem_of(file)) or "") for file in files}
     return "train" in roles or not any(role_of(folder.name) == "train" for folder in folders)
 
 
 def _saved(path: Path) -> Reading:
+    """Read a folder that `save_to_disk` wrote."""
     for file in path.rglob("*.arrow"):
         refuse_pointer(file)
-    found = guarded(path, lambda: validated(datasets.load_from_disk(str(path))))
-    splits = {"": found} if isinstance(found, datasets.Dataset) else dict(found)
+    saved = guarded(path, lambda: validated(datasets.load_from_disk(str(path))))
+    splits = {"": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
     used = [path / "dataset_dict.json"]
     for name, rows in splits.items():
         used += [path / name / "state.json", path / name / "dataset_info.json"]
@@ -106,17 +115,17 @@ def _own_name(path: Path) -> str:
 
 
 def _holds_only_tables(path: Path) -> bool:
-    """Are all files in its folders tables (or all there is is tables at the top)? Stops at the first that is none."""
+    """True if the folder has tables, and all files of its inner folders are tables."""
     if any((path / "data").glob("*-?????-of-?????*")):
         return any(_is_data(file) and SHARD.match(stem_of(file)) for file in entries(path / "data"))
-    some = False
+    has_tables = False
     for file, problem in walk(path):
         if problem or is_about(file):
             continue
-        some = some or _is_data(file)
+        has_tables = has_tables or _is_data(file)
         if file.parent != path and not _is_data(file):
             return False
-    return some
+    return has_tables
 
 
 def _tables_below(path: Path) -> list[Path]:
@@ -126,18 +135,21 @@ def _tables_below(path: Path) -> list[Path]:
 
 
 def _table_files(path: Path, files: list[Path], place: Place) -> Reading:
-    """Table files by the split that their folders or names say; where none says one, all of them train."""
+    """Read table files as the splits that their folders or names tell.
+
+    If none tells one, all of them train.
+    """
     splits, joins = _splits_of_files(path, files)
     readings, tables = [], {}
     places: tuple[str, ...] = ()
     for split, shards in splits.items():
         check_shards(path, split, shards)
-        read = [read_file(file, file.relative_to(path).as_posix(), place) for file in shards]
-        if any(len(each.tables) > 1 for each in read):
+        of_split = [read_file(file, file.relative_to(path).as_posix(), place) for file in shards]
+        if any(len(reading.tables) > 1 for reading in of_split):
             raise DataError(f"{shards[0]}: holds several splits, and is one of a folder; give the file itself")
-        tables[split], where = located(joined(read, path))
+        tables[split], where = located(joined(of_split, path))
         places += where
-        readings += read
+        readings += of_split
     used = _used_files(path, [file for shards in splits.values() for file in shards], tables)
     _refuse_rivals(path, tables, used)
     parts = together(readings)
@@ -147,8 +159,11 @@ def _table_files(path: Path, files: list[Path], place: Place) -> Reading:
 
 
 def located(table: Table) -> tuple[Table, tuple[str, ...]]:
-    """The table with the folder that its file names count from, where that is the one folder beside it that holds all of
-    them, and a line that says so."""
+    """Find the folder beside a table that has all files that one of its columns names.
+
+    Returns:
+        The table with that folder, if there is exactly one, and a line that says so.
+    """
     folder = table.folder
     if folder is None or not len(table.rows):
         return table, ()
@@ -157,20 +172,21 @@ def located(table: Table) -> tuple[Table, tuple[str, ...]]:
     if any(_names_a_file(folder, text) for text in first.values()):
         return table, ()
     for name in (name for name in columns if FILE_NAME.fullmatch(first[name])):
-        inner = [each for each in sorted(folder.glob("[!.]*/")) if _names_a_file(each, first[name])]
+        with_first = [inner for inner in sorted(folder.glob("[!.]*/")) if _names_a_file(inner, first[name])]
         values = [value for value in table.rows[name] if value]
-        holding = [each for each in inner if all(_names_a_file(each, value) for value in values)]
-        if len(holding) == 1:
-            said = f"{table.origin}: the files of its column {name!r} are those in {holding[0].name}/"
-            return replace(table, folder=holding[0]), (said,)
+        with_all = [inner for inner in with_first if all(_names_a_file(inner, value) for value in values)]
+        if len(with_all) == 1:
+            note = f"{table.origin}: the files of its column {name!r} are those in {with_all[0].name}/"
+            return replace(table, folder=with_all[0]), (note,)
     return table, ()
 
 
 def _splits_of_files(path: Path, files: list[Path]) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
-    """The files of each split, and a line to the user where files of unrelated names are joined.
+    """The files of each split, and a line for the user if files with different names are joined.
 
     Raises:
-        DataError: a name speaks of two roles, or of rows that are not to train, and none says a split.
+        DataError: No name tells a split, and one has the words of two roles, or a word such as
+            "unlabelled".
     """
     files = [file for file in files if not is_side_file(file)] or files
     splits: dict[str, list[Path]] = defaultdict(list)
@@ -193,10 +209,10 @@ def _refuse_two_roles(path: Path, names: list[str]) -> None:
 
 
 def _joined_by_no_name(path: Path, files: list[Path]) -> tuple[str, ...]:
-    """What to say where files that all train have names that are not one name with numbers.
+    """A line for the user if all files train although their names differ in more than numbers.
 
     Raises:
-        DataError: one of them speaks of rows that are not to train.
+        DataError: A name has a word such as "unlabelled".
     """
     shown = [file.relative_to(path).as_posix() for file in files]
     if len({re.sub("[0-9]+", "0", name) for name in shown}) < 2:
@@ -209,24 +225,23 @@ def _joined_by_no_name(path: Path, files: list[Path]) -> tuple[str, ...]:
     ]
     if aside:
         raise DataError(
-            f"{path}: {listed(shown)} say no split, and {listed(aside)} speaks of rows that are not to train: {remedy}"
+            f"{path}: {first_and_last(shown)} say no split, and {first_and_last(aside)} speaks of rows that are not to train: "
+            f"{remedy}"
         )
-    return (f"{listed(shown)}: names of no split, so all are joined as train; where that is wrong, {remedy}",)
+    return (f"{first_and_last(shown)}: names of no split, so all are joined as train; where that is wrong, {remedy}",)
 
 
 def _refuse_rivals(path: Path, tables: dict[str, Table], used: Iterable[Path]) -> None:
-    """Refuse where what is not used could be meant as much as what is: another split, or anything where nothing trains.
-
-    Raises:
-        DataError: names both.
+    """Refuse unused entries of a folder that could be meant as well: other splits, or any data if
+    nothing trains.
     """
     holding = {place for file in used for place in (file, *file.parents)}
-    others = [each for each in entries(path) if each not in holding and not each.name.startswith(".")]
-    others = [each for each in others if (each.is_dir() and entries(each)) or _is_data(each)]
+    others = [entry for entry in entries(path) if entry not in holding and not entry.name.startswith(".")]
+    others = [entry for entry in others if (entry.is_dir() and entries(entry)) or _is_data(entry)]
     roles = {role_of(split) for split in tables}
-    rivals = [each for each in others if each.is_dir() and (role_of(each.name) or _roles_in(each) - roles)]
+    rivals = [entry for entry in others if entry.is_dir() and (role_of(entry.name) or _roles_in(entry) - roles)]
     if rivals or (others and "train" not in roles):
-        shown = ", ".join(f"{each.name}/" if each.is_dir() else each.name for each in (rivals or others)[:6])
+        shown = ", ".join(f"{entry.name}/" if entry.is_dir() else entry.name for entry in (rivals or others)[:6])
         read = ", ".join(table.origin for table in tables.values())
         raise DataError(
             f"{path}: {read} would be its {' and '.join(tables)}, and {shown} would not be used: which are the data? Move the "
@@ -236,12 +251,13 @@ def _refuse_rivals(path: Path, tables: dict[str, Table], used: Iterable[Path]) -
 
 
 def _roles_in(folder: Path) -> set[str | None]:
-    """The roles that the names in a folder say."""
-    names = [stem_of(each) for each in entries(folder) if each.is_dir() or _is_data(each)]
+    """The roles that the names in a folder tell."""
+    names = [stem_of(entry) for entry in entries(folder) if entry.is_dir() or _is_data(entry)]
     return {role_of(split_of(name) or "") for name in names} - {None}
 
 
 def _split_of_file(root: Path, file: Path) -> str | None:
+    """The split that the innermost folder with a split's name tells, else the file's name."""
     stem = stem_of(file)
     if SHARD.match(stem):
         return split_of(stem)
@@ -250,8 +266,8 @@ def _split_of_file(root: Path, file: Path) -> str | None:
 
 
 def _used_files(path: Path, files: list[Path], tables: dict[str, Table]) -> list[Path]:
-    """The table files, and the files that a column of theirs names."""
-    if all(_is_data(file) or is_about(file) for file in entries(path)):  # nothing that a column could name
+    """The table files, and the files that their columns name."""
+    if all(_is_data(file) or is_about(file) for file in entries(path)):  # no other files that a column could name
         return files
     named: list[Path] = []
     for table in tables.values():
@@ -268,6 +284,7 @@ def _names_a_file(folder: Path, text: str | None) -> bool:
 
 
 def _beside(path: Path, first: str) -> str:
+    """The reason why a path beside table files is not used. `first` is the first of them."""
     if path.is_dir():
         return f"a folder beside {first}"
     if is_side_file(path):
@@ -279,16 +296,19 @@ def _beside(path: Path, first: str) -> str:
 
 
 def _metadata(folder: Path) -> Path | None:
-    """Raises DataError where there are two."""
-    found = [folder / f"metadata.{suffix}" for suffix in ("csv", "jsonl", "parquet")]
-    found = [file for file in found if file.is_file()]
-    if len(found) > 1:
-        raise DataError(f"{folder}: has {' and '.join(file.name for file in found)}; keep the one that counts")
-    return found[0] if found else None
+    """The metadata file of a folder, or None. Two are refused."""
+    files = [folder / f"metadata.{suffix}" for suffix in ("csv", "jsonl", "parquet")]
+    files = [file for file in files if file.is_file()]
+    if len(files) > 1:
+        raise DataError(f"{folder}: has {' and '.join(file.name for file in files)}; keep the one that counts")
+    return files[0] if files else None
 
 
 def _with_metadata(folder: Path, root: Path, place: Place) -> Reading:
-    """The files that metadata name. Of metadata above split folders, a table for each of them."""
+    """Read the files that metadata name.
+
+    Metadata above split folders give a table for each of these.
+    """
     file = _metadata(folder)
     assert file is not None
     shown = file.relative_to(root).as_posix()
@@ -317,7 +337,7 @@ def _with_metadata(folder: Path, root: Path, place: Place) -> Reading:
 
 
 def _with_suffix(folder: Path, names: list[str]) -> list[str]:
-    """File names, where metadata give ids: the one file of that name with a suffix."""
+    """Add the suffixes to file names that have none: there must be one file of each name."""
     if not names or Path(names[0]).suffix or "\0" in names[0] or (folder / names[0]).is_file():
         return names
     known: dict[str, list[str]] = defaultdict(list)
@@ -337,10 +357,10 @@ def _inside(root: Path, folder: Path, name: str) -> bool:
 
 
 def _by_first_folder(table: Table, folder: Path, names: list[str]) -> dict[str, Table]:
-    """A table for each split folder that the files lie in; one where they lie otherwise.
+    """A table for each split folder with files, or one table if the files are in other folders too.
 
     Raises:
-        DataError: rows in several split folders, and rows in none.
+        DataError: Some files are in several split folders, and others in none.
     """
     firsts = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in names]
     splits = [first for first in dict.fromkeys(firsts) if role_of(first)]
@@ -352,74 +372,84 @@ def _by_first_folder(table: Table, folder: Path, names: list[str]) -> dict[str, 
         )
     if not splits or others:
         return {"train": table}
-    found = {}
+    tables = {}
     for split in splits:
         rows = [row for row, first in enumerate(firsts) if first == split]
         chosen: Any = table.rows.select(rows)
         assert table.names is not None
-        found[split] = Table(chosen, [table.names[row] for row in rows], folder, origin=f"{table.origin}: {split}/")
-    return found
+        tables[split] = Table(chosen, [table.names[row] for row in rows], folder, origin=f"{table.origin}: {split}/")
+    return tables
 
 
 def _class_or_split_folders(path: Path, folders: list[Path], place: Place) -> Reading:
-    parts = [folder for folder in folders if role_of(folder.name)]
+    """Read class folders, or split folders that contain class folders or metadata."""
+    splits = [folder for folder in folders if role_of(folder.name)]
     pairs = siblings(f.name for f in folders)
     named = [f for f in folders if split_of(f.name) or f.name in pairs]
-    said = [f for f in named if not _is_a_class(f)]
+    no_classes = [f for f in named if not _is_a_class(f)]
     roles = {speaks_of(pairs.get(f.name, f.name)) for f in named}
-    if not parts and named == folders and "train" in roles and len(roles) > 1:
-        parts = said = named  # without classes in them too: what is a train beside a test is no class
-    if not parts and len(folders) > 1 and (said == folders or any(is_glued(f.name) or f.name in pairs for f in said)):
-        parts = said  # images_train/ and images_test/, trainset/ and testset/
-    if not parts or (len(parts) == 1 < len(folders) and _is_a_class(parts[0])):
+    if not splits and named == folders and "train" in roles and len(roles) > 1:
+        splits = no_classes = named  # splits also without class folders in them: a train beside a test is no class
+    if not splits and len(folders) > 1:
+        has_word = any(is_glued(f.name) or f.name in pairs for f in no_classes)
+        if no_classes == folders or has_word:
+            splits = no_classes  # images_train/ and images_test/, trainset/ and testset/
+    if not splits or (len(splits) == 1 < len(folders) and _is_a_class(splits[0])):
         _refuse_two_roles(path, [folder.name for folder in folders])
         _refuse_same_classes(path, folders)
         return _class_folders(path, path)
-    # a split of a name of its own (validation_matched/) is one too: whether it is used is not for the reader to say
-    parts = [f for f in folders if f in parts or f in said]
+    # Folders with longer names (validation_matched/) are splits too. by_role() decides whether they
+    # are used.
+    splits = [f for f in folders if f in splits or f in no_classes]
     readings = []
-    unlabelled = _unlabelled(parts)
-    for part in [part for part in parts if part not in unlabelled]:
-        found = _with_metadata(part, path, place) if _metadata(part) else _class_folders(part, path)
-        (table,) = found.tables.values()
-        readings.append(Reading({pairs.get(part.name, part.name): table}, found.unused, found.notes))
-    shown = ", ".join(f"{part.name}/" for part in parts if part not in unlabelled)
-    found = together(readings)
-    _refuse_rivals(path, found.tables, parts)
-    unused = tuple(f"{part.name}/: {why}: not used" for part, why in unlabelled.items())
-    return together([found, Reading({}, unused + left_over(path, parts, lambda p: _beside_splits(p, shown)))])
+    unlabelled = _unlabelled(splits)
+    for split in [split for split in splits if split not in unlabelled]:
+        of_split = _with_metadata(split, path, place) if _metadata(split) else _class_folders(split, path)
+        (table,) = of_split.tables.values()
+        readings.append(Reading({pairs.get(split.name, split.name): table}, of_split.unused, of_split.notes))
+    shown = ", ".join(f"{split.name}/" for split in splits if split not in unlabelled)
+    reading = together(readings)
+    _refuse_rivals(path, reading.tables, splits)
+    unused = tuple(f"{split.name}/: {why}: not used" for split, why in unlabelled.items())
+    return together([reading, Reading({}, unused + left_over(path, splits, lambda p: _beside_splits(p, shown)))])
 
 
-def _unlabelled(parts: list[Path]) -> dict[Path, str]:
-    """The splits beside a train of classes whose pictures lie in no class of it, as Kaggle gives a test split, with why."""
-    trains = [part for part in parts if role_of(part.name) == "train" and not _metadata(part)]
-    classes = {folder.name for part in trains for folder in folders_in(part)}
-    why = {}
-    for part in parts:
-        if part in trains or len(classes) < 2 or _metadata(part):
+def _unlabelled(splits: list[Path]) -> dict[Path, str]:
+    """The split folders without labels, beside a train/ of classes, each with the reason.
+
+    Kaggle has such test splits.
+    """
+    trains = [split for split in splits if role_of(split.name) == "train" and not _metadata(split)]
+    classes = {folder.name for split in trains for folder in folders_in(split)}
+    reasons = {}
+    for split in splits:
+        if split in trains or len(classes) < 2 or _metadata(split):
             continue
-        inner = [folder for folder in folders_in(part) if entries(folder)]
-        files = [path for path in entries(part) if path.is_file() and not is_about(path)]
+        inner = [folder for folder in folders_in(split) if entries(folder)]
+        files = [path for path in entries(split) if path.is_file() and not is_about(path)]
         if not inner and files:
-            why[part] = f"{len(files)} files in no class folder, so of no label"
+            reasons[split] = f"{len(files)} files in no class folder, so of no label"
         elif len(inner) == 1 and UNKNOWN.fullmatch(inner[0].name) and inner[0].name not in classes:
-            why[part] = f"one folder {inner[0].name}/, which is no class of {trains[0].name}/, so of no label"
-    return why
+            reasons[split] = f"one folder {inner[0].name}/, which is no class of {trains[0].name}/, so of no label"
+    return reasons
 
 
 def _refuse_same_classes(path: Path, folders: list[Path]) -> None:
-    """Raises DataError where each of several folders holds the same folders and no file: these are splits, not classes."""
-    inner = [[each.name for each in folders_in(folder)] for folder in folders]
+    """Refuse several folders that all contain the same folders and no file: they are splits, not
+    classes.
+    """
+    inner = [[entry.name for entry in folders_in(folder)] for folder in folders]
     if len(folders) < 2 or len(inner[0]) < 2 or any(names != inner[0] for names in inner):
         return
-    if any(map(role_of, inner[0])):  # splits inside classes, which are refused as such
+    if any(map(role_of, inner[0])):  # _check_no_splits() refuses splits inside classes
         return
-    if any(each.is_file() and not is_about(each) for folder in folders for each in entries(folder)):
+    if any(entry.is_file() and not is_about(entry) for folder in folders for entry in entries(folder)):
         return
-    shown = listed([f"{folder.name}/" for folder in folders])
+    shown = first_and_last([f"{folder.name}/" for folder in folders])
     raise DataError(
-        f"{path}: {shown} hold the same folders ({listed([f'{name}/' for name in inner[0]])}), so they seem to be splits, and "
-        "which trains is not known: name them train/ and test/. If they are the classes, put their files beside each other"
+        f"{path}: {shown} hold the same folders ({first_and_last([f'{name}/' for name in inner[0]])}), so they seem to be "
+        "splits, and which trains is not known: name them train/ and test/. If they are the classes, put their files beside "
+        "each other"
     )
 
 
@@ -428,6 +458,7 @@ def _beside_splits(path: Path, shown: str) -> str:
 
 
 def _class_folders(folder: Path, root: Path) -> Reading:
+    """Read the files of class folders, with the folders' names as labels."""
     prefix = "" if folder == root else f"{folder.name}/"
     names: list[str] = []
     labels: list[str] = []
@@ -446,8 +477,8 @@ def _class_folders(folder: Path, root: Path) -> Reading:
     tables = [path.name for path in entries(folder) if _is_data(path)]
     if len(classes) == 1 and tables:
         raise DataError(
-            f"{folder}: holds tables ({listed(tables)}) and one folder of other files ({classes[0].name}/): which are the "
-            "data? Give the table itself; one that names the files is called metadata.csv"
+            f"{folder}: holds tables ({first_and_last(tables)}) and one folder of other files ({classes[0].name}/): "
+            "which are the data? Give the table itself; one that names the files is called metadata.csv"
         )
     place = root.absolute()
     rows = datasets.Dataset.from_dict({"image": [str(place / name) for name in names], "label": labels})
@@ -458,7 +489,7 @@ def _class_folders(folder: Path, root: Path) -> Reading:
 
 
 def _check_no_splits(folder: Path, root: Path) -> None:
-    """Raises DataError where a class folder holds split folders: a/train, a/test, b/train, …"""
+    """Refuse a class folder with split folders in it: a/train, a/test, b/train, …"""
     inner = [part.name for part in folders_in(folder) if role_of(part.name)]
     if inner:
         shown = ", ".join(f"{folder.name}/{name}/" for name in inner)
@@ -477,5 +508,8 @@ def _beside_classes(path: Path) -> str:
 
 
 def _is_a_class(folder: Path) -> bool:
-    """A folder named like a split that has files and no folders, among others named otherwise: a train beside cars."""
+    """True for a folder with files and no folders.
+
+    It may be the class `train`, of trains, beside `cars`.
+    """
     return not _metadata(folder) and not folders_in(folder)

@@ -1,4 +1,6 @@
-"""The data that a user gave, read and sorted before any model: splits with roles, columns, and what is left out."""
+"""Read the data that the user gave, before any model: the roles of splits, the columns, and what is
+not used.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,20 @@ from dsd_refine.errors import DataError
 Columns = dict[str, tuple[str, ...]]
 
 ROLE_COLUMN = re.compile(r"(?:.*[_ -])?(splits?|set|fold|subset|partition)", re.IGNORECASE)
-MOST_ROLES = 20  # values of a column that says which row is of which split
+MOST_ROLES = 20  # the most different values of a column that tells each row's split
 TEXT_FILE = re.compile(r".*\.(csv|tsv|txt|json|jsonl|ndjson)(\.\w+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Given:
-    """What DATA and the evaluation data hold for a task. `columns` are those used, by what they are (`text`, `label`, …).
+    """The data of a run, as a task needs them.
 
-    `unused` names what is left out, `notes` say how what was read became rows; both without paths of the machine.
+    Attributes:
+        tables: The tables of DATA by role.
+        evaluation: The tables of the evaluation data by role, or None.
+        columns: The used columns by what they contain (`text`, `label`, …).
+        unused: Lines that name what is not used, without paths of the machine.
+        notes: Lines that say how the rows were read, without paths of the machine.
     """
 
     tables: dict[str, Table]
@@ -37,40 +44,45 @@ class Given:
     notes: tuple[str, ...] = ()
 
     def entry(self, parts: Mapping[str, Rows | None]) -> dict[str, Any]:
-        """The report's `data`: the rows of each part, where they lie, by which rule, which columns, what is left out."""
-        held = {name: rows for name, rows in parts.items() if rows is not None}
+        """Return the report's `data`: the rows of each part, their places, the rule, the columns,
+        and what is not used.
+        """
+        present = {name: rows for name, rows in parts.items() if rows is not None}
         return {
             **{name: rows.summary() if rows is not None else None for name, rows in parts.items()},
-            "sources": [_source(name, rows) for name, rows in held.items()],
+            "sources": [_source(name, rows) for name, rows in present.items()],
             "columns": {what: ",".join(names) for what, names in self.columns.items()},
-            "rule": "; ".join(rows.why for rows in reversed(held.values()) if rows.why),
-            "unused": [*self._unused_splits(held), *self.unused],
+            "rule": "; ".join(rows.why for rows in reversed(present.values()) if rows.why),
+            "unused": [*self._unused_splits(present), *self.unused],
             "notes": list(self.notes),
         }
 
-    def _unused_splits(self, held: Mapping[str, Rows]) -> list[str]:
-        """The splits with a role that no part is made of."""
-        of_data = {_place(rows.table) for part, rows in held.items() if part != "eval" or self.evaluation is None}
+    def _unused_splits(self, present: Mapping[str, Rows]) -> list[str]:
+        """Lines that name the splits with a role that no part uses."""
+        of_data = {_place(rows.table) for part, rows in present.items() if part != "eval" or self.evaluation is None}
         lines = [
             f"the {table.split or role} split has no usable rows with labels: it is not used"
             for role, table in self.tables.items()
             if _place(table) not in of_data
         ]
-        judges = _place(held["eval"].table)
-        judged = (self.evaluation or {}).values()
-        return lines + [f"split {table.split} of {table.data}: not used" for table in judged if _place(table) != judges]
+        evaluates = _place(present["eval"].table)
+        others = (self.evaluation or {}).values()
+        return lines + [f"split {table.split} of {table.data}: not used" for table in others if _place(table) != evaluates]
 
 
 @dataclass(frozen=True)
 class _Side:
-    """DATA, or the evaluation data, as read."""
+    """DATA, or the evaluation data, as they were read."""
 
     spec: str
     reading: Reading
     splits: Splits
 
     def public(self, lines: Sequence[str], *, several: bool) -> list[str]:
-        """Lines about these data: without the paths of the machine, and with the data's name where there are `several`."""
+        """Remove the machine's paths from lines about these data.
+
+        If there are `several` data, add their name.
+        """
         name, path = where_of(self.spec)
         for place in [path.absolute(), path.resolve()] if path else []:
             lines = [line.replace(str(place), place.name) for line in lines]
@@ -79,6 +91,7 @@ class _Side:
     def aligned(
         self, columns: Columns, kinds: Sequence[Kind], asked: Mapping[str, str | None], *, may_lack_label: bool
     ) -> _Side:
+        """Rename the columns of all splits to the names in `columns`."""
         tables = {
             role: aligned(table, columns, kinds, asked, may_lack_label=may_lack_label)
             for role, table in self.splits.tables.items()
@@ -86,6 +99,7 @@ class _Side:
         return replace(self, splits=replace(self.splits, tables=tables))
 
     def unused(self, columns: Columns) -> list[str]:
+        """Lines that name what is not used of these data."""
         left = [name for table in self.splits.tables.values() for name in unused_columns(table, columns)]
         names = f"columns not used: {in_short(list(dict.fromkeys(left)))}"
         return [*self.reading.unused, *self.splits.unused, *([names] if left else [])]
@@ -101,12 +115,21 @@ def read_given(
     download: Callable[[str, int], bool],
     encoding: str = "utf-8",
 ) -> Given:
-    """Read the data, give each split its role, and find the columns that are used.
+    """Read the data, give each split its role, and find the columns to use.
 
-    `splits` are the names that `--eval-split` and `--holdout-split` give, `asked` the columns asked for, by `Kind.what`.
+    Args:
+        data: DATA as the user wrote it.
+        eval_data: The evaluation data as the user wrote them, or None.
+        splits: The names that `--eval-split` and `--holdout-split` give.
+        kinds: What the task looks for.
+        asked: The columns that the user named, by `Kind.what`.
+        cache: The folder that files are parsed into.
+        download: As in `read_tables`.
+        encoding: The encoding of text files without a byte order mark.
 
     Raises:
-        DataError: data whose form, splits or columns cannot be used, or have no one meaning.
+        DataError: The data, their splits or their columns cannot be used, or could mean several
+            things.
     """
     evaluates, selects = splits
     reading = read_tables(data, cache, download=download, encoding=encoding)
@@ -133,12 +156,12 @@ def read_given(
 
 
 def _read_text(reading: Reading) -> bool:
-    """Was a text file read by us? The notes name each file that was, before a colon."""
+    """True if we read a text file. The notes name each such file before a colon."""
     return any(TEXT_FILE.fullmatch(note.split(": ")[0]) for note in reading.notes)
 
 
 def _refuse_role_column(table: Table, columns: Columns, data: str) -> None:
-    """Raises DataError where a column that is not used says which rows train and which judge, and all would train."""
+    """Refuse data with an unused column that tells each row's split, because all rows would train."""
     for name in unused_columns(table, columns):
         if not ROLE_COLUMN.fullmatch(name.strip()):
             continue
@@ -159,11 +182,14 @@ def _refuse_role_column(table: Table, columns: Columns, data: str) -> None:
 
 
 def _place(table: Table) -> tuple[str, str, str]:
+    """A key that is equal for two tables of the same split."""
     return table.data, table.origin, table.split
 
 
 def _source(part: str, rows: Rows) -> dict[str, Any]:
-    """Where a part's rows lie: the file or folder from DATA on, and the split where there are splits."""
+    """The report's entry of where a part's rows are: the file or folder, and the split if there are
+    splits.
+    """
     table = rows.table
     split = {"split": table.split} if table.split else {}
     return {"part": part, "file": table.origin, **split, "rows": len(rows)}

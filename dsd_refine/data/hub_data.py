@@ -1,4 +1,4 @@
-"""A data set of the Hub, fetched by `datasets` and held against the Hub's checksums."""
+"""Fetch a data set of the Hub by `datasets`, and check it against the Hub's checksums."""
 
 from __future__ import annotations
 
@@ -17,29 +17,37 @@ from dsd_refine.data.reading import Reading, Table, named
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.hub import ask_hub, check_blobs
 
-HUB_LIMIT = 5 * 10**9
+HUB_LIMIT = 5 * 10**9  # bytes; a larger download needs the user's agreement
 
 
 def read_hub(spec: str, download: Callable[[str, int], bool]) -> Reading:
-    """`org/name[:config]` as `datasets` loads it. Configurations that are not read are named as unused.
+    """Read `org/name[:config]` as `datasets` loads it.
+
+    The result's `unused` names other configurations.
+
+    `download(name, bytes)` is called for more than HUB_LIMIT bytes. False refuses the download.
 
     Raises:
-        DataError: it cannot be had, is more than HUB_LIMIT and nobody agreed, or has several configurations.
+        DataError: The data cannot be fetched, or the download is refused, or there are several
+            configurations and none is named.
     """
     name, _, config = spec.partition(":")
     try:
-        _agree(name, download)
-        found, others = _checked(name, lambda: guarded(Path(spec), lambda: _loaded(name, config or None)))
+        _check_size(name, download)
+        splits, others = _checked(name, lambda: guarded(Path(spec), lambda: _load(name, config or None)))
     except CheckpointError as error:
         raise DataError(str(error)) from None
-    tables = {str(split): Table(rows, origin=f"{spec}: {split}") for split, rows in found.items()}
+    tables = {str(split): Table(rows, origin=f"{spec}: {split}") for split, rows in splits.items()}
     notes = tuple(f"{table.origin}: {len(table.rows)} rows" for table in tables.values())
     classes = imagenet.synsets() if name in imagenet.NUMBERED else None
     return Reading(named(tables, classes), others, notes)
 
 
-def _agree(name: str, download: Callable[[str, int], bool]) -> None:
-    """Raises DataError where the download is large and nobody agrees. Without a Hub to ask, the cache may do."""
+def _check_size(name: str, download: Callable[[str, int], bool]) -> None:
+    """Refuse a large download without agreement.
+
+    If the Hub cannot be reached, the cache may have the data.
+    """
     from huggingface_hub import HfApi
 
     try:
@@ -53,8 +61,8 @@ def _agree(name: str, download: Callable[[str, int], bool]) -> None:
         raise DataError(f"{name}: {size / 1e9:.0f} GB to download; give --yes to agree")
 
 
-def _loaded(name: str, config: str | None) -> tuple[dict[Any, Any], tuple[str, ...]]:
-    """(split -> rows, what of the repository is not read)."""
+def _load(name: str, config: str | None) -> tuple[dict[Any, Any], tuple[str, ...]]:
+    """The rows of each split, and lines that name the configurations that are not read."""
     try:
         builder = datasets.load_dataset_builder(name, config)
     except ValueError as error:
@@ -64,28 +72,30 @@ def _loaded(name: str, config: str | None) -> tuple[dict[Any, Any], tuple[str, .
         shown = listed(known.replace("'", "").split(", ")) if known else error
         raise DataError(f"{name}: has several configurations ({shown}); name one: --data {name}:CONFIG") from None
     builder.download_and_prepare()
-    found = validated(builder.as_dataset())
+    splits = validated(builder.as_dataset())
     others = [other for other in builder.builder_configs if other != builder.config.name]
-    said = f"{name}: the configuration {builder.config.name!r} is read, not {', '.join(others[:12])}" + (
+    line = f"{name}: the configuration {builder.config.name!r} is read, not {', '.join(others[:12])}" + (
         f" … ({len(others)} others)" if len(others) > 12 else ""
     )
-    return found, (said,) if others else ()
+    return splits, (line,) if others else ()
 
 
 def _checked(name: str, load: Callable[[], Any]) -> Any:
-    """Load a data set of the Hub, and hold what was fetched for it against the Hub's checksums."""
+    """Load a data set of the Hub, and check the files that were fetched for it against the Hub's
+    checksums.
+    """
     from huggingface_hub import constants
 
     started = time.time() - 2  # a file system's clock may be coarser than ours
     snapshots = Path(constants.HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "snapshots")
-    found: Any = ({}, ())
+    loaded: Any = ({}, ())
     try:
-        found = ask_hub(name, load, "data set")
-    finally:  # wrong bytes are also a reason why it cannot be loaded, and the better one
+        loaded = ask_hub(name, load, "data set")
+    finally:  # also after an error, because wrong bytes may be its cause, and are the better message
         try:
             check_blobs(name, [path for path in snapshots.rglob("*") if path.is_file() and path.stat().st_mtime >= started])
         except CheckpointError:
-            for file in (file for table in found[0].values() for file in table.cache_files):  # prepared from those bytes
+            for file in (file for table in loaded[0].values() for file in table.cache_files):  # made from wrong bytes
                 shutil.rmtree(Path(file["filename"]).parent, ignore_errors=True)
             raise
-    return found
+    return loaded

@@ -1,4 +1,6 @@
-"""ImageNet's class numbers: which data sets speak in them, and what a row's own file name says of its class."""
+"""ImageNet's class numbers: the data sets that use them, their names, and the classes in file
+names.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,23 @@ from functools import cache
 
 import datasets
 
-# `cls` counts the synsets in sorted order there, as the models do, and no file of the data set says so
+# Data sets whose integer labels count the synsets in sorted order, as models do, without a file
+# that says so.
 NUMBERED = ("timm/imagenet-1k-wds",)
 SMALLEST = 1000  # classes of the smallest ImageNet
-BACKGROUND = "background"  # the first of 1001 outputs, as TensorFlow's models have them
+BACKGROUND = "background"  # the first of 1001 outputs of TensorFlow's models
 
 
 @cache
 def outputs(classes: int) -> tuple[tuple[str, str], ...] | None:
-    """(WordNet id, description) of each output of a head with so many classes; None where no ImageNet has that size.
+    """Return the WordNet id and the description of each output of a head with so many classes.
 
-    A head of 1001 is ImageNet-1k's with the background before it: the classes are moved up by one.
+    A head with 1001 classes is that of ImageNet-1k with the background before it.
+
+    Returns:
+        None if no ImageNet has this number of classes.
     """
-    if classes < SMALLEST:  # a text classifier's head asks too, and has no need of timm
+    if classes < SMALLEST:  # the head of a text classifier must not make us import timm
         return None
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
@@ -35,20 +41,27 @@ def outputs(classes: int) -> tuple[tuple[str, str], ...] | None:
 
 @cache
 def synsets() -> tuple[str, ...]:
-    """The 1000 WordNet ids (`n01440764`, …) in the order of the class numbers."""
+    """Return the 1000 WordNet ids of ImageNet-1k (`n01440764`, …) in the order of the class
+    numbers.
+    """
     return tuple(synset for synset, _ in outputs(1000) or ())
 
 
 @cache
 def known_names(classes: int) -> tuple[frozenset[str], ...] | None:
-    """All names that the data sets and models of ImageNet give each output of a head of this size; None as `outputs`."""
-    found = outputs(classes)
-    if found is None:
+    """Return all names that data sets and models of ImageNet give to each output of a head with so
+    many classes.
+
+    Returns:
+        None if no ImageNet has this number of classes.
+    """
+    of_head = outputs(classes)
+    if of_head is None:
         return None
     if classes not in (1000, 1001):
-        return tuple(frozenset(names) for names in found)
+        return tuple(frozenset(names) for names in of_head)
     first = classes - 1000
-    known = [{synset, text, text.partition(", ")[0]} for synset, text in found]
+    known = [{synset, text, text.partition(", ")[0]} for synset, text in of_head]
     known[first + BIRD].add("crane bird")
     known[first + MACHINE].add("crane2")
     known[first + 639] = known[first + 639] - {"maillot"} | {"maillot tank suit"}  # class 638 is the maillot
@@ -58,19 +71,25 @@ def known_names(classes: int) -> tuple[frozenset[str], ...] | None:
 BIRD, MACHINE = 134, 517  # the two cranes
 
 
-def other_crane(classes: int, spoken: set[str]) -> int | None:
-    """The output that is not meant by a bare "crane" in data with the names `spoken`; None where that is not known.
+def other_crane(classes: int, names: set[str]) -> int | None:
+    """Return the output that the label "crane" does not mean in data with these `names`; None: not
+    known.
 
-    Two classes are a "crane": in the Hub's data the first (the other is "crane2" there), in torchvision the second (the
-    first is "crane bird" there). Which is meant is known where the data have that companion.
+    Two classes are called "crane". In the Hub's data it is the first one, and the other is
+    "crane2". In torchvision it is the second one, and the first is "crane bird". The name of the
+    other one in the data tells which is meant.
     """
-    if classes not in (1000, 1001) or ("crane2" in spoken) == ("crane bird" in spoken):
+    if classes not in (1000, 1001) or ("crane2" in names) == ("crane bird" in names):
         return None
-    return classes - 1000 + (MACHINE if "crane2" in spoken else BIRD)
+    return classes - 1000 + (MACHINE if "crane2" in names else BIRD)
 
 
-def spoken(rows: datasets.Dataset) -> Iterator[set[str]]:
-    """The WordNet ids in each row's file name, where it is in webdataset's columns (`__key__`, `json` with a `filename`)."""
-    held = [rows[name] for name in ("__key__", "json") if name in rows.column_names]
-    for said in zip(*held, strict=True) if held else ():
-        yield set(re.findall(r"(?<![a-z0-9])n\d{8}(?=[_/])", " ".join(map(str, said))))
+def synsets_in_file_names(rows: datasets.Dataset) -> Iterator[set[str]]:
+    """Yield the WordNet ids in each row's file name, from webdataset's columns (`__key__`, and
+    `filename` in `json`).
+
+    Without these columns, it yields nothing.
+    """
+    columns = [rows[name] for name in ("__key__", "json") if name in rows.column_names]
+    for values in zip(*columns, strict=True) if columns else ():
+        yield set(re.findall(r"(?<![a-z0-9])n\d{8}(?=[_/])", " ".join(map(str, values))))

@@ -1,4 +1,6 @@
-"""Labels go by name: one map from the data's labels to the model's classes, for every split, or a refusal."""
+"""Match labels to classes by name: one map from the data's labels to the model's classes, for all
+splits.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +33,22 @@ from dsd_refine.data.names import (
 from dsd_refine.data.reading import Table
 from dsd_refine.errors import DataError
 
-Aliases = Sequence[Sequence[str]]
+Aliases = Sequence[Sequence[str]]  # the names of each class
 
-NO_LABEL = ("-",)  # what annotators who did not agree are written as (SNLI, MNLI): no class anywhere
+NO_LABEL = ("-",)  # the label of rows on which the annotators did not agree (SNLI, MNLI)
 
 
 @dataclass(frozen=True)
 class LabelMap:
-    """`ids` maps a data label (text) to a class of the model; `model` are the model's class names in order.
+    """A map from the data's labels to the model's classes.
 
-    `guessed`: nothing but the order of the data's names or numbers says which class is which.
+    Attributes:
+        model: The model's class names in order.
+        data: The data's labels.
+        rule: How labels were matched, for the user.
+        ids: The number of the class for each label.
+        guessed: Only the order of the data's names or numbers tells which class is which.
+        warnings: For the user.
     """
 
     model: tuple[str, ...]
@@ -52,7 +60,11 @@ class LabelMap:
 
 
 def refuse_one_output(classes: int) -> None:
-    """Raise DataError for a head that has no classes to choose from."""
+    """Refuse a head with one output, which has no classes to choose from.
+
+    Raises:
+        DataError: It has one output.
+    """
     if classes == 1:
         raise DataError(
             "the head has one output: regression or ranking, not supported yet; a classifier of two classes has two outputs"
@@ -62,76 +74,82 @@ def refuse_one_output(classes: int) -> None:
 def match_labels(
     aliases: Aliases | None,
     classes: int,
-    found: set[str],
+    labels: set[str],
     declared: Sequence[str] | None = None,
     label_map: Mapping[str, str] | None = None,
 ) -> LabelMap:
-    """Map the labels found in all splits together.
+    """Match the labels of all splits to the model's classes.
 
-    `aliases` are the names of each class of the model (the first one is shown), None for a model without names;
-    `declared` are the data set's own class names in id order, where it has them: integers that are no names are its ids.
-    `label_map` says of labels of the data which class of the model they are; it comes first.
+    Args:
+        aliases: The names of each class of the model, the shown one first. None: it has no names.
+        classes: The number of the model's classes.
+        labels: The labels of all splits.
+        declared: The data set's own class names in the order of their ids, if it has such names.
+            Labels that are integers and no names are these ids.
+        label_map: The class of some labels, by the user. It comes before every rule.
 
     Raises:
-        DataError: names that do not match (both lists), unequal class counts, ids out of range, a `label_map` of labels
-            or classes that there are none of.
+        DataError: Names do not match, or the numbers of classes differ, or an id is out of range.
+            Or `label_map` has a label or a class that does not exist.
     """
     refuse_one_output(classes)
     own = list(declared or ())
-    said = _by_declared_id(aliases, own, found)
-    labels = found - set(said) | set(said.values())
-    if aliases is None and (label_map or any(placeholder(text) is not None for text in {*labels, *own})):
-        matched = _numbered(classes, labels, own, label_map or {}, said)
+    name_of_id = _names_of_ids(aliases, own, labels)
+    named = labels - set(name_of_id) | set(name_of_id.values())
+    if aliases is None and (label_map or any(placeholder(text) is not None for text in {*named, *own})):
+        matched = _match_placeholders(classes, named, own, label_map or {}, name_of_id)
     elif aliases is not None:
-        matched = _named(aliases, labels, own, label_map or {}, said)
+        matched = _match_names(aliases, named, own, label_map or {}, name_of_id)
     else:
-        matched = _unnamed(classes, labels, declared)
-    return replace(matched, ids=matched.ids | {text: matched.ids[name] for text, name in said.items()})
+        matched = _match_without_names(classes, named, declared)
+    return replace(matched, ids=matched.ids | {text: matched.ids[name] for text, name in name_of_id.items()})
 
 
-def _by_declared_id(aliases: Aliases | None, own: list[str], found: set[str]) -> dict[str, str]:
-    """The labels that are numbers of the data set's own class names, and no names themselves."""
+def _names_of_ids(aliases: Aliases | None, own: list[str], labels: set[str]) -> dict[str, str]:
+    """The data set's own class name of each label that is its number, and no name."""
     if are_integers(own):  # names and numbers are the same
         return {}
-    named = {plain(name) for names in aliases or () for name in names} | {plain(name) for name in own}
-    numbers = {text: integer(text) for text in found if plain(text) not in named}
+    names = {plain(name) for of_class in aliases or () for name in of_class} | {plain(name) for name in own}
+    numbers = {text: integer(text) for text in labels if plain(text) not in names}
     return {text: own[number] for text, number in numbers.items() if number is not None and 0 <= number < len(own)}
 
 
-def _named(
-    aliases: Aliases, labels: set[str], own: Sequence[str], label_map: Mapping[str, str], said: Mapping[str, str]
+def _match_names(
+    aliases: Aliases, labels: set[str], own: Sequence[str], label_map: Mapping[str, str], name_of_id: Mapping[str, str]
 ) -> LabelMap:
-    """By the model's names, but where `label_map` says otherwise."""
-    every = _with_imagenet(aliases, labels | set(own))
-    names = tuple(each[0] for each in aliases)
-    given = _given(label_map, every, names, labels, own, said)
-    return _joined(names, given, _by_name(names, every, labels - set(given)), "by name")
+    """Match by the model's names, and by `label_map` where it has a label."""
+    all_aliases = _with_imagenet(aliases, labels | set(own))
+    names = tuple(of_class[0] for of_class in aliases)
+    given = _by_label_map(label_map, all_aliases, names, labels, own, name_of_id)
+    return _joined(names, given, _by_name(names, all_aliases, labels - set(given)), "by name")
 
 
-def _numbered(
-    classes: int, labels: set[str], own: Sequence[str], label_map: Mapping[str, str], said: Mapping[str, str]
+def _match_placeholders(
+    classes: int, labels: set[str], own: Sequence[str], label_map: Mapping[str, str], name_of_id: Mapping[str, str]
 ) -> LabelMap:
-    """Of a model without names: `LABEL_k` is class k, and so is k where `label_map` is given."""
+    """Match the labels of a model without names: `LABEL_k` is class k, and with `label_map` k is
+    too.
+    """
     aliases = [[f"LABEL_{k}", *([str(k)] if label_map else [])] for k in range(classes)]
-    names = tuple(each[0] for each in aliases)
-    given = _given(label_map, aliases, names, labels, own, said)
+    names = tuple(of_class[0] for of_class in aliases)
+    given = _by_label_map(label_map, aliases, names, labels, own, name_of_id)
     return _joined(names, given, _by_name(names, aliases, labels - set(given)), "LABEL_k is class k (the model has no names)")
 
 
-def _given(
+def _by_label_map(
     label_map: Mapping[str, str],
     aliases: Aliases,
     names: Sequence[str],
     labels: set[str],
     own: Sequence[str],
-    said: Mapping[str, str],
+    name_of_id: Mapping[str, str],
 ) -> dict[str, int]:
-    """The class of each label that `label_map` speaks of.
+    """The class of each label that `label_map` has.
 
     Raises:
-        DataError: a key that is no label of the data, a value that is no class of the model.
+        DataError: A key is no label of the data, or a value is no class of the model.
     """
-    known = {composed(text): text for text in (*labels, *own)} | {composed(text): name for text, name in said.items()}
+    known = {composed(text): text for text in (*labels, *own)} | {composed(text): name for text, name in name_of_id.items()}
     strange = [key for key in label_map if composed(key) not in known]
     if strange:
         every = sorted(labels | set(own))
@@ -163,10 +181,12 @@ def _as_number(value: str, classes: int) -> set[int]:
 
 
 def _joined(names: tuple[str, ...], given: Mapping[str, int], matched: Mapping[str, int], rule: str) -> LabelMap:
-    """What `label_map` says and what the names say, as one; labels become one class only where `label_map` says so.
+    """Join the classes by `label_map` and by name.
+
+    Only `label_map` may join several labels to one class.
 
     Raises:
-        DataError: two labels of one class.
+        DataError: Two labels have one class.
     """
     ids = dict(sorted((dict(matched) | dict(given)).items()))
     members: dict[int, list[str]] = {}
@@ -187,8 +207,11 @@ def _joined(names: tuple[str, ...], given: Mapping[str, int], matched: Mapping[s
     return LabelMap(names, tuple(ids), rule, ids)
 
 
-def _unnamed(classes: int, labels: set[str], declared: Sequence[str] | None) -> LabelMap:
-    """Of a model without names: by the data's own class ids, or by order, where there are as many classes."""
+def _match_without_names(classes: int, labels: set[str], declared: Sequence[str] | None) -> LabelMap:
+    """Match the labels of a model without names: by the data's own class ids, or by order.
+
+    The counts must be equal.
+    """
     integers = declared is not None and are_integers(declared)
     unknown = sorted(text for text in labels - set(declared or labels) if not (integers and are_integers([text])))
     if declared is not None and unknown:
@@ -205,16 +228,19 @@ def _unnamed(classes: int, labels: set[str], declared: Sequence[str] | None) -> 
     return _in_order(sorted(labels, key=composed), classes, "sorted order of the data's names (the model has no names)")
 
 
-def _with_imagenet(aliases: Aliases, spoken: set[str]) -> Aliases:
-    """The names of each class, and where they are ImageNet's the other names of these too: synsets and descriptions."""
+def _with_imagenet(aliases: Aliases, data_names: set[str]) -> Aliases:
+    """The names of each class.
+
+    Those of ImageNet get the other names of their classes: synsets and descriptions.
+    """
     known = imagenet.known_names(len(aliases))
     if known is None or not all(map(_share_a_name, aliases, known)):
         return aliases
     names = [{*own, *more} for own, more in zip(aliases, known, strict=True)]
-    other = imagenet.other_crane(len(aliases), spoken)
+    other = imagenet.other_crane(len(aliases), data_names)
     if other is not None:
         names[other].discard("crane")
-    return [sorted(each) for each in names]
+    return [sorted(of_class) for of_class in names]
 
 
 def _share_a_name(own: Sequence[str], more: frozenset[str]) -> bool:
@@ -222,8 +248,14 @@ def _share_a_name(own: Sequence[str], more: frozenset[str]) -> bool:
 
 
 def _by_name(names: tuple[str, ...], aliases: Aliases, labels: set[str]) -> dict[str, int]:
+    """The class of each label by name.
+
+    Raises:
+        DataError: A label is the name of no class, or of several.
+    """
     exact, alike = _owners(aliases, composed), _owners(aliases, plain)
-    # as written first: "cardigan" is no "Cardigan", but "Tabby_Cat" may be the "tabby cat"
+    # First as written: "cardigan" and "Cardigan" are two classes, but "Tabby_Cat" is the "tabby
+    # cat".
     owners = {text: exact.get(composed(text)) or alike.get(plain(text)) or set() for text in labels}
     unknown = sorted(text for text in labels if len(owners[text]) != 1)
     if not unknown:
@@ -239,7 +271,7 @@ def _by_name(names: tuple[str, ...], aliases: Aliases, labels: set[str]) -> dict
 
 
 def _remedy(unknown: Sequence[str], names: Sequence[str], free: Sequence[str], several: bool) -> str:
-    """What may be said instead of renaming labels that are no names of the model."""
+    """The options that help, besides renaming, if labels are no names of the model."""
     options = []
     if are_integers(unknown) and _may_be_named_in_order(unknown, names):
         form = names_form(max(integer(text) or 0 for text in unknown) + 1)
@@ -261,13 +293,16 @@ def _remedy(unknown: Sequence[str], names: Sequence[str], free: Sequence[str], s
 
 
 def _may_be_named_in_order(numbers: Sequence[str], names: Sequence[str]) -> bool:
-    """Do they count from 0, and is it not said by numbers in the model's names which is which?"""
+    """True if the labels count from 0, and the model's names contain no numbers that tell which is
+    which.
+    """
     count_from_0 = min(integer(text) or 0 for text in numbers) == 0
-    return count_from_0 and not any(re.search(r"(?<!\d)\d{1,3}(?!\d)", name) for name in names)  # a synset's is longer
+    # the number of a synset has more digits
+    return count_from_0 and not any(re.search(r"(?<!\d)\d{1,3}(?!\d)", name) for name in names)
 
 
 def _owners(aliases: Aliases, form: Callable[[str], str]) -> dict[str, set[int]]:
-    """The classes that have each name, in this form."""
+    """The classes that have each name, with names in the given form."""
     owners: dict[str, set[int]] = {}
     for number, names in enumerate(aliases):
         for name in names:
@@ -276,6 +311,11 @@ def _owners(aliases: Aliases, form: Callable[[str], str]) -> dict[str, set[int]]
 
 
 def _as_ids(labels: set[str], classes: int) -> LabelMap:
+    """Take integer labels as the numbers of the classes.
+
+    Raises:
+        DataError: They are not the numbers of all classes.
+    """
     ids = {text: int(integer(text) or 0) for text in labels}
     numbers = sorted(set(ids.values()))
     if len(numbers) < len(ids):
@@ -301,6 +341,11 @@ def _as_ids(labels: set[str], classes: int) -> LabelMap:
 
 
 def _in_order(names: list[str], classes: int, rule: str) -> LabelMap:
+    """Take the first name as class 0, the next as class 1, and so on.
+
+    Raises:
+        DataError: There are not as many names as classes, or two names look the same.
+    """
     if len(names) != classes:
         raise DataError(
             f"the data has {len(names)} classes ({listed(names)}), the model {classes}; the head is never re-made to fit"
@@ -316,7 +361,9 @@ def _in_order(names: list[str], classes: int, rule: str) -> LabelMap:
 
 
 def _say_which(names: Sequence[str], classes: int) -> str:
-    """The remedy for data that have some of a model's classes, or several names for one."""
+    """The options that help if the data have only some of a model's classes, or several names for
+    one.
+    """
     if len(names) > MOST:
         return ""
     marks = [name for name in names if name in NO_LABEL]
@@ -326,11 +373,14 @@ def _say_which(names: Sequence[str], classes: int) -> str:
 
 
 def label_texts(table: Table, name: str) -> list[str | None]:
-    """The label column as texts (NFC); None where a row has no label. Integers are their names, where those are known.
+    """Return the label of each row as a text (NFC), or None if it has none.
+
+    Integers with known names become these.
 
     Raises:
-        DataError: several labels a row, numbers that are no classes, a class id out of range or of another class than the
-            row's file name says, one name in two ways of writing the same characters.
+        DataError: A row has several labels, or a number that is no class. A class id is out of
+            range, or contradicts the row's file name. One name is written with different
+            characters.
     """
     return _in_one_form(_read_labels(table, name))
 
@@ -338,41 +388,47 @@ def label_texts(table: Table, name: str) -> list[str | None]:
 def without_hidden(
     columns: Sequence[list[str | None]], aliases: Aliases | None, label_map: Mapping[str, str | None]
 ) -> list[list[str | None]]:
-    """The labels of all splits; a split whose labels are all -1 has none: so data sets hide those of a test split.
+    """Remove the labels of splits in which every label is -1: data sets hide the labels of a test
+    split so.
 
-    -1 stays a label where the model or `label_map` speaks of it, and beside 1 alone: these are two classes.
+    -1 stays a label if the model or `label_map` has it, and if the only other label is 1.
+
+    Args:
+        columns: The labels of each split.
+        aliases: The names of each class of the model, or None.
+        label_map: The user's classes for some labels.
 
     Raises:
-        DataError: -1 among numbers from 0 on in one split: it may be a class, or a row without label.
+        DataError: A split has -1 beside numbers from 0 on. It may be a class, or mean "no label".
     """
-    named = {name for names in aliases or () for name in names} | set(label_map)
-    if any(integer(name) == -1 for name in named):
+    names = {name for of_class in aliases or () for name in of_class} | set(label_map)
+    if any(integer(name) == -1 for name in names):
         return list(columns)
     numbers = {text: integer(text) for texts in columns for text in set(texts) if text is not None}
     values = set(numbers.values())
     if -1 not in values or values == {-1, 1} or any(value is None or value < -1 for value in values):
         return list(columns)
-    held = [{numbers[text] for text in texts if text is not None} for texts in columns]
-    for inner in held:
-        if -1 in inner and len(inner) > 1:
-            raise DataError(_mixed(inner - {None}))
-    return [[None] * len(texts) if inner == {-1} else texts for texts, inner in zip(columns, held, strict=True)]
+    of_split = [{numbers[text] for text in texts if text is not None} for texts in columns]
+    for held in of_split:
+        if -1 in held and len(held) > 1:
+            raise DataError(_minus_one_message(held - {None}))
+    return [[None] * len(texts) if held == {-1} else texts for texts, held in zip(columns, of_split, strict=True)]
 
 
-def _mixed(numbers: Iterable[int | None]) -> str:
-    """What to say of -1 among other numbers."""
-    each = {str(number): None if number == -1 else "CLASS" for number in sorted(n for n in numbers if n is not None)}
+def _minus_one_message(numbers: Iterable[int | None]) -> str:
+    """The message for -1 among other numbers."""
+    pairs = {str(number): None if number == -1 else "CLASS" for number in sorted(n for n in numbers if n is not None)}
     return (
-        f"the label -1 stands beside {listed([number for number in each if number != '-1'])}: is it a class, or a row without "
-        f"a label? Say which class of the model each number is, null for none: {map_option(each)}"
+        f"the label -1 stands beside {listed([number for number in pairs if number != '-1'])}: is it a class, or a row without "
+        f"a label? Say which class of the model each number is, null for none: {map_option(pairs)}"
     )
 
 
 def left_out(label_map: Mapping[str, str | None], columns: Sequence[Sequence[str | None]]) -> frozenset[str]:
-    """The labels whose rows `label_map` leaves out: those that it maps to null.
+    """Return the labels whose rows are left out: those that `label_map` maps to null.
 
     Raises:
-        DataError: one that is no label of the data.
+        DataError: Such a label is not in the data.
     """
     labels = frozenset(composed(label) for label, name in label_map.items() if name is None)
     every = {text for texts in columns for text in texts if text is not None} if labels else set()
@@ -386,6 +442,7 @@ def left_out(label_map: Mapping[str, str | None], columns: Sequence[Sequence[str
 
 
 def _in_one_form(texts: list[str | None]) -> list[str | None]:
+    """The labels with composed characters. Two labels must not become one by this."""
     forms = {text: composed(text) for text in set(texts) if text is not None}
     written: dict[str, str] = {}
     for text, form in sorted(forms.items()):
@@ -399,23 +456,24 @@ def _in_one_form(texts: list[str | None]) -> list[str | None]:
 
 
 def _read_labels(table: Table, name: str) -> list[str | None]:
+    """The labels of a column as texts, as they are written."""
     kind, values = table.rows.features[name], table.rows.with_format(None)[name]
     if isinstance(kind, datasets.ClassLabel):
         own = [_class_name(kind.names, table, row, value) for row, value in enumerate(values)]
         if table.classes is None:
             return own
         _refuse_other_count(kind.names, table.classes)
-        ids = [None if said is None else str(value) for said, value in zip(own, values, strict=True)]
+        ids = [None if label is None else str(value) for label, value in zip(own, values, strict=True)]
         return _with_names(table, table.classes, ids)
-    known: dict[str, str] = {}  # each name once: there are few, and many rows
+    known: dict[str, str] = {}  # keeps one string for each name in place of one for each row
     texts = [None if text is None else known.setdefault(text, text) for text in _as_texts(table, name, values)]
     return texts if table.classes is None else _with_names(table, table.classes, texts)
 
 
 def _as_texts(table: Table, name: str, values: Sequence[Any]) -> Iterator[str | None]:
-    """Each label as text; yes and no are 1 and 0 where names were said for these."""
-    for row, held in enumerate(values):
-        value = held.decode("utf-8", "backslashreplace") if isinstance(held, bytes) else held
+    """Yield each label as a text. True and False become 1 and 0 if there are names for integers."""
+    for row, raw in enumerate(values):
+        value = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else raw
         if isinstance(value, list | dict | np.ndarray):
             if all(isinstance(other, list) and len(other) == 1 for other in values if other is not None):
                 raise DataError(f"row {table.name(row)}: {name!r} holds one label in a list ({value!r:.60}): write it plain")
@@ -432,16 +490,17 @@ def _as_texts(table: Table, name: str, values: Sequence[Any]) -> Iterator[str | 
             yield str(value)
 
 
-def _refuse_other_count(own: Sequence[str], said: Sequence[str]) -> None:
-    if len(own) != len(said):
+def _refuse_other_count(own: Sequence[str], label_names: Sequence[str]) -> None:
+    """Refuse `label_names` with another number of names than the data set's own classes."""
+    if len(own) != len(label_names):
         raise DataError(
-            f"label_names has {len(said)} names, the data set's own classes are {len(own)}: {listed(own)}. "
+            f"label_names has {len(label_names)} names, the data set's own classes are {len(own)}: {listed(own)}. "
             "Give one name for each, in this order, or leave label_names out"
         )
 
 
 def _class_name(names: Sequence[str], table: Table, row: int, value: int | None) -> str | None:
-    if value is None or value == -1:  # -1 is how data sets hide the labels of a test split
+    if value is None or value == -1:  # data sets hide the labels of a test split by -1
         return None
     if not 0 <= value < len(names):
         raise DataError(f"row {table.name(row)}: class id {value} is outside 0..{len(names) - 1}{_say_ids(table, value)}")
@@ -456,7 +515,10 @@ def _say_ids(table: Table, value: int) -> str:
 
 
 def _with_names(table: Table, names: tuple[str, ...], texts: list[str | None]) -> list[str | None]:
-    """Integers as the names that they are said to be, held against the rows' own file names where these say a class."""
+    """Replace integers by their names.
+
+    File names that contain a class of ImageNet must agree with them.
+    """
     numbers = [None if text is None else integer(text) for text in texts]
     if {-1, 1} == set(numbers) - {None}:
         raise DataError(
@@ -464,23 +526,23 @@ def _with_names(table: Table, names: tuple[str, ...], texts: list[str | None]) -
             f"which class of the model each is: {map_option(dict.fromkeys(('-1', '1'), 'CLASS'))}"
         )
     if -1 in numbers and any(number is not None and number >= 0 for number in numbers):
-        raise DataError(f"{table.origin or 'the data'}: {_mixed(set(numbers))} (and leave label_names out)")
-    found = [
+        raise DataError(f"{table.origin or 'the data'}: {_minus_one_message(set(numbers))} (and leave label_names out)")
+    labels = [
         text if number is None else _class_name(names, table, row, number)
         for row, (text, number) in enumerate(zip(texts, numbers, strict=True))
     ]
-    files = imagenet.spoken(table.rows) if names == imagenet.synsets() else ()
-    for row, (name, said) in enumerate(zip(found, files, strict=False)):
-        if name is not None and said and name not in said:
+    files = imagenet.synsets_in_file_names(table.rows) if names == imagenet.synsets() else ()
+    for row, (name, in_file) in enumerate(zip(labels, files, strict=False)):
+        if name is not None and in_file and name not in in_file:
             raise DataError(
-                f"row {table.name(row)}: its label {texts[row]} would be {name}, its file is of {' '.join(sorted(said))}: "
+                f"row {table.name(row)}: its label {texts[row]} would be {name}, its file is of {' '.join(sorted(in_file))}: "
                 "these integers are not ImageNet-1k's. Leave out label_names: imagenet-1k, or give the labels as names"
             )
-    return found
+    return labels
 
 
 def has_integers(table: Table, name: str) -> bool:
-    """Are there numbers in the label column, which names can be said for?"""
+    """Return whether the label column contains numbers, so that `label_names` can name them."""
     if isinstance(table.rows.features[name], datasets.ClassLabel):
         return True
     values = set(table.rows.with_format(None)[name]) - {None}

@@ -1,7 +1,7 @@
-"""What lies in a folder: its files, with links followed, and in words what of it nobody read.
+"""List the files of a folder, with links followed, and report those that are not used.
 
-Left unsaid are only the files that systems and tools leave behind (`is_junk`) and a data set's papers (README, LICENSE, …),
-unless these have the suffix of a table.
+Two kinds are not reported: files that systems and tools leave behind (`is_junk`), and papers about
+the data (README, LICENSE, …) that do not have the suffix of a table.
 """
 
 from __future__ import annotations
@@ -34,39 +34,43 @@ SIDE = re.compile(
 )
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
-SHOWN = 5  # entries of a folder that are named one by one
+SHOWN = 5  # entries of a folder that a message names
 
 
 def is_junk(name: str) -> bool:
-    """Is it what a system, an editor or git leaves in a folder?"""
+    """Return whether a system, an editor or git leaves a file of this name in a folder."""
     return JUNK.fullmatch(name) is not None
 
 
 def is_paper(path: Path) -> bool:
-    """Is it about the data, and no table? README.md, LICENSE, dataset_info.json."""
+    """Return whether a file is about the data, and no table: README.md, LICENSE, dataset_info.json."""
     about = PAPERS.fullmatch(path.name) is not None
     return about and (not is_table(path) or path.suffix.lower() == ".json")
 
 
 def is_about(path: Path) -> bool:
-    """Is it about the data, by its name, though it may have the suffix of a table: README.txt, LICENSE.txt too?"""
+    """Return whether a file is about the data by its name, also with the suffix of a text:
+    README.txt.
+    """
     return is_paper(path) or (PAPERS.fullmatch(path.name) is not None and path.suffix.lower() == ".txt")
 
 
 def is_side_file(path: Path) -> bool:
-    """Is it a list or numbers that lie beside the data, by its name: classes.txt, labels.json, stats.json?"""
+    """Return whether a file is a list or numbers beside the data, by its name: classes.txt,
+    stats.json.
+    """
     return path.suffix.lower() in (".txt", ".json") and SIDE.fullmatch(path.stem) is not None
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted, without junk.
+    """Return the entries of a folder, sorted, without junk.
 
     Raises:
-        DataError: it cannot be listed, or holds a name that is not UTF-8.
+        DataError: The folder cannot be listed, or has a name that is not UTF-8.
     """
     try:
-        with os.scandir(folder) as found:
-            inner = sorted(folder / entry.name for entry in found if not is_junk(entry.name))
+        with os.scandir(folder) as scanned:
+            inner = sorted(folder / entry.name for entry in scanned if not is_junk(entry.name))
     except OSError as error:
         raise DataError(f"{error.filename or folder}: cannot be listed ({error.strerror or error})") from None
     for path in inner:
@@ -75,7 +79,11 @@ def entries(folder: Path) -> list[Path]:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raises DataError where a name is not UTF-8: no table, report or page could hold it."""
+    """Check that a name is UTF-8. Tables, reports and pages cannot contain other names.
+
+    Raises:
+        DataError: It is not.
+    """
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError:
@@ -84,14 +92,18 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The visible folders in it, links to folders too."""
+    """Return the visible folders in a folder, and links to folders."""
     return [path for path in entries(folder) if path.is_dir() and not path.name.startswith(".")]
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, str]]:
-    """(file, "") for every visible file below, and (path, reason) for what was not entered.
+    """Yield every visible file below a folder, and every path that is not entered.
 
-    Links to folders are followed, after the folders themselves. Each folder is read once, and none that holds this one.
+    Links to folders are followed, after the folders themselves. Each folder is read once. A folder
+    that contains this one is not entered.
+
+    Yields:
+        A path, and the reason why it is not entered: "" for a file.
     """
     above = {place.resolve() for place in (folder, *folder.absolute().parents, *folder.resolve().parents)}
     read: set[Path] = set()
@@ -110,22 +122,31 @@ def walk(folder: Path) -> Iterator[tuple[Path, str]]:
         for path in inner:
             if path.name.startswith("."):
                 yield path, "hidden"
-            elif os.path.isdir(path):  # False for a link in a circle, where is_dir() raises
+            elif os.path.isdir(path):  # False for a circular link, where is_dir() raises
                 (links if path.is_symlink() else places).append(path)
             else:
                 yield path, ""
 
 
 def files_below(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """Every visible file below a folder, sorted, and what was not entered, with reasons."""
-    found = list(walk(folder))
-    return sorted(path for path, reason in found if not reason), sorted((path, why) for path, why in found if why)
+    """Return every visible file below a folder, and every path that was not entered with its
+    reason, both sorted.
+    """
+    paths = list(walk(folder))
+    return sorted(path for path, reason in paths if not reason), sorted((path, why) for path, why in paths if why)
 
 
 def left_over(root: Path, used: Iterable[Path], why: Callable[[Path], str]) -> tuple[str, ...]:
-    """What lies under `root` beside `used` (files, and folders that are used as a whole), each with its reason.
+    """Say which files and folders under `root` are not used, and why.
 
-    Many of one reason in one folder are counted, and the first of them named.
+    Args:
+        root: The folder.
+        used: The used files, and the folders that are used as a whole.
+        why: Returns the reason for a path.
+
+    Returns:
+        One line for each path. If many paths of a folder have one reason, a line names the first of
+        them and counts the others.
     """
     taken = set(used)
     holding = {parent for path in taken for parent in path.parents}
@@ -140,15 +161,15 @@ def left_over(root: Path, used: Iterable[Path], why: Callable[[Path], str]) -> t
                 places.append(path)
                 continue
             name = path.relative_to(root).as_posix() + "/" * os.path.isdir(path)
-            groups[_plain_reason(path) or why(path)].append(name)
+            groups[_general_reason(path) or why(path)].append(name)
         for reason, names in groups.items():
             more = f" and {len(names) - SHOWN} more beside them" if len(names) > SHOWN else ""
             lines += [f"{', '.join(names[:SHOWN])}{more}: {reason}"] if more else [f"{name}: {reason}" for name in names]
     return tuple(lines)
 
 
-def _plain_reason(path: Path) -> str:
-    """Why it is not read, where that is plain whatever the data are."""
+def _general_reason(path: Path) -> str:
+    """The reason why a path is never read, in data of any form. Empty: there is none."""
     if path.is_symlink() and not os.path.exists(path):
         return f"a link to {os.readlink(path)}, which is not there"
     if path.name.startswith("."):

@@ -1,4 +1,7 @@
-"""Which rows train, select and judge. No task, no model: rows have content, a label, a name."""
+"""Decide which rows train, which select (the holdout), and which evaluate.
+
+This code knows no task and no model. A row has content, a label and a name.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,19 @@ from dsd_refine.data.reading import Reading, Table, role_of, shortened, speaks_o
 from dsd_refine.errors import DataError
 
 SALT = b"dsd-refine holdout 1"
-EVAL_SHARE = 0.2
+EVAL_SHARE = 0.2  # share of the rows that is carved for evaluation
 FLAGS = {"test": "--eval-split", "validation": "--holdout-split"}
 
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """What a task says of one row: `digest` of its content, `label` as text (None: has none), `reason` to skip it.
+    """What a task found in one row.
 
-    `texts` are what the row should be turned into, where that is no class: a transcript, captions.
+    Attributes:
+        digest: A hash of the row's content.
+        label: The label as text; None if the row has none.
+        reason: Why the row is skipped; None if it is used.
+        texts: The target texts of a task without classes: a transcript, or captions.
     """
 
     digest: bytes
@@ -39,13 +46,20 @@ class Examined:
 
 @dataclass(frozen=True)
 class Rows:
-    """The used rows of one part, in the data's order. `at` indexes `table.rows`; `labels` are texts ("" without classes).
+    """The used rows of a split or of a part of the run, in the data's order.
 
-    `texts` are each row's `Examined.texts`, empty for a task without them. `why` is the rule by which these rows are the part.
+    Attributes:
+        table: The table that they are in.
+        numbers: Their numbers in `table.rows`, shape (rows,).
+        digests: A hash of each row's content.
+        labels: Each row's label as text; "" in a task without classes.
+        skipped: The rows that are not used: `{row, reason}`.
+        texts: Each row's target texts. Empty in a task without them.
+        why: The rule by which these rows have their role.
     """
 
     table: Table
-    at: np.ndarray[Any, Any]
+    numbers: np.ndarray[Any, Any]
     digests: list[bytes]
     labels: list[str]
     skipped: list[dict[str, Any]] = field(default_factory=list)
@@ -53,16 +67,17 @@ class Rows:
     why: str = ""
 
     def __len__(self) -> int:
-        return len(self.at)
+        return len(self.numbers)
 
     def name(self, i: int) -> str | int:
-        return self.table.name(int(self.at[i]))
+        """Return the name of a row for the user: a file's name, or the row's number in the table."""
+        return self.table.name(int(self.numbers[i]))
 
     def subset(self, chosen: Sequence[int], skipped: list[dict[str, Any]] | None = None) -> Rows:
-        """The rows at these positions, in this order."""
+        """Return the rows at these positions of `at`, in this order."""
         return Rows(
             self.table,
-            self.at[np.asarray(chosen, dtype=np.int64)],
+            self.numbers[np.asarray(chosen, dtype=np.int64)],
             [self.digests[i] for i in chosen],
             [self.labels[i] for i in chosen],
             skipped or [],
@@ -71,20 +86,29 @@ class Rows:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over content, label and texts of every row in order."""
+        """The SHA-256 over content, label and texts of all rows in order."""
         digest = hashlib.sha256()
         for content, label, texts in zip(self.digests, self.labels, self.texts or [()] * len(self), strict=True):
             digest.update(content + "\n".join((label, *texts)).encode("utf-8", "surrogatepass") + b"\0")
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
-        """The report's `data` entry."""
+        """Return the rows' entry in the report's `data`."""
         return {"rows": len(self), "skipped": self.skipped, "fingerprint": self.fingerprint}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The three parts of a run. `overlap` counts evaluation rows whose content also trains or selects."""
+    """The three parts of a run's data.
+
+    Attributes:
+        train: The rows that train.
+        holdout: The rows that select between epochs and sparsities, or None.
+        eval: The rows that evaluate the arms.
+        overlap: The number of evaluation rows whose content is also in one of the other parts.
+        rule: How the parts were chosen, in words.
+        unused: Names of splits without a usable row.
+    """
 
     train: Rows
     holdout: Rows | None
@@ -96,7 +120,10 @@ class Parts:
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of one DATA that are used, by role (train, validation, test); `unused` names the others with the reason."""
+    """The splits of DATA by role (train, validation, test).
+
+    `unused` names the other splits, each with a reason.
+    """
 
     tables: dict[str, Table]
     unused: tuple[str, ...] = ()
@@ -105,17 +132,24 @@ class Splits:
 def by_role(
     reading: Reading, spec: str, *, evaluates: str | None = None, selects: str | None = None, use: str = "all"
 ) -> Splits:
-    """Give the splits of DATA their roles. `evaluates` and `selects` name splits (`--eval-split`, `--holdout-split`).
+    """Give the splits of DATA their roles.
 
-    A split whose name speaks of a role without being its name (`validation_matched`, `test_small`) is no guess of ours: while
-    it could be the one that evaluates or selects, the data are refused. `use`: "all", "train" (other data evaluate), or
-    "evaluate" (these only evaluate).
+    We do not guess. A name may only contain the word of a role (`validation_matched`,
+    `test_small`). If such a split could evaluate or select, the data are refused until the user
+    says which one does.
+
+    Args:
+        reading: What DATA was read as.
+        spec: DATA as the user wrote it.
+        evaluates: The split that `--eval-split` names.
+        selects: The split that `--holdout-split` names.
+        use: "all", or "train" if other data evaluate, or "evaluate" if these data only evaluate.
 
     Raises:
-        DataError: no such split, none that trains, or several that could each have a role.
+        DataError: A named split does not exist, or no split trains, or several could have one role.
     """
     names = list(reading.tables)
-    given = _given(names, spec, evaluates, selects, trains=use != "evaluate")
+    given = _named_by_option(names, spec, evaluates, selects, trains=use != "evaluate")
     rest = [name for name in names if name not in given.values()]
     exact: dict[str | None, list[str]] = defaultdict(list)
     for name in rest:
@@ -124,12 +158,12 @@ def by_role(
         _refuse_unclear(exact, given, names, spec)
     named = {role: held[0] for role, held in exact.items() if role is not None and len(held) == 1}
     roles = named | given
-    if "validation" in given and "validation" in named and use == "all":  # what selects is named: the other may judge
+    if "validation" in given and "validation" in named and use == "all":  # another split selects, so this one evaluates
         roles.setdefault("test", named["validation"])
     if use == "evaluate":
-        roles = _judging(roles, given, names, spec)
+        roles = _evaluating_roles(roles, given, names, spec)
     else:
-        roles["train"] = _training(exact, rest, names, spec)
+        roles["train"] = _training_split(exact, rest, names, spec)
     if use == "train":
         roles.pop("test", None)
     tables = {role: _placed(reading, name, spec, FLAGS[role] if role in given else "") for role, name in roles.items()}
@@ -139,8 +173,10 @@ def by_role(
     return Splits(tables, shortened(lines))
 
 
-def _given(names: Sequence[str], spec: str, evaluates: str | None, selects: str | None, *, trains: bool) -> dict[str, str]:
-    """Role -> the split that an option names for it."""
+def _named_by_option(
+    names: Sequence[str], spec: str, evaluates: str | None, selects: str | None, *, trains: bool
+) -> dict[str, str]:
+    """The splits that options name, by role."""
     given = {}
     for role, asked in (("test", evaluates), ("validation", selects)):
         if asked is None:
@@ -157,9 +193,9 @@ def _given(names: Sequence[str], spec: str, evaluates: str | None, selects: str 
 
 
 def _refuse_unclear(exact: dict[str | None, list[str]], given: dict[str, str], names: Sequence[str], spec: str) -> None:
-    """Refuse while a split that speaks of evaluating or selecting is spoken for by nobody.
+    """Refuse splits that could evaluate or select by their names, while nobody says which one does.
 
-    Once the split that selects is named, only those matter that could be the one that judges.
+    If the user has named the split that selects, only splits that could evaluate count.
     """
     near = {role: [name for name in exact[None] if speaks_of(name) == role] for role in ("test", "validation")}
     unclear = []
@@ -174,8 +210,10 @@ def _refuse_unclear(exact: dict[str | None, list[str]], given: dict[str, str], n
         )
 
 
-def _training(exact: dict[str | None, list[str]], rest: Sequence[str], names: Sequence[str], spec: str) -> str:
-    """The split that trains: by its name, else the only one that speaks of it, else the only one there is."""
+def _training_split(exact: dict[str | None, list[str]], rest: Sequence[str], names: Sequence[str], spec: str) -> str:
+    """The split that trains: the one with that name, else the only one with that word, else the
+    only one of all.
+    """
     for known in (exact["train"], [name for name in exact[None] if speaks_of(name) == "train"]):
         if len(known) == 1:
             return known[0]
@@ -190,8 +228,10 @@ def _training(exact: dict[str | None, list[str]], rest: Sequence[str], names: Se
     raise DataError(f"{spec}: {only}; none is train, and which is to train is not known")
 
 
-def _judging(roles: dict[str, str], given: dict[str, str], names: Sequence[str], spec: str) -> dict[str, str]:
-    """What may evaluate, of data that only evaluate: the split named, else those with a role, else the only one."""
+def _evaluating_roles(roles: dict[str, str], given: dict[str, str], names: Sequence[str], spec: str) -> dict[str, str]:
+    """The splits that may evaluate, of data that only evaluate: the named one, else those with a
+    role, else the only one.
+    """
     if given:
         return {"test": given["test"]}
     if not roles and len(names) == 1:
@@ -202,7 +242,10 @@ def _judging(roles: dict[str, str], given: dict[str, str], names: Sequence[str],
 
 
 def where_of(spec: str) -> tuple[str, Path | None]:
-    """(what DATA is called, where it lies): a path by its last name; None for a data set of the Hub."""
+    """Return the name of DATA for the user (the last part of a path), and its path.
+
+    None: a data set of the Hub.
+    """
     folder, colon, config = spec.rpartition(":")
     for place, more in ((spec, ""), (folder, colon + config)):
         if place and Path(place).exists():
@@ -211,13 +254,16 @@ def where_of(spec: str) -> tuple[str, Path | None]:
 
 
 def is_on_hub(spec: str) -> bool:
-    """Is it the name of a data set of the Hub, and nothing that lies here?"""
+    """Return whether DATA is the name of a data set of the Hub, and no path on this machine."""
     named = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not spec.startswith(".")
     return bool(named) and where_of(spec)[1] is None
 
 
 def _placed(reading: Reading, name: str, spec: str, option: str) -> Table:
-    """The table with where it stands among the data: paths count from DATA, which is called by its last name."""
+    """Add to a table where it is in the data.
+
+    Paths start at DATA, which is called by its last name.
+    """
     table = reading.tables[name]
     data, path = where_of(spec)
     if path is None or not path.is_dir():
@@ -236,7 +282,10 @@ def _placed(reading: Reading, name: str, spec: str, option: str) -> Table:
 
 
 def use_rows(table: Table, examined: Sequence[Examined]) -> Rows:
-    """The rows of a split that can be used; the others are named with their reasons."""
+    """Return the rows of a split that can be used.
+
+    The other rows are in `skipped`, each with a reason.
+    """
     used = [i for i, row in enumerate(examined) if row.reason is None]
     skipped = [{"row": table.name(i), "reason": row.reason} for i, row in enumerate(examined) if row.reason is not None]
     return Rows(
@@ -250,10 +299,17 @@ def use_rows(table: Table, examined: Sequence[Examined]) -> Rows:
 
 
 def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_share: float) -> Parts:
-    """Which rows train, select and judge, as the contract's splits say. A split without labelled rows counts as absent.
+    """Decide which rows train, select and evaluate. A split without usable rows counts as absent.
+
+    Args:
+        tables: The rows of DATA by role: train, validation, test.
+        evaluation: The rows of the evaluation data by role, or None.
+        holdout_share: Share of the training rows to carve as a holdout, if no split is one. 0:
+            none.
 
     Raises:
-        DataError: nothing left to train on or to evaluate on, or a split that was named has no usable rows.
+        DataError: No rows are left to train or to evaluate on, or a split that the user named has
+            no usable rows.
     """
     for rows in [*tables.values(), *(evaluation or {}).values()]:
         if rows.table.option and not len(rows):
@@ -264,10 +320,10 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
     train, test, validation = splits["train"], splits.get("test"), splits.get("validation")
     selecting = validation
     if evaluation is not None:
-        given = [evaluation[name] for name in ("test", "validation", "train") if name in evaluation and len(evaluation[name])]
-        if not given:
+        usable = [evaluation[name] for name in ("test", "validation", "train") if name in evaluation and len(evaluation[name])]
+        if not usable:
             raise DataError("no usable rows in --eval-data")
-        judge, rule = given[0], "--eval-data"
+        judge, rule = usable[0], "--eval-data"
     elif test is not None:
         judge, rule = test, role_of(test.table.split) or "test"
     elif validation is not None and not validation.table.option:
@@ -278,7 +334,7 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
         rule = f"carved ({EVAL_SHARE}) from the training rows"
         if not len(judge):
             raise DataError(_no_evaluation(whole))
-    judge = replace(judge, why=_chosen(judge) or rule)
+    judge = replace(judge, why=_option_of(judge) or rule)
     if selecting is None and holdout_share:
         whole = train
         train, selecting = carve(train, holdout_share)
@@ -286,7 +342,7 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
         if not len(selecting):
             raise DataError(_no_holdout(whole, holdout_share))
     elif selecting is not None:
-        selecting = replace(selecting, why=f"holdout is {_chosen(selecting) or 'validation'}")
+        selecting = replace(selecting, why=f"holdout is {_option_of(selecting) or 'validation'}")
     if not len(train):
         raise DataError(f"too few rows: {len(train)} left for training, {len(judge)} for evaluation{_advice(train)}")
     seen = {*train.digests, *(selecting.digests if selecting is not None else ())}
@@ -296,17 +352,17 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
 
 
 def _advice(rows: Rows) -> str:
-    """What the reader knows of why the rows are few."""
+    """The reader's advice on a table with few rows, or nothing."""
     return f"\n{rows.table.advice}" if rows.table.advice else ""
 
 
-def _chosen(rows: Rows) -> str:
-    """The option that names these rows' split, with the name."""
+def _option_of(rows: Rows) -> str:
+    """The option that names these rows' split, with the name. Empty: no option does."""
     return f"{rows.table.option} {rows.table.split}" if rows.table.option else ""
 
 
 def _sizes(rows: Rows) -> str:
-    """How many rows a class has, in words."""
+    """The number of rows of a class, in words."""
     counts = Counter(rows.labels)
     least, most = min(counts.values()), max(counts.values())
     number = str(most) if least == most else f"{least} to {most}"
@@ -318,7 +374,7 @@ def _sizes(rows: Rows) -> str:
 
 
 def _no_evaluation(rows: Rows) -> str:
-    """Why no evaluation rows could be carved, and what to do."""
+    """Say why no evaluation rows could be carved, and what to do."""
     return (
         f"too few rows: {EVAL_SHARE} of {_sizes(rows)} rounds to no row that evaluates. Give rows to evaluate on: "
         f"--eval-data, or a test split{_advice(rows)}"
@@ -326,9 +382,9 @@ def _no_evaluation(rows: Rows) -> str:
 
 
 def _no_holdout(rows: Rows, share: float) -> str:
-    """Why no holdout could be carved, and which share would: one that takes a row of each class that has two."""
+    """Say why no holdout could be carved, and which share would take rows."""
     sizes = [count for count in Counter(rows.labels).values() if count > 1]
-    larger = math.ceil(100 / min(sizes)) / 100 if sizes else 0.0  # a row of the smallest class that has two
+    larger = math.ceil(100 / min(sizes)) / 100 if sizes else 0.0  # takes a row of each class that has two
     taken = carve(rows, larger)[1] if sizes else rows.subset([])
     of_classes = f" of {len(set(taken.labels))} classes" if len(set(taken.labels)) > 1 else ""
     takes = f"--holdout {larger:g} takes {len(taken)}{of_classes}; or " if len(taken) else ""
@@ -339,6 +395,7 @@ def _no_holdout(rows: Rows, share: float) -> str:
 
 
 def _why(rows: Rows | None) -> str:
+    """Say why a split has no usable rows."""
     if rows is None or not rows.skipped:
         return ": the data has no train split" if rows is None else ""
     reasons = Counter(item["reason"] for item in rows.skipped)
@@ -346,9 +403,14 @@ def _why(rows: Rows | None) -> str:
 
 
 def carve(rows: Rows, share: float) -> tuple[Rows, Rows]:
-    """(kept, carved): per class the round(share * n) rows with the smallest salted SHA-256 of content; no seed in it.
+    """Carve a share of the rows of each class.
 
-    Equal rows stay together, under whatever labels: a group at the border goes over whole, unless that would empty a class.
+    Of n rows of a class, the round(share * n) with the smallest salted SHA-256 of their content are
+    carved. The result does not depend on the seed. Equal rows stay together, also if their labels
+    differ: all of them are carved, unless that would leave a class without rows.
+
+    Returns:
+        The rows that stay, and the carved rows.
     """
     by_class: dict[str, list[int]] = defaultdict(list)
     for i, label in enumerate(rows.labels):
@@ -364,7 +426,7 @@ def carve(rows: Rows, share: float) -> tuple[Rows, Rows]:
         taken.update(ordered[:count])
     for _, members in sorted(by_class.items()):
         content = {rows.digests[i] for i in members}
-        if content <= taken:  # what other classes take may be all that this one has
+        if content <= taken:  # equal rows of other classes may be all that this class has
             taken.remove(max(content, key=_salted))
     kept = [i for i, digest in enumerate(rows.digests) if digest not in taken]
     return rows.subset(kept, rows.skipped), rows.subset([i for i, digest in enumerate(rows.digests) if digest in taken])

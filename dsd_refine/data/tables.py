@@ -1,4 +1,4 @@
-"""The entry to reading DATA, and what is asked of a table: its columns, its rows, the files that they name."""
+"""Read any form of DATA, and get rows of a table and the files that they name."""
 
 from __future__ import annotations
 
@@ -23,40 +23,48 @@ from dsd_refine.data.plain import POINTER
 from dsd_refine.data.reading import Reading, Table, shortened
 from dsd_refine.errors import DataError
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
-LARGEST = 10**9  # bytes of one example
-AT_MOST = 50  # folders that are looked into for a file that is not there
-AT_ONCE = 1000  # rows that wait for threads
+LARGEST = 10**9  # the most bytes of one example
+MOST_FOLDERS = 50  # folders in which a missing file is searched
+ROWS_AT_ONCE = 1000  # rows in a block
 
 
 def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool], encoding: str = "utf-8") -> Reading:
-    """Read any form of `--data`. Files are parsed into `cache`; text files are in `encoding`, unless they are marked.
+    """Read DATA in any form. Every file in it is used, or named in the result's `unused`.
 
-    Everything that lies in DATA is used, or in the reading's `unused`, but for junk and papers (dsd_refine.data.listing).
-    `download(name, bytes)` is asked before a Hub data set of more than HUB_LIMIT bytes is fetched.
+    Junk and papers are not named (`dsd_refine.data.listing`).
+
+    Args:
+        spec: DATA as the user wrote it.
+        cache: The folder that files are parsed into.
+        download: `download(name, bytes)` is called for a Hub data set of more than HUB_LIMIT bytes.
+            False refuses it.
+        encoding: The encoding of text files without a byte order mark.
 
     Raises:
-        DataError: absent, empty, of no known form or of several, or a download nobody agreed to.
+        DataError: The data are missing, empty, of no known form or of several, or too large to
+            download.
     """
     refuse_unwritable(Path(os.path.abspath(spec)))
-    found = _opened(spec, Place(cache, encoding), download)
-    if not any(len(table.rows) for table in found.tables.values()):
+    reading = _read(spec, Place(cache, encoding), download)
+    if not any(len(table.rows) for table in reading.tables.values()):
         raise DataError(f"{spec}: holds no rows")
-    plain = {
+    tables = {
         name: replace(table, rows=table.rows.with_format(None), origin=table.origin or name)  # without a saved format
-        for name, table in found.tables.items()
+        for name, table in reading.tables.items()
     }
-    return replace(found, tables=plain, unused=shortened(found.unused), notes=shortened(found.notes))
+    return replace(reading, tables=tables, unused=shortened(reading.unused), notes=shortened(reading.notes))
 
 
-def _opened(spec: str, place: Place, download: Callable[[str, int], bool]) -> Reading:
+def _read(spec: str, place: Place, download: Callable[[str, int], bool]) -> Reading:
+    """Read a folder, a file, or a data set of the Hub."""
     path = Path(spec)
     folder, _, config = spec.rpartition(":")
     if path.is_dir():
         return with_declared_names(path, read_folder(path, None, place))
     if path.is_file():
-        return _read_alone(path, place)
+        return _read_single_file(path, place)
     if folder and Path(folder).is_dir():
         return read_folder(Path(folder), config, place)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) or spec.startswith(".") or is_table(path):
@@ -67,15 +75,18 @@ def _opened(spec: str, place: Place, download: Callable[[str, int], bool]) -> Re
         raise DataError(f"{error} (and there is no such file or directory here{tried(path)})") from None
 
 
-def _read_alone(path: Path, place: Place) -> Reading:
-    found = read_file(path, path.name, place)
-    placed = {split: located(table) for split, table in found.tables.items()}
+def _read_single_file(path: Path, place: Place) -> Reading:
+    """Read a file, and find the folder that its file names start at."""
+    reading = read_file(path, path.name, place)
+    placed = {split: located(table) for split, table in reading.tables.items()}
     notes = tuple(line for _, lines in placed.values() for line in lines)
-    return replace(found, tables={split: table for split, (table, _) in placed.items()}, notes=found.notes + notes)
+    return replace(reading, tables={split: table for split, (table, _) in placed.items()}, notes=reading.notes + notes)
 
 
 def tried(path: Path) -> str:
-    """Where a file was looked for that is not there: its whole path, what of it there is, and a name that is close."""
+    """Say where a missing file was looked for: its whole path, the part that exists, and a similar
+    name there.
+    """
     whole = Path(os.path.abspath(path))
     there = next((parent for parent in whole.parents if os.path.isdir(parent)), whole)
     missing = whole.relative_to(there).parts[0] if whole != there else whole.name
@@ -88,18 +99,24 @@ def tried(path: Path) -> str:
 
 
 def lacks_head(table: Table) -> bool:
-    """Is it a CSV or TSV whose names of columns look like a row: one is among the values below it, a number, or a sentence?"""
+    """Return whether a CSV or TSV seems to have no head, because its column names look like a row.
+
+    A name looks so if it is also a value of its column, or a number, or a sentence.
+    """
     if not re.search(r"\.[ct]sv(\.\w+)?$", table.origin):
         return False
-    first = table.rows[:AT_ONCE]
+    first = table.rows[:ROWS_AT_ONCE]
     return any(name in map(str, first[name]) or integer(name) is not None or len(name.split()) > 3 for name in first)
 
 
 def undecoded(table: Table, name: str, feature: Any) -> Table:
-    """The table with a column of a decoding `feature` (datasets.Image, datasets.Audio) left as bytes and path.
+    """Return the table so that a column of type `feature` gives bytes and paths, not decoded
+    values.
+
+    `feature` is datasets.Image or datasets.Audio.
 
     Raises:
-        DataError: no such column.
+        DataError: There is no such column.
     """
     if name not in table.rows.column_names:
         raise DataError(f"a split has no column {name!r}, only {listed(table.rows.column_names)}")
@@ -109,71 +126,83 @@ def undecoded(table: Table, name: str, feature: Any) -> Table:
 
 
 def raw_bytes(table: Table, name: str, row: int) -> bytes:
-    """The file that a column holds or names. Raises OSError where it cannot be read, TypeError where there is none."""
+    """Return the bytes of the file that a column contains or names.
+
+    Raises:
+        OSError: The file cannot be read.
+        TypeError: The row has no file.
+    """
     value = table.rows[row][name]
     if isinstance(value, dict):
-        held = value.get("bytes")
-        return _read(Path(value.get("path"))) if held is None else bytes(held)  # type: ignore[arg-type]
+        content = value.get("bytes")
+        return _bytes_of(Path(value.get("path"))) if content is None else bytes(content)  # type: ignore[arg-type]
     if isinstance(value, bytes):
         return value
     folder = table.folder or Path()
-    return _read(folder / value, folder)
+    return _bytes_of(folder / value, folder)
 
 
-def _read(path: Path, folder: Path | None = None) -> bytes:
-    """A regular file's bytes: a pipe would never end, and a device gives for ever.
+def _bytes_of(path: Path, folder: Path | None = None) -> bytes:
+    """The bytes of a regular file. Reading a pipe or a device could take for ever.
 
     Raises:
-        OSError: not there, no regular file, one too large to be an example, or a name that can be none.
+        OSError: The file is missing, no regular file, too large for an example, or has an
+            impossible name.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except ValueError:
         raise OSError(errno.EINVAL, "not a possible file name") from None
     except FileNotFoundError:
         raise FileNotFoundError(
             errno.ENOENT, f"No such file or directory{tried(path)}{_deeper(path, folder)}", str(path)
         ) from None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
-    if found.st_size > LARGEST:
+    if status.st_size > LARGEST:
         raise OSError(errno.EFBIG, f"larger than {LARGEST / 1e9:.0f} GB")
-    held = path.read_bytes()
-    if held.startswith(POINTER):
+    content = path.read_bytes()
+    if content.startswith(POINTER):
         raise OSError(errno.EINVAL, "a Git LFS pointer, the file itself was not fetched: git lfs pull")
-    return held
+    return content
 
 
 def _deeper(path: Path, folder: Path | None) -> str:
-    """Which folders in that one hold a file of this name, though `folder` itself does not."""
+    """Say which folders in `folder` have the file that `folder` itself has not."""
     if folder is None or not path.is_relative_to(folder):
         return ""
     name = path.relative_to(folder)
-    found = [f"{each.name}/" for each in sorted(folder.glob("*/"))[:AT_MOST] if (each / name).is_file()]
-    return f"; it lies in {' and '.join(found[:3])} there" if found else ""
+    holding = [f"{inner.name}/" for inner in sorted(folder.glob("*/"))[:MOST_FOLDERS] if (inner / name).is_file()]
+    return f"; it lies in {' and '.join(holding[:3])} there" if holding else ""
 
 
 def in_words(error: Exception) -> str:
-    """An error as one line that is the same in each run: without the addresses of python's objects."""
+    """Write an error in one line that is the same in each run: without the addresses of python's
+    objects.
+    """
     text = re.sub(r"<[\w.]+ object at 0x[0-9a-f]+>", "it", str(error))
     return " ".join(text.split()) or type(error).__name__
 
 
 def row_blocks(table: Table, names: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
-    """What rows hold in these columns, in order, a block of rows at a time: a table is on disk, and may not fit in memory."""
-    for block in table.rows.select_columns([*dict.fromkeys(names)]).iter(AT_ONCE):
+    """Yield the values of rows in these columns, in order, in blocks of rows.
+
+    A table is on the disk, and may not fit into the memory.
+    """
+    for block in table.rows.select_columns([*dict.fromkeys(names)]).iter(ROWS_AT_ONCE):
         yield list(zip(*(block[name] for name in names), strict=True))
 
 
-def in_threads(one: Callable[[int], Found], rows: int) -> list[Found]:
-    """`one(row)` of every row, in order. A signal (KeyboardInterrupt) waits for the rows at work, not for those to come.
+def in_threads(function: Callable[[int], T], rows: int) -> list[T]:
+    """Call `function(row)` for every row in threads, and return the results in order.
 
-    Handed out by AT_ONCE: a pool holds more for a row that waits than most rows are, and the more wait the longer Python looks
-    for what it could let go of.
+    A signal (KeyboardInterrupt) waits only for the rows that are being worked on. The rows are
+    given to the threads in blocks, because each waiting row takes memory and makes Python's garbage
+    collector slower.
     """
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
-        blocks = (range(start, min(start + AT_ONCE, rows)) for start in range(0, rows, AT_ONCE))
-        return [found for block in blocks for found in pool.map(one, block)]
+        blocks = (range(start, min(start + ROWS_AT_ONCE, rows)) for start in range(0, rows, ROWS_AT_ONCE))
+        return [result for block in blocks for result in pool.map(function, block)]
     finally:
         pool.shutdown(cancel_futures=True)

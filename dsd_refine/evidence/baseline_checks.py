@@ -1,4 +1,7 @@
-"""Is the baseline what it should be? A wrong preprocessing or label map shows here, before anything is trained."""
+"""Checks of the baseline's metrics before training.
+
+They find a wrong preprocessing or label map.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from scipy.stats import binomtest
 from dsd_refine.data.labels import LabelMap
 from dsd_refine.data.names import MOST, map_option
 from dsd_refine.errors import UsageError
-from dsd_refine.evidence.card_results import Claim, claims
+from dsd_refine.evidence.card_results import CardResult, read_card_results
 from dsd_refine.evidence.confusion import Assignment, better_assignment, suspected
 from dsd_refine.evidence.paired import ALPHA
 from dsd_refine.recipe import Recipe
@@ -22,43 +25,58 @@ from dsd_refine.tasks.base import Guess, Scores, Task
 UNBOUNDED = ("loss", "perplexity")  # every other metric is a fraction
 
 
-def preflight(
+def check_baseline(
     task: Task,
-    found: Mapping[str, float],
+    metrics: Mapping[str, float],
     recipe: Recipe,
     source: Path,
     scores: Scores | None = None,
     score: Callable[[Any], Scores] | None = None,
 ) -> list[str]:
-    """Compare the baseline's metrics with what the user expects, what the source's card says, and guessing; the warnings.
+    """Check the source's metrics against the user's expectation, its model card and a chance
+    baseline.
 
-    `scores` are the evaluation rows', `score` those of another part: answers that fit other classes than they are taken for.
+    Args:
+        task: The task with its rows.
+        metrics: The source's metrics on the evaluation rows.
+        recipe: Its `expect` and `margin` count.
+        source: The source's folder, with its card.
+        scores: The source's scores on the evaluation rows. They show labels assigned to wrong
+            classes.
+        score: Computes the scores on further rows, if the evaluation rows are too few for that.
+
+    Returns:
+        The warnings.
 
     Raises:
-        UsageError: an expected figure is not reproduced within the margin, or is of a metric that the task does not have;
-            labels that were assigned to classes by order alone, and surely otherwise than the source's answers say.
+        UsageError: An expected metric is not reproduced within the margin, or the task does not
+            have it. Or labels were assigned to classes by their order alone, and the source's
+            answers prove another assignment.
     """
     assigned = _assignment_warnings(task, scores, score) if scores is not None else []
     for metric, expected in recipe.expect.items():
-        if metric not in found:
-            raise UsageError(f"--expect {metric}: {task.name} measures {', '.join(found)}")
-        if not near(found[metric], expected, task, metric, recipe.margin):
+        if metric not in metrics:
+            raise UsageError(f"--expect {metric}: {task.name} measures {', '.join(metrics)}")
+        if not near(metrics[metric], expected, task, metric, recipe.margin):
             raise UsageError(
-                f"--expect {metric}={expected:g}: the source reaches {found[metric]:.4f} on these "
+                f"--expect {metric}={expected:g}: the source reaches {metrics[metric]:.4f} on these "
                 f"{len(task.eval.rows):,} rows, not within the margin of {recipe.margin:g}. Probably the preprocessing or "
                 "the labels differ from those that it was measured with, or the rows do; nothing was trained"
             )
-    return [*assigned, *_card_warnings(task, found, recipe, source), *_chance_warnings(task, found, recipe.margin)]
+    return [*assigned, *_card_warnings(task, metrics, recipe, source), *_chance_warnings(task, metrics, recipe.margin)]
 
 
 def near(value: float, expected: float, task: Task, metric: str, margin: float) -> bool:
-    """Within the margin: absolute for a fraction, relative for a loss."""
+    """Return whether a value is within the margin: absolute for a fraction, relative for a loss."""
     fraction = metric not in UNBOUNDED
     return abs(value - expected) <= (margin if fraction else margin * abs(expected)) + 1e-12
 
 
 def _assignment_warnings(task: Task, scores: Scores, score: Callable[[Any], Scores] | None) -> list[str]:
-    """Do the answers fit another assignment of labels to classes far better? Refused where the used one was a guess."""
+    """Warn if the answers fit another assignment of labels to classes far better.
+
+    Refuse if the used one was a guess.
+    """
     labels = getattr(task, "labels", None)
     if not isinstance(labels, LabelMap):
         return []
@@ -71,18 +89,20 @@ def _assignment_warnings(task: Task, scores: Scores, score: Callable[[Any], Scor
         better = better_assignment(targets, answers, classes)
     if better is None:
         return []
-    line = _both(labels, better, len(targets))
+    message = _assignment_message(labels, better, len(targets))
     if labels.guessed:
-        raise UsageError(f"{line}; nothing was trained")
-    return [line]
+        raise UsageError(f"{message}; nothing was trained")
+    return [message]
 
 
 def _ids(part: Any) -> Any:
     return np.asarray(part.ids, dtype=np.int64)
 
 
-def _both(labels: LabelMap, better: Assignment, rows: int) -> str:
-    """The assignment in use and the one that fits, each with its accuracy and, for a remedy, its option."""
+def _assignment_message(labels: LabelMap, better: Assignment, rows: int) -> str:
+    """Describe the assignment in use and the one that fits, each with its accuracy and the option
+    that selects it.
+    """
     texts = {labels.ids[label]: label for label in labels.data}
     moved = [k for k, fits in enumerate(better.classes) if fits != k and k in texts]
 
@@ -95,54 +115,60 @@ def _both(labels: LabelMap, better: Assignment, rows: int) -> str:
         f"{better.used:.1%} of {rows:,} rows are right. Another assignment fits the source's answers far better: "
         f"{pairs(fits)}; {better.accuracy:.1%} are right"
     )
-    spoken = texts if labels.guessed else moved  # with names the others stay as they are
-    other, same = ({texts[k]: _class(labels, classes[k]) for k in spoken} for classes in (fits, used))
+    listed = texts if labels.guessed else moved  # with class names, labels that are not moved need no entry
+    other, same = ({texts[k]: _class(labels, classes[k]) for k in listed} for classes in (fits, used))
     return f"{text}. Use that one by {map_option(other)}, " + (
         f"or keep the first by {map_option(same)}" if labels.guessed else "if it is the right one"
     )
 
 
 def _class(labels: LabelMap, number: int) -> str:
-    """A class as `label_map` takes it: its number, where the names are only the data's."""
+    """A class as `label_map` takes it: its name, or its number if the model has no names."""
     return str(number) if labels.guessed else labels.model[number]
 
 
-def _card_warnings(task: Task, found: Mapping[str, float], recipe: Recipe, source: Path) -> list[str]:
-    lines = []
+def _card_warnings(task: Task, metrics: Mapping[str, float], recipe: Recipe, source: Path) -> list[str]:
+    """Warn of results in the source's card, on the same data, that are not reproduced."""
+    warnings = []
     data = evaluated_on(recipe.model_dump())
-    for claim in claims(source):
-        metric = _metric(claim, task, found)
-        if metric is None or not claim.is_of(data):
+    for result in read_card_results(source):
+        metric = _metric_of(result, task, metrics)
+        if metric is None or not result.is_of(data):
             continue
-        value = claim.value / 100 if metric not in UNBOUNDED and claim.value > 1 else claim.value
-        if not near(found[metric], value, task, metric, recipe.margin):
-            lines.append(
-                f"the source's card says {metric} {value:.4f} on {claim.shown}, measured here is {found[metric]:.4f}: "
+        value = result.value / 100 if metric not in UNBOUNDED and result.value > 1 else result.value
+        if not near(metrics[metric], value, task, metric, recipe.margin):
+            warnings.append(
+                f"the source's card says {metric} {value:.4f} on {result.shown}, measured here is {metrics[metric]:.4f}: "
                 "do preprocessing, labels and rows agree?"
             )
-    return list(dict.fromkeys(lines))  # a card of ours says it twice, in its two places
+    return list(dict.fromkeys(warnings))  # our own cards have each result twice
 
 
-def _metric(claim: Claim, task: Task, found: Mapping[str, float]) -> str | None:
-    """Which of our metrics a claim is of, if any. One without a name is of the task's where that is a fraction."""
-    if claim.metric is not None:
-        return claim.metric if claim.metric in found else None
-    said = claim.notes.split(" ", 1)[0]  # as our own card has it
-    return said if said in found else task.metric if task.metric not in UNBOUNDED else None
+def _metric_of(result: CardResult, task: Task, metrics: Mapping[str, float]) -> str | None:
+    """The name of our metric that a result of a card is of; None if it is another one.
+
+    A result without a name is taken to be of the task's metric if that is a fraction.
+    """
+    if result.metric is not None:
+        return result.metric if result.metric in metrics else None
+    first_word = result.notes.split(" ", 1)[0]  # the metric's name in our own cards
+    return first_word if first_word in metrics else task.metric if task.metric not in UNBOUNDED else None
 
 
-def _chance_warnings(task: Task, found: Mapping[str, float], margin: float) -> list[str]:
-    """One for the first guess that the source does not beat."""
+def _chance_warnings(task: Task, metrics: Mapping[str, float], margin: float) -> list[str]:
+    """Warn of the first trivial predictor that the source does not beat."""
     return [
-        f"the source's {guess.metric} of {found[guess.metric]:.4f} cannot be told from {guess.how} ({guess.value:.4f}): "
+        f"the source's {guess.metric} of {metrics[guess.metric]:.4f} cannot be told from {guess.how} ({guess.value:.4f}): "
         "are these the data, the labels and the preprocessing that it was trained with?"
         for guess in task.guesses
-        if not _beats(found[guess.metric], guess, margin)
+        if not _beats(metrics[guess.metric], guess, margin)
     ][:1]
 
 
 def _beats(value: float, guess: Guess, margin: float) -> bool:
-    """Surely more rows right than a guess has; by more than the margin, where the metric is no count of rows."""
+    """True if the source is better: significantly more rows right or, for other metrics, by more
+    than the margin.
+    """
     if guess.rows is not None:
         return bool(binomtest(round(value * guess.rows), guess.rows, guess.value, alternative="greater").pvalue < ALPHA)
     return value > guess.value if guess.higher_is_better else value < guess.value * (1 - margin)

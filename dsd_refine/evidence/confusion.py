@@ -1,7 +1,7 @@
-"""Do the baseline's answers fit another assignment of labels to classes far better than the one that is used?
+"""Test whether the baseline's answers fit another assignment of labels to classes far better.
 
-Where no name says which label is which class, an order is all there is to go by; a wrong one shows here. A weak or a biased
-model must not be taken for one that is used wrongly, so the bar is high (`better_assignment`).
+Without class names, labels can only be assigned in order, and the order may be wrong. A weak or
+biased model must not raise a false alarm, so the conditions are strict (see `better_assignment`).
 """
 
 from __future__ import annotations
@@ -13,17 +13,23 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import binomtest
 
-SURE = 1e-6  # the chance that an assignment no better than the used one is taken for better
-GAIN = 0.1  # of accuracy, the least that counts as far better
-MOST_CLASSES = 2000  # that occur: with more the fit takes minutes
-AGREEING = 0.95  # share of the reassigned labels that the other assignment has to fit at least as well
+SURE = 1e-6  # accepted chance of a false alarm
+GAIN = 0.1  # the least gain of accuracy that counts as far better
+MOST_CLASSES = 2000  # classes that occur; with more, the fit takes minutes
+AGREEING = 0.95  # the least share of moved labels that the other assignment must fit at least as well
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """`classes[k]` is the class that label k (by the assignment in use: class k) fits; accuracies are of the rows given."""
+    """Another assignment of labels to classes.
+
+    Attributes:
+        classes: `classes[k]` is the class for the label that is now class k.
+        accuracy: The accuracy of the given rows with this assignment, 0 to 1.
+        used: Their accuracy with the assignment in use, 0 to 1.
+    """
 
     classes: tuple[int, ...]
     accuracy: float
@@ -31,27 +37,38 @@ class Assignment:
 
 
 def better_assignment(targets: Array, predictions: Array, classes: int) -> Assignment | None:
-    """Another assignment of labels to classes that surely fits much better than target k being class k; else None.
+    """Return another assignment if it certainly fits much better than target k being class k, else
+    None.
 
-    It must hold on rows that it was not fitted to (each half of every label's rows judges what the other half fits; with
-    many classes and few rows anything can be fitted), and for nearly every label that it moves: where a model answers one
-    label's rows mostly by the next one's class, and the last label's by its own, it is biased and not misread.
+    With many classes and few rows, some assignment always fits. So the rows of each label are cut
+    into halves, and an assignment that was fitted to one half is tested on the other. It must also
+    hold for nearly every label that it moves. Otherwise the model is biased: it answers the rows of
+    one label with the class of another, and that label's own rows correctly.
+
+    Args:
+        targets: The class of each row by the assignment in use, shape (rows,).
+        predictions: The class that the model answered, shape (rows,).
+        classes: The number of the model's classes.
     """
-    found = suspected(targets, predictions, classes)
-    if found is None:
+    suspect = suspected(targets, predictions, classes)
+    if suspect is None:
         return None
     half = _rank_within(targets) % 2 == 0
     gained = lost = 0
-    for fit, judge in ((half, ~half), (~half, half)):
-        other = _fitted(targets[fit], predictions[fit], classes)[targets[judge]] == predictions[judge]
-        same = targets[judge] == predictions[judge]
-        gained, lost = gained + int((other & ~same).sum()), lost + int((same & ~other).sum())
+    for fit, test in ((half, ~half), (~half, half)):
+        other = _fitted(targets[fit], predictions[fit], classes)[targets[test]] == predictions[test]
+        used = targets[test] == predictions[test]
+        gained, lost = gained + int((other & ~used).sum()), lost + int((used & ~other).sum())
     sure = gained and binomtest(gained, gained + lost, 0.5, alternative="greater").pvalue < SURE
-    return found if sure else None
+    return suspect if sure else None
 
 
 def suspected(targets: Array, predictions: Array, classes: int) -> Assignment | None:
-    """What `better_assignment` would give, had it rows enough to be sure of it; None where that is not in question."""
+    """Return an assignment that fits much better, without the proof that it is no chance; else
+    None.
+
+    If there is one, more rows may prove it.
+    """
     if len(targets) == 0 or len(np.union1d(targets, predictions)) > MOST_CLASSES:
         return None
     fitted = _fitted(targets, predictions, classes)
@@ -66,7 +83,7 @@ def suspected(targets: Array, predictions: Array, classes: int) -> Assignment | 
 
 
 def _rank_within(targets: Array) -> Array:
-    """The number of each row among those of its label, from 0."""
+    """The position of each row among the rows of its label, from 0."""
     order = np.argsort(targets, kind="stable")
     starts = np.searchsorted(targets[order], targets[order])
     ranks = np.empty(len(targets), dtype=np.int64)
@@ -75,8 +92,8 @@ def _rank_within(targets: Array) -> Array:
 
 
 def _fitted(targets: Array, predictions: Array, classes: int) -> Array:
-    """The assignment with most rows right; among equals the one that leaves most labels as they are."""
-    occurring = np.union1d(targets, predictions)  # the others stay: a head may have many more than the rows speak of
+    """The assignment with most rows right. Among equals, the one that moves the fewest labels."""
+    occurring = np.union1d(targets, predictions)  # other classes stay: a head may have many more than the rows use
     size = len(occurring)
     rows, columns = np.searchsorted(occurring, targets), np.searchsorted(occurring, predictions)
     table = np.bincount(rows * size + columns, minlength=size * size).reshape(size, size) + np.eye(size) / (2 * size)

@@ -1,4 +1,4 @@
-"""Warnings that training makes the source worse."""
+"""Warnings that training makes the model worse than the source."""
 
 from __future__ import annotations
 
@@ -13,21 +13,27 @@ from dsd_refine.evidence.baseline_checks import UNBOUNDED
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks.base import Guess, Score, Task
 
-FEWEST = 20  # rows or steps from which damage is spoken of
-ERRORS = 3.0  # standard errors that it must be beyond
-RARE = 0.001  # what is likelier than this may be chance
+FEWEST_SEEN = 20  # with fewer rows or steps there is no warning
+ERRORS = 3.0  # standard errors that a loss of accuracy must exceed
+RARE = 0.001  # the level of the sign test
 
 
 def view_warnings(task: Task, plain: Sequence[Score], seen: Sequence[Score], recipe: Recipe) -> list[str]:
-    """Does the source still know its rows as training shows them? `plain` and `seen` are scores of the same training rows.
+    """Warn if the augmentation of training costs the source much of what it knows.
 
-    Said where it loses more than half of what it is better than guessing by, beyond ERRORS standard errors of the rows'
-    differences: augmentation that suits the pictures costs far less.
+    Suitable augmentation costs little. The warning needs a loss of more than half of what the
+    source has above the chance baseline, and of more than ERRORS standard errors.
+
+    Args:
+        task: The task.
+        plain: Scores of some training rows with the preprocessing of evaluation.
+        seen: Scores of the same rows with the preprocessing of training.
+        recipe: Names what the user can change.
     """
-    guess = next((each for each in task.guesses if each.rows is not None or each.metric == "loss"), None)
-    if guess is None or len(plain) < FEWEST:
+    guess = next((guess for guess in task.guesses if guess.rows is not None or guess.metric == "loss"), None)
+    if guess is None or len(plain) < FEWEST_SEEN:
         return []
-    before, after = (np.array([_value(one, guess) for one in scores]) for scores in (plain, seen))
+    before, after = (np.array([_value(score, guess) for score in scores]) for scores in (plain, seen))
     sign = 1.0 if guess.higher_is_better else -1.0
     ahead, lost = sign * (before.mean() - guess.value), sign * (before - after)
     if ahead <= 0 or lost.mean() <= ahead / 2 or not _surely_above(lost, 0.0):
@@ -35,33 +41,43 @@ def view_warnings(task: Task, plain: Sequence[Score], seen: Sequence[Score], rec
     milder = _milder(recipe, task)
     return [
         f"as training shows them, the source's {guess.metric} on {len(plain):,} training rows is {after.mean():.4f}; with the "
-        f"preprocessing of evaluation it is {before.mean():.4f}. Training on such rows costs what the source knows; "
+        f"preprocessing of evaluation it is {before.mean():.4f}. Training on such rows may destroy what the source knows; "
         f"{f'try {milder}' if milder else 'is the preprocessing of training right?'}"
     ]
 
 
 def _value(score: Score, guess: Guess) -> float:
-    """A row's own share of the guess's metric; a caption's loss is over the targets that end its statistics."""
+    """A row's own value of the guess's metric.
+
+    The last statistic of a caption is its number of targets.
+    """
     count = score.count or (score.stats[-1] if score.stats else 1)
     return (score.loss if guess.metric == "loss" else score.score) / max(1, count)
 
 
 def _surely_above(values: np.ndarray[Any, Any], limit: float) -> bool:
+    """True if the mean is above the limit by more than ERRORS standard errors."""
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
     return bool(values.mean() - ERRORS * error > limit)
 
 
 def rising_warnings(label: str, losses: Sequence[float], source: float, *, masked: bool = False) -> list[str]:
-    """Has the loss of an arm's first steps risen far above the `source`'s own on the first rows as training sees them?
+    """Warn if the training loss of an arm has risen far above the source's.
 
-    Of a `masked` arm: above its first step's too, for a mask raises the loss at once.
+    The loss is far above if it is twice as high, and higher by more than 1. A sign test must show
+    that most steps after the fifth are. It counts steps, because a diverging loss can have any
+    size.
 
-    Far: twice as high, and higher by more than 1. Surely: so many of the steps after the fifth are, that it could hardly be
-    chance were half of all steps so (a sign test, for single losses can be of any size then).
+    Args:
+        label: Names the arm and the phase in the warning.
+        losses: The training loss of the first steps.
+        source: The source's loss on the first rows, with the preprocessing of training.
+        masked: The arm has a mask, which raises the loss at once. The losses must then also be far
+            above that of the first step.
     """
     first = max(source, losses[0]) if masked and losses else source
     late, limit = np.array(losses[5:]), max(2 * first, first + 1)
-    if len(late) < FEWEST or binomtest(int((late > limit).sum()), len(late), 0.5, alternative="greater").pvalue > RARE:
+    if len(late) < FEWEST_SEEN or binomtest(int((late > limit).sum()), len(late), 0.5, alternative="greater").pvalue > RARE:
         return []
     whose = "that of step 1, just masked," if first > source else "the source's on such rows"
     return [
@@ -74,44 +90,55 @@ def harm_warnings(
     task: Task,
     recipe: Recipe,
     where: str,
-    found: Mapping[str, Mapping[str, float]],
+    metrics: Mapping[str, Mapping[str, float]],
     surely: Callable[[str], bool],
 ) -> list[str]:
-    """Do all arms end below the source? `found` are metrics by arm, with `baseline`; `surely(arm)` tells chance apart."""
-    base, metric = found["baseline"], task.metric if task.metric in found["baseline"] else "loss"
+    """Warn if all arms end below the source.
+
+    Args:
+        task: The task.
+        recipe: Names what the user can change.
+        where: What the rows are called in the warning.
+        metrics: The metrics by arm, `baseline` among them.
+        surely: `surely(arm)` says whether the arm's difference is more than chance.
+    """
+    base, metric = metrics["baseline"], task.metric if task.metric in metrics["baseline"] else "loss"
     sign = 1 if task.higher_is_better and metric == task.metric else -1
-    arms = [arm for arm in found if arm != "baseline"]
-    if not all(sign * (found[arm][metric] - base[metric]) < 0 and surely(arm) for arm in arms):
+    arms = [arm for arm in metrics if arm != "baseline"]
+    if not all(sign * (metrics[arm][metric] - base[metric]) < 0 and surely(arm) for arm in arms):
         return []
-    ends = ", ".join(f"{arm} {found[arm][metric]:.4f}" for arm in arms)
+    ends = ", ".join(f"{arm} {metrics[arm][metric]:.4f}" for arm in arms)
     why = (
         "it is the training that does harm, with a mask or without"
         if "dense" in arms
         else "the training does harm, or the mask"
     )
-    given = ("a lower --lr", "fewer epochs", "" if "dense" in arms else "a lower --sparsity", _milder(recipe, task))
-    change = [each for each in given if each]
+    options = ("a lower --lr", "fewer epochs", "" if "dense" in arms else "a lower --sparsity", _milder(recipe, task))
+    remedies = [option for option in options if option]
     return [
         f"every arm ends below the source on the {where} (source {metric} {base[metric]:.4f}; {ends}): {why}. "
-        f"Try {', '.join(change[:-1])} or {change[-1]}"
+        f"Try {', '.join(remedies[:-1])} or {remedies[-1]}"
     ]
 
 
 def _milder(recipe: Recipe, task: Task) -> str:
-    """What takes the augmentation out, where there is any."""
+    """The options that turn off the augmentation; empty if there is none."""
     if not hasattr(task, "augment") or not hasattr(task, "preprocessing"):
         return ""
-    given = ["--set augment.crop=none"] if recipe.augment.crop != "none" else []
-    given += ["--set augment.flip=0"] if recipe.augment.flip else []
-    return f"less augmentation ({' '.join(given)})" if given else ""
+    options = ["--set augment.crop=none"] if recipe.augment.crop != "none" else []
+    options += ["--set augment.flip=0"] if recipe.augment.flip else []
+    return f"less augmentation ({' '.join(options)})" if options else ""
 
 
 def clearly_worse(mine: Mapping[str, float], base: Mapping[str, float], task: Task, recipe: Recipe, rows: int | None) -> bool:
-    """Beyond two standard errors of both shares, as if they were of different rows. Of what is no share of `rows` nothing is
-    known of chance here: False.
+    """Return whether an arm's metrics (`mine`) are worse than the source's by more than two
+    standard errors.
+
+    The standard error is that of a difference of shares of `rows` rows. It is not known for a
+    metric that is no share of rows (`rows` is None, or a loss): the result is False then.
     """
     metric = task.metric if task.metric in base else "loss"
-    one, two = mine[metric], base[metric]
+    value, source = mine[metric], base[metric]
     if rows is None or metric in UNBOUNDED:
         return False
-    return two - one > 2 * math.sqrt((one * (1 - one) + two * (1 - two)) / rows)
+    return source - value > 2 * math.sqrt((value * (1 - value) + source * (1 - source)) / rows)

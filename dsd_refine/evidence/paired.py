@@ -1,4 +1,4 @@
-"""What paired right/wrong rows can show: the exact test of no difference, and the score interval of the difference."""
+"""Statistics of paired right/wrong rows: the exact test of no difference, and the score interval."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
-ALPHA = 0.05
+ALPHA = 0.05  # the level of all tests
 Z = float(norm.isf(ALPHA / 2))
-FAR = 1e9  # deviations; a solver wants finite numbers
+FAR = 1e9  # replaces infinity, because the solver needs finite numbers
 
 Array = np.ndarray[Any, Any]
 
 
 def sign_flips(sums: Array) -> float:
-    """p of the exact two-sided test that each sum might as well have had the other sign (whole numbers; 0 tells nothing).
+    """Return p of the exact two-sided test that each sum could have had the other sign just as
+    well.
 
-    Of sums that are all 1 or -1 it is the exact McNemar test.
+    `sums` are whole numbers, and zeros do not count. If all are 1 or -1, it is the exact McNemar
+    test.
     """
     sizes, counts = np.unique(np.abs(sums[sums != 0]).astype(np.int64), return_counts=True)
-    chances = np.ones(1)  # of each sum of those that are flipped to the positive
+    chances = np.ones(1)  # chances[k]: that the sums with a positive sign add up to k
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         of_size = np.zeros(size * count + 1)
         of_size[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
@@ -32,10 +34,12 @@ def sign_flips(sums: Array) -> float:
 
 
 def score(gained: Any, lost: Any, rows: float, difference: float) -> Array:
-    """Tango's score statistic (1998, Statistics in Medicine 17:891-908) of `difference` = (gained - lost) / rows.
+    """Return Tango's score statistic (1998, Statistics in Medicine 17:891-908) for a true
+    `difference`.
 
-    About standard normal where that is the true difference. It looks at the likeliest chances with this difference, so it
-    knows that rows could have changed where none did. Counts need not be whole.
+    The observed difference is (gained - lost) / rows. The statistic is about standard normal if
+    `difference` is the true one. Its variance is that of the most likely rates with this
+    difference, so it is not 0 where no row changed. The counts may be fractions.
     """
     middle = (2 * rows - gained + lost) * difference - gained - lost
     root = np.sqrt(np.maximum(0, middle**2 + 8 * rows * lost * difference * (1 - difference)))
@@ -43,20 +47,21 @@ def score(gained: Any, lost: Any, rows: float, difference: float) -> Array:
     variance = rows * (2 * lost_share + difference * (1 - difference))
     off = gained - lost - rows * difference
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.where(variance > 0, off / np.sqrt(np.maximum(variance, 0)), np.sign(off) * np.inf)
-    return np.where(off == 0, 0.0, found)
+        statistic = np.where(variance > 0, off / np.sqrt(np.maximum(variance, 0)), np.sign(off) * np.inf)
+    return np.where(off == 0, 0.0, statistic)
 
 
 def score_interval(gained: float, lost: float, rows: float) -> tuple[float, float]:
-    """The differences that `score` does not reject at 5 %. Counts need not be whole.
+    """Return the lowest and the highest difference that `score` does not reject at 5 %.
 
-    Of no changed row among n it is +- 3.84 / (n + 3.84), and never [0, 0].
+    The counts may be fractions. If none of n rows changed, it is +- 3.84 / (n + 3.84), never [0,
+    0].
     """
-    found = (gained - lost) / rows
+    observed = (gained - lost) / rows
 
     def beyond(difference: float, limit: float) -> float:
         return float(np.clip(score(gained, lost, rows, difference), -FAR, FAR)) - limit
 
-    low = brentq(beyond, -1.0, found, args=(Z,), xtol=1e-15) if found > -1 else -1.0
-    high = brentq(beyond, found, 1.0, args=(-Z,), xtol=1e-15) if found < 1 else 1.0
+    low = brentq(beyond, -1.0, observed, args=(Z,), xtol=1e-15) if observed > -1 else -1.0
+    high = brentq(beyond, observed, 1.0, args=(-Z,), xtol=1e-15) if observed < 1 else 1.0
     return low, high

@@ -1,1 +1,1 @@
-"""Masks: which layers, which weights, how they are applied and measured."""
+"""Masks: which layers have one, which weights it covers, how it is applied and measured."""

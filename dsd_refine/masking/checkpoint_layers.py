@@ -1,4 +1,6 @@
-"""The layers of a checkpoint: where its files' tensors, its library's hints and the mask rules meet."""
+"""The layers of an opened checkpoint, from its files' tensors, its library's hints and the recipe's
+patterns.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +14,26 @@ from torch import nn
 from dsd_refine.checkpoint.checkpoint import Checkpoint
 from dsd_refine.errors import UsageError
 from dsd_refine.masking.kinds import first_layer
-from dsd_refine.masking.layers import Layer, Spot, find_layers
+from dsd_refine.masking.layers import Layer, find_layers
 from dsd_refine.recipe import Recipe
 
-SEES = ("image-classification", "ctc-speech", "image-captioning")  # tasks whose models are given pixels or sound
-FEW = 1 / 3  # of the weights outside embeddings: below this share of maskable ones a warning says so
+SEES = ("image-classification", "ctc-speech", "image-captioning")  # tasks with models that see pixels or sound
+FEW = 1 / 3  # a smaller share of maskable weights, of those outside embeddings, brings a warning
 SAME = "the same storage"
 
 
 def open_layers(checkpoint: Checkpoint, recipe: Recipe, lost: list[str]) -> list[Layer]:
-    """The file's tensors as layers, with the reason of each that is not masked. `lost` are parameters without gradient.
+    """Return the file's tensors as layers, each with the reason if it is not masked.
+
+    Args:
+        checkpoint: The opened source.
+        recipe: Its `include` and `exclude` patterns and its frozen parameters count.
+        lost: Names of the parameters that get no gradient.
 
     Raises:
-        UsageError: a pattern that matches nothing, or no layer to mask.
+        UsageError: A pattern matches no name, or no layer can be masked.
     """
-    tensors = {
-        name: (checkpoint.layout.entry(name).shape, [Spot(part.key, part.source, part.target) for part in parts])
-        for name, parts in checkpoint.placement.items()
-    }
+    tensors = {name: (checkpoint.layout.entry(name).shape, slices) for name, slices in checkpoint.placement.items()}
     layers = find_layers(
         checkpoint.model,
         tensors,
@@ -42,26 +46,29 @@ def open_layers(checkpoint: Checkpoint, recipe: Recipe, lost: list[str]) -> list
 
 
 def _without_frozen(checkpoint: Checkpoint, recipe: Recipe, layers: list[Layer]) -> list[Layer]:
-    """What a sparse phase freezes is not masked in any: it could not come back."""
+    """Exclude layers that a sparse phase freezes: their masked weights would stay 0."""
     patterns = {pattern for phase in recipe.phases if phase.kind == "sparse" for pattern in phase.frozen}
     frozen = frozen_names(checkpoint.model, patterns, checkpoint.filled)
-    found = [
+    checked = [
         replace(layer, excluded="frozen in a sparse phase")
-        if layer.excluded is None and any(spot.key in frozen for spot in layer.spots)
+        if layer.excluded is None and any(tensor_slice.key in frozen for tensor_slice in layer.slices)
         else layer
         for layer in layers
     ]
-    if all(layer.excluded for layer in found):
+    if all(layer.excluded for layer in checked):
         raise UsageError("every layer that could be masked is frozen in a sparse phase; see phases.*.frozen")
-    return found
+    return checked
 
 
 def first_layers(model: nn.Module, task: str) -> list[str]:
-    """The modules that see pixels or sound: timm's `first_conv`, else the model's first layer; none where tokens go in."""
+    """Return the names of the modules that see pixels or sound.
+
+    They are timm's `first_conv`, else the model's first layer. A model that takes tokens has none.
+    """
     if task not in SEES:
         return []
     modules = dict(model.named_modules())
-    # a head may be defined before the rest; what the library calls the base model is not
+    # A model may define its head first. The library's base model has no head.
     base = getattr(model, "base_model", model)
     place = next(name for name, module in modules.items() if module is base)
     hint = getattr(base, "pretrained_cfg", {}).get("first_conv") or []
@@ -72,13 +79,13 @@ def first_layers(model: nn.Module, task: str) -> list[str]:
 
 
 def outside_embeddings(layers: Sequence[Layer]) -> int:
-    """How many of the model's weights are in no embedding; what has two names counts once."""
+    """Count the model's weights outside embeddings. A storage with two names counts once."""
     own = [layer for layer in layers if not (layer.excluded or "").startswith(SAME)]
     return max(1, sum(layer.weights for layer in own if not (layer.excluded or "").startswith("embedding")))
 
 
 def few_maskable(layers: Sequence[Layer]) -> list[str]:
-    """A warning where most of a model is out of a mask's reach, with the reason that holds for most of it."""
+    """Warn if a mask reaches less than a third of the weights, with the most common reason."""
     share = sum(layer.weights for layer in layers if layer.excluded is None) / outside_embeddings(layers)
     if share >= FEW:
         return []
@@ -93,31 +100,33 @@ def few_maskable(layers: Sequence[Layer]) -> list[str]:
     ]
 
 
-Filled = Mapping[str, set[str]]  # a file's tensor -> the names in the model that it fills
+Filled = Mapping[str, set[str]]  # name of a file's tensor -> names of the model's parameters that hold it
 
-ITSELF: Filled = {}  # the file's names are the model's
+SAME_NAMES: Filled = {}  # the file's names are the model's
 
 
-def frozen_names(model: nn.Module, patterns: Iterable[str], filled: Filled = ITSELF) -> set[str]:
-    """Names of the model's parameters that the globs match, by these names or by those of the file's tensors.
+def frozen_names(model: nn.Module, patterns: Iterable[str], filled: Filled = SAME_NAMES) -> set[str]:
+    """Return the names of the model's parameters that the glob patterns match.
+
+    A pattern may match a parameter's name in the model, or the name of its tensor in the file.
 
     Raises:
-        UsageError: a glob that matches nothing, or one that matches some of the tensors that one parameter is made of.
+        UsageError: A pattern matches nothing, or only some of the tensors that one parameter holds.
     """
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    found: set[str] = set()
-    chosen: set[str] = set()
+    by_name: set[str] = set()
+    tensors: set[str] = set()
     for pattern in patterns:
-        tensors = {tensor for tensor, keys in filled.items() if fnmatchcase(tensor, pattern) and keys.intersection(names)}
-        hits = {name for name in names if fnmatchcase(name, pattern)}
-        if not hits and not tensors:
+        of_file = {tensor for tensor, keys in filled.items() if fnmatchcase(tensor, pattern) and keys.intersection(names)}
+        of_model = {name for name in names if fnmatchcase(name, pattern)}
+        if not of_model and not of_file:
             raise UsageError(f"frozen: {pattern!r} matches no parameter of the model, such as {names[0]}")
-        found, chosen = found | hits, chosen | tensors
-    by_file = {key for tensor in chosen for key in filled[tensor]}.intersection(names)
+        by_name, tensors = by_name | of_model, tensors | of_file
+    by_file = {key for tensor in tensors for key in filled[tensor]}.intersection(names)
     for tensor, keys in filled.items():
-        if tensor not in chosen and (torn := keys & (by_file - found)):
+        if tensor not in tensors and (shared := keys & (by_file - by_name)):
             raise UsageError(
-                f"frozen: the model holds {tensor} in one parameter with others that are matched ({min(torn)}), "
-                "and a parameter is frozen whole: match all of them, or none"
+                f"frozen: one parameter of the model ({min(shared)}) holds {tensor} together with tensors that are "
+                "matched, and a parameter is frozen whole: match all of them, or none"
             )
-    return found | by_file
+    return by_name | by_file

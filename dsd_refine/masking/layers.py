@@ -1,4 +1,4 @@
-"""Which weights may be masked: a layer, and the slices of the model's tensors that hold it."""
+"""Layers: the weight tensors of the file, where the model holds them, and which may be masked."""
 
 from __future__ import annotations
 
@@ -9,84 +9,91 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from dsd_refine.checkpoint.placement import TensorSlice, storage_of
 from dsd_refine.errors import UsageError
-from dsd_refine.masking.kinds import find_owners, find_routers, kind_of, storage
-
-
-@dataclass(frozen=True)
-class Spot:
-    """Elements of a parameter: `source` in the file's tensor are `target` in the parameter `key` (empty: all, in order)."""
-
-    key: str
-    source: torch.Tensor
-    target: torch.Tensor
+from dsd_refine.masking.kinds import find_owners, find_routers, kind_of
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One weight tensor of the file. `groups` > 1 where it fuses that many experts along its first dimension.
+    """One weight tensor of the file.
 
-    `excluded` is None for a maskable layer, else the reason. `weights` is its number of elements.
+    Attributes:
+        name: The tensor's name in the file.
+        shape: The tensor's shape in the file.
+        slices: Where the model holds the tensor's elements.
+        groups: The number of experts that the tensor fuses along its first dimension; 1 if none.
+        excluded: Why the layer is not masked; None for a maskable layer.
+        fixed: True if --include cannot make an excluded layer maskable.
     """
 
     name: str
     shape: tuple[int, ...]
-    spots: tuple[Spot, ...]
+    slices: tuple[TensorSlice, ...]
     groups: int = 1
     excluded: str | None = None
     fixed: bool = False
 
     @property
     def weights(self) -> int:
+        """The number of the tensor's elements."""
         return int(torch.Size(self.shape).numel())
 
     def masked(self, sparsity: float) -> int:
-        """How many weights a mask of this sparsity takes out of the layer (0 if excluded)."""
+        """Return how many weights a mask of this sparsity sets to 0: 0 for an excluded layer."""
         return 0 if self.excluded else self.groups * masked_count(self.weights // self.groups, sparsity)
 
 
 def masked_count(n: int, sparsity: float) -> int:
-    """The one formula: round(s * n) weights of n are masked, at most n - 1."""
+    """Return how many of n weights a mask sets to 0: round(sparsity * n), but at most n - 1."""
     return max(0, min(round(sparsity * n), n - 1))
 
 
 def find_layers(
     model: nn.Module,
-    tensors: Mapping[str, tuple[tuple[int, ...], Sequence[Spot]]],
+    tensors: Mapping[str, tuple[tuple[int, ...], Sequence[TensorSlice]]],
     *,
     first: Iterable[str] = (),
     unreached: Iterable[str] = (),
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
 ) -> list[Layer]:
-    """Every parameter tensor of the file as a layer, maskable or with the reason why not, in file order.
+    """Return every parameter tensor of the file as a layer, in the file's order.
 
-    `tensors` maps a file's tensor to its shape and its spots in the model; `first` names the modules that see the input,
-    `unreached` the parameters without gradient. What may be masked is decided by kind (`dsd_refine.kinds`).
+    The kind of a tensor decides whether it may be masked (`dsd_refine.masking.kinds`).
+
+    Args:
+        model: The model that the file's tensors were loaded into.
+        tensors: The file's tensors by name, each with its shape and its slices in the model.
+        first: Names of the modules that see the input. They are not masked.
+        unreached: Names of the parameters that get no gradient. They are not masked.
+        include: Glob patterns of names to mask as well.
+        exclude: Glob patterns of names not to mask. They win over `include`.
 
     Raises:
-        UsageError: a pattern that matches nothing, or nothing left to mask.
+        UsageError: A pattern matches no name, or no layer can be masked.
     """
     owners, routers = find_owners(model), find_routers(model)
     by_key = dict(model.named_parameters(remove_duplicate=False))
     first, unreached = set(first), set(unreached)
     layers: list[Layer] = []
-    seen: dict[tuple[object, ...], str] = {}
-    for name, (shape, spots) in tensors.items():
-        if spots[0].key not in by_key:
+    name_of: dict[tuple[object, ...], str] = {}
+    for name, (shape, slices) in tensors.items():
+        if slices[0].key not in by_key:
             continue  # a buffer
-        layer = Layer(name, shape, tuple(spots))
-        identity = (*storage(by_key[spots[0].key]), int(spots[0].target[0]) if len(spots[0].target) else None)
-        if identity in seen:
-            layers.append(replace(layer, excluded=f"the same storage as {seen[identity]}", fixed=True))
+        layer = Layer(name, shape, tuple(slices))
+        # Two tensors of the file may fill one fused parameter, at different elements.
+        storage = (*storage_of(by_key[slices[0].key]), int(slices[0].target[0]) if len(slices[0].target) else None)
+        if storage in name_of:
+            layers.append(replace(layer, excluded=f"the same storage as {name_of[storage]}", fixed=True))
             continue
-        seen[identity] = name
-        keys = [spot.key for spot in layer.spots]
-        places = [place for key in keys for place in owners[storage(by_key[key])]]
+        name_of[storage] = name
+        keys = [tensor_slice.key for tensor_slice in layer.slices]
+        places = [place for key in keys for place in owners[storage_of(by_key[key])]]
         reason, fixed, groups = kind_of(shape, keys, places, by_key[keys[0]], routers)
         if reason is None and any(module_name in first for module_name, _, _ in places):
             reason = "the first layer: it sees the input"
-        if reason is None and all(spot.key in unreached for spot in layer.spots):
+        if reason is None and all(tensor_slice.key in unreached for tensor_slice in layer.slices):
             reason = "the task's loss does not reach it"
         layers.append(replace(layer, excluded=reason, fixed=fixed, groups=groups))
     layers = _apply_patterns(layers, tuple(include), tuple(exclude))
@@ -96,8 +103,13 @@ def find_layers(
 
 
 def _apply_patterns(layers: list[Layer], include: tuple[str, ...], exclude: tuple[str, ...]) -> list[Layer]:
+    """Exclude and include layers by glob patterns.
+
+    A pattern matches the name in the file or in the model.
+    """
+
     def matches(layer: Layer, patterns: tuple[str, ...]) -> bool:
-        names = {layer.name, *(spot.key for spot in layer.spots)}
+        names = {layer.name, *(tensor_slice.key for tensor_slice in layer.slices)}
         return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
     for pattern in (*include, *exclude):

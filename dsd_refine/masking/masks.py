@@ -1,7 +1,8 @@
-"""Which weights can be masked, which are, and the mask itself.
+"""Masks: how they are made, applied, undone and checked.
 
-A mask is a bool tensor beside the model, keyed by parameter name, True = keep; nothing is attached to the model. Counts and
-ties are decided on the file's tensors, which is what the user sees; the mask then goes where the model holds them.
+A mask is a bool tensor beside the model, keyed by parameter name. True means: keep the weight.
+Nothing is attached to the model. Counts and ties are decided in the file's tensors, because these
+are what the user sees. The model may hold the same weights in another order or in another tensor.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from dsd_refine.compat import multiply_in_place
 from dsd_refine.errors import RunError
 from dsd_refine.masking.layers import Layer, masked_count
-from dsd_refine.masking.selection import flat, without_smallest
+from dsd_refine.masking.selection import all_but_smallest, flat
 from dsd_refine.seeding import stable_seed
 
 Masks = dict[str, torch.Tensor]
 
-Piece = tuple[str, int]  # a layer's name, and which of its experts (0 where it fuses none)
+Group = tuple[str, int]  # a layer's name, and the number of one of its experts (0 if it fuses none)
 
-BLOCK = 1 << 17  # weights that each thread masks at a time: their flags, widened to integers, stay in its cache
-CHECKED = 1 << 20  # weights looked at at a time
+MASKED_PER_THREAD = 1 << 17  # weights in a block: their flags, as integers, fit into a core's cache
+CHECKED_AT_ONCE = 1 << 20  # weights in a block: a check needs little memory
 
 
 def make_masks(
@@ -30,54 +32,66 @@ def make_masks(
     criterion: str = "magnitude",
     seed: Sequence[int | str] = (),
 ) -> Masks:
-    """Masks for the weights as they are now: exactly `masked_count` False in every maskable layer.
+    """Make masks for the weights as they are now.
 
-    `magnitude` drops the smallest |w| (paper, section 3), ties by lowest flat index in the file's tensor; `random` draws
-    as many from `seed` and the layer's name. A parameter without a masked weight gets no mask.
+    In each maskable layer exactly `layer.masked(sparsity)` flags are False. A parameter without a
+    masked weight gets no mask. A mask has the shape and the strides of its parameter.
+
+    Args:
+        layers: The file's tensors.
+        parameters: The model's parameters by name.
+        sparsity: Share of weights to mask in each layer, 0 <= sparsity < 1.
+        criterion: "magnitude" masks the smallest |w| (paper, section 3). Of equal weights, those
+            with the lowest flat index in the file's tensor go first. "random" draws the weights.
+        seed: What "random" draws from, together with the layer's name.
     """
     masks: Masks = {}
-    flags: dict[str, torch.Tensor] = {}  # flat, of parameters that several layers share or that hold theirs in another order
+    # Flat masks of parameters that hold several layers, or one in another order than the file.
+    flat_masks: dict[str, torch.Tensor] = {}
     for layer in layers:
         if not layer.masked(sparsity):
             continue
-        first = layer.spots[0]
-        if criterion == "magnitude" and layer.groups == 1 and not len(first.source):
-            masks[first.key] = without_smallest(parameters[first.key], layer.masked(sparsity))
+        first = layer.slices[0]
+        if criterion == "magnitude" and layer.groups == 1 and first.whole:
+            masks[first.key] = all_but_smallest(parameters[first.key], layer.masked(sparsity))
             continue
         keep = torch.cat([_keep(group, sparsity, criterion, (*seed, layer.name, i)) for i, group in _groups(layer, parameters)])
-        for spot in layer.spots:
-            if not len(spot.source):
-                flags[spot.key] = keep
+        for tensor_slice in layer.slices:
+            if tensor_slice.whole:
+                flat_masks[tensor_slice.key] = keep
             else:
-                ones = torch.ones(parameters[spot.key].numel(), dtype=torch.bool, device=keep.device)
-                flags.setdefault(spot.key, ones)[spot.target.to(keep.device)] = keep[spot.source.to(keep.device)]
-    return masks | {key: _shaped(found, parameters[key]) for key, found in flags.items()}
+                source, target = tensor_slice.source.to(keep.device), tensor_slice.target.to(keep.device)
+                ones = torch.ones(parameters[tensor_slice.key].numel(), dtype=torch.bool, device=keep.device)
+                flat_masks.setdefault(tensor_slice.key, ones)[target] = keep[source]
+    return masks | {key: _shaped(mask, parameters[key]) for key, mask in flat_masks.items()}
 
 
-def _shaped(found: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A flat mask with the shape and the strides of its parameter."""
-    mask = found.reshape(parameter.shape)
+def _shaped(flat_mask: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Give a flat mask the shape and the strides of its parameter."""
+    mask = flat_mask.reshape(parameter.shape)
     if mask.stride() == parameter.stride():
         return mask
     return torch.empty_like(parameter, dtype=torch.bool).copy_(mask)
 
 
 def _groups(layer: Layer, parameters: Mapping[str, torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
-    """The layer's values in the file's order, expert by expert."""
-    first = layer.spots[0]
-    if not len(first.source):
+    """Yield the number and the flat values of each expert of the layer, in the file's order."""
+    first = layer.slices[0]
+    if first.whole:
         values = parameters[first.key].detach().reshape(-1)
     else:
         values = parameters[first.key].new_zeros(layer.weights)
-        for spot in layer.spots:
-            values[spot.source.to(values.device)] = parameters[spot.key].detach().reshape(-1)[spot.target.to(values.device)]
+        for tensor_slice in layer.slices:
+            source, target = tensor_slice.source.to(values.device), tensor_slice.target.to(values.device)
+            values[source] = parameters[tensor_slice.key].detach().reshape(-1)[target]
     return enumerate(values.reshape(layer.groups, -1))
 
 
 def _keep(values: torch.Tensor, sparsity: float, criterion: str, seed: Sequence[int | str]) -> torch.Tensor:
+    """The flat mask of one expert, or of a layer that fuses none."""
     count = masked_count(len(values), sparsity)
     if count and criterion == "magnitude":
-        return without_smallest(values, count)
+        return all_but_smallest(values, count)
     keep = torch.ones(len(values), dtype=torch.bool, device=values.device)
     if count:
         generator = torch.Generator().manual_seed(stable_seed(*seed))
@@ -86,81 +100,94 @@ def _keep(values: torch.Tensor, sparsity: float, criterion: str, seed: Sequence[
 
 
 def apply_masks(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Set every masked weight to exactly +0.0, in place, leaving the bits of all others alone.
+    """Set every masked weight to exactly +0.0, in place.
 
-    The float32 weights are multiplied as integers by 0 or 1: exact for any value, NaN and -0.0 included, and several times
-    faster than masked_fill_ on a CPU.
+    The bits of all other weights stay as they are.
+
+    The bits of the float32 weights are multiplied, as integers, by 0 or 1. This is exact for every
+    value, also for NaN and -0.0. On a CPU it is several times faster than `masked_fill_`.
     """
     masker(masks, parameters)()
 
 
 def masker(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> Callable[[], None]:
-    """`apply_masks` for every step: the views of the blocks are made once, for as long as masks and storages stay."""
+    """Return a function that does what `apply_masks` does, for use after every step.
+
+    It is faster, because it makes its views of the tensors only once. It is valid as long as the
+    masks and the parameters keep their storages.
+    """
     return _multiplier([(parameters[key], mask) for key, mask in masks.items()])
 
 
 def _multiplier(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
-    """Multiply float32 bits by masks that are laid out like them, in one call: on a CPU in blocks, elsewhere whole."""
+    """Return a function that multiplies the bits of float32 tensors by masks with the same strides.
+
+    A CPU works on blocks that fit into the caches, another device on whole tensors.
+    """
     bits: list[torch.Tensor] = []
     flags: list[torch.Tensor] = []
     for values, mask in pairs:
-        size = BLOCK * torch.get_num_threads() if values.device.type == "cpu" else values.numel()
+        size = MASKED_PER_THREAD * torch.get_num_threads() if values.device.type == "cpu" else values.numel()
         bits += torch.split(flat(values).view(torch.int32), size)
         flags += torch.split(flat(mask).view(torch.uint8), size)
 
     def multiply() -> None:
         if bits:
-            torch._foreach_mul_(bits, flags)
+            multiply_in_place(bits, flags)
 
     return multiply
 
 
 def mask_gradients(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Zero the gradients of masked weights, so that they do not count in a gradient norm."""
-    found = [(parameters[key].grad, mask) for key, mask in masks.items()]
-    _multiplier([(gradient, mask) for gradient, mask in found if gradient is not None and gradient.stride() == mask.stride()])()
-    for gradient, mask in found:
+    """Set the gradients of masked weights to 0, so that they do not count in a gradient norm."""
+    pairs = [(parameters[key].grad, mask) for key, mask in masks.items()]
+    _multiplier([(gradient, mask) for gradient, mask in pairs if gradient is not None and gradient.stride() == mask.stride()])()
+    for gradient, mask in pairs:
         if gradient is not None and gradient.stride() != mask.stride():
             gradient.view(torch.int32).mul_(mask)
 
 
 @torch.no_grad()
 def masked_values(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights that the masks will take out, as flat tensors in logical order."""
+    """Return the weights that the masks would set to 0, as flat tensors in logical order."""
     return {name: parameters[name].detach()[~mask] for name, mask in masks.items()}
 
 
 @torch.no_grad()
 def put_back(masks: Masks, values: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:
-    """Undo a mask: what `masked_values` kept stands where it stood."""
+    """Undo a mask, in place: write the `masked_values` from before it back into the parameters."""
     for name, mask in masks.items():
         parameters[name][~mask] = values[name]
 
 
-def pieces(layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor]) -> list[Piece]:
-    """Every maskable layer that trains, a fused one expert by expert."""
+def trained_groups(layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor]) -> list[Group]:
+    """Return every expert of every maskable layer that trains.
+
+    A layer that fuses none is one group.
+    """
     return [
         (layer.name, group)
         for layer in layers
-        if layer.excluded is None and any(parameters[spot.key].requires_grad for spot in layer.spots)
+        if layer.excluded is None and any(parameters[tensor_slice.key].requires_grad for tensor_slice in layer.slices)
         for group in range(layer.groups)
     ]
 
 
 @torch.no_grad()
-def without_gradient(layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor], known: Sequence[Piece]) -> list[Piece]:
-    """Those of the `known` pieces whose gradient, as it lies in the parameters now, is absent or 0 everywhere."""
+def without_gradient(layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor], known: Sequence[Group]) -> list[Group]:
+    """Return those of the `known` groups whose gradient is now None, or 0 everywhere."""
     names = {name for name, _ in known}
-    seen: dict[Piece, torch.Tensor] = {}
+    has_gradient: dict[Group, torch.Tensor] = {}
     for layer in (layer for layer in layers if layer.name in names):
-        held = {spot.key: parameters[spot.key].grad for spot in layer.spots}
-        if all(gradient is None for gradient in held.values()):
+        gradients = {tensor_slice.key: parameters[tensor_slice.key].grad for tensor_slice in layer.slices}
+        if all(gradient is None for gradient in gradients.values()):
             continue
-        filled = {key: torch.zeros_like(parameters[key]) if g is None else g for key, g in held.items()}
-        seen |= {(layer.name, group): values.any() for group, values in _groups(layer, filled)}
-    reached = torch.stack([*seen.values()]).tolist() if seen else []  # a device is waited for once
-    gone = {piece for piece, is_reached in zip(seen, reached, strict=True) if is_reached}
-    return [piece for piece in known if tuple(piece) not in gone]
+        filled = {key: torch.zeros_like(parameters[key]) if g is None else g for key, g in gradients.items()}
+        has_gradient |= {(layer.name, group): values.any() for group, values in _groups(layer, filled)}
+    # One transfer for all of them, because each makes the device wait.
+    flags = torch.stack([*has_gradient.values()]).tolist() if has_gradient else []
+    reached = {group for group, flag in zip(has_gradient, flags, strict=True) if flag}
+    return [group for group in known if tuple(group) not in reached]
 
 
 @torch.no_grad()
@@ -168,70 +195,102 @@ def never_back(
     layers: Sequence[Layer],
     parameters: Mapping[str, torch.Tensor],
     source: Mapping[str, torch.Tensor],
-    lost: Sequence[Piece],
+    lost: Sequence[Group],
 ) -> dict[str, torch.Tensor]:
-    """Parameter -> True where a weight of a `lost` piece is 0 and was not in the `source`; only with such a weight."""
-    chosen: dict[str, torch.Tensor] = {}
+    """Find the masked weights that training cannot bring back.
+
+    Args:
+        layers: The file's tensors.
+        parameters: The model's parameters by name, after a mask.
+        source: The same parameters as they are in the source.
+        lost: The groups that get no gradient.
+
+    Returns:
+        By parameter name, a bool tensor of the parameter's shape. True: the weight is in a `lost`
+        group, is 0 now, and is not 0 in the source. Parameters without such a weight are left out.
+    """
+    in_lost: dict[str, torch.Tensor] = {}  # flat
     for layer in layers:
         groups = [group for name, group in lost if name == layer.name]
         if not groups:
             continue
         flags = torch.zeros(layer.groups, layer.weights // layer.groups, dtype=torch.bool)
         flags[groups] = True
-        for spot in layer.spots:
-            flat = chosen.setdefault(spot.key, torch.zeros(parameters[spot.key].numel(), dtype=torch.bool))
-            flat[spot.target if len(spot.target) else slice(None)] = flags.reshape(-1)[
-                spot.source if len(spot.source) else slice(None)
-            ]
-    found = {}
-    for key, flat in chosen.items():
-        zeros = flat.reshape(parameters[key].shape).to(parameters[key].device) & (parameters[key] == 0)
+        for tensor_slice in layer.slices:
+            none = torch.zeros(parameters[tensor_slice.key].numel(), dtype=torch.bool)
+            of_parameter = in_lost.setdefault(tensor_slice.key, none)
+            if tensor_slice.whole:
+                of_parameter.copy_(flags.reshape(-1))
+            else:
+                of_parameter[tensor_slice.target] = flags.reshape(-1)[tensor_slice.source]
+    lost_weights = {}
+    for key, flat_flags in in_lost.items():
+        zeros = flat_flags.reshape(parameters[key].shape).to(parameters[key].device) & (parameters[key] == 0)
         zeros &= (source[key] != 0).to(zeros.device)
         if zeros.any():
-            found[key] = zeros
-    return found
+            lost_weights[key] = zeros
+    return lost_weights
 
 
 def count_in_layers(layers: Sequence[Layer], flags: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Layer name -> how many of its own weights are True in `flags` (by parameter); only layers that have one."""
-    found = {}
+    """Count the weights of each maskable layer that are True in `flags` (by parameter name).
+
+    Layers without such a weight are left out.
+    """
+    counts = {}
     for layer in layers:
-        parts = [(flags[spot.key].reshape(-1), spot.target) for spot in layer.spots if spot.key in flags]
-        count = sum(int((part[where.to(part.device)] if len(where) else part).sum()) for part, where in parts)
+        count = 0
+        for tensor_slice in layer.slices:
+            if tensor_slice.key in flags:
+                of_parameter = flags[tensor_slice.key].reshape(-1)
+                own = of_parameter if tensor_slice.whole else of_parameter[tensor_slice.target.to(of_parameter.device)]
+                count += int(own.sum())
         if count and layer.excluded is None:
-            found[layer.name] = count
-    return found
+            counts[layer.name] = count
+    return counts
 
 
 @torch.no_grad()
 def check_masks(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Raise RunError if any masked weight is not exactly 0."""
+    """Check that every masked weight is exactly 0.
+
+    Raises:
+        RunError: A masked weight is not 0.
+    """
     for key, mask in masks.items():
-        # what is kept becomes 0, so that what is not 0 is masked and wrong
-        blocks = zip(torch.split(flat(parameters[key]), CHECKED), torch.split(flat(mask), CHECKED), strict=True)
-        wrong = sum(int(torch.count_nonzero((bits.view(torch.int32) * ~flags).view(torch.float32))) for bits, flags in blocks)
+        weights, flags = torch.split(flat(parameters[key]), CHECKED_AT_ONCE), torch.split(flat(mask), CHECKED_AT_ONCE)
+        # Kept weights become 0 here. A weight that is still not 0 is masked and wrong.
+        masked = ((block.view(torch.int32) * ~keep).view(torch.float32) for block, keep in zip(weights, flags, strict=True))
+        wrong = sum(int(torch.count_nonzero(block)) for block in masked)
         if wrong:
             raise RunError(f"{key}: {wrong} masked weights are not 0; the sparse phase is broken, nothing was published")
 
 
 @torch.no_grad()
 def count_zeros(layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Layer name -> number of weights that are exactly 0 now, counted in the layer's own elements."""
+    """Count the weights of each layer that are exactly 0 now, by the layer's name."""
     return {layer.name: sum(int((group == 0).sum()) for _, group in _groups(layer, parameters)) for layer in layers}
 
 
 @torch.no_grad()
 def empty_filters(layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
-    """Layer name -> (filters without a weight that is not 0, filters), for maskable filter banks that have such a filter.
+    """Count the filters whose weights are all 0, in each maskable filter bank.
 
-    A mask that takes every weight of a filter takes the filter itself: depth-wise convolutions, whose filters have 9 or 25
-    weights, lose some by chance under a random mask. `parameters` are as they stand, at a sparse phase's end.
+    A mask that covers every weight of a filter removes the filter. The filters of a depth-wise
+    convolution have only 9 or 25 weights, so a random mask removes some of them by chance.
+
+    Args:
+        layers: The file's tensors.
+        parameters: The model's parameters by name, at the end of a sparse phase.
+
+    Returns:
+        (empty filters, all filters) by layer name, for layers that have an empty filter.
     """
-    found = {}
+    counts = {}
     for layer in layers:
         if layer.excluded is None and layer.groups == 1 and len(layer.shape) > 2:
             values = next(values for _, values in _groups(layer, parameters))
             empty = int((values.reshape(layer.shape[0], -1) == 0).all(1).sum())
             if empty:
-                found[layer.name] = (empty, layer.shape[0])
-    return found
+                counts[layer.name] = (empty, layer.shape[0])
+    return counts

@@ -1,7 +1,8 @@
-"""Which weights are the smallest: exactly so many, ties by lowest index, with little memory and no sort.
+"""Select the smallest weights of a tensor: an exact count, with ties decided, without a full sort.
 
-|w| orders like the bits of w without the sign, read as an integer. On a CPU numpy partitions and compares integers several
-times faster than torch selects floats; beside the weights it needs one copy of them.
+The bits of a float without its sign, read as an integer, have the same order as |w|. On a CPU numpy
+partitions integers several times faster than torch selects floats, and needs one copy of the
+weights.
 """
 
 from __future__ import annotations
@@ -10,14 +11,20 @@ import numpy as np
 import torch
 
 MAGNITUDE = 0x7FFFFFFF  # everything but the sign of a float32
-BLOCK = 1 << 16  # weights compared at a time: they stay in the cache
+COMPARED_AT_ONCE = 1 << 16  # weights in a block: it fits into the cache
 
 
 @torch.no_grad()
-def without_smallest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """A bool tensor, shaped and laid out like `values` (float32, dense): False for exactly the `count` smallest |values|.
+def all_but_smallest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Mark all but the `count` smallest |values|.
 
-    Ties go by lowest index in logical order. `count` is at least 1.
+    Args:
+        values: A dense tensor of any shape. It is compared in float32.
+        count: How many values to leave out, at least 1. Of equal values, those with the lowest
+            index in logical order are left out first.
+
+    Returns:
+        A bool tensor with the shape and strides of `values`: False for exactly `count` of them.
     """
     bits = values.detach().to(torch.float32).view(torch.int32)
     threshold, ties = _threshold(flat(bits), count)
@@ -29,12 +36,18 @@ def without_smallest(values: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """A dense tensor's elements as they lie in memory."""
+    """Return the elements of a dense tensor in the order in which they lie in memory, without a
+    copy.
+    """
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def _threshold(bits: torch.Tensor, count: int) -> tuple[int, int | None]:
-    """The count-th smallest magnitude, and how many of those equal to it are among the count smallest (None: all of them)."""
+    """Find the magnitude of rank `count`, and how many values equal to it are among the `count`
+    smallest.
+
+    The second number is None if all of them are. The search for ties can be left out then.
+    """
     if bits.device.type != "cpu":
         ranked = bits & MAGNITUDE
         threshold = int(torch.kthvalue(ranked, count).values)
@@ -42,31 +55,31 @@ def _threshold(bits: torch.Tensor, count: int) -> tuple[int, int | None]:
     magnitudes = bits.numpy() & MAGNITUDE
     magnitudes.partition(count - 1)  # in place
     threshold = int(magnitudes[count - 1])
-    more = bool((magnitudes[count:] == threshold).any())
-    return threshold, int((magnitudes[:count] == threshold).sum()) if more else None
+    tied = bool((magnitudes[count:] == threshold).any())
+    return threshold, int((magnitudes[:count] == threshold).sum()) if tied else None
 
 
 def _greater(bits: torch.Tensor, threshold: int, out: torch.Tensor) -> None:
-    """Write into `out` where the magnitude is greater than `threshold`."""
+    """Write into `out` whether each magnitude is greater than `threshold`."""
     if bits.device.type != "cpu":
         torch.gt(bits & MAGNITUDE, threshold, out=out)
         return
-    values, found = bits.numpy(), out.numpy()
-    for start in range(0, len(values), BLOCK):
-        part = slice(start, start + BLOCK)
-        np.greater(values[part] & MAGNITUDE, threshold, out=found[part])
+    values, flags = bits.numpy(), out.numpy()
+    for start in range(0, len(values), COMPARED_AT_ONCE):
+        block = slice(start, start + COMPARED_AT_ONCE)
+        np.greater(values[block] & MAGNITUDE, threshold, out=flags[block])
 
 
 def _drop_ties(bits: torch.Tensor, keep: torch.Tensor, threshold: int, ties: int) -> None:
-    """Turn `keep` off at the first `ties` values of magnitude `threshold`, in logical order: slices along the first axis."""
-    rows = max(1, BLOCK * len(bits) // bits.numel())
-    for some, flags in zip(torch.split(bits, rows), torch.split(keep, rows), strict=True):
-        tied = (some & MAGNITUDE) == threshold
-        found = int(tied.sum())
-        if found > ties:  # the rest of them stay
+    """Set `keep` to False at the first `ties` values of magnitude `threshold`, in logical order."""
+    rows = max(1, COMPARED_AT_ONCE * len(bits) // bits.numel())
+    for block, flags in zip(torch.split(bits, rows), torch.split(keep, rows), strict=True):
+        tied = (block & MAGNITUDE) == threshold
+        count = int(tied.sum())
+        if count > ties:  # only the first of them are dropped
             places = tied.reshape(-1).nonzero().reshape(-1)[:ties]
             tied = torch.zeros_like(tied.reshape(-1)).index_fill_(0, places, True).reshape(tied.shape)
         flags.logical_and_(~tied)
-        ties -= found
+        ties -= count
         if ties <= 0:
             return

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -19,9 +20,10 @@ from dsd_refine.checkpoint.source import Source
 from dsd_refine.method import arm_phases
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.run.open import opened
-from dsd_refine.run.phase import enter, trained
+from dsd_refine.run.phase import enter_phase, run_phase
 from dsd_refine.run.run import Options, Run
 from dsd_refine.training.evaluate import evaluate
+from dsd_refine.training.hooks import Hooks, Step
 from dsd_refine.training.settings import settings
 
 STEPS = 4  # of each phase; the first one warms up and is not counted
@@ -35,10 +37,11 @@ def measure(source: Source, library: Library, recipe: Recipe, device: str, allow
         UsageError: as a run would.
     """
     with tempfile.TemporaryDirectory() as place:
-        options = Options(output_dir=Path(place) / "out", device=device, allow_pickle=allow_pickle)
+        clock = Clock()
+        options = Options(output_dir=Path(place) / "out", device=device, allow_pickle=allow_pickle, hooks=(clock,))
         with opened(source, library, recipe, options) as run:
-            phases = arm_phases("refined", recipe, recipe.sparsities[0])
-            steps = _by_phase(run, phases)
+            phases = arm_phases("refined", recipe, recipe.tried[0])
+            steps = _by_phase(run, clock, phases)
             row = _row_seconds(run)
             each = {f"{s:.3f} s a {phase.kind} step": None for s, phase in zip(steps, phases, strict=True) if s}
             rows = recipe.batch_size * recipe.gradient_accumulation_steps
@@ -50,7 +53,19 @@ def measure(source: Source, library: Library, recipe: Recipe, device: str, allow
             }
 
 
-def _by_phase(run: Run, phases: Sequence[Phase]) -> list[float]:
+class Clock(Hooks):
+    """Notes when each step has ended, in seconds of `time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self.ended: list[float] = []
+
+    def on_step(self, step: Step) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ended.append(time.perf_counter())
+
+
+def _by_phase(run: Run, clock: Clock, phases: Sequence[Phase]) -> list[float]:
     """Seconds a step of each phase; 0 for one without steps. Phases that cost the same are measured once."""
     known: dict[Phase, float] = {}
     found = []
@@ -60,26 +75,19 @@ def _by_phase(run: Run, phases: Sequence[Phase]) -> list[float]:
             continue
         short = phase.model_copy(update={"epochs": None, "steps": STEPS, "warmup_steps": 0, "schedule": "constant", "lr": 0.0})
         if short not in known:
-            known[short] = _step_seconds(run, number, (*phases[:number], short))
+            known[short] = _step_seconds(run, clock, number, (*phases[:number], short))
         found.append(known[short])
     return found
 
 
-def _step_seconds(run: Run, number: int, phases: Sequence[Phase]) -> float:
-    """Median of the phase's steps, taken as `refine` takes them. What a run logs of each step marks its end."""
-    ended: list[float] = []
-
-    def log(event: dict[str, Any]) -> None:
-        if _on_gpu(run):
-            torch.cuda.synchronize()
-        ended.append(time.perf_counter())
-
-    run.loop.log = log
-    done = enter(run, "refined", 0, number, phases)
+def _step_seconds(run: Run, clock: Clock, number: int, phases: Sequence[Phase]) -> float:
+    """Median seconds of the phase's steps, which are made as in a run."""
+    clock.ended.clear()
+    state = replace(enter_phase(run, "refined", 0, number, phases), last=False)  # no end of an epoch is a candidate
     with settings(run.loop.model, phases[number], run.checkpoint.filled):
-        trained(run, phases[number], done, last=False)
+        run_phase(run, phases[number], state)
     run.loop.loss = None
-    return median(after - before for before, after in pairwise(ended))
+    return median(after - before for before, after in pairwise(clock.ended))
 
 
 def _row_seconds(run: Run) -> float:

@@ -6,10 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from dsd_refine.checkpoint.checkpoint import Checkpoint, Library, open_shapes
 from dsd_refine.checkpoint.source import Source
+from dsd_refine.compat import BatchNorm
 from dsd_refine.data.splits import is_on_hub
 from dsd_refine.masking.checkpoint_layers import few_maskable, frozen_names, open_layers
 from dsd_refine.masking.layers import Layer
@@ -20,8 +19,6 @@ from dsd_refine.tasks.base import Task
 from dsd_refine.tasks.registry import look_at_data, parts_of, prepare_task
 from dsd_refine.training.settings import check_settings
 from dsd_refine.training.state import micro_batches
-
-FLOAT = 4  # bytes of a float32
 
 
 def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle: bool = False) -> dict[str, Any]:
@@ -40,7 +37,7 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
         data = given.entry(parts_of(task)) if given and task else None
     said = dict(task.report()) if task else {"warnings": []}
     warnings = [*checkpoint.warnings, *said["warnings"], *(data["unused"] if data else [])]
-    shares = [_first_sparsity(recipe, tried) for tried in recipe.sparsities]
+    shares = [_first_sparsity(recipe, tried) for tried in recipe.tried]
     rows = [
         {
             "name": layer.name, "shape": list(layer.shape), "weights": layer.weights, "excluded": layer.excluded,
@@ -59,7 +56,7 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
 
 
 def _first_sparsity(recipe: Recipe, tried: float | None) -> float | None:
-    return next((float(p.sparsity) for p in recipe.phases_at(tried) if isinstance(p.sparsity, float | int)), None)
+    return next((p.sparsity for p in recipe.phases_at(tried) if p.sparsity is not None), None)
 
 
 def _totals(
@@ -86,13 +83,13 @@ def _steps(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> dict[str, str]
     """Optimizer steps per phase."""
     holdout = len(task.holdout.rows) if task.holdout else 0
     found = {"rows": f"{len(task.train.rows):,} train, {holdout:,} holdout, {len(task.eval.rows):,} evaluation"}
-    batchnorm = any(isinstance(module, _BatchNorm) for module in checkpoint.model.modules())
+    batchnorm = any(isinstance(module, BatchNorm) for module in checkpoint.model.modules())
     micro = len(micro_batches(task.train.units, recipe.batch_size, batchnorm))
     per_epoch = -(-micro // recipe.gradient_accumulation_steps)
     for number, phase in enumerate(recipe.phases, 1):
         found[f"{number}-{phase.kind}"] = _phase(phase, per_epoch)
     names = ("refined", *recipe.control)
-    tries = [(arm, tried) for arm in names for tried in recipe.sparsities * recipe.seeds]
+    tries = [(arm, tried) for arm in names for tried in recipe.tried * recipe.seeds]
     total = sum(phase.total_steps(per_epoch) for arm, tried in tries for phase in arm_phases(arm, recipe, tried))
     return found | {"in all": f"{total:,} steps: {len(tries)} runs of the phases ({', '.join(names)})"}
 
@@ -118,17 +115,15 @@ def memory_of(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe, phase
     own = [layer for layer in layers if not (layer.excluded or "").startswith("the same storage")]
     weights = sum(layer.weights for layer in own)
     frozen = frozen_names(checkpoint.model, phase.frozen, checkpoint.filled)
-    still = sum(layer.weights for layer in own if all(spot.key in frozen for spot in layer.spots))
-    moments = 2 if recipe.optimizer == "adamw" else int(recipe.momentum > 0)
-    floats = (2 + int(any(each.distill for each in recipe.phases))) * weights + (1 + moments) * (weights - still)
+    still = sum(layer.weights for layer in own if all(tensor_slice.key in frozen for tensor_slice in layer.slices))
+    floats = (2 + int(any(each.distill for each in recipe.phases))) * weights
+    floats += (1 + space.optimizer_tensors(recipe)) * (weights - still)
     floats += weights - still if phase.average != "none" else 0
     if last and recipe.keep == "best":
-        halves = {entry.name for _, entry in checkpoint.layout.where.values() if entry.dtype.itemsize < FLOAT}
+        halves = {entry.name for _, entry in checkpoint.layout.where.values() if entry.dtype.itemsize < space.FLOAT}
         floats += sum(layer.weights for layer in own if layer.name in halves)
         floats += weights - still if phase.average != "none" else 0
     maskable = sum(layer.weights for layer in layers if layer.excluded is None) if phase.kind == "sparse" else 0
     random = phase.refresh and (phase.criterion == "random" or "random" in recipe.control)
-    floats += (
-        round(maskable * (_first_sparsity(recipe, max(recipe.sparsities, key=lambda s: s or 0.0)) or 0.0)) if random else 0
-    )
-    return FLOAT * floats + maskable
+    floats += round(maskable * (_first_sparsity(recipe, max(recipe.tried, key=lambda s: s or 0.0)) or 0.0)) if random else 0
+    return space.FLOAT * floats + maskable

@@ -19,8 +19,9 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from dsd_refine.files import leads_out
 from dsd_refine.report import words
 from dsd_refine.report.data import data_lines
+from dsd_refine.yaml_reader import load_card_yaml
 
-LIMIT = 1_000_000  # characters of front matter; cards with hundreds of results in their model-index have a few hundred thousand
+LONGEST_FRONT = 1_000_000  # characters; cards with hundreds of results have a few hundred thousand
 FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
 PAPER = "[Han et al., ICLR 2017](https://arxiv.org/abs/1607.04381)"
 LOCAL = "local:"  # before the name of data of one's own, which no data set of the Hub has
@@ -52,26 +53,6 @@ class DataName:
     name: str
     hub: str | None = None
     config: str | None = None
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values as YAML 1.2 has them (`no`, `on`, dates and 1:30 are text), and no aliases: they can be bombs."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it uses aliases (*name)")
-        return super().compose_node(parent, index)
-
-
-_Loader.yaml_implicit_resolvers = {}
-
-for _tag, _pattern, _first in (
-    ("bool", r"^(true|True|TRUE|false|False|FALSE)$", "tTfF"),
-    ("null", r"^(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("int", r"^[-+]?(0|[1-9]\d*)$", "-+0123456789"),
-    ("float", r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$", "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
 def read_card(folder: Path) -> SourceCard:
@@ -112,9 +93,9 @@ def read_plain(text: str) -> Any:
     Raises:
         yaml.YAMLError, ValueError, RecursionError: it is none, has aliases, or is too long to be a card's.
     """
-    if len(text) > LIMIT:
+    if len(text) > LONGEST_FRONT:
         raise ValueError(f"it has {len(text):,} characters")
-    return yaml.load(text, Loader=_Loader)
+    return load_card_yaml(text)
 
 
 def _dump(value: Any) -> str:

@@ -12,9 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsd_refine.report import words
+
 SIZE = 1000
 POINTS = 500  # at most that many points a curve
 SMOOTH = 40  # the moving mean spans this part of a phase
+LAYERS = 3  # whose histograms are shown at once
 DECADES = 1.3  # a loss that spans more is drawn on a logarithmic scale
 
 Point = tuple[float, float]
@@ -114,15 +117,16 @@ class Forest:
     ticks: list[Tick]
 
 
-def forest(comparisons: Mapping[str, Mapping[str, Any]], margin: float) -> Forest:
-    """Delta and 95 % interval of each comparison, with 0 and +-margin on the axis."""
+def forest(comparisons: Mapping[str, Mapping[str, Any]], margin: float, times: float = 1.0) -> Forest:
+    """Delta and 95 % interval of each comparison, with 0 and +-margin on the axis. `times`: what its numbers count in."""
     ends = [value for found in comparisons.values() for value in (found["delta"], *found["ci95"])]
-    scale = Scale.over([*ends, -1.25 * margin, 1.25 * margin, 0.0], pad=0.06)
+    scale = Scale.over([times * end for end in (*ends, -1.25 * margin, 1.25 * margin, 0.0)], pad=0.06)
     rows = []
     for name, found in comparisons.items():
-        low, high = (scale.at(end) for end in found["ci95"])
-        rows.append(Interval(name.removeprefix("refined_vs_"), low, scale.at(found["delta"]), high, found))
-    return Forest(rows, scale.at(0), (scale.at(-margin), scale.at(margin)), scale.ticks(5))
+        low, point, high = (scale.at(times * end) for end in (found["ci95"][0], found["delta"], found["ci95"][1]))
+        rows.append(Interval(name.removeprefix("refined_vs_"), low, point, high, found))
+    margins = (scale.at(-times * margin), scale.at(times * margin))
+    return Forest(rows, scale.at(0), margins, scale.ticks(5))
 
 
 @dataclass(frozen=True)
@@ -169,12 +173,16 @@ Tries = dict[str, dict[str, Track]]  # "refined try 2" -> "1-sparse" -> its trac
 
 @dataclass(frozen=True)
 class Curve:
-    """What is drawn of one arm: `faint` single steps, `bold` their moving mean or the values, `dots` single looks."""
+    """What is drawn of one arm: `faint` single steps, `bold` their moving mean or the values, `dots` single looks.
+
+    `ring`: the look at the weights that were chosen.
+    """
 
     arm: str
     bold: str
     faint: str = ""
     dots: str = ""
+    ring: str = ""
 
 
 @dataclass(frozen=True)
@@ -227,10 +235,17 @@ def _real(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def curves(tries: Tries, metric: str, higher_is_better: bool, source: Mapping[str, float] | None = None) -> Curves | None:
+def curves(
+    tries: Tries,
+    metric: str,
+    higher_is_better: bool,
+    source: Mapping[str, float] | None = None,
+    epoch: int | None = None,
+) -> Curves | None:
     """Loss, holdout metric and rate over the steps; of several tries of an arm, the one that the holdout preferred.
 
-    `source`: the source's metrics on the holdout, a level line among the arms' curves.
+    `source`: the source's metrics on the holdout, a level line that the arms' curves begin at. `epoch`: the one of the last
+    phase that was chosen of the refined arm.
     """
     chosen = _preferred(tries, metric, higher_is_better)
     if not any(track.length for label in chosen.values() for track in tries[label].values()):
@@ -243,7 +258,7 @@ def curves(tries: Tries, metric: str, higher_is_better: bool, source: Mapping[st
     named = [name.replace("-", " ", 1) for name, _ in first]
     phases = [Stretch(name, axis.at(a), axis.at(b)) for name, a, b in zip(named, starts, starts[1:], strict=False)]
     parts = {arm: [(at, track) for at, (_, track) in zip(starts, tracks, strict=False)] for arm, tracks in arms.items()}
-    made = (_loss_panel(parts, axis), _looks_panel(parts, axis, metric, source or {}), _rate_panel(parts, axis))
+    made = (_loss_panel(parts, axis), _looks_panel(parts, axis, metric, source or {}, epoch), _rate_panel(parts, axis))
     return Curves([p for p in made if p is not None], phases, axis.ticks(5), chosen, len(tries))
 
 
@@ -285,19 +300,31 @@ def _loss_panel(parts: Parts, axis: Scale) -> Panel | None:
     return Panel("training loss", drawn, _upward(scale, 4), log)
 
 
-def _looks_panel(parts: Parts, axis: Scale, metric: str, source: Mapping[str, float]) -> Panel | None:
+def _looks_panel(parts: Parts, axis: Scale, metric: str, source: Mapping[str, float], epoch: int | None) -> Panel | None:
+    """Every evaluation on the holdout, in per cent where the metric is a fraction."""
     looks = {arm: [(at + step, look) for at, track in tracks for step, look in track.looks] for arm, tracks in parts.items()}
     every = [look for found in looks.values() for _, look in found]
     if not every:
         return None
     shown = metric if all(metric in look for look in every) else "loss"
-    points = {arm: _finite((step, _real(look.get(shown))) for step, look in found) for arm, found in looks.items()}
-    level = _finite((end, _real(source.get(shown))) for end in (axis.low, axis.high))
+    times, per_cent = words.times(shown), ", %" if "%" in words.value(shown, 0.0) else ""
+    points = {arm: _finite((step, times * _real(look.get(shown))) for step, look in found) for arm, found in looks.items()}
+    level = _finite((end, times * _real(source.get(shown))) for end in (axis.low, axis.high))
+    points = {arm: [*level[:1], *found] for arm, found in points.items()}  # every arm begins as the source
     scale = Scale.over((value for found in (*points.values(), level) for _, value in found), pad=0.1)
     placed = {arm: _placed(thin(found), axis, scale) for arm, found in points.items()}
-    drawn = [Curve(arm, line(found), dots=dots(found)) for arm, found in placed.items()]
+    chosen = _placed(_chosen(parts.get("refined", []), shown, times, epoch), axis, scale)
+    rings = {"refined": dots(chosen)}
+    drawn = [Curve(arm, line(found), dots=dots(found), ring=rings.get(arm, "")) for arm, found in placed.items()]
     drawn += [Curve("baseline", line(_placed(level, axis, scale)))] if level else []
-    return Panel(f"holdout {shown}", drawn, _upward(scale, 4))
+    return Panel(f"holdout {words.name_of(shown)}{per_cent}", drawn, _upward(scale, 4))
+
+
+def _chosen(tracks: list[tuple[float, Track]], shown: str, times: float, epoch: int | None) -> list[Point]:
+    """The last phase's look at the end of the epoch that was chosen."""
+    at, track = tracks[-1] if tracks else (0.0, Track())
+    ends = [(step, look) for step, look in track.looks if math.ceil(look.get("epoch") or 0) == epoch]
+    return _finite((at + step, times * _real(look.get(shown))) for step, look in ends[-1:])
 
 
 def _rate_panel(parts: Parts, axis: Scale) -> Panel | None:
@@ -377,11 +404,17 @@ class LayerFigure:
     limit: str
     weights: int
     moments: list[Histogram]
+    change: float  # of mean |w|, from the first moment to the last, as a share of the first
 
 
-def histograms(pictures: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[LayerFigure]:
-    """Each layer's moments side by side, in the order in which they came, over the same axes."""
-    return [_layer_figure(name, found) for name, found in pictures.items() if found]
+def histograms(pictures: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[LayerFigure], list[LayerFigure]]:
+    """Each layer's moments side by side, in the order in which they came, over the same axes.
+
+    First the LAYERS layers whose mean |w| changed most, then the rest; in both lists in the order of `pictures`.
+    """
+    found = [_layer_figure(name, moments) for name, moments in pictures.items() if moments]
+    telling = sorted(found, key=lambda layer: -abs(layer.change))[:LAYERS]
+    return [layer for layer in found if layer in telling], [layer for layer in found if layer not in telling]
 
 
 def _layer_figure(name: str, pictures: Sequence[Mapping[str, Any]]) -> LayerFigure:
@@ -390,7 +423,8 @@ def _layer_figure(name: str, pictures: Sequence[Mapping[str, Any]]) -> LayerFigu
     top = 1.5 * max(1, *first["counts"])
     weights = max(1, sum(first["counts"]) + first["zeros"])
     moments = [_histogram(one, top, weights) for one in pictures]
-    return LayerFigure(name, f"{first['edges'][1]:.2g}", weights, moments)
+    change = pictures[-1]["mean_abs"] / first["mean_abs"] - 1 if first["mean_abs"] else 0.0
+    return LayerFigure(name, f"{first['edges'][1]:.2g}", weights, moments, change)
 
 
 def _histogram(one: Mapping[str, Any], top: float, weights: int) -> Histogram:

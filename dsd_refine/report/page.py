@@ -18,9 +18,10 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from dsd_refine.report import figures, words
+from dsd_refine.report import cost, figures, words
 from dsd_refine.report.card import public_recipe
 from dsd_refine.report.data import data_lines
+from dsd_refine.report.examples import Examples
 from dsd_refine.report.places import last_part
 
 SHOWN_ROWS = 20  # skipped rows and class names that are listed; the rest is counted
@@ -41,26 +42,35 @@ def page(
     pictures: Mapping[str, Sequence[Mapping[str, Any]]],
     recipe_yaml: str,
     means: Means | None = None,
+    rows: Examples | None = None,
 ) -> str:
     """report.html of a run. Equal inputs give equal text.
 
     `report` is report.json, `log` the lines of log.jsonl (read once, as they come), `pictures` the histograms of
-    `dsd_refine.moments` by layer name, `means` each layer's mean |w| in the source and in the result.
+    `dsd_refine.masking.histograms` by layer name, `means` each layer's mean |w| in the source and in the result, `rows`
+    the rows gained and lost.
     """
     recipe = _recipe(recipe_yaml)
     metric = report["metric"]
     margin = margin_of(report, recipe)
     source = (report.get("holdout") or {}).get("baseline")
-    drawn = figures.curves(figures.read_log(log), metric["name"], metric["higher_is_better"], source)
+    epoch = report["selected"]["epoch"]
+    drawn = figures.curves(figures.read_log(log), metric["name"], metric["higher_is_better"], source, epoch)
+    telling, others = figures.histograms(pictures)
     text = _template().render(
         report=report,
         name=_name(report),
+        metric=metric["name"],
+        main=report["comparison"]["refined_vs_baseline"],
         margin=margin,
-        forest=figures.forest(report["comparison"], margin),
+        forest=figures.forest(report["comparison"], margin, words.times(metric["name"])),
         spread=_spread_forest(report, margin),
         flips=figures.flips(report),
         curves=drawn,
-        histograms=figures.histograms(pictures),
+        rows=rows,
+        cost=cost.cost_rows(report),
+        telling=telling,
+        others=others,
         layers=_layers(report, means or {}),
         reasons=Counter(layer["excluded"] for layer in report["layers"] if layer["excluded"]),
         parts=_parts(report),
@@ -99,10 +109,15 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        "signed": lambda value: _typeset(words.signed(value)),
+        "bare": lambda number, metric: _typeset(words.bare(metric, number)),
+        "value": lambda number, metric: _typeset(words.value(metric, number)),
         "p": lambda value: _typeset(words.p_words(value)),
-        "interval": lambda found: _typeset(words.interval(found)),
+        "interval": lambda found, metric: _typeset(words.interval(found, metric)),
+        "called": words.name_of,
+        "duration": cost.duration,
+        "joules": cost.energy,
         "typeset": _typeset,
+        "sentence": lambda text: text[:1].upper() + text[1:],
         "arm": figures.css_arm,
         "place": last_part,
         "units": figures.number,
@@ -127,7 +142,8 @@ def _name(report: Mapping[str, Any]) -> str:
 
 def _spread_forest(report: Mapping[str, Any], margin: float) -> figures.Forest | None:
     seeds = report.get("seeds")
-    return figures.forest(seeds["comparison"], margin) if seeds else None
+    times = words.times(report["metric"]["name"])
+    return figures.forest(seeds["comparison"], margin, times) if seeds else None
 
 
 def _layers(report: Mapping[str, Any], means: Means) -> list[dict[str, Any]]:
@@ -157,7 +173,7 @@ def _labels(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _typeset(text: str) -> str:
     """Our own sentences with real minus signs, and with numbers kept together with what belongs to them."""
     text = re.sub(r"(?<![\w-])-(?=\d)", "−", text)
-    return re.sub(r"(?<=\bp) ([=<]) |(?<=95) (?=%)", lambda found: f"\u00a0{found[1]}\u00a0" if found[1] else "\u00a0", text)
+    return re.sub(r"(?<=\bp) ([=<]) |(?<=\d) (?=%)", lambda found: f"\u00a0{found[1]}\u00a0" if found[1] else "\u00a0", text)
 
 
 def _share(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Room on disk: how much a run needs beside its output, looked at before it starts, and said where it runs out."""
+"""Disk space: estimate how much a run needs, and check it before the run starts."""
 
 from __future__ import annotations
 
@@ -15,37 +15,53 @@ if TYPE_CHECKING:
     from dsd_refine.recipe import Recipe
 
 FLOAT = 4  # bytes of a float32
-SLACK = 1 << 20  # log, scores, report
-UNSAVED = 3  # tensor files written since the last save that make a new one due, since only a save lets old ones go
+SLACK = 1 << 20  # bytes for the log, the scores and the report
+UNSAVED = 3  # so many new tensor files make a save due, because only a save removes the old ones
+
+
+def optimizer_tensors(recipe: Recipe) -> int:
+    """Return how many tensors of its size an optimizer keeps for each parameter."""
+    return 2 if recipe.optimizer == "adamw" else int(recipe.momentum > 0)
 
 
 def of_run(checkpoint: Checkpoint, layers: Sequence[Layer], recipe: Recipe, *, save_phases: bool = False) -> int:
-    """Bytes that OUT.partial/ holds at most: two saved states (the last one stays until the next is whole), the best weights
-    of each arm and a few that wait to take a place, and what is written out. Masks are saved as bits.
+    """Return the largest number of bytes that OUT.partial/ will need.
+
+    It holds two saved states, because the old one stays until the new one is complete. It also
+    holds the best weights of each arm, up to UNSAVED further ones, and the written checkpoints.
+    Masks take one bit for each weight.
+
+    Args:
+        checkpoint: The source.
+        layers: Its layers.
+        recipe: The recipe.
+        save_phases: The checkpoint of each phase is written too.
     """
     weights = FLOAT * sum(value.numel() for value in checkpoint.model.state_dict().values())
-    moments = 2 if recipe.optimizer == "adamw" else int(recipe.momentum > 0)
     averages = int(any(phase.average != "none" for phase in recipe.phases))
-    state = weights * (1 + moments + averages) + sum(layer.weights for layer in layers if layer.excluded is None) // 8
+    maskable = sum(layer.weights for layer in layers if layer.excluded is None)
+    state = weights * (1 + optimizer_tensors(recipe) + averages) + maskable // 8
     bests = (1 + len(recipe.control)) * recipe.seeds + UNSAVED
-    tries = len(recipe.sparsities) * recipe.seeds + 1
+    tries = len(recipe.tried) * recipe.seeds + 1
     outputs = 1 + (len(recipe.phases) * tries if save_phases else 0)
     total: int = 2 * state + bests * weights + outputs * _output(checkpoint) + SLACK
     return total
 
 
 def _output(checkpoint: Checkpoint) -> int:
-    """Bytes of one written checkpoint."""
+    """The bytes of one written checkpoint."""
     tensors = sum(entry.end - entry.begin for file in checkpoint.layout.files for entry in file.entries)
     names = checkpoint.source.side_files(set(checkpoint.weight_files))[0]
     return tensors + sum((checkpoint.source.folder / name).stat().st_size for name in names)
 
 
 def check_room(place: Path, need: int) -> None:
-    """Refuse a run that cannot end for lack of room. What an earlier start left in `place` counts as room.
+    """Check that the disk of `place` has room for `need` bytes.
+
+    Files of an earlier run in `place` count as free.
 
     Raises:
-        UsageError: names what is needed, what is free, and where.
+        UsageError: There is not enough room.
     """
     held = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     free = free_bytes(place)

@@ -32,7 +32,7 @@ class Housekeeping(Hooks):
         return self.workspace.save_due()
 
 
-class Histograms(Hooks):
+class HistogramRecorder(Hooks):
     """Records weight histograms at the paper's five moments (its section 4), for report.html."""
 
     def __init__(self, run: Run) -> None:
@@ -51,10 +51,10 @@ class Histograms(Hooks):
         elif any(picture["moment"] == "pruned" for pictures in self._book(place).values() for picture in pictures):
             self._record(place, "after S")
 
-    def _book(self, place: Place) -> histograms.Book:
+    def _book(self, place: Place) -> histograms.Histograms:
         return self.run.state.histograms.setdefault(str(place.attempt - 1), {})
 
     def _record(self, place: Place, moment: str) -> None:
         if place.arm == "refined":
             parameters = self.run.loop.parameters
-            histograms.take(self._book(place), histograms.choose(self.run.layers, parameters), parameters, moment)
+            histograms.record(self._book(place), histograms.choose_layers(self.run.layers, parameters), parameters, moment)

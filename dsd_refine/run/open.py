@@ -19,6 +19,7 @@ from dsd_refine import __version__
 from dsd_refine.checkpoint.checkpoint import Checkpoint, Library, open_checkpoint
 from dsd_refine.checkpoint.source import Source
 from dsd_refine.checkpoint.verify import check_plain
+from dsd_refine.compat import BatchNorm
 from dsd_refine.errors import DsdError, UsageError, is_full_memory
 from dsd_refine.files import is_full, no_room
 from dsd_refine.masking.checkpoint_layers import open_layers
@@ -26,23 +27,26 @@ from dsd_refine.recipe import Recipe
 from dsd_refine.report.data import data_lines
 from dsd_refine.report.report import environment
 from dsd_refine.run import disk as space
+from dsd_refine.run.listeners import HistogramRecorder, Housekeeping
 from dsd_refine.run.probe import probes
 from dsd_refine.run.run import Options, Run
 from dsd_refine.run.signals import Signals
+from dsd_refine.run.state import RunState
 from dsd_refine.run.workspace import Workspace
 from dsd_refine.seeding import seed_all
-from dsd_refine.system import keep_freed_memory
+from dsd_refine.system import EnergyMeter, energy_counters, keep_freed_memory
 from dsd_refine.tasks.base import Item, Task
 from dsd_refine.tasks.registry import look_at_data, parts_of, prepare_task
 from dsd_refine.training.batchnorm import without_variance
 from dsd_refine.training.blame import failing, in_short, rows_of
 from dsd_refine.training.evaluate import exact, unreached
+from dsd_refine.training.hooks import Together
 from dsd_refine.training.settings import check_settings
 from dsd_refine.training.state import Loop
 
 PRECISIONS = ("no", "fp16", "bf16")
 KERNEL_SETTINGS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE")
-STATE = 2  # what a saved state holds: raised by a change that an older state does not fit
+STATE = 3  # what a saved state holds: raised by a change that an older state does not fit
 # how long processes wait for each other: the main one may fetch, write or verify for hours, and NCCL gives ten minutes
 PATIENCE = timedelta(days=7)
 
@@ -62,6 +66,8 @@ def opened(source: Source, library: Library, recipe: Recipe, options: Options) -
         try:
             with _unreadable(source):
                 run = _open(source, library, recipe, options, accelerator, workspace, signals)
+            if run.loop.world == 1 and not run.state.judged:
+                run.meter = stack.enter_context(EnergyMeter(energy_counters(accelerator.device)))
             signals.wait()
             yield run
         except BaseException as error:
@@ -114,11 +120,14 @@ def _open(
     accelerator.wait_for_everyone()
     start = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
     teacher = _teacher(recipe, task, model)
-    run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, given, teacher=teacher)
+    state = RunState.from_json(workspace.state.get("run", {}))
+    run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, given, teacher=teacher, state=state)
+    callers = options.hooks if accelerator.is_main_process else ()
+    loop.layers, loop.hooks = layers, Together([loop.hooks, HistogramRecorder(run), *callers])
     _wrap(run)
     if accelerator.scaler is not None:
         run.loss_scale = accelerator.scaler.state_dict()
-        accelerator.scaler.load_state_dict(workspace.state.get("scaler") or run.loss_scale)
+        accelerator.scaler.load_state_dict(state.scaler or run.loss_scale)
     return run
 
 
@@ -214,13 +223,9 @@ def open_loop(
         task=task,
         recipe=recipe,
         as_written=checkpoint.rounded,
-        log=workspace.log,
-        stopping=lambda: signals.asked,
-        save=lambda: None,
-        save_due=workspace.save_due,
+        hooks=Housekeeping(workspace, signals),
         workers=options.workers,
-        hooks=options.hooks if accelerator.is_main_process else (),
-        has_batchnorm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()),
+        has_batchnorm=any(isinstance(module, BatchNorm) for module in model.modules()),
         channels_last=last,
         parameters=dict(model.named_parameters(remove_duplicate=False)),
     )

@@ -33,7 +33,7 @@ def run_phase(run: Run, phase: Phase, state: PhaseState) -> None:
     `state` is what `enter_phase` left; the phase's `settings` hold.
 
     Raises:
-        RunError: a loss that is not finite, or a masked weight that is not 0.
+        RunError: a loss that is not finite.
         Interrupted: the run was asked to stop; the state is saved.
     """
     loop, weights = run.loop, run.loop.parameters
@@ -54,9 +54,6 @@ def run_phase(run: Run, phase: Phase, state: PhaseState) -> None:
         if loop.hooks.should_save():
             save(run, state)
     warn_of_rising_losses(run, state)
-    swap_in_average(run, phase, state)
-    masking.check_masks(state.masks, weights)
-    loop.hooks.on_phase_end(state.place)
 
 
 def begin(run: Run, phase: Phase, state: PhaseState) -> None:
@@ -67,7 +64,7 @@ def begin(run: Run, phase: Phase, state: PhaseState) -> None:
     run.loop.loss = distilled(run.task, run.teacher, phase.distill) if phase.distill and run.teacher else None
     if state.progress.without_gradient is None:
         watched = follows_a_mask(phase, state)
-        state.progress.without_gradient = masking.pieces(run.layers, run.loop.parameters) if watched else []
+        state.progress.without_gradient = masking.trained_groups(run.layers, run.loop.parameters) if watched else []
 
 
 def masks_of(run: Run, phase: Phase, state: PhaseState, refresh: int) -> Masks:
@@ -211,18 +208,22 @@ def try_seed(recipe: Recipe, arm: str, attempt: int) -> int:
     """The seed of an arm's try. Arms with the same repeat share it; tries of a control at one repeat differ by it,
     where those of the refined arm differ by their sparsity (rule 15: each control gets as many tries).
     """
-    repeat, number = divmod(attempt, len(recipe.sparsities))
+    repeat, number = divmod(attempt, len(recipe.tried))
     seed = stable_seed(recipe.seed, repeat, "seed") if repeat else recipe.seed
     return seed if arm == "refined" or not number else stable_seed(seed, number, "try")
 
 
 def leave_phase(run: Run, phase: Phase, state: PhaseState) -> None:
-    """Record what the phase did, offer its end as a candidate where it is one, save.
+    """Give the phase's weights to what follows: averaged, checked, a candidate where they are one, recorded, saved.
 
     Raises:
+        RunError: a masked weight that is not 0.
         Interrupted: the run was asked to stop; the state is saved.
     """
     loop, done, attempt = run.loop, state.progress, state.place.attempt - 1
+    swap_in_average(run, phase, state)
+    masking.check_masks(state.masks, loop.parameters)
+    loop.hooks.on_phase_end(state.place)
     zeros = masking.count_zeros(run.layers, loop.parameters)
     if state.last and (run.recipe.keep != "best" or done.step == 0):
         keep_if_best(run, state, math.ceil(done.step / loop.steps_per_epoch), {})
@@ -242,9 +243,7 @@ def leave_phase(run: Run, phase: Phase, state: PhaseState) -> None:
         raise Interrupted(f"stopped after {state.place.label}; go on with --resume")
 
 
-def phase_entry(
-    run: Run, phase: Phase, state: PhaseState, zeros: dict[str, int], holdout: Metrics | None
-) -> dict[str, object]:
+def phase_entry(run: Run, phase: Phase, state: PhaseState, zeros: dict[str, int], holdout: Metrics | None) -> dict[str, object]:
     """What report.json says of a phase."""
     done, place = state.progress, state.place
     return {
@@ -289,7 +288,7 @@ def keep_if_best(run: Run, state: PhaseState, epoch: int, returned: dict[str, in
     `returned` counts the weights that have the source's values back, by layer (see `give_back`).
     """
     arm, attempt = state.place.arm, state.place.attempt - 1
-    metrics, repeat = measure_holdout(run, state), str(attempt // len(run.recipe.sparsities))
+    metrics, repeat = measure_holdout(run, state), str(attempt // len(run.recipe.tried))
     best = run.state.best.setdefault(arm, {})
     held = best[repeat].holdout if repeat in best else None
     if repeat in best and metrics is not None and held is not None and not run.prefers(metrics, held):

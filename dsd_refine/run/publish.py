@@ -14,12 +14,15 @@ from dsd_refine.errors import Interrupted, VerifyError
 from dsd_refine.files import copy_file, write_text
 from dsd_refine.masking.histograms import mean_abs
 from dsd_refine.report.card import SourceCard, card, eval_results, read_card
+from dsd_refine.report.examples import contents_of, examples
 from dsd_refine.report.page import page, read_lines
 from dsd_refine.report.report import Report
 from dsd_refine.run.probe import probes
 from dsd_refine.run.report_data import predictions, report_data
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from dsd_refine.run.run import Run
 
 
@@ -65,13 +68,20 @@ def _write_card(run: Run, report: Report, own: SourceCard, folder: Path) -> None
         write_text(folder / ".eval_results" / name, text)
 
 
-def _page(run: Run, report: Report, log: Path) -> str:
-    """report.html. The model holds what is published; `start` is the source."""
-    attempt = str(run.selected("refined")["attempt"])
-    pictures = (run.state.get("pictures") or {}).get(attempt, {})
+def _page(run: Run, report: Report, log: Path, rows: pa.Table) -> str:
+    """report.html. The model holds what is published; `start` is the source; `rows` are the predictions."""
+    attempt = str(run.selected("refined").attempt)
+    pictures = run.state.histograms.get(attempt, {})
     before, after = mean_abs(run.layers, run.start), mean_abs(run.layers, run.loop.parameters)
     means = {name: (before[name], after[name]) for name in before}
-    return page(report.data, read_lines(log), pictures, run.recipe.dump(), means)
+    found = examples(
+        rows,
+        higher_is_better=run.task.higher_is_better,
+        decided=run.comparisons["refined_vs_baseline"].gained is not None,
+        shown=run.options.report_images,
+        content=contents_of(run.task.eval.rows, run.given.columns),
+    )
+    return page(report.data, read_lines(log), pictures, run.recipe.dump(), means, found)
 
 
 def _write_dsd(run: Run, report: Report, ready: Path) -> None:
@@ -79,9 +89,10 @@ def _write_dsd(run: Run, report: Report, ready: Path) -> None:
     write_text(dsd / "report.json", report.to_json())
     write_text(dsd / "recipe.yaml", run.recipe.dump())
     copy_file(run.workspace.log_file, dsd / "log.jsonl")
-    write_text(dsd / "report.html", _page(run, report, dsd / "log.jsonl"))
-    pq.write_table(predictions(run), dsd / "predictions.parquet")
-    phases = run.workspace.partial / "phases" / str(run.selected("refined")["attempt"])
+    rows = predictions(run)
+    pq.write_table(rows, dsd / "predictions.parquet")
+    write_text(dsd / "report.html", _page(run, report, dsd / "log.jsonl", rows))
+    phases = run.workspace.partial / "phases" / str(run.selected("refined").attempt)
     if phases.is_dir():
         for file in (path for path in sorted(phases.rglob("*")) if path.is_file()):
             copy_file(file, dsd / "phases" / file.relative_to(phases))

@@ -49,13 +49,13 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
     source, recipe, task = run.checkpoint.source, run.recipe, run.task
     maskable = [layer for layer in run.layers if layer.excluded is None]
     selected = run.selected("refined")
-    zeros = run.state.get("zeros", {}).get(str(selected["attempt"]))
+    zeros = run.state.zeros.get(str(selected.attempt))
     outside = outside_embeddings(run.layers)
-    first = _first_sparsity(run, selected["attempt"])
+    first = _first_sparsity(run, selected.attempt)
     extra = dict(task.report())
     data = run.given.entry(parts_of(task))
-    said = [*run.checkpoint.warnings, *extra.pop("warnings"), *data["unused"], *run.state["preflight"]]
-    said += [*run.state.get("harm", []), *_warnings(run), *noted]
+    said = [*run.checkpoint.warnings, *extra.pop("warnings"), *data["unused"], *run.state.baseline_warnings]
+    said += [*run.state.harm, *_warnings(run), *noted]
     warnings = list(dict.fromkeys(said))
     device = str(run.loop.accelerator.device)
     masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
@@ -74,7 +74,7 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "metric": {"name": task.metric, "higher_is_better": task.higher_is_better},
         **extra,
         "data": data,
-        "phases": [{name: value for name, value in phase.items() if name != "attempt"} for phase in run.state["phases"]],
+        "phases": [{name: value for name, value in phase.items() if name != "attempt"} for phase in run.state.phases],
         "layers": [_layer(run, layer, first, zeros) for layer in run.layers],
         "masked_share": masked / outside,
         "maskable_share": sum(layer.weights for layer in maskable) / outside,
@@ -82,12 +82,13 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "comparison": {name: found.to_dict() for name, found in run.comparisons.items()},
         "verdict": verdict,
         "gate": {"rule": recipe.gate, "passed": passed},
-        "selected": {name: selected[name] for name in ("sparsity", "epoch", *(["seed"] if recipe.seeds > 1 else []))},
+        "selected": {name: getattr(selected, name) for name in ("sparsity", "epoch", *(["seed"] if recipe.seeds > 1 else []))},
         "warnings": [from_home(warning) for warning in warnings],
         "credit": credit(verdict, run.comparisons, recipe.control),
         "rows_to_decide": _rows_to_decide(run, verdict),
         "seeds": seeds_data(run) if recipe.seeds > 1 else None,
         "holdout": _holdout(run),
+        "cost": _cost(run),
     }  # fmt: skip
 
 
@@ -101,8 +102,18 @@ def _resolved(source: Source) -> str:
 
 def _holdout(run: Run) -> dict[str, dict[str, float]] | None:
     """The holdout's metrics of the source and of what it chose of each arm; None where there is no holdout."""
-    baseline = run.state["looked"]["holdout"]
-    return {"baseline": baseline} | {arm: run.selected(arm)["holdout"] for arm in run.arms} if baseline else None
+    baseline = run.state.source_holdout
+    return {"baseline": baseline} | {arm: run.selected(arm).holdout or {} for arm in run.arms} if baseline else None
+
+
+def _cost(run: Run) -> dict[str, Any]:
+    """What training took, all arms and tries together; the energy is the whole run's, with evaluation, loading, writing."""
+    phases = run.state.phases
+    return {
+        "seconds": sum(phase["seconds"] for phase in phases),
+        "samples": sum(phase["samples"] for phase in phases),
+        "energy_joules": run.meter.joules() if run.meter else None,
+    }
 
 
 def _rows_to_decide(run: Run, verdict: str) -> int | None:
@@ -156,14 +167,14 @@ def _layer(run: Run, layer: Any, sparsity: float | None, zeros: dict[str, int] |
 
 def _first_sparsity(run: Run, attempt: int) -> float | None:
     phases = run.recipe.phases_at(run.tries[attempt])
-    return next((float(p.sparsity) for p in phases if p.kind == "sparse"), None)  # type: ignore[arg-type]
+    return next((p.sparsity for p in phases if p.kind == "sparse"), None)
 
 
 def _warnings(run: Run) -> list[str]:
     lines = []
     if run.task.holdout is not None and len(run.tries) * len(run.arms) > 1 and len(run.task.holdout.rows) < 100:
         lines.append(f"the holdout has only {len(run.task.holdout.rows)} rows: what it selects is partly chance")
-    empty = run.state.get("empty", {}).get(str(run.selected("refined")["attempt"]), {})
+    empty = run.state.empty.get(str(run.selected("refined").attempt), {})
     if empty:
         most = max(empty, key=lambda name: empty[name][0])
         lines.append(
@@ -175,7 +186,7 @@ def _warnings(run: Run) -> list[str]:
 
 def _returned_warning(run: Run) -> list[str]:
     """Masked weights of layers and experts that had no gradient in the dense phase."""
-    returned: dict[str, int] = run.selected("refined").get("returned", {})
+    returned = run.selected("refined").returned
     if not returned:
         return []
     names = [f"{name}: {returned[name]:,}" for name in sorted(returned, key=lambda name: -returned[name])]

@@ -19,6 +19,7 @@ from dsd_refine.masking.layers import Layer
 from dsd_refine.recipe import Recipe
 from dsd_refine.run.state import RunState, Selected
 from dsd_refine.run.workspace import Workspace
+from dsd_refine.system import EnergyMeter
 from dsd_refine.tasks.base import Scores, Task
 from dsd_refine.training.hooks import Hooks
 from dsd_refine.training.state import Loop
@@ -33,6 +34,7 @@ class Options:
     overwrite: bool = False
     save_phases: bool = False
     save_every: float = 10.0  # minutes
+    report_images: int = 0  # rows gained, and rows lost, whose content report.html shows
     device: str = "auto"
     compile: bool = False
     workers: int = 0
@@ -58,6 +60,7 @@ class Run:
     start: dict[str, torch.Tensor]
     given: Given
     teacher: nn.Module | None = None
+    meter: EnergyMeter | None = None  # None: several processes, or a run taken up again, whose first part nothing measured
     loss_scale: dict[str, Any] | None = None  # fp16's, as each try begins with it
     scores: dict[str, Scores] = field(default_factory=dict)
     seeds: dict[str, list[Scores]] = field(default_factory=dict)
@@ -72,7 +75,7 @@ class Run:
         """
         scaler = self.loop.accelerator.scaler
         self.state.scaler = scaler.state_dict() if scaler is not None else None
-        self.workspace.save(self.state.to_json(), tensors)
+        self.workspace.save(tensors, self.state.to_json())
         self.loop.hooks.save()
 
     def restored(self, at: list[int]) -> dict[str, torch.Tensor]:
@@ -99,7 +102,7 @@ class Run:
     @property
     def tries(self) -> list[float | None]:
         """The sparsity of each try of an arm: all sparsities with the first seed, then with the next."""
-        return list(self.recipe.sparsities) * self.recipe.seeds
+        return list(self.recipe.tried) * self.recipe.seeds
 
     @property
     def margin(self) -> float:
@@ -108,8 +111,8 @@ class Run:
             return self.recipe.margin
         return self.recipe.margin * self.task.metrics(self.seeds["baseline"][0])[self.task.metric]
 
-    def selected(self, arm: str) -> dict[str, Any]:
-        """What the holdout chose of an arm: file, attempt, epoch, sparsity, seed, and the holdout's metrics."""
+    def selected(self, arm: str) -> Selected:
+        """What the holdout chose of an arm."""
         return self.state.best[arm][str(self.preferred(arm))]
 
     def preferred(self, arm: str) -> int:
@@ -117,7 +120,7 @@ class Run:
         best = 0
         for seed in range(1, self.recipe.seeds):
             new, old = (self.state.best[arm][str(n)].holdout for n in (seed, best))
-            if new is not None and self.prefers(new, old):
+            if new is not None and old is not None and self.prefers(new, old):
                 best = seed
         return best
 

@@ -1,6 +1,8 @@
-"""A run's life on disk: everything in OUT.partial/, one rename at the end, and enough state to go on after a stop.
+"""A run's files: all in OUT.partial/ until one rename publishes them, with the state to resume
+from.
 
-State is safetensors and JSON, never pickle; each save has a name of its own, is synced, and becomes the state by one rename.
+The state is safetensors and JSON, never pickle. Each save writes a new file, syncs it, and becomes
+the state by one rename.
 """
 
 from __future__ import annotations
@@ -26,21 +28,26 @@ from dsd_refine.files import remove, replace_parts, replace_text, sha256_file, s
 from dsd_refine.run import disk as space
 
 REPORT = "dsd/report.json"
-MOVING = "moving"  # in OUT.partial/: out/ is whole and proven; where it is gone, it has become OUT
-KEPT = ("lock", "pid", "cache")  # what a new start leaves in OUT.partial/
-# every name that a run gives in OUT.partial/
+MOVING = "moving"  # this file in OUT.partial/ says: out/ is complete and verified. Without out/, it has become OUT
+KEPT = ("lock", "pid", "cache")  # files in OUT.partial/ that a new start does not remove
+# Patterns of all names that a run uses in OUT.partial/.
 OURS = ("lock", "pid", "cache", MOVING, "out", "replaced", "phases", "log.jsonl", "state*", "best-*", "scores-*", "*.tmp")
 SWEPT = ("state-*.safetensors", "best-*.safetensors")
 
 
 class Workspace:
-    """OUT and its sibling OUT.partial/. Only the main process writes (`writes`); the others read.
+    """OUT and its sibling OUT.partial/.
 
-    `state` is the JSON part of the saved state: empty for a new run. `need` is what the run takes on disk, in bytes;
-    `save_every` are minutes.
+    `state` is the JSON part of the saved state, empty in a new run. `need` is the number of bytes
+    that the run needs on the disk.
+
+    Args:
+        out: The output directory.
+        writes: This process writes. Of several processes, only the main one does.
+        save_every: Minutes between two saves.
 
     Raises:
-        UsageError: a path that can be no output directory, such as `/`.
+        UsageError: The path cannot be an output directory, such as `/`.
     """
 
     def __init__(self, out: Path, *, writes: bool = True, save_every: float = 10.0) -> None:
@@ -64,17 +71,19 @@ class Workspace:
 
     @property
     def log_file(self) -> Path:
+        """The log of the run."""
         return self.partial / "log.jsonl"
 
     def finished(self) -> bool:
-        """Does OUT hold a finished run, by a report that is ours?"""
+        """Return whether OUT has the report of a finished run."""
         return is_ours(self.out)
 
     def check_target(self, source: Path, *, resume: bool, overwrite: bool) -> None:
-        """Refuse an OUT that is the source, or that holds something, before anything is done.
+        """Check that OUT can be written: it is not the source, and it is empty or may be
+        overwritten.
 
         Raises:
-            UsageError: names the directory and what to do.
+            UsageError: It cannot.
         """
         out, self.overwrite = self.out.resolve(), overwrite
         self._refuse_strange()
@@ -93,10 +102,8 @@ class Workspace:
             raise UsageError(f"{self.partial}: an unfinished run is there; go on with --resume, or start anew with --overwrite")
 
     def _refuse_strange(self) -> None:
-        """OUT.partial/ is emptied and removed as the run goes: nothing in it may be anybody else's.
-
-        Raises:
-            UsageError: names what is not ours.
+        """Refuse an OUT.partial/ with files that no run wrote, because runs empty and remove this
+        folder.
         """
         found = sorted(path.name for path in self.partial.iterdir()) if self.partial.is_dir() else []
         strange = [name for name in found if not any(fnmatchcase(name, pattern) for pattern in OURS)]
@@ -106,10 +113,12 @@ class Workspace:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold OUT.partial/ for this process. It goes away where nothing could be begun and no earlier state is in it.
+        """Lock OUT.partial/ for this process inside a `with` block.
+
+        If the run cannot begin, the folder is removed, unless it has the state of an earlier run.
 
         Raises:
-            UsageError: another process works there, or the place cannot be written.
+            UsageError: Another process uses the folder, or it cannot be written.
         """
         lock = filelock.FileLock(self.partial / "lock", mode=0o666 & ~umask())
         try:
@@ -131,10 +140,11 @@ class Workspace:
             raise UsageError(f"{self.partial}: another run{self._holder()} is at work there") from None
         except OSError as error:
             raise UsageError(f"{self.partial}: cannot be written: {error.strerror or error}") from None
-        # its OUT.partial/ went, with the lock in it, or it came and went between our look and our lock
+        # Another run may have ended, and removed OUT.partial/ with the lock, before or after we
+        # took the lock.
         if not (self.partial / "lock").is_file() or (self.finished() and not self.overwrite):
             raise UsageError(f"{self.out}: another run has just ended there; look at it, then try again")
-        shutil.rmtree(self.partial / "cache", ignore_errors=True)  # nobody has synced it: it may be half a file
+        shutil.rmtree(self.partial / "cache", ignore_errors=True)  # it is never synced, so its files may be incomplete
 
     def _holder(self) -> str:
         try:
@@ -143,10 +153,11 @@ class Workspace:
             return ""
 
     def begin(self, identity: dict[str, Any], resume: bool) -> None:
-        """Start anew, or take up the saved state if `resume` and there is one.
+        """Load the saved state if `resume` and there is one, else start anew.
 
         Raises:
-            UsageError: the saved run had another recipe, source, data or library version; the difference is named.
+            UsageError: The saved run had another recipe, source, data or library version
+                (`identity`).
         """
         file = self.partial / "state.json"
         if resume and file.is_file():
@@ -161,18 +172,21 @@ class Workspace:
             self._cut_log()
 
     def clear(self) -> None:
-        """Remove what an earlier run left in OUT.partial/."""
+        """Remove the files of an earlier run from OUT.partial/."""
         (self.partial / MOVING).unlink(missing_ok=True)
         for path in self.partial.iterdir():
             if path.name not in KEPT:
                 remove(path)
 
     def abandon(self) -> None:
-        """Remove OUT.partial/ after a run that trained nothing, unless an earlier run's state is in it."""
+        """Remove OUT.partial/ after a run that trained nothing, unless it has the state of an
+        earlier run.
+        """
         if not (self.partial / "state.json").is_file():
             self.discard()
 
     def _cut_log(self) -> None:
+        """Cut the log back to the saved step, and check it."""
         size = self.state.get("log_bytes", 0)
         with self.log_file.open("a+b") as file:
             file.seek(0)
@@ -190,11 +204,13 @@ class Workspace:
             self._log_hash.update(data)
 
     def save_due(self) -> bool:
+        """Return whether it is time for a save, or so many files are new that old ones must go."""
         return time.monotonic() - self.last_save > self.save_every or self.unsaved >= space.UNSAVED
 
-    def save(self, tensors: dict[str, torch.Tensor] | None) -> None:
-        """Save `state`, and the tensors that belong to it (None: none do, as between phases)."""
+    def save(self, tensors: dict[str, torch.Tensor] | None, run: dict[str, Any] | None = None) -> None:
+        """Save `state` and its tensors. Between phases it has none (None). `run` is what the run itself keeps."""
         self.last_save = time.monotonic()
+        self.state["run"] = run or {}
         if self.writes:
             self._write_state(tensors)
         self.unsaved = 0
@@ -211,13 +227,15 @@ class Workspace:
         self._sweep()
 
     def _sync_log(self) -> int:
-        """The log's length, once so much of it is on the disk."""
+        """Sync the log to the disk, and return its length in bytes."""
         with self.log_file.open("rb") as file:
             sync(file)
             return os.fstat(file.fileno()).st_size
 
     def _sweep(self) -> None:
-        """Remove the tensors that the saved state no longer speaks of: older states, and bests that were bettered."""
+        """Remove tensor files that the saved state does not name: older states, and weights that
+        are no longer the best.
+        """
         named = set(_texts(self.state))
         for path in [path for pattern in SWEPT for path in self.partial.glob(pattern)]:
             if path.name not in named:
@@ -225,13 +243,15 @@ class Workspace:
                 self.state.get("files", {}).pop(path.name, None)
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Write a safetensors file into OUT.partial/ whole or not at all (aliases are stored each by itself).
+        """Write a safetensors file into OUT.partial/, completely or not at all.
 
-        Tensor by tensor: beside the model and its optimizer there is no room for a copy of them.
+        It is written tensor by tensor, because memory may not have room for a copy of all. Tensors
+        that share memory are stored separately.
         """
         self.unsaved += 1
         if self.writes:
-            # the widest first, so that each lies at a multiple of its element's size, as whoever maps the file needs it
+            # The widest dtypes first: so each tensor starts at a multiple of its element size,
+            # which mapping needs.
             ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
             head, entries = build_header(ordered, {})
             parts = (part for made in ([head], map(memory, ordered.values())) for part in made)
@@ -239,10 +259,10 @@ class Workspace:
             self.state.setdefault("files", {})[name] = replace_parts(self.partial / name, parts, size)
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """What `write_tensors` wrote.
+        """Read a file that `write_tensors` wrote.
 
         Raises:
-            UsageError: it is not there, or not what was written.
+            UsageError: The file is missing, or has changed.
         """
         path, digest = self.partial / Path(name).name, self.state.get("files", {}).get(name)
         try:
@@ -253,10 +273,10 @@ class Workspace:
             raise _unusable(path, error) from None
 
     def publish(self) -> None:
-        """Make OUT appear by one rename, then remove OUT.partial/.
+        """Publish OUT by one rename, then remove OUT.partial/.
 
         Raises:
-            RunError: OUT has come to hold something that is not to be overwritten.
+            RunError: OUT now has files that must not be overwritten.
         """
         for path in self.ready.rglob("*"):
             sync_folder(path) if path.is_dir() else sync_file(path)
@@ -275,12 +295,18 @@ class Workspace:
         self.discard()
 
     def discard(self) -> None:
-        """Remove OUT.partial/, the mark and the lock last: whatever a kill leaves here is seen to be of no use."""
+        """Remove OUT.partial/, with its mark and its lock last.
+
+        So a later run knows that the rest is useless.
+        """
         for path in [*(p for p in self.partial.iterdir() if p.name not in (MOVING, *KEPT)), self.partial]:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def settle(self) -> bool:
-        """Is OUT finished, with nothing of its run left to do? Removes an OUT.partial/ that outlived its run."""
+        """Return whether OUT is finished and its run has nothing left to do.
+
+        Remove a useless OUT.partial/.
+        """
         if self.finished() and self.partial.is_dir():
             self._refuse_strange()
             moved = (self.partial / MOVING).is_file() and not self.ready.exists()
@@ -294,7 +320,10 @@ class Workspace:
 
 
 def is_ours(out: Path) -> bool:
-    """Is the directory an output of ours? A file of the name dsd/report.json alone does not make it one."""
+    """Return whether a directory is the output of a run.
+
+    A file dsd/report.json is not enough: it must be a report.
+    """
     try:
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -321,7 +350,7 @@ def _unusable(file: Path, error: Exception) -> UsageError:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in nested mappings and lists."""
+    """Yield every text in nested mappings and lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

@@ -196,7 +196,7 @@ def _document(text: Any, ids: Ids) -> Examined:
 
 def _windows(rows: Rows, ids: list[Ids], max_length: int, counts: Callable[[Ids], bool]) -> WindowedPart:
     spans, tokens, at = [], [], 0
-    for row, number in enumerate(rows.at):
+    for row, number in enumerate(rows.numbers):
         document = ids[int(number)]
         tokens.append(document)
         starts = [start for start in range(0, len(document), max_length) if counts(document[start : start + max_length])]

@@ -143,7 +143,7 @@ class CTCSpeech:
         return Batch(inputs, targets, sum(map(len, labels)), aside, texts)
 
     def _sound(self, part: SpeechPart, unit: int) -> torch.Tensor:
-        samples, rate = decode(raw_bytes(part.rows.table, self.audio_column, int(part.rows.at[unit])))
+        samples, rate = decode(raw_bytes(part.rows.table, self.audio_column, int(part.rows.numbers[unit])))
         return self.hearing.features(resample(samples, rate, self.hearing.rate))
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
@@ -248,7 +248,7 @@ def prepare_speech(
     unknown = _unknown_warnings([*used.values(), *(judged or {}).values()], words)
     divided = divide(used, judged, recipe.holdout)
     train, holdout, judge = (
-        SpeechPart(rows, [clips[id(rows.table)][int(at)] for at in rows.at]) if rows else None  # type: ignore[misc]
+        SpeechPart(rows, [clips[id(rows.table)][int(at)] for at in rows.numbers]) if rows else None  # type: ignore[misc]
         for rows in (divided.train, divided.holdout, divided.eval)
     )
     warnings = overlap_warning(divided) + skip_warnings(divided) + unknown

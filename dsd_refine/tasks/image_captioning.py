@@ -80,7 +80,7 @@ class ImageCaptioning:
 
     def batch(self, part: CaptionPart, items: Sequence[Item]) -> Batch:
         rows, table = [part.row_of(unit) for unit, _ in items], part.rows.table
-        raws = (raw_bytes(table, self.image_column, int(part.rows.at[row])) for row in rows)
+        raws = (raw_bytes(table, self.image_column, int(part.rows.numbers[row])) for row in rows)
         images = [pixels(raw, self.preprocessing, self.augment, seed) for raw, (_, seed) in zip(raws, items, strict=True)]
         tokens = [torch.from_numpy(part.tokens[unit]) for unit, _ in items]
         padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)  # what fills is masked by length, never by id

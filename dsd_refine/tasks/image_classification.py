@@ -38,7 +38,7 @@ class ImageClassification(Classification):
     input_name = "x"
 
     def _pixels(self, part: LabelledPart, unit: int, seed: int | None) -> torch.Tensor:
-        raw = raw_bytes(part.rows.table, self.image_column, int(part.rows.at[unit]))
+        raw = raw_bytes(part.rows.table, self.image_column, int(part.rows.numbers[unit]))
         try:
             return pixels(raw, self.preprocessing, self.augment, seed)
         except DataError as error:  # it was readable when the run began

@@ -37,7 +37,7 @@ class TextClassification(Classification):
 
     def encode(self, part: LabelledPart, units: Sequence[int]) -> dict[str, list[list[int]]]:
         """What the tokenizer makes of rows, each by itself."""
-        rows = part.rows.table.rows[[int(part.rows.at[unit]) for unit in units]]
+        rows = part.rows.table.rows[[int(part.rows.numbers[unit]) for unit in units]]
         texts = [[str(text) for text in rows[name]] for name in self.columns]
         return tokenized(self.tokenizer, *texts, truncation=True, max_length=self.max_length)
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from dsd_refine.compat import BatchNorm
 from dsd_refine.seeding import stable_seed
 from dsd_refine.training.batches import epoch_order, loader
 from dsd_refine.training.blame import computed
@@ -23,7 +23,7 @@ def reestimate(loop: Loop, key: Key) -> bool:
     Averaged weights, and weights masked without training after, have seen no batch (Izmailov et al. 2018, section 3.2).
     Every process goes over all batches, so that all find the same.
     """
-    norms = [m for m in loop.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [m for m in loop.model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
     if not norms:
         return False
     kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
@@ -57,7 +57,7 @@ def without_variance(loop: Loop) -> list[str]:
 
         return hook
 
-    norms = [(name, module) for name, module in loop.model.named_modules() if isinstance(module, _BatchNorm)]
+    norms = [(name, module) for name, module in loop.model.named_modules() if isinstance(module, BatchNorm)]
     hooks = [module.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, module in norms]
     loop.model.eval()
     with torch.no_grad():

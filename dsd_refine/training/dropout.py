@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
+
+from dsd_refine.compat import DropoutLayer
 
 SAYS_SO = re.compile("dropout|pdrop")
 # timm's and torchvision's words; in transformers a `drop_rate` is LeViT's stochastic depth
@@ -28,7 +29,7 @@ def dropouts(model: nn.Module) -> list[Place]:
 
 
 def _is_rate(module: nn.Module, name: str) -> bool:
-    if isinstance(module, _DropoutNd):
+    if isinstance(module, DropoutLayer):
         return name == "p"
     if isinstance(module, nn.RNNBase) and module.num_layers == 1:
         return False  # its dropout lies between layers

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from dsd_refine.compat import BatchNorm
 from dsd_refine.errors import UsageError
 from dsd_refine.masking.checkpoint_layers import Filled, frozen_names
 from dsd_refine.recipe import Phase, Recipe
@@ -46,7 +47,7 @@ def train_mode(model: nn.Module) -> None:
     """Training mode, but for BatchNorm whose parameters are all frozen: its statistics are part of what is frozen."""
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             own = list(module.parameters(recurse=False))
             if own and not any(p.requires_grad for p in own):
                 module.eval()

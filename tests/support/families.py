@@ -1,6 +1,6 @@
 """Tiny models of many families, and what a mask does with each of their tensors: docs/layers.md.
 
-`python tests/families.py` writes that file anew from what `dsd_refine` says; tests/test_families.py holds the two together.
+`python tests/support/families.py` writes that file anew from what `dsd_refine` says; tests/test_families.py holds the two together.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dsd_refine.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_l
 from dsd_refine.checkpoint.libraries.transformers import AUTO
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.masking.checkpoint_layers import first_layers, open_layers, outside_embeddings
-from dsd_refine.masking.layers import Layer, Spot, find_layers
+from dsd_refine.masking.layers import Layer, TensorSlice, find_layers
 from dsd_refine.recipe import validate
 
-TABLE = Path(__file__).parent.parent / "docs/layers.md"
+TABLE = Path(__file__).parent.parent.parent / "docs/layers.md"
 RECIPE = validate({"phases": [{"kind": "sparse", "steps": 1, "lr": 0.1, "sparsity": 0.3}]})
 EMPTY = torch.empty(0, dtype=torch.int64)
 
@@ -181,11 +181,11 @@ def opened(task: str, family: str, folder: Path) -> Checkpoint:
 
 def of_shapes(model: torch.nn.Module) -> list[Layer]:
     """The layers of an image model on the meta device, whose file has its own names."""
-    spots = {
-        name: (tuple(parameter.shape), [Spot(name, EMPTY, EMPTY)])
+    slices = {
+        name: (tuple(parameter.shape), [TensorSlice(name, EMPTY, EMPTY)])
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-    return find_layers(model, spots, first=first_layers(model, "image-classification"))
+    return find_layers(model, slices, first=first_layers(model, "image-classification"))
 
 
 def timm_layers() -> Iterator[tuple[str, list[Layer]]]:
@@ -224,7 +224,7 @@ def opened_families(task: str) -> Iterator[tuple[str, Checkpoint, list[Layer]]]:
 
 HEAD = """# What is masked, and why not
 
-Made by `python tests/families.py` with timm {timm}, torchvision {torchvision}, transformers {transformers};
+Made by `python tests/support/families.py` with timm {timm}, torchvision {torchvision}, transformers {transformers};
 `tests/test_families.py` holds it against the code, whose rules are in `dsd_refine/kinds.py`.
 `dsd-refine plan MODEL` says the same of any checkpoint, tensor by tensor.
 

@@ -83,6 +83,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "credit": "training",
         "rows_to_decide": None,
         "seeds": None,
+        "cost": {"seconds": 13.0, "samples": 10_240, "energy_joules": 540.0},
     }  # fmt: skip
     return copy.deepcopy(made) | changes
 
@@ -172,3 +173,16 @@ def recipe(**changes: Any) -> str:
 
     made = {"name": "net", "data": "/home/someone/pictures", "margin": 0.005, "phases": [{"kind": "sparse", "lr": 0.01}]}
     return yaml.safe_dump(made | changes, sort_keys=False)
+
+
+def predictions(gained: int = 40, lost: int = 10, rows: int = 1000, text: str = "cat") -> Any:
+    """A table as predictions.parquet has it: of `rows` rows, the first are gained, the next lost, the rest are right."""
+    import pyarrow as pa
+
+    before = [0.0] * gained + [1.0] * (rows - gained)
+    after = [1.0] * gained + [0.0] * lost + [1.0] * (rows - gained - lost)
+    columns: dict[str, Any] = {"row": [f"{text}/{row}.png" for row in range(rows)], "target": [text] * rows}
+    for arm, scores in (("baseline", before), ("refined", after)):
+        columns |= {f"prediction_{arm}": [text if right else f"no {text}" for right in scores]}
+        columns |= {f"score_{arm}": scores, f"count_{arm}": [1] * rows}
+    return pa.table(columns)

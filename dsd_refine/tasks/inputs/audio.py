@@ -19,7 +19,7 @@ import torch
 from dsd_refine.data.tables import in_words
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.forward import logits_of
-from dsd_refine.seeding import reseed
+from dsd_refine.seeding import seed_all
 
 PADDING_NOISE = 1e-4  # what rounding may do, as a share of the largest logit
 
@@ -124,7 +124,7 @@ class SpecAugment:
 
         if frames < self.length:
             return torch.zeros(frames, dtype=torch.bool)
-        reseed(seed)
+        seed_all(seed)
         return torch.from_numpy(_compute_mask_indices((1, frames), self.share, self.length, min_masks=self.least)[0])
 
 

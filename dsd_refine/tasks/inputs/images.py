@@ -25,7 +25,7 @@ from dsd_refine.data.reading import Table
 from dsd_refine.data.tables import in_words, raw_bytes, undecoded
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Augment
-from dsd_refine.seeding import reseed
+from dsd_refine.seeding import seed_all
 
 Pixels = Callable[[Image.Image], torch.Tensor]
 
@@ -354,7 +354,7 @@ def pixels(raw: bytes, preprocessing: Preprocessing, augment: Augment, seed: int
     image = decode(raw, preprocessing.channels)
     if seed is None:
         return preprocessing.evaluation(image)
-    reseed(seed)
+    seed_all(seed)
     if augment.flip and torch.rand(1) < augment.flip:
         image = functional.hflip(image)
     if augment.crop == "none":

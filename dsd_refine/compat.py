@@ -1,0 +1,87 @@
+"""Every private or undocumented name of a library that this package uses, in one place.
+
+A release of a library may remove such a name without notice. Each has the reason why it is used,
+and what to use if it goes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+
+# The common base of BatchNorm1d/2d/3d, SyncBatchNorm and the lazy ones. timm's and transformers'
+# own BatchNorm classes derive from it. If it goes: the tuple of the public classes.
+BatchNorm = _BatchNorm
+
+# The common base of Conv1d/2d/3d and ConvTranspose1d/2d/3d. If it goes: the tuple of these six.
+Convolution = _ConvNd
+
+# The common base of Dropout, Dropout1d/2d/3d and AlphaDropout. If it goes: the tuple of these.
+DropoutLayer = _DropoutNd
+
+
+def multiply_in_place(tensors: list[torch.Tensor], factors: list[torch.Tensor]) -> None:
+    """Multiply each tensor by its factor, in place, with one kernel for many tensors.
+
+    torch's own optimizers use this function, which has no public name. If it goes: a loop of
+    `mul_`.
+    """
+    torch._foreach_mul_(tensors, factors)
+
+
+def not_compiled(model: Any) -> Any:
+    """Return the module that `torch.compile` wrapped, or `model` itself if it is not compiled.
+
+    torch gives the wrapped module no public name. If it goes:
+    `accelerate.utils.extract_model_from_parallel(model, keep_torch_compile=False)`.
+    """
+    return getattr(model, "_orig_mod", model)
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the parameters that the module itself registers, by attribute.
+
+    None: registered, without a value.
+
+    `named_parameters(recurse=False)` leaves out those without a value. If it goes: that.
+    """
+    return module._parameters
+
+
+def card_infos(card_data: Any) -> dict[str, Any]:
+    """Return the `dataset_info` of a data set's card, by configuration.
+
+    `datasets` reads cards with this class, but does not document it. If it goes: the entry
+    `dataset_info` of the card, with `datasets.Features` made from its `features`.
+    """
+    from datasets.info import DatasetInfosDict
+
+    return dict(DatasetInfosDict.from_dataset_card_data(card_data))
+
+
+def card_configs(card_data: Any) -> dict[str, dict[str, Any]]:
+    """Return the configurations of a data set's card, each with its options.
+
+    `datasets` reads cards with this class, but does not document it. If it goes: the entry
+    `configs` of the card, whose items have a `config_name`.
+    """
+    from datasets.utils.metadata import MetadataConfigs
+
+    return dict(MetadataConfigs.from_dataset_card_data(card_data))
+
+
+def default_config(configs: dict[str, dict[str, Any]]) -> str | None:
+    """Return the name of the default configuration of `card_configs`, or None.
+
+    If the undocumented class goes: the only one, or the one called default, or the one marked
+    `default`.
+    """
+    from datasets.utils.metadata import MetadataConfigs
+
+    name: str | None = MetadataConfigs(configs).get_default_config_name()
+    return name
