@@ -14,6 +14,7 @@ import torch
 from builders import WORDS, image_folder, text_file, word_tokenizer
 from PIL import Image
 
+from dsd_refine.checkpoint.preprocessing import Preprocessing
 from dsd_refine.data.columns import LABEL, column
 from dsd_refine.data.files import paragraphs
 from dsd_refine.data.labels import label_texts, match_labels
@@ -25,7 +26,7 @@ from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Scores
 from dsd_refine.tasks.causal_lm import prepare_documents
 from dsd_refine.tasks.image_classification import prepare_images
-from dsd_refine.tasks.inputs.images import Preprocessing, decode
+from dsd_refine.tasks.inputs.images import decode
 from dsd_refine.tasks.inputs.texts import longest
 from dsd_refine.tasks.text_classification import prepare_texts
 
@@ -59,7 +60,7 @@ def grey(*_):
 
 
 def pictures(folder, cache, aliases=(("a",), ("b",), ("c",)), **fields):
-    return prepare_images(recipe(**fields), read(folder, cache), None, grey(), aliases, 3, "x")
+    return prepare_images(recipe(**fields), read(folder, cache), None, grey(), aliases, 3)
 
 
 def texts(tables, aliases=(("neg",), ("pos",)), evaluation=None, classes=2, **fields):
@@ -612,7 +613,7 @@ def test_numbers_go_by_number_not_by_text():
 
 def test_numeric_folders_go_by_number(tmp_path):
     image_folder(tmp_path / "d", classes=[str(n) for n in range(11)], per_class=2)
-    task = prepare_images(recipe(holdout=0, keep="last"), read(tmp_path / "d", tmp_path / "c"), None, grey(), None, 11, "x")
+    task = prepare_images(recipe(holdout=0, keep="last"), read(tmp_path / "d", tmp_path / "c"), None, grey(), None, 11)
     folders = [task.train.rows.name(row).split("/")[1] for row in range(22)]
     assert [int(name) for name in folders] == task.train.ids.tolist()
 
@@ -620,7 +621,7 @@ def test_numeric_folders_go_by_number(tmp_path):
 def test_integer_names_of_the_model_win_over_order(tmp_path):
     aliases = (("0",), ("1",), ("10",), ("2",))
     image_folder(tmp_path / "d", classes=["0", "1", "10", "2"], per_class=2)
-    task = prepare_images(recipe(holdout=0, keep="last"), read(tmp_path / "d", tmp_path / "c"), None, grey(), aliases, 4, "x")
+    task = prepare_images(recipe(holdout=0, keep="last"), read(tmp_path / "d", tmp_path / "c"), None, grey(), aliases, 4)
     assert {task.train.rows.labels[row]: int(task.train.ids[row]) for row in range(8)} == {"0": 0, "1": 1, "10": 2, "2": 3}
 
 

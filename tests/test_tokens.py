@@ -232,8 +232,8 @@ def test_a_mask_token_that_the_model_has_not_is_refused(refused, made, tmp_path)
 def test_chance_words_are_the_model_s_own():
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(["one more", "two more"])
-    assert Masking.of(tokenizer, TOKENS).words.max() == TOKENS - 1
-    assert (Masking.of(tokenizer, TOKENS).words == Masking.of(word_tokenizer()).words).all()
+    assert Masking.of(tokenizer, TOKENS).replacements.max() == TOKENS - 1
+    assert (Masking.of(tokenizer, TOKENS).replacements == Masking.of(word_tokenizer()).words).all()
 
 
 def test_captions_with_a_token_that_the_model_has_not_are_skipped(command, tmp_path):

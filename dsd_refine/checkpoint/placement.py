@@ -54,17 +54,6 @@ def gather(parts: tuple[Part, ...], start: torch.Tensor, state: Mapping[str, tor
     return out.reshape(start.shape)
 
 
-def scatter(parts: tuple[Part, ...], values: torch.Tensor, into: Mapping[str, torch.Tensor]) -> None:
-    """Write a file-shaped tensor into model-shaped ones, in place (which must be contiguous)."""
-    flat = values.reshape(-1)
-    for part in parts:
-        view = into[part.key].view(-1)
-        if part.whole:
-            view.copy_(flat)
-        else:
-            view[part.target] = flat[part.source]
-
-
 def place(layout: Layout, model: torch.nn.Module, load: Load | None, same: Callable[[str], bool]) -> Placement:
     """File tensor -> parts, for every tensor of the file that is the model's. Tensors left out pass through.
 

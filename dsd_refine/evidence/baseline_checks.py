@@ -17,7 +17,7 @@ from dsd_refine.evidence.confusion import Assignment, better_assignment, suspect
 from dsd_refine.evidence.paired import ALPHA
 from dsd_refine.recipe import Recipe
 from dsd_refine.report.card import evaluated_on
-from dsd_refine.tasks.base import Guess, Scores, Task
+from dsd_refine.tasks.base import ChanceBaseline, Scores, Task
 
 UNBOUNDED = ("loss", "perplexity")  # every other metric is a fraction
 
@@ -136,12 +136,12 @@ def _chance_warnings(task: Task, found: Mapping[str, float], margin: float) -> l
     return [
         f"the source's {guess.metric} of {found[guess.metric]:.4f} cannot be told from {guess.how} ({guess.value:.4f}): "
         "are these the data, the labels and the preprocessing that it was trained with?"
-        for guess in task.guesses
+        for guess in task.chance_baselines
         if not _beats(found[guess.metric], guess, margin)
     ][:1]
 
 
-def _beats(value: float, guess: Guess, margin: float) -> bool:
+def _beats(value: float, guess: ChanceBaseline, margin: float) -> bool:
     """Surely more rows right than a guess has; by more than the margin, where the metric is no count of rows."""
     if guess.rows is not None:
         return bool(binomtest(round(value * guess.rows), guess.rows, guess.value, alternative="greater").pvalue < ALPHA)

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from dsd_refine.evidence.baseline_checks import UNBOUNDED
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks.base import Guess, Score, Task
+from dsd_refine.tasks.base import ChanceBaseline, Score, Task
 
 FEWEST = 20  # rows or steps from which damage is spoken of
 ERRORS = 3.0  # standard errors that it must be beyond
@@ -24,7 +24,7 @@ def view_warnings(task: Task, plain: Sequence[Score], seen: Sequence[Score], rec
     Said where it loses more than half of what it is better than guessing by, beyond ERRORS standard errors of the rows'
     differences: augmentation that suits the pictures costs far less.
     """
-    guess = next((each for each in task.guesses if each.rows is not None or each.metric == "loss"), None)
+    guess = next((each for each in task.chance_baselines if each.rows is not None or each.metric == "loss"), None)
     if guess is None or len(plain) < FEWEST:
         return []
     before, after = (np.array([_value(one, guess) for one in scores]) for scores in (plain, seen))
@@ -40,7 +40,7 @@ def view_warnings(task: Task, plain: Sequence[Score], seen: Sequence[Score], rec
     ]
 
 
-def _value(score: Score, guess: Guess) -> float:
+def _value(score: Score, guess: ChanceBaseline) -> float:
     """A row's own share of the guess's metric; a caption's loss is over the targets that end its statistics."""
     count = score.count or (score.stats[-1] if score.stats else 1)
     return (score.loss if guess.metric == "loss" else score.score) / max(1, count)

@@ -14,8 +14,8 @@ from dsd_refine.errors import UsageError
 from dsd_refine.masking.kinds import first_layer
 from dsd_refine.masking.layers import Layer, Spot, find_layers
 from dsd_refine.recipe import Recipe
+from dsd_refine.task_specs import TASKS
 
-SEES = ("image-classification", "ctc-speech", "image-captioning")  # tasks whose models are given pixels or sound
 FEW = 1 / 3  # of the weights outside embeddings: below this share of maskable ones a warning says so
 SAME = "the same storage"
 
@@ -58,7 +58,7 @@ def _without_frozen(checkpoint: Checkpoint, recipe: Recipe, layers: list[Layer])
 
 def first_layers(model: nn.Module, task: str) -> list[str]:
     """The modules that see pixels or sound: timm's `first_conv`, else the model's first layer; none where tokens go in."""
-    if task not in SEES:
+    if not TASKS[task].sees_signal:
         return []
     modules = dict(model.named_modules())
     # a head may be defined before the rest; what the library calls the base model is not

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dsd_refine.checkpoint.checkpoint import Checkpoint, Library, open_shapes
+from dsd_refine.checkpoint.checkpoint import Checkpoint, open_shapes
+from dsd_refine.checkpoint.library import Library
 from dsd_refine.checkpoint.source import Source
 from dsd_refine.data.splits import is_on_hub
 from dsd_refine.masking.checkpoint_layers import few_maskable, frozen_names, open_layers

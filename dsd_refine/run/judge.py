@@ -111,7 +111,7 @@ def look_for_harm(run: Run) -> None:
     lines = harm_warnings(task, recipe, "evaluation split", found, lambda arm: against_source(run, arm).p_value < ALPHA)
     if not lines and task.holdout is not None and run.state["looked"]["holdout"]:
         held = {"baseline": run.state["looked"]["holdout"]} | {arm: run.selected(arm)["holdout"] for arm in run.arms}
-        rows = len(task.holdout.rows) if any(guess.rows is not None for guess in task.guesses) else None
+        rows = len(task.holdout.rows) if any(guess.rows is not None for guess in task.chance_baselines) else None
         lines = harm_warnings(
             task, recipe, "holdout", held, lambda arm: clearly_worse(held[arm], held["baseline"], task, recipe, rows)
         )

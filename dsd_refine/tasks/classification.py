@@ -26,7 +26,7 @@ from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Parts, Rows, divide, use_rows
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of, weighted_logits
-from dsd_refine.tasks.base import Batch, Forward, Guess, Score, Scores, ratio
+from dsd_refine.tasks.base import Batch, ChanceBaseline, Forward, Score, Scores, Tables, ratio
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LabelledPart:
 
 @dataclass
 class Classification:
-    """The half of a classification task that does not care what the rows are."""
+    """What a classification task is apart from its inputs."""
 
     labels: LabelMap
     train: LabelledPart
@@ -57,14 +57,14 @@ class Classification:
     higher_is_better: bool = True
 
     @property
-    def guesses(self) -> tuple[Guess, ...]:
+    def chance_baselines(self) -> tuple[ChanceBaseline, ...]:
         classes, rows = len(self.labels.model), len(self.eval.ids)
         counts = np.bincount(self.eval.ids, minlength=classes)
         most = int(counts.argmax())
         always = f"always naming {self.labels.model[most]!r}, the commonest class here,"
         return (
-            Guess("accuracy", 1 / classes, "guessing", rows, higher_is_better=True),
-            Guess("accuracy", float(counts[most] / rows), always, rows, higher_is_better=True),
+            ChanceBaseline("accuracy", 1 / classes, "guessing", rows, higher_is_better=True),
+            ChanceBaseline("accuracy", float(counts[most] / rows), always, rows, higher_is_better=True),
         )
 
     def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
@@ -101,8 +101,8 @@ Examine = Callable[[Table, list[str | None]], list[Examined]]
 
 
 def labelled_parts(
-    tables: dict[str, Table],
-    evaluation: dict[str, Table] | None,
+    tables: Tables,
+    evaluation: Tables | None,
     label_column: Callable[[Table], str],
     examine: Examine,
     aliases: Sequence[Sequence[str]] | None,
@@ -208,7 +208,7 @@ def _examined(table: Table, labels: list[str | None], left: frozenset[str], exam
     )
 
 
-def _declared(tables: dict[str, Table], label_column: Callable[[Table], str]) -> list[str] | None:
+def _declared(tables: Tables, label_column: Callable[[Table], str]) -> list[str] | None:
     table = tables.get("train") or next(iter(tables.values()))
     names = table.classes or getattr(table.rows.features[label_column(table)], "names", None)
     return list(names) if names else None

@@ -1,4 +1,4 @@
-"""Tokenizers: the checkpoint's own, and calls of it that end in a value or in an error of ours: its file's, or a text's."""
+"""The checkpoint's own tokenizer: loading it, and calls of it that return a value or raise DataError or CheckpointError."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ def rows_of_embedding(model: Any, config: Any) -> int | None:
         embedding = model.get_input_embeddings()
     rows = getattr(embedding, "num_embeddings", None) or getattr(config.get_text_config(), "vocab_size", None)
     return int(rows) if rows else None
+
+
+def known_tokens(tokenizer: Any, size: int | None) -> int:
+    """How many of the tokenizer's tokens the model has an embedding for. `size` is the number of its embeddings."""
+    return min(len(tokenizer), size or len(tokenizer))
 
 
 def beyond_warnings(tokenizer: Any, size: int | None) -> list[str]:
