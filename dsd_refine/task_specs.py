@@ -1,6 +1,7 @@
 """The tasks: one entry each. What asks which tasks there are, or how they differ, reads it here.
 
-Light on purpose: `--help` and a recipe's schema need it, and import no torch. `docs/adding-a-task.md` says how to add one.
+Light on purpose: `--help` and a recipe's schema need it, and import no torch.
+`docs/adding-a-task.md` says how to add one.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ class TaskSpec:
         opener: `module:function` that makes the task of its data, called as `prepare_task` does.
         columns: the kinds of column that it reads, the content first (`tasks.registry.KINDS`).
         auto_class: transformers' class that builds and loads its models.
-        model_list: transformers' list of such models, `MODEL_FOR_…_MAPPING_NAMES` in lower case with hyphens.
+        model_list: transformers' list of such models, `MODEL_FOR_…_MAPPING_NAMES` in lower case
+            with hyphens.
         endings: endings of class names in a config's `architectures` that tell the task.
         processor: transformers' class that prepares the inputs, for the model card.
         pipeline_tag: the Hub's name of the task.
-        default_length: tokens of a text where neither `--max-length` nor the checkpoint has a limit; None: it cuts none.
+        default_length: tokens of a text where neither `--max-length` nor the checkpoint has a
+            limit; None: it cuts none.
         model_types: the only families of transformers that it is for; empty: all of the list.
         libraries: the libraries whose models do it.
     """
@@ -47,7 +50,9 @@ class TaskSpec:
 
     @property
     def sees_signal(self) -> bool:
-        """Do pixels or sound go in? The first layer that sees them is not masked; of tokens it is an embedding."""
+        """Do pixels or sound go in? The first layer that sees them is not masked; of tokens it is
+        an embedding.
+        """
         return "image" in self.columns or "audio" in self.columns
 
 

@@ -1,4 +1,6 @@
-"""A task is one file and one entry in `task_specs.TASKS`; a library is one adapter. Nothing else asks for either by name."""
+"""A task is one file and one entry in `task_specs.TASKS`; a library is one adapter. Nothing else
+asks for either by name.
+"""
 
 import ast
 import importlib
@@ -41,7 +43,9 @@ phases:
 
 @pytest.fixture
 def brightness(monkeypatch, tmp_path):
-    """The toy task of tests/support/brightness.py, registered for one test, with its default recipe."""
+    """The toy task of tests/support/brightness.py, registered for one test, with its default
+    recipe.
+    """
     from dsd_refine import recipe
 
     (tmp_path / "recipes").mkdir()

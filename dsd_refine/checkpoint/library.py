@@ -17,8 +17,9 @@ Tensors = dict[str, torch.Tensor]
 class Library(Protocol):
     """An adapter: one checkpoint folder as its library reads it.
 
-    `name` is the library's, `task` a key of `TASKS`. `config` is the library's own config object, for what prepares a
-    model's inputs (None: the library has none), and `trust_remote_code` whether code of the folder may be run for that.
+    `name` is the library's, `task` a key of `TASKS`. `config` is the library's own config object,
+    for what prepares a model's inputs (None: the library has none), and `trust_remote_code` whether
+    code of the folder may be run for that.
     """
 
     @property
@@ -50,9 +51,11 @@ class Library(Protocol):
         ...
 
     def load(self, tensors: Tensors, dtype: torch.dtype) -> torch.nn.Module:
-        """The model through the library's own loading, with these tensors of the file; those that it does not use pass.
+        """The model through the library's own loading, with these tensors of the file; those that
+        it does not use pass.
 
-        The model is built on the meta device first, where a bound on its size (`guard.bounded`) costs no memory.
+        The model is built on the meta device first, where a bound on its size (`guard.bounded`)
+        costs no memory.
 
         Raises:
             CheckpointError: a missing, misshapen or re-initialised parameter, by name.
@@ -68,7 +71,8 @@ class Library(Protocol):
         ...
 
     def label_names(self) -> tuple[Sequence[Sequence[str]] | None, int]:
-        """(the names of each class, of which any may be meant; the number of classes). None: the classes have no names.
+        """(the names of each class, of which any may be meant; the number of classes). None: the
+        classes have no names.
 
         Raises:
             CheckpointError: names in the config that cannot be those of its classes.

@@ -1,4 +1,6 @@
-"""How a checkpoint's images are prepared. The adapters make it of what their libraries' configs say."""
+"""How a checkpoint's images are prepared. The adapters make it of what their libraries' configs
+say.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ _SIMPLE = (str, int, float, list, tuple, dict)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """A checkpoint's own: `evaluation` and `training` turn an image into a float tensor (channels, height, width).
+    """A checkpoint's own: `evaluation` and `training` turn an image into a float tensor (channels,
+    height, width).
 
-    It is sent to the processes that load data, so it must be picklable (no lambda, no function within a function).
-    `normalise` is the part after any cropping, `size` the training crop (height, width), `shown` what the report says.
-    `input_name` is the argument of the model's `forward` that takes a batch of images.
+    It is sent to the processes that load data, so it must be picklable (no lambda, no function
+    within a function). `normalise` is the part after any cropping, `size` the training crop
+    (height, width), `shown` what the report says. `input_name` is the argument of the model's
+    `forward` that takes a batch of images.
     """
 
     channels: int

@@ -1,7 +1,8 @@
-"""torchvision's released weights: it releases bare `.pth` files, and what they are is written in its weights enums.
+"""torchvision's released weights: it releases bare `.pth` files, and what they are is written in
+its weights enums.
 
-Our layout of a folder is such an entry put into config.json beside the weights, so that an output can be refined and
-verified again.
+Our layout of a folder is such an entry put into config.json beside the weights, so that an output
+can be refined and verified again.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ RELEASED_ARGS: dict[str, dict[str, Any]] = {
 
 
 def entry(name: str) -> tuple[str, Any]:
-    """(architecture, member of its weights enum) that `NAME` or `NAME.TAG` means; without a tag torchvision's default.
+    """(architecture, member of its weights enum) that `NAME` or `NAME.TAG` means; without a tag
+    torchvision's default.
 
     Raises:
-        CheckpointError: no such classification model, or no such weights of it, with the nearest or all names.
+        CheckpointError: no such classification model, or no such weights of it, with the nearest or
+            all names.
     """
     architecture, _, tag = name.partition(".")
     known = models.list_models(module=models)
@@ -37,13 +40,13 @@ def entry(name: str) -> tuple[str, Any]:
         close = difflib.get_close_matches(architecture, known, n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise CheckpointError(f"torchvision {torchvision.__version__} has no classification model {architecture!r}{hint}")
-    found = models.get_model_weights(architecture)
-    if tag and tag not in found.__members__:
-        tags = ", ".join(found.__members__) or "none"
+    members = models.get_model_weights(architecture)
+    if tag and tag not in members.__members__:
+        tags = ", ".join(members.__members__) or "none"
         raise CheckpointError(f"{architecture}: torchvision has no weights {tag!r} of it, but {tags}")
-    if not tag and "DEFAULT" not in found.__members__:
+    if not tag and "DEFAULT" not in members.__members__:
         raise CheckpointError(f"{architecture}: torchvision knows the architecture but no released weights of it")
-    member = found[tag or "DEFAULT"]
+    member = members[tag or "DEFAULT"]
     if not member.meta["categories"]:
         raise CheckpointError(f"{name}: these weights have no classifier; there is nothing to refine")
     return architecture, member
@@ -84,7 +87,7 @@ def describe_in(folder: Path, architecture: str, weights: Any) -> str:
 
 
 def link_weights(folder: Path, weights: Any) -> None:
-    """Put a link to the weights in torch.hub's cache into `folder`; they are downloaded if needed.
+    """Put a link into `folder` to the weights in torch.hub's cache; they are downloaded if needed.
 
     Raises:
         CheckpointError: the file is not in the cache and cannot be downloaded.
@@ -102,7 +105,9 @@ def _file_of(weights: Any) -> tuple[str, str | None]:
 
 
 def _cached(url: str, name: str, digest: str | None) -> Path:
-    """The file in torch.hub's cache (TORCH_HOME), as torch.hub would have put it there, but read by nobody yet."""
+    """The file in torch.hub's cache (TORCH_HOME), where torch.hub itself would put it; nothing in
+    it is read.
+    """
     path = Path(torch.hub.get_dir(), "checkpoints", name).absolute()
     if path.is_file():
         return path

@@ -1,6 +1,7 @@
 """What a task is: rows to batches, batches to a loss or to a score for each row, scores to metrics.
 
-The loop calls three functions of a task (batch, loss, score). It knows no task, and a task knows no loop.
+The loop calls three functions of a task (batch, loss, score). It knows no task, and a task knows no
+loop.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ IGNORED = -100  # target of a position that the loss ignores, torch's default
 
 @dataclass(frozen=True)
 class Batch:
-    """Collated examples. `inputs` go to the model by name (`x`: by position); `count` is the number of real targets.
+    """Collated examples. `inputs` go to the model by name (`x`: by position); `count` is the number
+    of real targets.
 
-    `aside` and `texts` have an entry a row: what the task's loss and scores need and the model does not take.
-    `items` say which units it was made of, where the loop made it.
+    `aside` and `texts` have an entry a row: what the task's loss and scores need and the model does
+    not take. `items` say which units it was made of, where the loop made it.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -51,9 +53,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Score:
-    """The score of one unit: the metric is the sum of `score` over the sum of `count`; `loss` is its summed training loss.
+    """The score of one unit: the metric is the sum of `score` over the sum of `count`; `loss` is
+    its summed training loss.
 
-    `text` is the prediction of a task that predicts text; `stats` are sums that the task's other metrics are made of.
+    `text` is the prediction of a task that predicts text; `stats` are sums that the task's other
+    metrics are made of.
     """
 
     score: float
@@ -66,9 +70,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of each row of a part, in its order: float64 arrays; `prediction` is -1 where the task predicts no class.
+    """Of each row of a part, in its order: float64 arrays; `prediction` is -1 where the task
+    predicts no class.
 
-    `text` is the predicted text (None: the task predicts none), `stats` is rows x statistics (None: it has none).
+    `text` is the predicted text (None: the task predicts none), `stats` is rows x statistics (None:
+    it has none).
     """
 
     score: np.ndarray[Any, Any]
@@ -98,7 +104,9 @@ class Scores:
         return new if width else replace(new, stats=None)
 
     def compared(self, corpus: object | None) -> np.ndarray[Any, Any]:
-        """What arms are compared by: the score of each row, or its statistics where the metric is one of the corpus."""
+        """What arms are compared by: the score of each row, or its statistics where the metric is
+        one of the corpus.
+        """
         return self.score if corpus is None or self.stats is None else self.stats
 
     def pack(self) -> dict[str, torch.Tensor]:
@@ -124,8 +132,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class ChanceBaseline:
-    """The score of a trivial predictor: `value` of `metric`, and `how` it predicts. A source that does no better is
-    probably used wrongly.
+    """The score of a trivial predictor: `value` of `metric`, and `how` it predicts. A source that
+    does no better is probably used wrongly.
 
     `rows`: the metric is the share of so many rows that are right (None: it is no count of rows).
     """
@@ -138,7 +146,9 @@ class ChanceBaseline:
 
 
 class Part(Protocol):
-    """One part of the data, as a task prepared it: `units` examples, each belonging to a row of `rows`."""
+    """One part of the data, as a task prepared it: `units` examples, each belonging to a row of
+    `rows`.
+    """
 
     @property
     def rows(self) -> Rows: ...
@@ -150,7 +160,9 @@ class Part(Protocol):
 
 
 class Task(Protocol):
-    """One kind of model and data. `metric` is the name in the report; all metrics are fractions or sums over counts."""
+    """One kind of model and data. `metric` is the name in the report; all metrics are fractions or
+    sums over counts.
+    """
 
     name: str
     metric: str
@@ -200,7 +212,9 @@ class Task(Protocol):
 
 
 def require(task: str, extra: str, *packages: str) -> None:
-    """Raise UsageError where a task's packages are not installed, with the name of the extra that has them."""
+    """Raise UsageError where a task's packages are not installed, with the name of the extra that
+    has them.
+    """
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise UsageError(f"{task} needs {' and '.join(missing)}: pip install 'dsd-refine[{extra}]'")

@@ -1,4 +1,6 @@
-"""Causal language modelling: the next token of documents, which are tokenized exactly as the checkpoint's tokenizer does."""
+"""Causal language modelling: the next token of documents, which are tokenized exactly as the
+checkpoint's tokenizer does.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,8 @@ def prepare_documents(
     max_length: int,
     size: int | None = None,
 ) -> CausalLM:
-    """Tokenize every document, skip those without a target, divide. `size` is the number of the model's embeddings.
+    """Tokenize every document, skip those without a target, divide. `size` is the number of the
+    model's embeddings.
 
     Raises:
         DataError: no text column, or no usable documents.
@@ -153,7 +156,8 @@ def cut_documents(
     counts: Callable[[Ids], bool],
     size: int | None = None,
 ) -> tuple[tuple[WindowedPart, WindowedPart | None, WindowedPart], list[str]]:
-    """Tokenize every document, examine it, divide, and cut into consecutive windows; those that `counts` denies are left out.
+    """Tokenize every document, examine it, divide, and cut into consecutive windows; those that
+    `counts` denies are left out.
 
     Returns the parts that train, select and judge, and the warnings.
 

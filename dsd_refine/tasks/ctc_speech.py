@@ -1,4 +1,6 @@
-"""CTC speech recognition: clips of any rate and length, through the checkpoint's own feature extractor."""
+"""CTC speech recognition: clips of any rate and length, through the checkpoint's own feature
+extractor.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ from dsd_refine.tasks.inputs.tokens import load_tokenizer, or_reason, tokenized
 
 @dataclass(frozen=True)
 class CtcDecoder:
-    """The checkpoint's tokenizer: from text to labels, and from the best label of each frame to text.
+    """The checkpoint's tokenizer: from text to labels, and from the best label of each frame to
+    text.
 
     `blank` is CTC's blank label, `size` the number of the model's labels.
     """
@@ -79,7 +82,9 @@ class CtcDecoder:
         return "its text holds the blank's token" if self.blank in labels else None
 
     def unknown(self, texts: set[str]) -> list[str]:
-        """The characters of the texts that become the tokenizer's unknown token: none where it has no such token."""
+        """The characters of the texts that become the tokenizer's unknown token: none where it has
+        no such token.
+        """
         if self.tokenizer.unk_token_id is None:
             return []
         characters = sorted({letter for text in texts for letter in text if not letter.isspace()})
@@ -88,7 +93,9 @@ class CtcDecoder:
 
 @dataclass(frozen=True)
 class Clip:
-    """Of a row, without its audio: label ids, and the lengths of input, frames that SpecAugment masks, and output."""
+    """Of a row, without its audio: label ids, and the lengths of input, frames that SpecAugment
+    masks, and output.
+    """
 
     labels: np.ndarray[Any, Any]
     length: int
@@ -113,10 +120,11 @@ class SpeechPart:
 
 @dataclass
 class CTCSpeech:
-    """`ctc-speech` for transformers models. A real target is a label of the tokenizer; a row's loss is its CTC loss in full.
+    """`ctc-speech` for transformers models. A real target is a label of the tokenizer; a row's loss
+    is its CTC loss in full.
 
-    Per row, `score` are the word edits and `count` the words of the reference (jiwer); `stats` are the character edits, the
-    characters of the reference, and the labels.
+    Per row, `score` are the word edits and `count` the words of the reference (jiwer); `stats` are
+    the character edits, the characters of the reference, and the labels.
     """
 
     train: SpeechPart
@@ -161,18 +169,19 @@ class CTCSpeech:
         return torch.cat(parts)
 
     def score(self, forward: Forward, batch: Batch) -> list[Score]:
-        found: dict[int, Score] = {}
+        scores: dict[int, Score] = {}
         for rows, logits in self._logits_of_rows(forward, batch):
             best, losses = logits.argmax(-1).cpu(), self._nll(logits, batch, rows).double().tolist()
             for i, row in enumerate(rows):
                 text = self.decoder.text(best[i, : int(batch.aside["frames"][row])].tolist())
                 labels = int((batch.targets[row] != IGNORED).sum())
-                found[row] = row_score(batch.texts[row][0], text, losses[i], labels)
-        return [found[row] for row in range(len(batch.targets))]
+                scores[row] = row_score(batch.texts[row][0], text, losses[i], labels)
+        return [scores[row] for row in range(len(batch.targets))]
 
     def _logits_of_rows(self, forward: Forward, batch: Batch) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Pairs of rows and their logits. A model without mask is given clips of one length at a time, without padding: so its
-        logits of a clip do not depend on the others, in evaluation and in training.
+        """Pairs of rows and their logits. A model without mask is given clips of one length at a
+        time, without padding: so its logits of a clip do not depend on the others, in evaluation
+        and in training.
         """
         if self.extractor.masked:
             yield list(range(len(batch.targets))), logits_of(forward, batch.inputs)
@@ -195,8 +204,8 @@ class CTCSpeech:
 
     def metrics(self, scores: Scores) -> dict[str, float]:
         edits, characters, labels = (scores.stats if scores.stats is not None else np.zeros((1, 3))).T
-        found = {"wer": ratio(scores.score, scores.count), "cer": ratio(edits, characters)}
-        return found | {"loss": ratio(scores.loss, labels)}
+        rates = {"wer": ratio(scores.score, scores.count), "cer": ratio(edits, characters)}
+        return rates | {"loss": ratio(scores.loss, labels)}
 
     def target(self, part: SpeechPart, row: int) -> str | None:
         return part.rows.texts[row][0]
@@ -246,7 +255,8 @@ def prepare_speech(
     """Read every clip once, tokenize its text, skip what cannot be trained on, divide.
 
     Raises:
-        DataError: no audio or text column, no usable rows, or texts of which the tokenizer does not know the half.
+        DataError: no audio or text column, no usable rows, or texts of which the tokenizer does not
+            know the half.
         UsageError: the packages for audio are not installed.
     """
     require("ctc-speech", "speech", "soundfile", "jiwer")
@@ -266,7 +276,7 @@ def prepare_speech(
     unknown = _unknown_warnings([*used.values(), *(judged or {}).values()], decoder)
     divided = divide(used, judged, recipe.holdout)
     train, holdout, judge = (
-        SpeechPart(rows, [clips[id(rows.table)][int(at)] for at in rows.at]) if rows else None  # type: ignore[misc]
+        SpeechPart(rows, [clips[id(rows.table)][int(number)] for number in rows.at]) if rows else None  # type: ignore[misc]
         for rows in (divided.train, divided.holdout, divided.eval)
     )
     warnings = overlap_warning(divided) + skip_warnings(divided) + unknown
@@ -320,7 +330,8 @@ def _unknown_warnings(parts: Sequence[Rows], decoder: CtcDecoder) -> list[str]:
     """One line where texts hold what the tokenizer does not know.
 
     Raises:
-        DataError: it is more than half of all characters, as when the text is of another case or alphabet.
+        DataError: it is more than half of all characters, as when the text is of another case or
+            alphabet.
     """
     texts = [text for rows in parts for (text,) in rows.texts]
     unknown = decoder.unknown(set(texts))

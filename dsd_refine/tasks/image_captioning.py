@@ -1,4 +1,6 @@
-"""Image captioning: teacher-forced loss for training and selection, BLEU of generated captions for evaluation."""
+"""Image captioning: teacher-forced loss for training and selection, BLEU of generated captions for
+evaluation.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class CaptionPart:
-    """Images with their captions. Unit u is one caption of the row `row[u]`: `tokens[u]`, from start to end."""
+    """Images with their captions. Unit u is one caption of the row `row[u]`: `tokens[u]`, from
+    start to end.
+    """
 
     rows: Rows
     row: Array
@@ -57,11 +61,13 @@ class CaptionPart:
 
 @dataclass
 class ImageCaptioning:
-    """`image-captioning` for transformers models. A real target is a token of a caption after the start, its end included.
+    """`image-captioning` for transformers models. A real target is a token of a caption after the
+    start, its end included.
 
-    Captions are generated for the evaluation split alone; the holdout selects by the loss. Per row, `stats` are BLEU's ten
-    sums over 1- to 4-grams and the number of targets, `score` the matching 4-grams and `count` the generated ones; BLEU is
-    no ratio of these two, and is computed from `stats`.
+    Captions are generated for the evaluation split alone; the holdout selects by the loss. Per row,
+    `stats` are BLEU's ten sums over 1- to 4-grams and the number of targets, `score` the matching
+    4-grams and `count` the generated ones; BLEU is no ratio of these two, and is computed from
+    `stats`.
     """
 
     train: CaptionPart
@@ -157,7 +163,9 @@ class ImageCaptioning:
 
 
 def row_score(references: Sequence[str], text: str | None, loss: float, targets: int) -> Score:
-    """sacrebleu's sums for a generated caption; a unit without one (`text` is None) has only its loss."""
+    """sacrebleu's sums for a generated caption; a unit without one (`text` is None) has only its
+    loss.
+    """
     if text is None:
         return Score(0.0, 0, loss, stats=(*[0.0] * BLEU_STATS, targets))
     measured = _sacrebleu().corpus_score([text], [[reference] for reference in references])
@@ -166,7 +174,9 @@ def row_score(references: Sequence[str], text: str | None, loss: float, targets:
 
 
 def bleu_signature(counts: Iterable[int]) -> str:
-    """sacrebleu's own signature, for rows with so many references each: sacrebleu itself would name those of the last row."""
+    """sacrebleu's own signature, for rows with so many references each: sacrebleu itself would name
+    those of the last row.
+    """
     different = {*counts}
     metric = _new_metric()
     metric.num_refs = different.pop() if len(different) == 1 else -1  # sacrebleu's number for rows that differ
@@ -185,7 +195,9 @@ def _new_metric() -> Any:
 
 
 def bleu(sums: Array, order: int = ORDERS) -> Array:
-    """BLEU-`order` as a fraction, of sums (…, statistics), as sacrebleu makes it: brevity penalty, exponential smoothing."""
+    """BLEU-`order` as a fraction, of sums (…, statistics), as sacrebleu makes it: brevity penalty,
+    exponential smoothing.
+    """
     written, wanted = sums[..., 0], sums[..., 1]
     matching, total = sums[..., 2 : 2 + order], sums[..., 2 + ORDERS : 2 + ORDERS + order]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -200,7 +212,9 @@ def bleu(sums: Array, order: int = ORDERS) -> Array:
 def open_task(
     recipe: Recipe, library: Library, model: torch.nn.Module, tables: Tables, evaluation: Tables | None
 ) -> ImageCaptioning:
-    """The task on these images, with the checkpoint's own image processor, tokenizer and generation config."""
+    """The task on these images, with the checkpoint's own image processor, tokenizer and generation
+    config.
+    """
     preprocessing = library.preprocessing(model)
     tokenizer = load_tokenizer(library.folder, library.trust_remote_code)
     default = TASKS[library.task].default_length or 0
@@ -215,10 +229,12 @@ def prepare_captions(
     preprocessing: Preprocessing,
     generator: CaptionGenerator,
 ) -> ImageCaptioning:
-    """Examine every picture once, tokenize its captions, divide. Captions of one picture stay in one part.
+    """Examine every picture once, tokenize its captions, divide. Captions of one picture stay in
+    one part.
 
     Raises:
-        DataError: no image or text column, or no usable rows. UsageError: sacrebleu is not installed.
+        DataError: no image or text column, or no usable rows. UsageError: sacrebleu is not
+            installed.
     """
     require("image-captioning", "captions", "sacrebleu")
     first = next(iter(tables.values()))

@@ -1,7 +1,9 @@
-"""Masked language modelling (Devlin et al., 2019, section 3.1): the model fills in what a seeded draw has hidden.
+"""Masked language modelling (Devlin et al., 2019, section 3.1): the model fills in what a seeded
+draw has hidden.
 
-In evaluation the draw depends on the row's content alone, so that every arm, run and process predicts the same tokens; in
-training it is a function of (seed, phase, epoch, row), as augmentation is.
+In evaluation the draw depends on the row's content alone, so that every arm, run and process
+predicts the same tokens; in training it is a function of (seed, phase, epoch, row), as augmentation
+is.
 """
 
 from __future__ import annotations
@@ -25,13 +27,16 @@ from dsd_refine.tasks.inputs.tokens import known_tokens
 
 SALT = b"dsd-refine masked-lm 1"
 
-# share of the tokens that is asked for; of these, the shares shown as the mask token and as a random one (others: as they are)
+# share of the tokens that is asked for; of these, the shares shown as the mask token and as a
+# random one (others: as they are)
 SHARE, HIDDEN, REPLACED = 0.15, 0.8, 0.1
 
 
 @dataclass(frozen=True)
 class Masking:
-    """Of a tokenizer: the id of its mask token, the special ids (never hidden), the other ids (random replacements)."""
+    """Of a tokenizer: the id of its mask token, the special ids (never hidden), the other ids
+    (random replacements).
+    """
 
     mask: int
     special: Ids
@@ -39,7 +44,9 @@ class Masking:
 
     @classmethod
     def of(cls, tokenizer: Any, size: int | None = None) -> Masking:
-        """`size` is the number of the model's embeddings. Raises CheckpointError for a tokenizer without mask token."""
+        """`size` is the number of the model's embeddings. Raises CheckpointError for a tokenizer
+        without mask token.
+        """
         if tokenizer.mask_token_id is None:
             raise CheckpointError(
                 f"{tokenizer.name_or_path}: its tokenizer has no mask token, which masked-lm hides words with; was it made for "
@@ -59,7 +66,9 @@ class Masking:
         return ~np.isin(ids, self.special)
 
     def hide(self, ids: Ids, seed: int) -> tuple[Ids, Ids]:
-        """(ids that the model sees, targets with IGNORED elsewhere): round(15 %) of what can be hidden, at least 1."""
+        """(ids that the model sees, targets with IGNORED elsewhere): round(15 %) of what can be
+        hidden, at least 1.
+        """
         draw = np.random.default_rng(seed)
         places = np.flatnonzero(self.can_hide(ids))
         count = min(len(places), max(1, round(SHARE * len(places))))
@@ -74,13 +83,17 @@ class Masking:
 
 @dataclass
 class MaskedLM(CausalLM):
-    """`masked-lm` for transformers models. A row is a document; the sums over its windows' hidden tokens are added."""
+    """`masked-lm` for transformers models. A row is a document; the sums over its windows' hidden
+    tokens are added.
+    """
 
     name: str = "masked-lm"
     masking: Masking = field(kw_only=True)
 
     def refuse_foresight(self, forward: Forward, device: torch.device) -> None:
-        """Nothing to refuse: the mask token hides the targets, and a masked language model may see all else."""
+        """Nothing to refuse: the mask token hides the targets, and a masked language model may see
+        all else.
+        """
 
     def batch(self, part: WindowedPart, items: Sequence[Item]) -> Batch:
         pairs = [self._hidden(part, unit, seed) for unit, seed in items]
@@ -97,7 +110,9 @@ class MaskedLM(CausalLM):
 
 
 def _fixed_seed(part: WindowedPart, unit: int) -> int:
-    """Of evaluation: a function of the row's content and the window's number in it, whatever else is in the data."""
+    """Of evaluation: a function of the row's content and the window's number in it, whatever else
+    is in the data.
+    """
     row = part.row_of(unit)
     number = unit - int(np.searchsorted(part.row, row))
     return int.from_bytes(hashlib.sha256(SALT + part.rows.digests[row] + number.to_bytes(8, "little")).digest()[:8], "little")
@@ -117,7 +132,8 @@ def prepare_masked(
     max_length: int,
     size: int | None = None,
 ) -> MaskedLM:
-    """Tokenize every document, skip those without a token that could be hidden, divide. `size` as in `prepare_documents`.
+    """Tokenize every document, skip those without a token that could be hidden, divide. `size` as
+    in `prepare_documents`.
 
     Raises:
         CheckpointError: a tokenizer without mask token.

@@ -1,4 +1,6 @@
-"""From a recipe, a library adapter and its model to a task with its data. Which tasks there are: `task_specs.TASKS`."""
+"""From a recipe, a library adapter and its model to a task with its data. Which tasks there are:
+`task_specs.TASKS`.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,12 @@ KINDS: dict[str, Kind] = {
 
 
 def look_at_data(recipe: Recipe, name: str, library: Library, cache: Path, download: Download) -> Given:
-    """What can be known of the recipe's data before the weights are touched: splits, columns, labels.
+    """What can be known of the recipe's data before the weights are touched: splits, columns,
+    labels.
 
     Raises:
-        DataError: no data given, or data that do not fit the task or the classes of the checkpoint's config.
+        DataError: no data given, or data that do not fit the task or the classes of the
+            checkpoint's config.
     """
     if recipe.data is None:
         raise DataError("no data: give --data (a directory, a file, or a Hub data set org/name), or a recipe that names one")
@@ -58,7 +62,9 @@ def look_at_data(recipe: Recipe, name: str, library: Library, cache: Path, downl
 
 
 def _refuse_useless(recipe: Recipe, spec: TaskSpec, kinds: Sequence[Kind]) -> None:
-    """Raises DataError for an option that the task has no use for: whoever gives it expects something of it."""
+    """Raises DataError for an option that the task has no use for: whoever gives it expects
+    something of it.
+    """
     used = [kind.what for kind in kinds]
     for kind in (IMAGE, AUDIO, LABEL, TEXT):
         if kind.what not in used and getattr(recipe, f"{kind.what}_column") is not None:

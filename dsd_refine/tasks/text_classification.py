@@ -58,10 +58,12 @@ class TextClassification(Classification):
 
 
 def fit_padding(task: TextClassification, model: Any) -> None:
-    """Choose the pad id and side with which the model's logits of a row are those of the row without padding.
+    """Choose the pad id and side with which the model's logits of a row are those of the row
+    without padding.
 
-    Models that read a row's answer at its last token take every token with the config's pad id for padding, also one of
-    the row's own. Without a pad id in the config no token of a row is padding: then an id that ends no row is used.
+    Models that read a row's answer at its last token take every token with the config's pad id for
+    padding, also one of the row's own. Without a pad id in the config no token of a row is padding:
+    then an id that ends no row is used.
 
     Raises:
         DataError: each of the tokenizer's ids ends some row.
@@ -114,7 +116,9 @@ def _is_padding_neutral(task: TextClassification, model: Any) -> bool:
 def open_task(
     recipe: Recipe, library: Library, model: torch.nn.Module, tables: Tables, evaluation: Tables | None
 ) -> TextClassification:
-    """The task on these data, with the checkpoint's own tokenizer and class names, padded as its model wants it."""
+    """The task on these data, with the checkpoint's own tokenizer and class names, padded as its
+    model wants it.
+    """
     inputs = open_text_inputs(recipe, library, model)
     names, classes = library.label_names()
     task = prepare_texts(
@@ -135,9 +139,11 @@ def prepare_texts(
     size: int | None = None,
     ends: int | None = None,
 ) -> TextClassification:
-    """Match labels, skip rows without label or readable text, divide. `--text-column a,b` gives the tokenizer a pair.
+    """Match labels, skip rows without label or readable text, divide. `--text-column a,b` gives the
+    tokenizer a pair.
 
-    `size` is the number of the model's embeddings, `ends` an id that the model must find equally often in all rows.
+    `size` is the number of the model's embeddings, `ends` an id that the model must find equally
+    often in all rows.
 
     Raises:
         DataError: no text or label column, no usable rows, labels that do not match.
@@ -209,14 +215,18 @@ class _Examiner:
 
 
 def answer_end(config: Any) -> int | None:
-    """The id that an encoder-decoder classifier reads its answer at: it takes only rows that hold it equally often."""
+    """The id that an encoder-decoder classifier reads its answer at: it takes only rows that hold
+    it equally often.
+    """
     text = config.get_text_config()
     ends = text.eos_token_id if getattr(text, "is_encoder_decoder", False) else None
     return ends if isinstance(ends, int) else None
 
 
 def _uneven(counts: Mapping[int, int], tokenizer: Any, ends: int | None) -> dict[int, str]:
-    """Row -> why it cannot stand beside the others: it holds another number of the token that the answer is read at."""
+    """Row -> why it cannot stand beside the others: it holds another number of the token that the
+    answer is read at.
+    """
     if ends is None or not counts:
         return {}
     usual = min(Counter(counts.values()).items(), key=lambda pair: (-pair[1], pair[0]))[0]

@@ -1,4 +1,6 @@
-"""A toy task, to show how little a task needs: the model's first output is to be the mean of the image's pixels."""
+"""A toy task, to show how little a task needs: the model's first output is to be the mean of the
+image's pixels.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,9 @@ class Brightness:
 def open_task(
     recipe: Recipe, library: Library, model: torch.nn.Module, tables: Tables, evaluation: Tables | None
 ) -> Brightness:
-    """Every row of the image column is used; a real task would examine each one, and skip what it cannot read."""
+    """Every row of the image column is used; a real task would examine each one, and skip what it
+    cannot read.
+    """
     name = column(next(iter(tables.values())), recipe.image_column, IMAGE)
 
     def rows_of(table: Table) -> Rows:

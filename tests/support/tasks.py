@@ -12,6 +12,8 @@ from dsd_refine.tasks.registry import look_at_data, prepare_task
 
 
 def open_task(recipe: Recipe, library: Library, model: Any, cache: Path) -> Task:
-    """Read the recipe's data for the library's task, and prepare them for the model. Nothing is downloaded."""
+    """Read the recipe's data for the library's task, and prepare them for the model. Nothing is
+    downloaded.
+    """
     given = look_at_data(recipe, library.task, library, cache, lambda name, size: False)
     return prepare_task(recipe, library.task, library, model, given)

@@ -28,7 +28,9 @@ def checked_names(names: Any, classes: int) -> list[str]:
 
 
 def imagenet_names(classes: int) -> list[list[str]] | None:
-    """WordNet id and description of each class of a head of ImageNet's size; None for a head of another size."""
+    """WordNet id and description of each class of a head of ImageNet's size; None for a head of
+    another size.
+    """
     from dsd_refine.data.imagenet import outputs  # it imports `datasets`, which `verify` has no need of
 
     known = outputs(classes)

@@ -50,7 +50,8 @@ def processor_preprocessing(folder: Path, config: Any, trust_remote_code: bool =
 
 
 def _wrapped_preprocessing(folder: Path, processor: Any) -> Preprocessing:
-    """What transformers' processor of a timm model does: timm's own transform, built from `pretrained_cfg`.
+    """What transformers' processor of a timm model does: timm's own transform, built from
+    `pretrained_cfg`.
 
     Raises:
         CheckpointError: it cannot do it, or not to one size.

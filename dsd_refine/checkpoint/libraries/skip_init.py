@@ -1,4 +1,6 @@
-"""Building a model whose values come from a file: drawing the random values that they replace would be wasted time."""
+"""Building a model whose values come from a file: drawing the random values that they replace would
+be wasted time.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ RANDOM_FILLS = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_norma
 
 
 class SkipInit(TorchFunctionMode):
-    """Within, a parameter that a constructor would fill with random numbers is filled with zeros, which is much faster.
+    """Within, a parameter that a constructor would fill with random numbers is filled with zeros,
+    which is much faster.
 
-    Zeros, not uninitialised memory: `placement.place` tells by the numbers in a tensor where it came from, so that what is
-    in no file must never hold such numbers by chance. Buffers are drawn: they may be in no file, and then their values count.
+    Zeros, not uninitialised memory: `placement.place` tells by the numbers in a tensor where it
+    came from, so that what is in no file must never hold such numbers by chance. Buffers are drawn:
+    they may be in no file, and then their values count.
     """
 
     def __torch_function__(

@@ -33,7 +33,9 @@ OURS = set(inspect.signature(timm.create_model).parameters) | {
 
 @dataclass(frozen=True)
 class TimmLibrary:
-    """A timm checkpoint folder: `cfg` is its pretrained_cfg, `args` the arguments it was built with."""
+    """A timm checkpoint folder: `cfg` is its pretrained_cfg, `args` the arguments it was built
+    with.
+    """
 
     folder: Path
     architecture: str
@@ -49,7 +51,8 @@ class TimmLibrary:
         """Read config.json.
 
         Raises:
-            CheckpointError: a config that timm does not understand, or an architecture that it does not have.
+            CheckpointError: a config that timm does not understand, or an architecture that it does
+                not have.
         """
         try:
             cfg, architecture, args = load_model_config_from_path(folder)
@@ -124,7 +127,9 @@ class TimmLibrary:
 
 
 def _created(name: str, **options: Any) -> torch.nn.Module:
-    """timm's model with weights, strictly. Where the file only has more tensors than the model, these are left out."""
+    """timm's model with weights, strictly. Where the file only has more tensors than the model,
+    these are left out.
+    """
     try:
         return _pretrained(name, **options)
     except RuntimeError as error:
@@ -142,9 +147,11 @@ def _pretrained(name: str, **options: Any) -> torch.nn.Module:
 
 @contextmanager
 def _leaving_out() -> Iterator[None]:
-    """Within, what is built has no unexpected tensors when it is loaded; everything else stays as strict as it is.
+    """Within, what is built has no unexpected tensors when it is loaded; everything else stays as
+    strict as it is.
 
-    `pretrained_strict=False` would let tensors be missing too, and some builders (mobilenetv3) set it themselves.
+    `pretrained_strict=False` would let tensors be missing too, and some builders (mobilenetv3) set
+    it themselves.
     """
     handles: dict[torch.nn.Module, RemovableHandle] = {}
 
@@ -164,7 +171,8 @@ def _leaving_out() -> Iterator[None]:
 
 
 def timm_preprocessing(model: torch.nn.Module) -> Preprocessing:
-    """What a timm model's `pretrained_cfg` says: the test size for evaluation, the input size for training.
+    """What a timm model's `pretrained_cfg` says: the test size for evaluation, the input size for
+    training.
 
     Raises:
         CheckpointError: nothing that can be done to an image.

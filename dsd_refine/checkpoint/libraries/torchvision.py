@@ -1,7 +1,9 @@
-"""torchvision's classification models: a folder that says how its model is built, of a released weights entry or by hand.
+"""torchvision's classification models: a folder that says how its model is built, of a released
+weights entry or by hand.
 
-config.json holds `library: torchvision`, `architecture`, `weights` (the entry whose facts hold where the file says nothing),
-`num_classes`, `label_names`, `args` (for `torchvision.models.get_model`) and `preprocessing`.
+config.json holds `library: torchvision`, `architecture`, `weights` (the entry whose facts hold
+where the file says nothing), `num_classes`, `label_names`, `args` (for
+`torchvision.models.get_model`) and `preprocessing`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ MNASNET_VERSION = 2  # a state dict without its `_metadata` (safetensors has non
 
 @dataclass(frozen=True)
 class TorchvisionLibrary:
-    """A torchvision checkpoint folder. `args` go to the model's builder, `transform` to torchvision's own preset."""
+    """A torchvision checkpoint folder. `args` go to the model's builder, `transform` to
+    torchvision's own preset.
+    """
 
     folder: Path
     architecture: str
@@ -58,7 +62,8 @@ class TorchvisionLibrary:
         """Read config.json; what it leaves out is taken from the weights entry that it names.
 
         Raises:
-            CheckpointError: an unknown key, architecture or entry, or neither an entry nor what it would say.
+            CheckpointError: an unknown key, architecture or entry, or neither an entry nor what it
+                would say.
         """
         path = folder / "config.json"
         config = read_json(path)
@@ -85,7 +90,9 @@ class TorchvisionLibrary:
             return self._built()
 
     def load(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
-        """As in `Library`. Tensors that are not the model's own (heads left out by `args`) are ignored."""
+        """As in `Library`. Tensors that are not the model's own (heads left out by `args`) are
+        ignored.
+        """
         self.build_meta()
         default = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
@@ -116,7 +123,9 @@ class TorchvisionLibrary:
         return [[name] for name in checked_names(self.categories, self.num_classes)], self.num_classes
 
     def preprocessing(self, model: torch.nn.Module) -> Preprocessing:
-        """torchvision's own transform of its released weights, with the sizes and statistics of config.json."""
+        """torchvision's own transform of its released weights, with the sizes and statistics of
+        config.json.
+        """
         return preset_preprocessing(self.transform)
 
     def warnings(self, model: torch.nn.Module) -> list[str]:
@@ -150,7 +159,9 @@ class TorchvisionLibrary:
 
 
 def _as_taken(architecture: str, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """The tensors as the model's `load_state_dict` takes them: old DenseNet names are today's, MNASNet gets its version."""
+    """The tensors as the model's `load_state_dict` takes them: old DenseNet names are today's,
+    MNASNet gets its version.
+    """
     if architecture.startswith("densenet"):
         return {OLD_DENSENET.sub(r"\1\2.", name): tensor for name, tensor in tensors.items()}
     if architecture.startswith("mnasnet"):
@@ -162,35 +173,36 @@ def _as_taken(architecture: str, tensors: Mapping[str, torch.Tensor]) -> Mapping
 
 def _names(path: Path, config: dict[str, Any], own: bool) -> tuple[str, ...] | None:
     """The label names; an entry's own count only where the model still has as many classes as it."""
-    found = config.get("label_names")
-    if found is None or (not own and len(found) != config["num_classes"]):
+    names = config.get("label_names")
+    if names is None or (not own and len(names) != config["num_classes"]):
         return None
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path}: label_names is not a list of texts")
-    return tuple(found)
+    return tuple(names)
 
 
 def _args(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    found = config.get("args", {})
-    if not isinstance(found, dict) or {"weights", "num_classes"} & set(found):
+    args = config.get("args", {})
+    if not isinstance(args, dict) or {"weights", "num_classes"} & set(args):
         raise CheckpointError(
             f"{path}: args is not a mapping for get_model, or names weights or num_classes, which go by themselves"
         )
-    return found
+    return args
 
 
 def _transform(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    found = config.get("preprocessing")
-    if not isinstance(found, dict) or set(found) != set(PREPROCESSING):
+    transform = config.get("preprocessing")
+    if not isinstance(transform, dict) or set(transform) != set(PREPROCESSING):
         raise CheckpointError(
             f"{path}: needs `weights`, the torchvision entry whose preprocessing holds, or `preprocessing` with "
             f"{', '.join(PREPROCESSING)}"
         )
-    return found
+    return transform
 
 
 def preset_preprocessing(config: dict[str, Any]) -> Preprocessing:
-    """torchvision's own transform of its released weights, with the sizes and statistics of a torchvision config.
+    """torchvision's own transform of its released weights, with the sizes and statistics of a
+    torchvision config.
 
     Raises:
         CheckpointError: an unknown interpolation, or values that are no sizes.

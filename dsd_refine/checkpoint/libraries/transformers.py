@@ -29,7 +29,8 @@ transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-cal
 # transformers' words for what a class is for, where a reader knows others
 SHOWN = {"seq-to-seq-causal-lm": "seq2seq-lm", "speech-seq-2-seq": "speech-seq2seq", "": "embeddings (no task's head)"}
 VAGUE = ("pretraining", "multimodal-lm", "")  # of the kinds that a class is of, those that say least
-# families whose …ForPreTraining has the head of masked-lm; others tell real tokens from replaced ones, or learn from sounds
+# families whose …ForPreTraining has the head of masked-lm; others tell real tokens from replaced
+# ones, or learn from sounds
 WITH_MASKED_LM = ("Albert", "Bert", "BigBird", "Ernie", "FNet", "MegatronBert", "MobileBert", "RoCBert")
 # BatchNorm's counter, which older files have not: it starts at 0, as the library lets it
 UNCOUNTED = ".num_batches_tracked"
@@ -37,7 +38,9 @@ UNCOUNTED = ".num_batches_tracked"
 
 @dataclass(frozen=True)
 class TransformersLibrary:
-    """A transformers checkpoint folder. `task` is what the user said, else what the config's architecture is for."""
+    """A transformers checkpoint folder. `task` is what the user said, else what the config's
+    architecture is for.
+    """
 
     folder: Path
     config: Any
@@ -50,7 +53,8 @@ class TransformersLibrary:
         """Read config.json.
 
         Raises:
-            CheckpointError: an unusable or quantised config, remote code without leave, no task to be seen.
+            CheckpointError: an unusable or quantised config, remote code without leave, no task to
+                be seen.
         """
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -132,12 +136,14 @@ class TransformersLibrary:
         )
 
     def warnings(self, model: torch.nn.Module) -> list[str]:
-        """Code that came with the model and was run; a head that its config ties to another embedding."""
+        """Code that came with the model and was run; a head that its config ties to another
+        embedding.
+        """
         return [*self._code(), *self._untied(model)]
 
     def _code(self) -> list[str]:
-        found = sorted(_code_files(self.folder)) if self.trust_remote_code else []
-        return [f"code that came with the model was run (--trust-remote-code): {listed(found)}"] if found else []
+        files = sorted(_code_files(self.folder)) if self.trust_remote_code else []
+        return [f"code that came with the model was run (--trust-remote-code): {listed(files)}"] if files else []
 
     def _untied(self, model: torch.nn.Module) -> list[str]:
         get_in, get_out = getattr(model, "get_input_embeddings", None), getattr(model, "get_output_embeddings", None)
@@ -169,7 +175,9 @@ def _is_head(model: Any, lost: list[str]) -> bool:
 
 
 def _refuse_odd(folder: Path, config: Any, trust_remote_code: bool) -> None:
-    """Refuse what the library takes as it comes: code named where a setting should be, names that are none."""
+    """Refuse what the library does not check: code named in place of a setting, class names that
+    are none.
+    """
     raw = read_json(folder / "config.json")
     architectures, labels = config.architectures or [], getattr(config, "id2label", None)
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -198,15 +206,15 @@ def _implementations(value: Any) -> Iterator[str]:
 
 def _code_files(folder: Path) -> set[str]:
     """The modules that the folder's configs ask the library to run (`auto_map`)."""
-    found = set()
+    files = set()
     for path in folder.glob("*.json"):
         try:
             classes = read_json(path).get("auto_map")
         except CheckpointError:
             continue
         for value in classes.values() if isinstance(classes, dict) else ():
-            found |= {str(name).rsplit(".", 1)[0] + ".py" for name in (value if isinstance(value, list) else [value]) if name}
-    return found
+            files |= {str(name).rsplit(".", 1)[0] + ".py" for name in (value if isinstance(value, list) else [value]) if name}
+    return files
 
 
 def _infer(folder: Path, config: Any) -> str:
@@ -242,7 +250,9 @@ def _refuse_task(folder: Path, config: Any, task: str) -> None:
 
 
 def _is_in_list(config: Any, task: str) -> bool:
-    """Has transformers a class for this task and such a config, or does code of the folder bring one?"""
+    """Has transformers a class for this task and such a config, or does code of the folder bring
+    one?
+    """
     return config.model_type in _mappings()[TASKS[task].model_list] or bool(getattr(config, "auto_map", None))
 
 
@@ -257,9 +267,11 @@ def _has_head(architecture: str, config: Any, task: str) -> bool:
 
 
 def _kinds(architecture: str) -> list[str]:
-    """What transformers has a class for, in its words, the most telling first; "" for one without a head."""
-    found = {kind for kind, classes in _mappings().items() if architecture in classes.values()} - {"text-encoding"}
-    return sorted(found, key=lambda kind: (VAGUE.index(kind) if kind in VAGUE else -1, kind))
+    """What transformers has a class for, in its words, the most specific first; "" for a class
+    without a head.
+    """
+    kinds = {kind for kind, classes in _mappings().items() if architecture in classes.values()} - {"text-encoding"}
+    return sorted(kinds, key=lambda kind: (VAGUE.index(kind) if kind in VAGUE else -1, kind))
 
 
 def _mappings() -> dict[str, dict[str, Any]]:
@@ -274,7 +286,8 @@ def _supported() -> str:
 
 
 def _class_names(config: Any) -> list[list[str]] | None:
-    """The class names of a config; LABEL_0 and the like count as none, then `label2id` may name the classes.
+    """The class names of a config; LABEL_0 and the like count as none, then `label2id` may name the
+    classes.
 
     Raises:
         CheckpointError: names that are not texts, or `label2id` names the classes in another order.
@@ -294,7 +307,9 @@ def _class_names(config: Any) -> list[list[str]] | None:
 
 
 def _names_of_label2id(config: Any) -> list[str] | None:
-    """The names in order of `label2id`, where it has one for each class and they are no placeholders."""
+    """The names in order of `label2id`, where it has one for each class and they are no
+    placeholders.
+    """
     numbers = {number: str(name) for name, number in (getattr(config, "label2id", None) or {}).items()}
     names = [numbers[i] for i in range(config.num_labels) if i in numbers]
     return names if len(names) == len(numbers) == config.num_labels and not are_placeholders(names) else None

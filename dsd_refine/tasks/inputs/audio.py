@@ -1,4 +1,6 @@
-"""Audio as a speech model takes it: any clip, resampled to the checkpoint's rate, through its own feature extractor."""
+"""Audio as a speech model takes it: any clip, resampled to the checkpoint's rate, through its own
+feature extractor.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from dsd_refine.forward import logits_of
 from dsd_refine.seeding import reseed
 from dsd_refine.tasks.inputs.padding import same_but_for_rounding
 
-# silence compresses well, and a sample a second would be resampled to thousands: a small file may ask for any memory
+# silence compresses well, and a sample a second would be resampled to thousands: a small file may
+# ask for any memory
 MOST_SAMPLES, RATES = 100_000_000, (1_000, 400_000)
 
 _one_at_a_time = threading.Lock()
@@ -38,8 +41,8 @@ def decode(raw: bytes) -> tuple[Samples, int]:
     """(samples in -1..1, their rate in Hz) of an audio file; channels are averaged.
 
     Raises:
-        DataError: not audio that libsndfile reads, without samples, of no rate that sound has, too long to be an example, or
-            with values that are no numbers.
+        DataError: not audio that libsndfile reads, without samples, of no rate that sound has, too
+            long to be an example, or with values that are no numbers.
     """
     import soundfile
 
@@ -64,7 +67,9 @@ def decode(raw: bytes) -> tuple[Samples, int]:
 
 
 def resample(samples: Samples, rate: int, wanted: int) -> Samples:
-    """The same sound at another rate, by scipy's polyphase filter: the exact ratio, ceil(n * wanted / rate) samples."""
+    """The same sound at another rate, by scipy's polyphase filter: the exact ratio, ceil(n * wanted
+    / rate) samples.
+    """
     from scipy.signal import resample_poly
 
     if rate == wanted:
@@ -78,9 +83,10 @@ def resample(samples: Samples, rate: int, wanted: int) -> Samples:
 class FeatureExtractor:
     """A checkpoint's own feature extractor, and how this model takes its features.
 
-    `rate` is in Hz; `name` is the model's input. `masked`: the model is given an attention mask, with which its logits of a
-    clip are the same with padding and without. `shortest` is the least number of samples that gives a frame, `axis` the
-    input's dimension of time (2 where a channel comes before it).
+    `rate` is in Hz; `name` is the model's input. `masked`: the model is given an attention mask,
+    with which its logits of a clip are the same with padding and without. `shortest` is the least
+    number of samples that gives a frame, `axis` the input's dimension of time (2 where a channel
+    comes before it).
     """
 
     extractor: Any
@@ -91,7 +97,9 @@ class FeatureExtractor:
     axis: int = 1
 
     def features(self, samples: Samples) -> torch.Tensor:
-        """One clip's features, time first, without those that the extractor itself marks as padding."""
+        """One clip's features, time first, without those that the extractor itself marks as
+        padding.
+        """
         if len(samples) < self.shortest:
             samples = np.pad(samples, (0, self.shortest - len(samples)))
         with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
@@ -103,7 +111,9 @@ class FeatureExtractor:
         return values if mask is None else values[: int(mask[0].sum())]
 
     def padded(self, clips: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The features of several clips in one tensor, as the model takes them: padded to the longest."""
+        """The features of several clips in one tensor, as the model takes them: padded to the
+        longest.
+        """
         value = float(getattr(self.extractor, "padding_value", 0.0))
         padded = torch.nn.utils.rnn.pad_sequence(list(clips), batch_first=True, padding_value=value)
         return padded.unsqueeze(1) if self.axis == 2 else padded
@@ -111,7 +121,9 @@ class FeatureExtractor:
 
 @dataclass(frozen=True)
 class SpecAugment:
-    """Masks in time as the checkpoint's config says (Park et al. 2019), drawn for each row separately."""
+    """Masks in time as the checkpoint's config says (Park et al. 2019), drawn for each row
+    separately.
+    """
 
     share: float
     length: int
@@ -149,7 +161,8 @@ def open_feature_extractor(folder: Path, model: torch.nn.Module, trust_remote_co
     name = str(theirs.model_input_names[0])
     extractor = FeatureExtractor(theirs, rate, name, axis=2 if silence[name].shape[:2] == (1, 1) else 1)
     extractor = replace(extractor, shortest=_shortest(extractor, frames))
-    # convolutions with one norm over a whole clip were trained without a mask (wav2vec2-base), and must not be given one
+    # convolutions with one norm over a whole clip were trained without a mask (wav2vec2-base), and
+    # must not be given one
     whole_clip = getattr(model.config, "feat_extract_norm", None) == "group"
     masked = "attention_mask" in silence and not whole_clip and _ignores_padding(model, extractor, frames)
     return replace(extractor, masked=masked)
@@ -157,7 +170,9 @@ def open_feature_extractor(folder: Path, model: torch.nn.Module, trust_remote_co
 
 @torch.no_grad()
 def _ignores_padding(model: torch.nn.Module, extractor: FeatureExtractor, frames: Lengths) -> bool:
-    """Are a model's logits of a clip the same with masked padding? Some let it leak in (adapters, stacked position layers)."""
+    """Are a model's logits of a clip the same with masked padding? Some let it leak in (adapters,
+    stacked position layers).
+    """
     if next(model.parameters()).is_meta or model.training:
         return False
     noise = np.random.default_rng(0).normal(0, 0.1, max(extractor.rate, 8 * extractor.shortest)).astype(np.float32)
@@ -199,7 +214,8 @@ def _shortest(extractor: FeatureExtractor, frames: Lengths) -> int:
 
 
 def lengths_of(model: Any) -> tuple[Lengths, Lengths]:
-    """Functions from the input's lengths to those of the output, and of what SpecAugment masks, both in frames.
+    """Functions from the input's lengths to those of the output, and of what SpecAugment masks,
+    both in frames.
 
     Raises:
         CheckpointError: the model has none.
@@ -215,7 +231,9 @@ def lengths_of(model: Any) -> tuple[Lengths, Lengths]:
 
 
 def spec_augment(model: Any) -> SpecAugment | None:
-    """What the config asks for, where the model takes masks from outside; None where there is nothing to mask in time."""
+    """What the config asks for, where the model takes masks from outside; None where there is
+    nothing to mask in time.
+    """
     config = model.config
     takes = "mask_time_indices" in inspect.signature(type(model.base_model).forward).parameters
     share = float(getattr(config, "mask_time_prob", 0.0) or 0.0)

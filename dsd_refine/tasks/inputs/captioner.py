@@ -1,4 +1,6 @@
-"""How a captioner generates text: what its training puts before and after a caption, and greedy generation."""
+"""How a captioner generates text: what its training puts before and after a caption, and greedy
+generation.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class CaptionGenerator:
-    """How a model generates captions: its tokenizer, and the tokens that its training puts around a caption.
+    """How a model generates captions: its tokenizer, and the tokens that its training puts around a
+    caption.
 
-    Generation begins with `start` and stops at one of `ends`. `max_new_tokens` counts a generated caption with its end;
-    a training caption is cut after `cut` tokens. `inputs` names the model's arguments for tokens and their mask.
-    `keeps_first`: a token that the tokenizer puts first is learned like any other; else `start` takes its place.
+    Generation begins with `start` and stops at one of `ends`. `max_new_tokens` counts a generated
+    caption with its end; a training caption is cut after `cut` tokens. `inputs` names the model's
+    arguments for tokens and their mask. `keeps_first`: a token that the tokenizer puts first is
+    learned like any other; else `start` takes its place.
     """
 
     tokenizer: Any
@@ -37,8 +41,8 @@ class CaptionGenerator:
     size: int | None = None  # embeddings of the text decoder
 
     def tokens(self, text: str) -> Array:
-        """Start, the tokenizer's ids, and an end (added where the tokenizer sets none, for a model must learn to stop), cut
-        after `cut` tokens beside the start.
+        """Start, the tokenizer's ids, and an end (added where the tokenizer sets none, for a model
+        must learn to stop), cut after `cut` tokens beside the start.
         """
         ids = list(tokenized(self.tokenizer, text, size=self.size, verbose=False)["input_ids"])
         firsts = (self.tokenizer.cls_token_id, self.tokenizer.bos_token_id)
@@ -62,7 +66,8 @@ class CaptionGenerator:
 def open_caption_generator(folder: Path, tokenizer: Any, model: Any, asked: int | None, default: int) -> CaptionGenerator:
     """What the checkpoint's configs say of generation.
 
-    `asked` is --max-length: tokens of a caption, its end included; `default` holds where the configs have no limit.
+    `asked` is --max-length: tokens of a caption, its end included; `default` holds where the
+    configs have no limit.
 
     Raises:
         CheckpointError: no start token. DataError: more was asked for than the model has positions.
@@ -99,7 +104,9 @@ def _first(*values: Any) -> Any:
 
 
 def _generation(folder: Path, model: Any) -> Any:
-    """A copy of the folder's generation config, else of what the model's config says (for BLIP: of its decoder's)."""
+    """A copy of the folder's generation config, else of what the model's config says (for BLIP: of
+    its decoder's).
+    """
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():

@@ -1,4 +1,6 @@
-"""Images as models take them: safe decoding, then the checkpoint's own preprocessing and the recipe's augmentation."""
+"""Images as models take them: safe decoding, then the checkpoint's own preprocessing and the
+recipe's augmentation.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from dsd_refine.errors import DataError
 from dsd_refine.recipe import Augment
 from dsd_refine.seeding import reseed
 
-# the formats that are opened, whatever a file's name says: others run programs (PostScript) or are documents
+# the formats that are opened, whatever a file's name says: others run programs (PostScript) or are
+# documents
 Image.init()
 
 _SAFE = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -41,7 +44,9 @@ _one_at_a_time = threading.Lock()
 
 @dataclass(frozen=True)
 class Seen:
-    """What is odd about a file's picture: EXIF says that it is stored turned; the largest value, where it has 16 bits."""
+    """What is odd about a file's picture: EXIF says that it is stored turned; the largest value,
+    where it has 16 bits.
+    """
 
     turned: bool = False
     peak: int | None = None
@@ -89,7 +94,9 @@ def _what_else(raw: bytes) -> str:
 
 
 def _peak(image: Image.Image, raw: bytes) -> int | None:
-    """The largest value of a picture of 16 bits, None of another. Of colours Pillow keeps the upper 8 bits alone."""
+    """The largest value of a picture of 16 bits, None of another. Of colours Pillow keeps the upper
+    8 bits alone.
+    """
     if image.mode.startswith("I"):
         return int(np.asarray(image).max())
     tagged = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE)
@@ -101,7 +108,8 @@ def _peak(image: Image.Image, raw: bytes) -> int | None:
 
 
 def look_warnings(seen: Sequence[tuple[str | int, Seen]]) -> list[str]:
-    """One line each for pictures that are turned upright and for those of 16 bits that come out nearly black.
+    """One line each for pictures that are turned upright and for those of 16 bits that come out
+    nearly black.
 
     `seen` has a pair of name (or row) and what is odd for each picture that is used.
     """
@@ -126,7 +134,9 @@ def look_warnings(seen: Sequence[tuple[str | int, Seen]]) -> list[str]:
 
 
 def _refuse_bomb(width: int, height: int) -> None:
-    """A picture is decoded whole, and resized by its shorter side: a long one grows with the square."""
+    """A picture is decoded whole, and resized by its shorter side: a long one grows with the
+    square.
+    """
     if width * height > PIXELS:
         raise DataError(f"picture of {width} x {height} pixels: too large to decode safely")
     if max(width, height) > ELONGATED * min(width, height):
@@ -172,7 +182,9 @@ def is_picture(table: Table, names: Sequence[str], row: int) -> bool:
 
 
 def examine_picture(table: Table, name: str, row: int, channels: int) -> tuple[bytes, Seen, str | None]:
-    """The digest of a row's picture, what is odd about it, and why it cannot be used (None: it can)."""
+    """The digest of a row's picture, what is odd about it, and why it cannot be used (None: it
+    can).
+    """
     try:
         raw = raw_bytes(table, name, row)
         seen = look(raw, channels)[1]

@@ -21,7 +21,9 @@ UNLIMITED = 10**7  # tokens; tokenizers without a limit say 10**30
 
 @dataclass(frozen=True)
 class TextInputs:
-    """What cuts texts into tokens. `size` is the number of the model's embeddings (None: not known)."""
+    """What cuts texts into tokens. `size` is the number of the model's embeddings (None: not
+    known).
+    """
 
     tokenizer: Any
     max_length: int
@@ -41,7 +43,8 @@ def open_text_inputs(recipe: Recipe, library: Library, model: torch.nn.Module) -
 
 
 def window_length(tokenizer: Any, config: Any, asked: int | None, default: int, model: torch.nn.Module) -> int:
-    """Tokens that a window holds: as asked, else the least of the limits of tokenizer and position table and the default.
+    """Tokens that a window holds: as asked, else the least of the limits of tokenizer and position
+    table and the default.
 
     Raises:
         DataError: more was asked for than the model has positions.
