@@ -25,8 +25,9 @@ from common import ROOT, Peak, arguments, copy_synced, interleaved, machine, mid
 from made import pictures, timm_folder, word_tokenizer, words
 
 from dsd_refine.checkpoint import verify
-from dsd_refine.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_library, open_shapes
+from dsd_refine.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_shapes
 from dsd_refine.checkpoint.layout import read_layout
+from dsd_refine.checkpoint.libraries.open import open_library
 from dsd_refine.checkpoint.safetensors_file import all_finite
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.checkpoint.verify import PROBE, load_probe

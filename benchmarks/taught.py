@@ -12,7 +12,7 @@ import torch
 
 from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
 from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.tasks.registry import open_task
+from dsd_refine.tasks.registry import look_at_data, prepare_task
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,8 @@ def first_dense(folder: Path, data: Path, model: Any, task: str, epochs: int, pe
     """A plain AdamW run on the rows that the refinement trains on too; the model is written over the untrained one."""
     recipe = Recipe(phases=(Phase(kind="dense", steps=1, lr=1.0),), data=str(data))
     library = TransformersLibrary.open(folder)
-    rows = open_task(recipe, task, library, model.eval(), folder.parent / "cache", lambda name, size: False)
+    given = look_at_data(recipe, task, library, folder.parent / "cache", lambda name, size: False)
+    rows = prepare_task(recipe, task, library, model.eval(), given)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
     steps = -(-rows.train.units // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=epochs * steps, pct_start=0.1)

@@ -25,7 +25,7 @@ from common import CLOCK, Round, apart, arguments, each_in_a_place, rates, timed
 from made import bert_folder, pictures, text_table, timm_folder
 from torch import nn
 
-from dsd_refine.checkpoint.checkpoint import open_library
+from dsd_refine.checkpoint.libraries.open import open_library
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.recipe import Recipe
 from dsd_refine.run import open as opening

@@ -5,7 +5,7 @@ The source is the finished first Dense phase. `refine` reads top to bottom; what
 
 from __future__ import annotations
 
-from dsd_refine.checkpoint.checkpoint import Library
+from dsd_refine.checkpoint.library import Library
 from dsd_refine.checkpoint.source import Source
 from dsd_refine.evidence.compare import gate_passed, verdict
 from dsd_refine.recipe import Phase, Recipe

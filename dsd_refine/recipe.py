@@ -12,17 +12,14 @@ import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dsd_refine.errors import RecipeError
+from dsd_refine.task_specs import TASKS
 from dsd_refine.yaml_reader import dump_recipe_yaml, load_recipe_yaml
-
-TaskName = Literal["image-classification", "text-classification", "causal-lm", "masked-lm", "ctc-speech", "image-captioning"]
-
-TASKS: tuple[str, ...] = get_args(TaskName)
 
 Rate = Annotated[float, Field(ge=0)]
 
@@ -141,7 +138,7 @@ class Recipe(Strict):
     """
 
     name: str = "recipe"
-    task: TaskName | None = None
+    task: str | None = None
     models: Names = ()
     weights_key: str | None = None
     data: str | None = None
@@ -176,6 +173,13 @@ class Recipe(Strict):
     audio_column: str | None = None
     max_length: Annotated[int, Field(gt=1)] | None = None
     encoding: str = "utf-8"
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str | None) -> str | None:
+        if value is not None and value not in TASKS:
+            raise ValueError(f"no task; known are {', '.join(TASKS)}")
+        return value
 
     @field_validator("encoding")
     @classmethod

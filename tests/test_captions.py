@@ -10,6 +10,7 @@ import torch
 from conftest import SHORT, process
 from sacrebleu.metrics import BLEU
 from safetensors.torch import load_file
+from tasks import open_task
 from test_processes import near, torchrun
 from test_resume import same, stop_after
 from test_run import report_of
@@ -20,7 +21,6 @@ from dsd_refine.evidence.compare import bootstrap_corpus, compare, corpus_over_s
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Scores
 from dsd_refine.tasks.image_captioning import bleu, bleu_signature, row_score
-from dsd_refine.tasks.registry import open_task
 
 KINDS = ("vit-gpt2", "vit-bert", "blip", "git")
 QUIET = (*SHORT, "--quiet", "--lr", "0.01", "--warmup-steps", "0")
@@ -45,7 +45,7 @@ def opened(model, data, cache, **fields):
     recipe = Recipe(phases=(Phase(kind="dense", steps=1, lr=0.1),), data=str(data), **fields)
     loaded = transformers.AutoModelForImageTextToText.from_pretrained(model).eval()
     library = TransformersLibrary.open(model)
-    return open_task(recipe, "image-captioning", library, loaded, cache, lambda name, size: False), loaded
+    return open_task(recipe, library, loaded, cache), loaded
 
 
 def ids(text):
@@ -174,8 +174,8 @@ def test_the_corpus_over_seeds():
 )
 def test_start_and_end(seen, tmp_path, kind, tokens):
     task, _ = opened(seen / kind, seen / "one", tmp_path / "cache")
-    assert task.speaker.tokens("a dog").tolist() == tokens
-    assert task.speaker.text([*ids("a dog"), 3, *ids("cat"), 0, 0]) == "a dog"
+    assert task.generator.tokens("a dog").tolist() == tokens
+    assert task.generator.text([*ids("a dog"), 3, *ids("cat"), 0, 0]) == "a dog"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -222,7 +222,7 @@ def test_written_captions_are_transformers_greedy_ones(seen, tmp_path, kind):
         scores = task.score(model, batch)
         found = model.generate(pixel_values=batch.inputs["pixel_values"], max_new_tokens=20, num_beams=1, do_sample=False)
         alone = [task.score(model, task.batch(task.eval, [(unit, None)]))[0].text for unit in range(6)]
-    texts = task.speaker.tokenizer.batch_decode(found, skip_special_tokens=True)
+    texts = task.generator.tokenizer.batch_decode(found, skip_special_tokens=True)
     assert [one.text for one in scores] == [" ".join(text.split()) for text in texts] == alone
 
 
@@ -233,7 +233,7 @@ def test_the_generation_config_of_the_folder_counts(seen, tmp_path):
         json.dumps(config | {"max_new_tokens": 5, "num_beams": 4, "do_sample": True})
     )
     task, model = opened(folder, seen / "one", tmp_path / "cache")
-    assert task.speaker.longest == 5
+    assert task.generator.max_new_tokens == 5
     batch = task.batch(task.eval, [(0, None)])
     with torch.no_grad():
         texts = {task.score(model, batch)[0].text for _ in range(3)}
@@ -244,7 +244,7 @@ def test_the_generation_config_of_the_folder_counts(seen, tmp_path):
 
 def test_max_length_cuts_captions_and_writing(seen, tmp_path):
     task, _ = opened(seen / "git", seen / "one", tmp_path / "cache", max_length=4)
-    assert task.speaker.longest == 4
+    assert task.generator.max_new_tokens == 4
     assert {len(tokens) for tokens in task.train.tokens} == {5}
     assert any("captions fill or pass 4 tokens" in line for line in task.warnings)
     with pytest.raises(DataError, match="only 24 positions"):

@@ -61,7 +61,7 @@ def matter(text):
 
 def written(own=None, report=None, **recipe):
     own = own or SourceCard({}, "")
-    return card(report or reports.report(), own, reports.recipe(**recipe))
+    return card(report or reports.report(), own, reports.recipe(**recipe), "import timm")
 
 
 # ---------------------------------------------------------------- front matter

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from builders import WORDS, image_folder, text_file, word_tokenizer
 from PIL import Image
 
+from dsd_refine.checkpoint.preprocessing import Preprocessing
 from dsd_refine.data.columns import LABEL, column
 from dsd_refine.data.files import paragraphs
 from dsd_refine.data.labels import label_texts, match_labels
@@ -25,8 +28,8 @@ from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Scores
 from dsd_refine.tasks.causal_lm import prepare_documents
 from dsd_refine.tasks.image_classification import prepare_images
-from dsd_refine.tasks.inputs.images import Preprocessing, decode
-from dsd_refine.tasks.inputs.texts import longest
+from dsd_refine.tasks.inputs.images import decode
+from dsd_refine.tasks.inputs.texts import window_length
 from dsd_refine.tasks.text_classification import prepare_texts
 
 
@@ -59,7 +62,7 @@ def grey(*_):
 
 
 def pictures(folder, cache, aliases=(("a",), ("b",), ("c",)), **fields):
-    return prepare_images(recipe(**fields), read(folder, cache), None, grey(), aliases, 3, "x")
+    return prepare_images(recipe(**fields), read(folder, cache), None, grey(), aliases, 3)
 
 
 def texts(tables, aliases=(("neg",), ("pos",)), evaluation=None, classes=2, **fields):
@@ -612,7 +615,7 @@ def test_numbers_go_by_number_not_by_text():
 
 def test_numeric_folders_go_by_number(tmp_path):
     image_folder(tmp_path / "d", classes=[str(n) for n in range(11)], per_class=2)
-    task = prepare_images(recipe(holdout=0, keep="last"), read(tmp_path / "d", tmp_path / "c"), None, grey(), None, 11, "x")
+    task = prepare_images(recipe(holdout=0, keep="last"), read(tmp_path / "d", tmp_path / "c"), None, grey(), None, 11)
     folders = [task.train.rows.name(row).split("/")[1] for row in range(22)]
     assert [int(name) for name in folders] == task.train.ids.tolist()
 
@@ -620,7 +623,7 @@ def test_numeric_folders_go_by_number(tmp_path):
 def test_integer_names_of_the_model_win_over_order(tmp_path):
     aliases = (("0",), ("1",), ("10",), ("2",))
     image_folder(tmp_path / "d", classes=["0", "1", "10", "2"], per_class=2)
-    task = prepare_images(recipe(holdout=0, keep="last"), read(tmp_path / "d", tmp_path / "c"), None, grey(), aliases, 4, "x")
+    task = prepare_images(recipe(holdout=0, keep="last"), read(tmp_path / "d", tmp_path / "c"), None, grey(), aliases, 4)
     assert {task.train.rows.labels[row]: int(task.train.ids[row]) for row in range(8)} == {"0": 0, "1": 1, "10": 2, "2": 3}
 
 
@@ -697,12 +700,14 @@ def test_one_map_serves_every_split():
 
 
 def test_a_models_placeholder_names_are_no_names():
-    from types import SimpleNamespace
+    from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
 
-    from dsd_refine.tasks.registry import _config_names
+    def names(*of):
+        config = SimpleNamespace(num_labels=len(of), id2label=dict(enumerate(of)))
+        return TransformersLibrary(Path(), config, "text-classification").label_names()
 
-    assert _config_names(SimpleNamespace(num_labels=2, id2label={0: "LABEL_0", 1: "LABEL_1"})) is None
-    assert _config_names(SimpleNamespace(num_labels=2, id2label={0: "no", 1: "yes"})) == [["no"], ["yes"]]
+    assert names("LABEL_0", "LABEL_1") == (None, 2)
+    assert names("no", "yes") == ([["no"], ["yes"]], 2)
 
 
 # ---------------------------------------------------------------- language models
@@ -783,15 +788,13 @@ def test_documents_without_a_target_are_skipped(tmp_path):
 
 
 def test_more_length_than_positions_is_refused():
-    from types import SimpleNamespace
-
     config = SimpleNamespace(max_position_embeddings=16)
     config.get_text_config = lambda: config
-    tokenizer = SimpleNamespace(model_max_length=10**30)
-    assert longest(tokenizer, config, "causal-lm", None) == 16
-    assert longest(tokenizer, config, "causal-lm", 8) == 8
+    tokenizer, model = SimpleNamespace(model_max_length=10**30), torch.nn.Linear(1, 1)
+    assert window_length(tokenizer, config, None, 1024, model) == 16
+    assert window_length(tokenizer, config, 8, 1024, model) == 8
     with pytest.raises(DataError, match="only 16 positions"):
-        longest(tokenizer, config, "causal-lm", 17)
+        window_length(tokenizer, config, 17, 1024, model)
 
 
 def test_a_text_file_and_a_table_of_its_paragraphs_are_the_same_data(tmp_path):

@@ -15,7 +15,7 @@ from test_run import report_of
 from dsd_refine.evidence.damage import clearly_worse, harm_warnings, rising_warnings, view_warnings
 from dsd_refine.recipe import Augment, Phase, Recipe
 from dsd_refine.report import figures
-from dsd_refine.tasks.base import Guess, Score
+from dsd_refine.tasks.base import ChanceBaseline, Score
 
 DEMO = ROOT / "recipes/demo/checkpoint"
 DIGITS = ("--recipe", "digits", "--device", "cpu", "--gate", "none", "--quiet")
@@ -27,8 +27,10 @@ def recipe_with(augment):
 
 
 def pictures(classes=10, rows=500):
-    guess = Guess("accuracy", 1 / classes, "guessing", rows, higher_is_better=True)
-    return SimpleNamespace(guesses=(guess,), metric="accuracy", higher_is_better=True, augment=None, preprocessing=None)
+    guess = ChanceBaseline("accuracy", 1 / classes, "guessing", rows, higher_is_better=True)
+    return SimpleNamespace(
+        chance_baselines=(guess,), metric="accuracy", higher_is_better=True, augment=None, preprocessing=None
+    )
 
 
 def right(share, rows):
@@ -140,7 +142,7 @@ def test_a_source_that_knows_nothing_cannot_lose_it():
 
 def test_a_metric_that_is_no_row_s_own_is_not_looked_at():
     task = pictures()
-    task.guesses = (Guess("bleu4", 0.0, "writing nothing", higher_is_better=True),)
+    task.chance_baselines = (ChanceBaseline("bleu4", 0.0, "writing nothing", higher_is_better=True),)
     assert not view_warnings(task, right(1.0, 100), right(0.0, 100), recipe_with(STRONG))
 
 
@@ -177,7 +179,7 @@ def test_harm_is_said_where_all_arms_are_below(refined, dense, warned):
 
 
 def test_harm_in_a_loss_is_a_higher_one():
-    task = SimpleNamespace(metric="loss", higher_is_better=False, guesses=())
+    task = SimpleNamespace(metric="loss", higher_is_better=False, chance_baselines=())
     found = {"baseline": {"loss": 3.0}, "refined": {"loss": 3.2}}
     [line] = harm_warnings(task, recipe_with(Augment()), "evaluation split", found, lambda arm: True)
     assert "a lower --sparsity" in line  # no arm without a mask tells the two apart

@@ -21,8 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsd_refine.checkpoint import layout
-from dsd_refine.checkpoint.libraries import guard
+from dsd_refine.checkpoint import guard, layout
 from dsd_refine.checkpoint.safetensors_file import read_header, read_json
 from dsd_refine.errors import CheckpointError, DataError, RecipeError
 from dsd_refine.recipe import parse_yaml, validate

@@ -3,7 +3,6 @@
 import io
 import json
 import tarfile
-from types import SimpleNamespace
 
 import builders
 import datasets
@@ -17,8 +16,8 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
+from dsd_refine.checkpoint.libraries.class_names import imagenet_names
 from dsd_refine.data.labels import match_labels
-from dsd_refine.tasks.registry import _timm_names
 
 INFO = ImageNetInfo("imagenet-1k")
 SYNSETS = [str(INFO.index_to_label_name(number)) for number in range(1000)]
@@ -180,7 +179,7 @@ SUBSETS = {
 @pytest.mark.parametrize("classes", SUBSETS)
 def test_a_head_of_each_imagenet_knows_its_synsets(classes):
     info = ImageNetInfo(SUBSETS[classes])
-    aliases = _timm_names(SimpleNamespace(cfg={}), classes)
+    aliases = imagenet_names(classes)
     chosen = {info.index_to_label_name(number): number for number in (0, 1, 777, classes - 1)}
     assert match_labels(aliases, classes, set(chosen)).ids == chosen
 
@@ -188,7 +187,7 @@ def test_a_head_of_each_imagenet_knows_its_synsets(classes):
 @pytest.mark.parametrize("library", ["timm", "transformers"])
 def test_a_head_of_1001_has_the_background_first(library):
     aliases = {
-        "timm": _timm_names(SimpleNamespace(cfg={}), 1001),
+        "timm": imagenet_names(1001),
         "transformers": [["background"], *([text] for text in TEXTS)],
     }[library]
     found = match_labels(aliases, 1001, set(SYNSETS))

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from dsd_refine.checkpoint.libraries.transformers import AUTO, TransformersLibrary
+from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
 from dsd_refine.errors import CheckpointError
+from dsd_refine.task_specs import TASKS
 
-SUPPORTED = f"supported are {', '.join(AUTO)}"
+SUPPORTED = f"supported are {', '.join(TASKS)}"
 PAIRS = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from dsd_refine.data.reading import Table
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import validate
-from dsd_refine.tasks.inputs.texts import longest
+from dsd_refine.tasks.inputs.texts import window_length
 from dsd_refine.tasks.masked_lm import SALT, Masking, prepare_masked
 
 MASK, WORD = SPECIAL.index("[MASK]"), len(SPECIAL)
@@ -136,9 +136,9 @@ def test_positions_that_begin_after_the_padding_are_not_counted(tmp_path):
 
     folder = builders.masked_checkpoint(tmp_path, kind="Roberta", max_position_embeddings=20, pad_token_id=1)
     model = AutoModelForMaskedLM.from_pretrained(folder)
-    assert longest(word_tokenizer(), model.config, "masked-lm", None, model) == 18
+    assert window_length(word_tokenizer(), model.config, None, 512, model) == 18
     with pytest.raises(DataError, match="only 18 positions"):
-        longest(word_tokenizer(), model.config, "masked-lm", 20, model)
+        window_length(word_tokenizer(), model.config, 20, 512, model)
 
 
 # ---------------------------------------------------------------- whole runs

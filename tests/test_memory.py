@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import SHORT
 
-from dsd_refine.checkpoint.checkpoint import open_library, open_shapes
+from dsd_refine.checkpoint.checkpoint import open_shapes
+from dsd_refine.checkpoint.libraries.open import open_library
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.masking.checkpoint_layers import open_layers
 from dsd_refine.planning.plan import memory_of

@@ -171,7 +171,7 @@ TRAINING_ON, BY_CHANCE = "more training alone", "training with a random mask"
 def test_whose_doing_a_gain_is_stands_in_the_headline_s_sentence(report, sentence):
     """On the page, in the terminal and in the card; and only the mask's own gain is green."""
     page_, told = Reader(made(report)), summary(Report(report, Path("out")))
-    written = card(report, SourceCard({}, ""), reports.recipe())
+    written = card(report, SourceCard({}, ""), reports.recipe(), "import timm")
     for text in (words.said(report), page_.text.replace("Better than", "better than"), told, written):
         assert sentence in text
     classes = page_.all("section", id="verdict")[0]["class"].split()
@@ -225,7 +225,11 @@ def test_where_p_and_interval_differ_it_is_said_which_decides(p, adjusted, inter
 @pytest.mark.parametrize(("rule", "said"), [("not-worse", "be it by chance"), ("non-inferior", "less than the margin below")])
 def test_what_a_gate_lets_through_is_said(rule, said):
     report = reports.report(gate={"rule": rule, "passed": True})
-    for text in (made(report), summary(Report(report, Path("out"))), card(report, SourceCard({}, ""), reports.recipe())):
+    for text in (
+        made(report),
+        summary(Report(report, Path("out"))),
+        card(report, SourceCard({}, ""), reports.recipe(), "import timm"),
+    ):
         assert said in text
 
 
@@ -239,7 +243,7 @@ def test_places_of_this_machine_stay_here():
     assert "secret" not in reader.text
     for kept in ("net", "--data=rows.csv", "rows.csv", "a/b"):
         assert kept in reader.text
-    assert "secret" not in card(report, SourceCard({}, ""), reports.recipe(data="/data/secret/rows.csv"))
+    assert "secret" not in card(report, SourceCard({}, ""), reports.recipe(data="/data/secret/rows.csv"), "import timm")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from conftest import process
 from safetensors.torch import load_file
 
-from dsd_refine.recipe import TASKS
+from dsd_refine.task_specs import TASKS
 
 BUILT = {
     "image-classification": (builders.timm_checkpoint, builders.image_folder, "pictures"),

@@ -16,7 +16,7 @@ from dsd_refine.evidence.baseline_checks import check_baseline
 from dsd_refine.evidence.card_results import CardResult, read_card_results
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report.card import data_name
-from dsd_refine.tasks.base import Guess
+from dsd_refine.tasks.base import ChanceBaseline
 
 # ---------------------------------------------------------------- what is expected
 
@@ -47,13 +47,13 @@ def test_an_expectation_that_is_none_is_refused(refused, made, tmp_path, given, 
 
 def warned(tmp_path, found, *, guesses=(), metric="accuracy", data="pictures", **recipe):
     """The warnings of `check_baseline` of a source in `tmp_path` that reaches `found`."""
-    task = SimpleNamespace(metric=metric, guesses=guesses)
+    task = SimpleNamespace(metric=metric, chance_baselines=guesses)
     phases = (Phase(kind="dense", steps=1, lr=0.1),)
     return check_baseline(task, found, Recipe(phases=phases, data=data, **recipe), tmp_path)
 
 
-HALF = Guess("accuracy", 0.5, "guessing", 100, higher_is_better=True)
-MOST = Guess("accuracy", 0.8, "always naming 'x'", 100, higher_is_better=True)
+HALF = ChanceBaseline("accuracy", 0.5, "guessing", 100, higher_is_better=True)
+MOST = ChanceBaseline("accuracy", 0.8, "always naming 'x'", 100, higher_is_better=True)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,9 @@ def test_an_accuracy_must_surely_beat_guessing_and_the_commonest_class(tmp_path,
 @pytest.mark.parametrize(
     ("guess", "at", "beaten"),
     [
-        (Guess("loss", 5.0, "guessing"), (7.0, 5.0, 4.98), (4.9, 0.1)),
-        (Guess("wer", 1.0, "hearing nothing"), (1.4, 1.0), (0.9, 0.0)),
-        (Guess("bleu4", 0.0, "writing nothing", higher_is_better=True), (0.0,), (0.01, 0.4)),
+        (ChanceBaseline("loss", 5.0, "guessing"), (7.0, 5.0, 4.98), (4.9, 0.1)),
+        (ChanceBaseline("wer", 1.0, "hearing nothing"), (1.4, 1.0), (0.9, 0.0)),
+        (ChanceBaseline("bleu4", 0.0, "writing nothing", higher_is_better=True), (0.0,), (0.01, 0.4)),
     ],
 )
 def test_a_sum_must_beat_its_guess_by_the_margin(tmp_path, guess, at, beaten):

@@ -3,7 +3,7 @@
 import timm
 from PIL import Image
 
-from dsd_refine.tasks.inputs.images import timm_preprocessing
+from dsd_refine.checkpoint.libraries.timm import timm_preprocessing
 
 
 def test_evaluation_has_the_test_size_and_training_the_input_size():

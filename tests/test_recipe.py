@@ -7,7 +7,6 @@ import pytest
 
 from dsd_refine.errors import RecipeError
 from dsd_refine.recipe import (
-    TASKS,
     apply_flags,
     find_recipe,
     parse_yaml,
@@ -17,6 +16,7 @@ from dsd_refine.recipe import (
     shipped,
     validate,
 )
+from dsd_refine.task_specs import TASKS
 
 TWO = {
     "phases": [{"kind": "sparse", "epochs": 1, "lr": 0.1, "sparsity": 0.3}, {"kind": "dense", "epochs": 1, "lr": 0.01}],
@@ -74,7 +74,7 @@ def test_a_rate_is_a_finite_number(value):
         ({"holdout": 0.0}, "holdout 0"),
         ({"control": [], "gate": "beats-control"}, "needs a control"),
         ({"control": ["dense", "dense"]}, "twice"),
-        ({"task": "poetry"}, "task: Input should be 'image-classification'"),
+        ({"task": "poetry"}, "task: no task; known are image-classification, text-classification"),
         ({"phases": []}, "at least 1"),
         ({"phases": [{"kind": "dense", "epochs": 1, "steps": 1, "lr": 0.1}]}, "not both"),
         ({"phases": [{"kind": "dense", "epochs": 1, "lr": 0.1, "sparsity": 0.1}]}, "no mask"),

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dsd_refine.checkpoint import source as source_module
-from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_library
+from dsd_refine.checkpoint.checkpoint import open_checkpoint
+from dsd_refine.checkpoint.libraries.open import open_library
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.errors import CheckpointError, Interrupted, UsageError
 from dsd_refine.masking.checkpoint_layers import first_layers
@@ -316,13 +317,13 @@ def test_what_timm_calls_the_first_layer_is_it_in_a_wrapped_model_too(tmp_path):
 def test_a_wrapped_model_sees_what_transformers_would_show_it(tmp_path):
     from transformers import AutoImageProcessor
 
-    from dsd_refine.tasks.inputs.images import transformers_preprocessing
+    from dsd_refine.checkpoint.libraries.image_processor import processor_preprocessing
 
     folder = builders.timm_checkpoint(tmp_path / "t", in_chans=3, size=48)
     edited(folder, model_type="timm_wrapper", architectures=["TimmWrapperForImageClassification"], model_args=None)
     source = find_source(str(folder))
     assert source.library == "transformers"
-    found = transformers_preprocessing(folder, open_library(source).config)
+    found = processor_preprocessing(folder, open_library(source).config)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
     wanted = AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"][0]
     assert found.evaluation(picture).equal(wanted)

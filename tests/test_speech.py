@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 from conftest import SHORT
+from tasks import open_task
 from test_processes import near, torchrun
 from test_resume import same, stop_after
 from test_run import report_of
@@ -24,9 +25,8 @@ from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.run.run import Run
 from dsd_refine.tasks.base import Scores
-from dsd_refine.tasks.ctc_speech import Words, row_score
-from dsd_refine.tasks.inputs.audio import SpecAugment, decode, open_hearing, resample
-from dsd_refine.tasks.registry import open_task
+from dsd_refine.tasks.ctc_speech import CtcDecoder, row_score
+from dsd_refine.tasks.inputs.audio import SpecAugment, decode, open_feature_extractor, resample
 
 LAYER = {"feat_extract_norm": "layer", "do_stable_layer_norm": True}
 ADAPTER = {**LAYER, "add_adapter": True, "num_adapter_layers": 1}
@@ -56,7 +56,7 @@ def opened(model, data, cache, **fields):
     recipe = Recipe(phases=(Phase(kind="dense", steps=1, lr=0.1),), data=str(data), **fields)
     loaded = transformers.AutoModelForCTC.from_pretrained(model).eval()
     library = TransformersLibrary.open(model)
-    return open_task(recipe, "ctc-speech", library, loaded, cache, lambda name, size: False), loaded
+    return open_task(recipe, library, loaded, cache), loaded
 
 
 def written(folder, clips, split=""):
@@ -140,7 +140,7 @@ def test_a_clip_of_any_rate_and_channels_is_heard_alike(heard, tmp_path):
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    return Words(builders.letter_tokenizer(tmp_path_factory.mktemp("words")), blank=0, size=11)
+    return CtcDecoder(builders.letter_tokenizer(tmp_path_factory.mktemp("words")), blank=0, size=11)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_labels_that_cannot_train(words, text, problem):
 
 
 def test_a_label_that_the_model_lacks(words):
-    short = Words(words.tokenizer, blank=0, size=10)
+    short = CtcDecoder(words.tokenizer, blank=0, size=10)
     assert "no label for" in short.problem(short.labels("abcdef"))
     assert short.problem(short.labels("abcde")) is None
 
@@ -219,7 +219,7 @@ def test_clips_too_short_for_masks_and_convolutions_train(heard, tmp_path, model
     task, loaded = opened(heard / model, data, tmp_path / "cache", holdout=0.0, keep="last")
     assert task.train.rows.skipped == []
     assert [clip.frames for clip in task.train.clips[:5]] == [1, 1, 1, 2, 3]
-    assert task.hearing.shortest == 186  # the receptive field of the convolutions
+    assert task.extractor.shortest == 186  # the receptive field of the convolutions
     loaded.train()
     for items in ([(0, 1)], [(0, 1), (1, 2), (3, 3), (4, 4), (8, 5)]):
         batch = task.batch(task.train, items)
@@ -287,7 +287,7 @@ def test_a_text_of_another_alphabet_is_refused(heard, tmp_path):
 def test_scores_do_not_depend_on_the_batch(heard, tmp_path, family, config, masked):
     model = builders.ctc_checkpoint(tmp_path / "m", family, **config)
     task, loaded = opened(model, heard / "data", tmp_path / "cache")
-    assert task.hearing.masked == masked
+    assert task.extractor.masked == masked
     with torch.no_grad():
         together = task.score(loaded, task.batch(task.eval, [(unit, None) for unit in range(16)]))
         alone = [task.score(loaded, task.batch(task.eval, [(unit, None)]))[0] for unit in range(16)]
@@ -337,8 +337,8 @@ def parakeet(folder, kind):
 def test_spectrograms_and_other_tokenizers(command, heard, tmp_path, kind):
     model = parakeet(tmp_path / "m", kind)
     task, loaded = opened(model, heard / "data", tmp_path / "cache")
-    assert task.words.blank == 8
-    assert task.words.text([7, 1, 8, 1, 8, 2, 7, 3]) == "aab c"
+    assert task.decoder.blank == 8
+    assert task.decoder.text([7, 1, 8, 1, 8, 2, 7, 3]) == "aab c"
     with torch.no_grad():
         together = task.score(loaded, task.batch(task.eval, [(unit, None) for unit in range(8)]))
         alone = [task.score(loaded, task.batch(task.eval, [(unit, None)]))[0] for unit in range(8)]
@@ -549,9 +549,9 @@ def test_plan_counts_clips(command, heard):
 
 
 def test_missing_packages_are_named(refused, heard, monkeypatch):
-    from dsd_refine.tasks import base as tasks
+    from dsd_refine.tasks import base
 
-    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    monkeypatch.setattr(base, "find_spec", lambda name: None)
     message = refused(heard / "group", "--data", heard / "data")
     assert message == "ctc-speech needs soundfile and jiwer: pip install 'dsd-refine[speech]'"
 
@@ -567,7 +567,7 @@ def test_a_feature_extractor_of_no_rate_that_sound_has_is_refused(heard, tmp_pat
         at["sampling_rate"] = rate
         path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="feature extractor cannot be used"):
-        open_hearing(folder, transformers.AutoModelForCTC.from_pretrained(folder).eval())
+        open_feature_extractor(folder, transformers.AutoModelForCTC.from_pretrained(folder).eval())
 
 
 def test_a_folder_without_feature_extractor_is_refused(heard, tmp_path):
@@ -577,4 +577,4 @@ def test_a_folder_without_feature_extractor_is_refused(heard, tmp_path):
     for path in folder.glob("*processor*"):
         path.unlink()
     with pytest.raises(CheckpointError, match="feature extractor cannot be used"):
-        open_hearing(folder, transformers.AutoModelForCTC.from_pretrained(folder).eval())
+        open_feature_extractor(folder, transformers.AutoModelForCTC.from_pretrained(folder).eval())

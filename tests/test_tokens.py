@@ -229,11 +229,11 @@ def test_a_mask_token_that_the_model_has_not_is_refused(refused, made, tmp_path)
     assert f"its tokenizer's mask token '<hidden>' is {TOKENS}, the model has only {TOKENS} tokens" in message
 
 
-def test_chance_words_are_the_model_s_own():
+def test_random_replacements_are_tokens_that_the_model_has():
     tokenizer = word_tokenizer()
     tokenizer.add_tokens(["one more", "two more"])
-    assert Masking.of(tokenizer, TOKENS).words.max() == TOKENS - 1
-    assert (Masking.of(tokenizer, TOKENS).words == Masking.of(word_tokenizer()).words).all()
+    assert Masking.of(tokenizer, TOKENS).replacements.max() == TOKENS - 1
+    assert (Masking.of(tokenizer, TOKENS).replacements == Masking.of(word_tokenizer()).replacements).all()
 
 
 def test_captions_with_a_token_that_the_model_has_not_are_skipped(command, tmp_path):

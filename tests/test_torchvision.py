@@ -14,18 +14,20 @@ import torch
 from conftest import SHORT
 from PIL import Image
 from safetensors.torch import load_file
+from tasks import open_task
 from torch.nn import functional as F
 from torchvision import models
 from torchvision.models import _api
 from torchvision.models.googlenet import GoogLeNetOutputs
 from torchvision.models.inception import InceptionOutputs
 
-from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_library
-from dsd_refine.checkpoint.libraries.torchvision import TorchvisionLibrary, _cached, describe
+from dsd_refine.checkpoint.checkpoint import open_checkpoint
+from dsd_refine.checkpoint.libraries.open import open_library
+from dsd_refine.checkpoint.libraries.torchvision import TorchvisionLibrary, preset_preprocessing
 from dsd_refine.checkpoint.source import find_source
+from dsd_refine.checkpoint.torchvision_release import _cached, describe
 from dsd_refine.errors import CheckpointError
 from dsd_refine.forward import weighted_logits
-from dsd_refine.tasks.inputs.images import torchvision_preprocessing
 
 SMALL = "shufflenet_v2_x0_5"
 CLASSES = ("tench", "n01443537", "great white shark")  # the middle one by its synset, as ImageNet's folders are called
@@ -149,7 +151,7 @@ def test_the_model_is_the_one_that_torchvision_builds_for_its_weights(name, monk
 
 def test_preprocessing_is_torchvision_s_own():
     weights = models.get_model_weights("resnet50").IMAGENET1K_V2
-    found = torchvision_preprocessing(describe("resnet50", weights)["preprocessing"])
+    found = preset_preprocessing(describe("resnet50", weights)["preprocessing"])
     picture = Image.effect_noise((300, 260), 64).convert("RGB")
     assert torch.equal(found.evaluation(picture), weights.transforms()(picture))
     assert found.size == (224, 224)
@@ -192,11 +194,10 @@ def test_googlenet_trains_with_its_heads_and_is_judged_by_the_main_one(googlenet
 
 def test_the_loss_of_a_batch_is_the_weighted_sum_over_heads(googlenet, made):
     from dsd_refine.recipe import validate
-    from dsd_refine.tasks.registry import open_task
 
     checkpoint = opened(googlenet)
     recipe = validate({"phases": [{"kind": "sparse", "steps": 1, "lr": 0.1, "sparsity": 0.3}], "data": str(made / "colours")})
-    task = open_task(recipe, "image-classification", checkpoint.library, checkpoint.model, made / "cache", lambda *_: False)
+    task = open_task(recipe, checkpoint.library, checkpoint.model, made / "cache")
     model = checkpoint.model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -280,11 +281,11 @@ def test_a_folder_that_names_an_entry_needs_no_more(tmp_path):
     """`weights` fills in what is not said; with another number of classes its label names do not count."""
     config = {"library": "torchvision", "architecture": "resnet18", "weights": "IMAGENET1K_V1"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert len(TorchvisionLibrary.open(tmp_path).label_names) == 1000
+    assert len(TorchvisionLibrary.open(tmp_path).label_names()[0]) == 1000
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_classes": 10}))
     library = TorchvisionLibrary.open(tmp_path)
-    assert (library.num_classes, library.label_names) == (10, None)
-    assert library.preprocessing["crop_size"] == 224
+    assert library.label_names() == (None, 10)
+    assert library.preprocessing(library.build_meta()).size == (224, 224)
 
 
 def test_a_folder_with_a_pickle_needs_the_flag_and_gives_safetensors(tmp_path, refused, command):

@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import ROOT, SHORT, environment
 from safetensors.torch import load_file
+from tasks import open_task
 
-from dsd_refine.checkpoint.checkpoint import open_library, open_shapes
+from dsd_refine.checkpoint.checkpoint import open_shapes
+from dsd_refine.checkpoint.libraries.open import open_library
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.recipe import match_recipe, read_recipe, validate
-from dsd_refine.tasks.registry import open_task
 
 SCRIPT = """
 import sys
@@ -74,4 +75,4 @@ def task_of(model, data, cache):
     library = open_library(source)
     path, _ = match_recipe(library.names, library.task)
     recipe = validate({**read_recipe(path), "data": str(data), "task": library.task}, Path(path).name)
-    return open_task(recipe, library.task, library, open_shapes(source, library).model, cache, lambda name, size: False)
+    return open_task(recipe, library, open_shapes(source, library).model, cache)

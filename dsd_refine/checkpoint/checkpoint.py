@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from dsd_refine.checkpoint.guard import bounded
 from dsd_refine.checkpoint.layout import SINGLE, Layout, read_layout
-from dsd_refine.checkpoint.libraries.guard import bounded
+from dsd_refine.checkpoint.library import Library
 from dsd_refine.checkpoint.placement import Placement, place
 from dsd_refine.checkpoint.safetensors_file import (
     TRAINABLE,
@@ -29,13 +29,6 @@ from dsd_refine.checkpoint.source import Source
 from dsd_refine.checkpoint.write import write_weights, written_dtypes
 from dsd_refine.errors import CheckpointError, RunError
 from dsd_refine.files import copy_file, sha256_file, sha256_files
-
-if TYPE_CHECKING:
-    from dsd_refine.checkpoint.libraries.timm import TimmLibrary
-    from dsd_refine.checkpoint.libraries.torchvision import TorchvisionLibrary
-    from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
-
-Library: TypeAlias = "TimmLibrary | TorchvisionLibrary | TransformersLibrary"
 
 QUANTISED = {
     torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -168,32 +161,6 @@ def _too_large(value: torch.Tensor, dtype: torch.dtype) -> str:
     )
 
 
-def open_library(source: Source, task: str | None = None, trust_remote_code: bool = False) -> Library:
-    """Open the adapter of the library that the source is for. Other libraries are not imported.
-
-    Args:
-        source: The source with its config.
-        task: The task that the user asked for; None: that of the config.
-        trust_remote_code: Allow code from the source's repository (transformers only).
-
-    Raises:
-        CheckpointError: The config cannot be used, or is for another task.
-    """
-    if source.library == "transformers":
-        from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
-
-        return TransformersLibrary.open(source.folder, task, trust_remote_code)
-    if task not in (None, "image-classification"):
-        raise CheckpointError(f"{source.model}: a {source.library} model does image-classification, not {task}")
-    if source.library == "torchvision":
-        from dsd_refine.checkpoint.libraries.torchvision import TorchvisionLibrary
-
-        return TorchvisionLibrary.open(source.folder)
-    from dsd_refine.checkpoint.libraries.timm import TimmLibrary
-
-    return TimmLibrary.open(source.folder)
-
-
 def open_checkpoint(
     source: Source, library: Library, *, allow_pickle: bool = False, weights_key: str | None = None
 ) -> Checkpoint:
@@ -214,8 +181,6 @@ def open_checkpoint(
     _refuse_quantised(layout)
     tensors = {name: tensor for file in layout.files for name, tensor in file.mapped().items()}
     with _size_guard(layout):
-        if library.name != "transformers":  # transformers itself builds on the meta device first
-            library.build_meta()
         model = _in_own_memory(library.load(tensors, torch.float32), tensors)
     state = model.state_dict()
     placement = place(layout, model, library.load, lambda name: _equal_values(tensors[name], state[name]))

@@ -71,20 +71,6 @@ def gather(slices: tuple[TensorSlice, ...], start: torch.Tensor, state: Mapping[
     return out.reshape(start.shape)
 
 
-def scatter(slices: tuple[TensorSlice, ...], values: torch.Tensor, into: Mapping[str, torch.Tensor]) -> None:
-    """Write the file's tensor `values` into the model's tensors `into`, in place.
-
-    These must be contiguous.
-    """
-    flat = values.reshape(-1)
-    for tensor_slice in slices:
-        view = into[tensor_slice.key].view(-1)
-        if tensor_slice.whole:
-            view.copy_(flat)
-        else:
-            view[tensor_slice.target] = flat[tensor_slice.source]
-
-
 def place(layout: Layout, model: torch.nn.Module, load: Load | None, same: Callable[[str], bool]) -> Placement:
     """Find the slices of every tensor of the file that the model uses.
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dsd_refine.checkpoint.copies import READ_PICKLES, adapter_of, is_as_large, is_weights, other_formats, shown_folder
+from dsd_refine.checkpoint.guard import refuse_counts
 from dsd_refine.checkpoint.layout import INDEX, PICKLE_INDEX, SINGLE, needs_allow_pickle, no_weights
-from dsd_refine.checkpoint.libraries.guard import refuse_counts
 from dsd_refine.checkpoint.safetensors_file import is_pointer, read_json
 from dsd_refine.errors import CheckpointError, UsageError
 from dsd_refine.files import leads_out
@@ -259,7 +259,7 @@ def _from_torchvision(model: str, name: str, weights: bool, allow_pickle: bool) 
     """Make a folder for released weights of torchvision: a config from their entry, and a link to
     their file.
     """
-    from dsd_refine.checkpoint.libraries.torchvision import describe_in, entry, link_weights
+    from dsd_refine.checkpoint.torchvision_release import describe_in, entry, link_weights
 
     architecture, released = entry(name)
     if weights and not allow_pickle:

@@ -17,6 +17,7 @@ from dsd_refine.cli.streams import fill_streams
 from dsd_refine.errors import DsdError, Interrupted, RunError, UsageError, is_full_memory
 from dsd_refine.report.words import GATES
 from dsd_refine.run.signals import Signals
+from dsd_refine.task_specs import TASKS
 
 if TYPE_CHECKING:
     from dsd_refine.recipe import Recipe
@@ -80,7 +81,7 @@ RECIPE_OPTIONS = _together(
     click.option("--eval-data", metavar="D", help="A file or directory used for evaluation only."),
     click.option("--eval-split", metavar="NAME", help="The split of the data that evaluates."),
     click.option("--holdout-split", metavar="NAME", help="The split of --data that selects."),
-    click.option("--task", help="Inferred from the model's config."),
+    click.option("--task", metavar="T", help=f"{', '.join(TASKS)} (inferred from the model's config)."),
     click.option("--sparsity", type=Shares(), help="Share of zeros per layer; of several, the holdout picks."),
     click.option("--sparse-epochs", type=float, help="Length of the sparse phases; 0 masks only."),
     click.option("--dense-epochs", type=float, help="Length of the dense phases; 0 is allowed."),
@@ -169,7 +170,7 @@ def run(model: str, **given: Any) -> int:
     if given["output_dir"] and _finished(Path(given["output_dir"]), given, display):
         return 0
     _quiet_libraries()
-    from dsd_refine.checkpoint.checkpoint import open_library
+    from dsd_refine.checkpoint.libraries.open import open_library
     from dsd_refine.checkpoint.source import find_source
     from dsd_refine.method import refine
     from dsd_refine.report.report import summary
@@ -213,7 +214,7 @@ def plan(model: str, **given: Any) -> int:
 
     _check_task(given)
     _quiet_libraries()
-    from dsd_refine.checkpoint.checkpoint import open_library
+    from dsd_refine.checkpoint.libraries.open import open_library
     from dsd_refine.checkpoint.source import find_source
     from dsd_refine.cli.progress import Display
     from dsd_refine.planning.plan import make_plan
@@ -251,11 +252,11 @@ def verify(
 
     _quiet_libraries()
     from dsd_refine.checkpoint import verify as check
-    from dsd_refine.checkpoint.checkpoint import open_library, open_shapes
+    from dsd_refine.checkpoint.checkpoint import open_shapes
+    from dsd_refine.checkpoint.libraries.open import open_library
     from dsd_refine.checkpoint.safetensors_file import read_json
     from dsd_refine.checkpoint.source import find_source
     from dsd_refine.checkpoint.verify import report_lines
-    from dsd_refine.recipe import TASKS
 
     if not Path(output, "dsd/report.json").is_file():
         raise UsageError(f"{output}: is no output of dsd-refine: it has no dsd/report.json")
@@ -340,8 +341,6 @@ def _expectations(given: tuple[str, ...]) -> dict[str, float] | None:
 
 
 def _check_task(given: dict[str, Any]) -> None:
-    from dsd_refine.recipe import TASKS
-
     if given["task"] not in (None, *TASKS):
         raise UsageError(f"--task {given['task']}: not a task; known are {', '.join(TASKS)}")
 

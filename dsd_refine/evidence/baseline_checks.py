@@ -20,7 +20,7 @@ from dsd_refine.evidence.confusion import Assignment, better_assignment, suspect
 from dsd_refine.evidence.paired import ALPHA
 from dsd_refine.recipe import Recipe
 from dsd_refine.report.card import evaluated_on
-from dsd_refine.tasks.base import Guess, Scores, Task
+from dsd_refine.tasks.base import ChanceBaseline, Scores, Task
 
 UNBOUNDED = ("loss", "perplexity")  # every other metric is a fraction
 
@@ -160,12 +160,12 @@ def _chance_warnings(task: Task, metrics: Mapping[str, float], margin: float) ->
     return [
         f"the source's {guess.metric} of {metrics[guess.metric]:.4f} cannot be told from {guess.how} ({guess.value:.4f}): "
         "are these the data, the labels and the preprocessing that it was trained with?"
-        for guess in task.guesses
+        for guess in task.chance_baselines
         if not _beats(metrics[guess.metric], guess, margin)
     ][:1]
 
 
-def _beats(value: float, guess: Guess, margin: float) -> bool:
+def _beats(value: float, guess: ChanceBaseline, margin: float) -> bool:
     """True if the source is better: significantly more rows right or, for other metrics, by more
     than the margin.
     """

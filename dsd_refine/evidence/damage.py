@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from dsd_refine.evidence.baseline_checks import UNBOUNDED
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks.base import Guess, Score, Task
+from dsd_refine.tasks.base import ChanceBaseline, Score, Task
 
 FEWEST_SEEN = 20  # with fewer rows or steps there is no warning
 ERRORS = 3.0  # standard errors that a loss of accuracy must exceed
@@ -30,7 +30,7 @@ def view_warnings(task: Task, plain: Sequence[Score], seen: Sequence[Score], rec
         seen: Scores of the same rows with the preprocessing of training.
         recipe: Names what the user can change.
     """
-    guess = next((guess for guess in task.guesses if guess.rows is not None or guess.metric == "loss"), None)
+    guess = next((guess for guess in task.chance_baselines if guess.rows is not None or guess.metric == "loss"), None)
     if guess is None or len(plain) < FEWEST_SEEN:
         return []
     before, after = (np.array([_value(score, guess) for score in scores]) for scores in (plain, seen))
@@ -46,7 +46,7 @@ def view_warnings(task: Task, plain: Sequence[Score], seen: Sequence[Score], rec
     ]
 
 
-def _value(score: Score, guess: Guess) -> float:
+def _value(score: Score, guess: ChanceBaseline) -> float:
     """A row's own value of the guess's metric.
 
     The last statistic of a caption is its number of targets.

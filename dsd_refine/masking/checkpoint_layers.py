@@ -16,8 +16,8 @@ from dsd_refine.errors import UsageError
 from dsd_refine.masking.kinds import first_layer
 from dsd_refine.masking.layers import Layer, find_layers
 from dsd_refine.recipe import Recipe
+from dsd_refine.task_specs import TASKS
 
-SEES = ("image-classification", "ctc-speech", "image-captioning")  # tasks with models that see pixels or sound
 FEW = 1 / 3  # a smaller share of maskable weights, of those outside embeddings, brings a warning
 SAME = "the same storage"
 
@@ -65,7 +65,7 @@ def first_layers(model: nn.Module, task: str) -> list[str]:
 
     They are timm's `first_conv`, else the model's first layer. A model that takes tokens has none.
     """
-    if task not in SEES:
+    if not TASKS[task].sees_signal:
         return []
     modules = dict(model.named_modules())
     # A model may define its head first. The library's base model has no head.

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dsd_refine.checkpoint.checkpoint import Library
+from dsd_refine.checkpoint.library import Library
 from dsd_refine.checkpoint.source import Source
 from dsd_refine.method import arm_phases
 from dsd_refine.recipe import Phase, Recipe

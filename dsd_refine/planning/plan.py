@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dsd_refine.checkpoint.checkpoint import Checkpoint, Library, open_shapes
+from dsd_refine.checkpoint.checkpoint import Checkpoint, open_shapes
+from dsd_refine.checkpoint.library import Library
 from dsd_refine.checkpoint.source import Source
 from dsd_refine.compat import BatchNorm
 from dsd_refine.data.splits import is_on_hub

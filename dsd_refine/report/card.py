@@ -19,6 +19,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from dsd_refine.files import leads_out
 from dsd_refine.report import words
 from dsd_refine.report.data import data_lines
+from dsd_refine.task_specs import TASKS
 from dsd_refine.yaml_reader import load_card_yaml
 
 LONGEST_FRONT = 1_000_000  # characters; cards with hundreds of results have a few hundred thousand
@@ -26,15 +27,6 @@ FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL |
 PAPER = "[Han et al., ICLR 2017](https://arxiv.org/abs/1607.04381)"
 LOCAL = "local:"  # before the name of data of one's own, which no data set of the Hub has
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "eval", "evaluation", "dev")
-# task -> (the Hub's pipeline tag, transformers' class, what prepares the inputs)
-TASKS = {
-    "image-classification": ("image-classification", "AutoModelForImageClassification", "AutoImageProcessor"),
-    "text-classification": ("text-classification", "AutoModelForSequenceClassification", "AutoTokenizer"),
-    "causal-lm": ("text-generation", "AutoModelForCausalLM", "AutoTokenizer"),
-    "masked-lm": ("fill-mask", "AutoModelForMaskedLM", "AutoTokenizer"),
-    "ctc-speech": ("automatic-speech-recognition", "AutoModelForCTC", "AutoProcessor"),
-    "image-captioning": ("image-to-text", "AutoModelForImageTextToText", "AutoProcessor"),
-}
 
 
 @dataclass(frozen=True)
@@ -102,8 +94,8 @@ def _dump(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
-def card(report: Mapping[str, Any], own: SourceCard, recipe_yaml: str, snippet: str | None = None) -> str:
-    """README.md of the output. `snippet` is Python that loads it, where the library is not timm or transformers."""
+def card(report: Mapping[str, Any], own: SourceCard, recipe_yaml: str, snippet: str) -> str:
+    """README.md of the output. `snippet` is Python that loads it."""
     recipe = yaml.safe_load(recipe_yaml)
     front = _dump(front_matter(report, own.front, recipe))
     parts = [f"---\n{front}---\n\n{_section(report, recipe, snippet)}"]
@@ -119,7 +111,7 @@ def front_matter(report: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapp
     front = {key: value for key, value in own.items() if key != "model-index"}
     if is_hub(source):
         front |= {"base_model": source["resolved"], "base_model_relation": "finetune"}
-    for key, value in (("library_name", source["library"]), ("pipeline_tag", TASKS.get(task, (None,))[0])):
+    for key, value in (("library_name", source["library"]), ("pipeline_tag", _pipeline_tag(task))):
         if value and not isinstance(front.get(key), str):
             front[key] = value
     trained = data_name(recipe.get("data"))
@@ -127,6 +119,11 @@ def front_matter(report: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapp
     if trained.hub or "datasets" in front:
         front["datasets"] = _listed(front.get("datasets"), *([trained.hub] if trained.hub else []))
     return front | {"model-index": _model_index(report, recipe)}
+
+
+def _pipeline_tag(task: str) -> str | None:
+    """The Hub's name of a task; None for one that a report has from another version of this program."""
+    return TASKS[task].pipeline_tag if task in TASKS else None
 
 
 def is_hub(source: Mapping[str, Any]) -> bool:
@@ -163,7 +160,7 @@ def _model_index(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> Any:
     data, task = evaluated_on(recipe), report["task"]
     results = [
         EvalResult(
-            task_type=TASKS.get(task, (task,))[0], dataset_type=data.hub or data.name, dataset_name=data.name,
+            task_type=_pipeline_tag(task) or task, dataset_type=data.hub or data.name, dataset_name=data.name,
             dataset_config=data.config, metric_type=metric, metric_value=value,
         )
         for metric, value in report["arms"]["refined"].items()
@@ -193,7 +190,7 @@ def _short_name(report: Mapping[str, Any]) -> str:
     return str(source["resolved"]).rstrip("/").rsplit("/", 1)[-1] or str(source["model"])
 
 
-def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str | None) -> str:
+def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str) -> str:
     source, data = report["source"], report["data"]
     name = code(source["resolved"] if source["revision"] else _short_name(report))
     at = f" at {code(source['revision'])}" if source["revision"] else ""
@@ -221,7 +218,7 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str 
         *_data_section(data),
         "### How to load it",
         "",
-        *_fenced(snippet or load_snippet(report), "python"),
+        *_fenced(snippet, "python"),
         "",
         "### Recipe",
         "",
@@ -285,18 +282,6 @@ def code(text: str) -> str:
 def _fenced(text: str, language: str) -> list[str]:
     fence = "`" * max(3, max(map(len, re.findall(r"`+", text)), default=0) + 1)
     return [f"{fence}{language}", text.rstrip("\n"), fence]
-
-
-def load_snippet(report: Mapping[str, Any]) -> str:
-    """Python that loads the output with timm or transformers."""
-    if report["source"]["library"] == "timm":
-        where = '"local-dir:path/to/this/folder"'
-        return f'import timm\n\nmodel = timm.create_model({where}, pretrained=True)  # or "hf-hub:owner/name"'
-    _, model, inputs = TASKS.get(report["task"], ("", "AutoModel", "AutoProcessor"))
-    return (
-        f'from transformers import {model}, {inputs}\n\nplace = "path/to/this/folder"  # or "owner/name"\n'
-        f"model = {model}.from_pretrained(place)\nprepare = {inputs}.from_pretrained(place)"
-    )
 
 
 def public_recipe(recipe: Mapping[str, Any]) -> str:

@@ -109,7 +109,7 @@ def warn_of_harm(run: Run) -> None:
     if not lines and task.holdout is not None and run.state.source_holdout:
         chosen = {arm: run.selected(arm).holdout or {} for arm in run.arms}
         held = {"baseline": run.state.source_holdout} | chosen
-        rows = len(task.holdout.rows) if any(guess.rows is not None for guess in task.guesses) else None
+        rows = len(task.holdout.rows) if any(guess.rows is not None for guess in task.chance_baselines) else None
         lines = harm_warnings(
             task, recipe, "holdout", held, lambda arm: clearly_worse(held[arm], held["baseline"], task, recipe, rows)
         )

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dsd_refine import __version__
-from dsd_refine.checkpoint.checkpoint import Checkpoint, Library, open_checkpoint
+from dsd_refine.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from dsd_refine.checkpoint.library import Library
 from dsd_refine.checkpoint.source import Source
 from dsd_refine.checkpoint.verify import check_plain
 from dsd_refine.compat import BatchNorm

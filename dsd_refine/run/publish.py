@@ -62,8 +62,8 @@ def _stop_if_asked(run: Run) -> None:
 
 def _write_card(run: Run, report: Report, own: SourceCard, folder: Path) -> None:
     """The model card and, for a checkpoint that passed its gate, its results in the Hub's form."""
-    recipe, snippet = run.recipe.dump(), getattr(run.checkpoint.library, "snippet", None)
-    write_text(folder / "README.md", card(report.data, own, recipe, snippet() if snippet else None))
+    recipe, snippet = run.recipe.dump(), run.checkpoint.library.snippet()
+    write_text(folder / "README.md", card(report.data, own, recipe, snippet))
     for name, text in eval_results(report.data, recipe).items() if report.data["gate"]["passed"] else ():
         write_text(folder / ".eval_results" / name, text)
 

@@ -1,6 +1,7 @@
 """What a task is: rows to batches, batches to a loss or to a score for each row, scores to metrics.
 
-The loop calls three functions of a task (batch, loss, score). It knows no task, and a task knows no loop.
+The loop calls three functions of a task (batch, loss, score). It knows no task, and a task knows no
+loop.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Rows
 from dsd_refine.errors import UsageError
 
@@ -20,13 +22,18 @@ Item = tuple[int, int | None]  # unit of a part, and the seed of its augmentatio
 
 Forward = Callable[..., Any]
 
+Tables = dict[str, Table]  # split -> its rows
+
+IGNORED = -100  # target of a position that the loss ignores, torch's default
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Collated examples. `inputs` go to the model by name (`x`: by position); `count` is the number of real targets.
+    """Collated examples. `inputs` go to the model by name (`x`: by position); `count` is the number
+    of real targets.
 
-    `aside` and `texts` are the task's own: a row each of what its loss and scores need and the model does not take.
-    `items` are what it was made of, where the loop made it.
+    `aside` and `texts` have an entry a row: what the task's loss and scores need and the model does
+    not take. `items` say which units it was made of, where the loop made it.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -46,9 +53,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one unit of evaluation: `score` over `count` is the metric's share of it, `loss` its summed training loss.
+    """The score of one unit: the metric is the sum of `score` over the sum of `count`; `loss` is
+    its summed training loss.
 
-    A task that predicts words says them in `text`; `stats` are sums that its other metrics are made of.
+    `text` is the prediction of a task that predicts text; `stats` are sums that the task's other
+    metrics are made of.
     """
 
     score: float
@@ -61,9 +70,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Scores:
-    """Per row of a part, in its order: float64 arrays; `prediction` is -1 where the task predicts no class.
+    """Of each row of a part, in its order: float64 arrays; `prediction` is -1 where the task
+    predicts no class.
 
-    `text` is what was predicted in words (None: the task predicts none), `stats` rows x statistics (None: it has none).
+    `text` is the predicted text (None: the task predicts none), `stats` is rows x statistics (None:
+    it has none).
     """
 
     score: np.ndarray[Any, Any]
@@ -74,41 +85,43 @@ class Scores:
     stats: np.ndarray[Any, Any] | None = None
 
     @classmethod
-    def of(cls, found: Iterable[tuple[int, Score]], rows: int) -> Scores:
-        """Add up (row, score of one of its units)."""
-        pairs = list(found)
-        text = [""] * rows if any(one.text is not None for _, one in pairs) else None
-        width = max((len(one.stats) for _, one in pairs), default=0)
+    def of(cls, unit_scores: Iterable[tuple[int, Score]], rows: int) -> Scores:
+        """Add up pairs of a row and the score of one of its units."""
+        pairs = list(unit_scores)
+        text = [""] * rows if any(unit.text is not None for _, unit in pairs) else None
+        width = max((len(unit.stats) for _, unit in pairs), default=0)
         new = cls(np.zeros(rows), np.zeros(rows), np.zeros(rows), np.full(rows, -1), text, np.zeros((rows, width)))
-        for row, one in pairs:
-            new.score[row] += one.score
-            new.count[row] += one.count
-            new.loss[row] += one.loss
-            if one.prediction is not None:
-                new.prediction[row] = one.prediction
-            if text is not None and one.text is not None:
-                text[row] = one.text
-            if one.stats and new.stats is not None:
-                new.stats[row] += one.stats
+        for row, unit in pairs:
+            new.score[row] += unit.score
+            new.count[row] += unit.count
+            new.loss[row] += unit.loss
+            if unit.prediction is not None:
+                new.prediction[row] = unit.prediction
+            if text is not None and unit.text is not None:
+                text[row] = unit.text
+            if unit.stats and new.stats is not None:
+                new.stats[row] += unit.stats
         return new if width else replace(new, stats=None)
 
     def compared(self, corpus: object | None) -> np.ndarray[Any, Any]:
-        """What arms are compared by: the score of each row, or its statistics where the metric is one of the corpus."""
+        """What arms are compared by: the score of each row, or its statistics where the metric is
+        one of the corpus.
+        """
         return self.score if corpus is None or self.stats is None else self.stats
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """As tensors, for the saved state; texts are UTF-8 bytes and the end of each."""
+        """As tensors, for the saved state; texts are UTF-8 bytes with the offset of each one's end."""
         names = ("score", "count", "loss", "prediction", *(["stats"] if self.stats is not None else []))
         tensors = {name: torch.from_numpy(getattr(self, name)) for name in names}
         if self.text is not None:
             coded = [text.encode("utf-8", "surrogatepass") for text in self.text]
             tensors["text"] = torch.tensor(list(b"".join(coded)), dtype=torch.uint8)
-            tensors["text_ends"] = torch.tensor([len(one) for one in coded], dtype=torch.int64).cumsum(0)
+            tensors["text_ends"] = torch.tensor([len(text) for text in coded], dtype=torch.int64).cumsum(0)
         return tensors
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, torch.Tensor]) -> Scores:
-        """What `pack` packed."""
+        """The reverse of `pack`."""
         arrays: dict[str, Any] = {name: value.numpy() for name, value in tensors.items() if not name.startswith("text")}
         if "text" not in tensors:
             return cls(**arrays)
@@ -118,8 +131,9 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Guess:
-    """What who knows nothing reaches: `value` of `metric`, and how. A source that does no better is probably used wrongly.
+class ChanceBaseline:
+    """The score of a trivial predictor: `value` of `metric`, and `how` it predicts. A source that
+    does no better is probably used wrongly.
 
     `rows`: the metric is the share of so many rows that are right (None: it is no count of rows).
     """
@@ -132,7 +146,9 @@ class Guess:
 
 
 class Part(Protocol):
-    """One part of the data, as a task prepared it: `units` examples, each belonging to a row of `rows`."""
+    """One part of the data, as a task prepared it: `units` examples, each belonging to a row of
+    `rows`.
+    """
 
     @property
     def rows(self) -> Rows: ...
@@ -144,7 +160,9 @@ class Part(Protocol):
 
 
 class Task(Protocol):
-    """One kind of model and data. `metric` is the name in the report; all metrics are fractions or sums over counts."""
+    """One kind of model and data. `metric` is the name in the report; all metrics are fractions or
+    sums over counts.
+    """
 
     name: str
     metric: str
@@ -160,8 +178,8 @@ class Task(Protocol):
     def eval(self) -> Part: ...
 
     @property
-    def guesses(self) -> Sequence[Guess]:
-        """What the source must do better than on the evaluation rows, the plainest guess first."""
+    def chance_baselines(self) -> Sequence[ChanceBaseline]:
+        """What the source must do better than on the evaluation rows, the simplest predictor first."""
         ...
 
     def batch(self, part: Any, items: Sequence[Item]) -> Batch:
@@ -194,7 +212,9 @@ class Task(Protocol):
 
 
 def require(task: str, extra: str, *packages: str) -> None:
-    """Raise UsageError where a task's packages are not installed, with the name of the extra that has them."""
+    """Raise UsageError where a task's packages are not installed, with the name of the extra that
+    has them.
+    """
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise UsageError(f"{task} needs {' and '.join(missing)}: pip install 'dsd-refine[{extra}]'")

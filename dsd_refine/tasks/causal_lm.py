@@ -1,4 +1,6 @@
-"""Text classification and causal language modelling: tokens exactly as the checkpoint's tokenizer makes them."""
+"""Causal language modelling: the next token of documents, which are tokenized exactly as the
+checkpoint's tokenizer does.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,22 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dsd_refine.checkpoint.library import Library
 from dsd_refine.data.columns import DOCUMENT, column
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Rows, divide, use_rows
 from dsd_refine.data.tables import row_blocks
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks.base import Batch, Forward, Guess, Item, Score, Scores, ratio
+from dsd_refine.tasks.base import IGNORED, Batch, ChanceBaseline, Forward, Item, Score, Scores, Tables, ratio
 from dsd_refine.tasks.causality import WINDOWS, refuse_foresight
 from dsd_refine.tasks.classification import overlap_warning, skip_warnings
-from dsd_refine.tasks.inputs.texts import no_text, text_digest
-from dsd_refine.tasks.inputs.tokens import Doubled, Unknown, beyond_warnings, or_reason, tokenized
+from dsd_refine.tasks.inputs.texts import no_text, open_text_inputs, text_digest
+from dsd_refine.tasks.inputs.tokens import Doubled, Unknown, beyond_warnings, known_tokens, or_reason, tokenized
 
 Ids = np.ndarray[Any, Any]
 
-NONE: Ids = np.empty(0, dtype=np.int32)
-NO_TARGET = -100  # at a position that nothing is to be predicted at
+NO_TOKENS: Ids = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class WindowedPart:
 class CausalLM:
     """`causal-lm` for transformers models. A row is a document; its windows' sums are added.
 
-    Targets have the shape of the tokens: what each position predicts, or NO_TARGET.
+    Targets have the shape of the tokens: what each position predicts, or IGNORED.
     """
 
     train: WindowedPart
@@ -64,23 +66,23 @@ class CausalLM:
     vocabulary: int = field(kw_only=True)  # tokens that the tokenizer knows
 
     @property
-    def guesses(self) -> tuple[Guess, ...]:
-        return (guess_token(self.vocabulary),)
+    def chance_baselines(self) -> tuple[ChanceBaseline, ...]:
+        return (uniform_baseline(self.vocabulary),)
 
     def batch(self, part: WindowedPart, items: Sequence[Item]) -> Batch:
         windows = [torch.as_tensor(part.tokens[part.start[u] : part.stop[u]].astype(np.int64)) for u, _ in items]
         ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)  # what fills is masked by length, never by id
         mask = torch.arange(ids.shape[1])[None, :] < torch.tensor([len(w) for w in windows])[:, None]
-        targets = torch.full_like(ids, NO_TARGET)  # of every position what follows it; cutting logits instead copies them twice
-        targets[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], NO_TARGET)
+        targets = torch.full_like(ids, IGNORED)  # of every position what follows it; cutting logits instead copies them twice
+        targets[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], IGNORED)
         return Batch({"input_ids": ids, "attention_mask": mask.long()}, targets, int(mask[:, 1:].sum()))
 
     def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Targets x vocabulary."""
-        return logits_of(forward, batch.inputs)[batch.targets != NO_TARGET]
+        return logits_of(forward, batch.inputs)[batch.targets != IGNORED]
 
     def refuse_foresight(self, forward: Forward, device: torch.device) -> None:
-        """Raises CheckpointError where the model sees the tokens that it is to say."""
+        """Raises CheckpointError where the model sees the tokens that it is to predict."""
         units = range(min(WINDOWS, self.train.units))
         windows = [self.batch(self.train, [(unit, None)]).to(device).inputs for unit in units]
         refuse_foresight(self.name, lambda inputs: logits_of(forward, inputs), windows, ("input_ids", "attention_mask"))
@@ -90,12 +92,12 @@ class CausalLM:
 
     def score(self, forward: Forward, batch: Batch) -> list[Score]:
         sums = self._nll(forward, batch).double().sum(1).tolist()
-        counts = (batch.targets != NO_TARGET).sum(1).tolist()
+        counts = (batch.targets != IGNORED).sum(1).tolist()
         return [Score(s, c, s) for s, c in zip(sums, counts, strict=True)]
 
     def _nll(self, forward: Forward, batch: Batch) -> torch.Tensor:
         logits = logits_of(forward, batch.inputs)
-        flat = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NO_TARGET, reduction="none")
+        flat = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="none")
         return flat.reshape(batch.targets.shape)
 
     def metrics(self, scores: Scores) -> dict[str, float]:
@@ -112,15 +114,22 @@ class CausalLM:
         return {"labels": None, "warnings": self.warnings}
 
 
+def open_task(recipe: Recipe, library: Library, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> CausalLM:
+    """The task on these documents, with the checkpoint's own tokenizer."""
+    inputs = open_text_inputs(recipe, library, model)
+    return prepare_documents(recipe, tables, evaluation, inputs.tokenizer, inputs.max_length, inputs.size)
+
+
 def prepare_documents(
     recipe: Recipe,
-    tables: dict[str, Table],
-    evaluation: dict[str, Table] | None,
+    tables: Tables,
+    evaluation: Tables | None,
     tokenizer: Any,
     max_length: int,
     size: int | None = None,
 ) -> CausalLM:
-    """Tokenize every document, skip those without a target, divide. `size` is the number of the model's embeddings.
+    """Tokenize every document, skip those without a target, divide. `size` is the number of the
+    model's embeddings.
 
     Raises:
         DataError: no text column, or no usable documents.
@@ -129,25 +138,26 @@ def prepare_documents(
     parts, warnings = cut_documents(
         recipe, tables, evaluation, tokenizer, max_length, _document, lambda ids: len(ids) > 1, size
     )
-    return CausalLM(*parts, warnings, vocabulary=min(len(tokenizer), size or len(tokenizer)))
+    return CausalLM(*parts, warnings, vocabulary=known_tokens(tokenizer, size))
 
 
-def guess_token(vocabulary: int) -> Guess:
-    """The mean loss of holding every token for equally likely."""
-    return Guess("loss", math.log(vocabulary), f"guessing among the tokenizer's {vocabulary:,} tokens")
+def uniform_baseline(vocabulary: int) -> ChanceBaseline:
+    """The mean loss of a predictor to which every token is equally likely."""
+    return ChanceBaseline("loss", math.log(vocabulary), f"guessing among the tokenizer's {vocabulary:,} tokens")
 
 
 def cut_documents(
     recipe: Recipe,
-    tables: dict[str, Table],
-    evaluation: dict[str, Table] | None,
+    tables: Tables,
+    evaluation: Tables | None,
     tokenizer: Any,
     max_length: int,
     examine: Callable[[Any, Ids], Examined],
     counts: Callable[[Ids], bool],
     size: int | None = None,
 ) -> tuple[tuple[WindowedPart, WindowedPart | None, WindowedPart], list[str]]:
-    """Tokenize every document, examine it, divide, and cut into consecutive windows; those that `counts` denies are left out.
+    """Tokenize every document, examine it, divide, and cut into consecutive windows; those that
+    `counts` denies are left out.
 
     Returns the parts that train, select and judge, and the warnings.
 
@@ -162,9 +172,9 @@ def cut_documents(
         held = ids[id(table)] = []
         rows: list[Examined] = []
         for text in (text for block in row_blocks(table, [name]) for (text,) in block):
-            found, why = or_reason(_tokens, tokenizer, text, size)
-            held.append(NONE if found is None else found)
-            rows.append(Examined(b"", None, why) if found is None else examine(text, found))
+            tokens, why = or_reason(_tokens, tokenizer, text, size)
+            held.append(NO_TOKENS if tokens is None else tokens)
+            rows.append(Examined(b"", None, why) if tokens is None else examine(text, tokens))
             if rows[-1].reason is None:
                 doubled.see(held[-1])
                 unknown.see(held[-1])
@@ -182,8 +192,8 @@ def cut_documents(
 
 
 def _tokens(tokenizer: Any, text: Any, size: int | None) -> Ids:
-    found = tokenized(tokenizer, text, size=size, verbose=False)["input_ids"] if isinstance(text, str) and text else []
-    return np.asarray(found, dtype=np.int32)
+    ids = tokenized(tokenizer, text, size=size, verbose=False)["input_ids"] if isinstance(text, str) and text else []
+    return np.asarray(ids, dtype=np.int32)
 
 
 def _document(text: Any, ids: Ids) -> Examined:
@@ -195,13 +205,13 @@ def _document(text: Any, ids: Ids) -> Examined:
 
 
 def _windows(rows: Rows, ids: list[Ids], max_length: int, counts: Callable[[Ids], bool]) -> WindowedPart:
-    spans, tokens, at = [], [], 0
+    spans, tokens, offset = [], [], 0  # offset: of the document in the joined tokens
     for row, number in enumerate(rows.numbers):
         document = ids[int(number)]
         tokens.append(document)
         starts = [start for start in range(0, len(document), max_length) if counts(document[start : start + max_length])]
-        spans += [(row, at + start, at + min(start + max_length, len(document))) for start in starts]
-        at += len(document)
+        spans += [(row, offset + start, offset + min(start + max_length, len(document))) for start in starts]
+        offset += len(document)
     table = np.asarray(spans, dtype=np.int64).reshape(-1, 3)
     joined = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
     return WindowedPart(rows, joined, table[:, 0], table[:, 1], table[:, 2])

@@ -1,4 +1,6 @@
-"""A model that is to say the next token must not see it: one that does learns to copy, and its loss falls towards 0."""
+"""A model that predicts the next token must not see it: one that does learns to copy, and its loss
+falls towards 0.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,22 @@ from dsd_refine.errors import CheckpointError
 
 Inputs = Mapping[str, torch.Tensor]
 
-WINDOWS, LENGTH = 8, 32  # of so many tokens at most: the fewer, the more each moves what sees it
+WINDOWS, LENGTH = 8, 32  # of so many tokens at most: the fewer, the more each one moves the logits that see it
 
-# As a share of the logits' range. Rounding moves them by 1e-6 (in a mixture of experts, whose batches change, or where sums
-# are taken in another order), a model of random weights that sees later tokens by 5e-4 and more
+# As a share of the logits' range. Rounding moves them by 1e-6 (in a mixture of experts, whose
+# batches change, or where sums are taken in another order), a model of random weights that sees
+# later tokens by 5e-4 and more
 ROUNDING = 1e-4
 
 
 def refuse_foresight(
     task: str, logits: Callable[[Inputs], torch.Tensor], windows: Sequence[Inputs], names: Sequence[str]
 ) -> None:
-    """Change what a window ends with: the logits before it must stay, but for rounding.
+    """Change the end of a window: the logits before it must stay the same, but for rounding.
 
-    `windows` are inputs of one row each, `names` those of token ids and their mask, `logits(inputs)` is 1 x tokens x
-    vocabulary. Most windows must move for a refusal: in a mixture of experts rounding may turn a token's route, here or there.
+    `windows` are inputs of one row each, `names` those of token ids and their mask,
+    `logits(inputs)` is 1 x tokens x vocabulary. Most windows must move for a refusal: in a mixture
+    of experts rounding may turn a token's route, here or there.
 
     Raises:
         CheckpointError: the model sees later tokens.
@@ -43,7 +47,9 @@ def refuse_foresight(
 
 @torch.no_grad()
 def _move(logits: Callable[[Inputs], torch.Tensor], inputs: Inputs, name: str, pool: torch.Tensor) -> float | None:
-    """How far logits move when the last token is another, and when all from the middle on are; None of a single token."""
+    """How far logits move when the last token is another, and when all from the middle on are; None
+    of a single token.
+    """
     length = inputs[name].shape[1]
     if length < 2:
         return None
@@ -66,7 +72,7 @@ def _others(ids: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
 
 
 def _centred(logits: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> torch.Tensor:
-    """What tells tokens apart: a number added to all logits of a position does not."""
+    """Logits less their mean at each position: a number added to all of them changes no prediction."""
     torch.manual_seed(0)  # Reformer's hashing is drawn in evaluation mode too
-    found = logits(inputs)
-    return found - found.mean(-1, keepdim=True)
+    values = logits(inputs)
+    return values - values.mean(-1, keepdim=True)

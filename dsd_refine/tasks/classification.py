@@ -26,7 +26,7 @@ from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Parts, Rows, divide, use_rows
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of, weighted_logits
-from dsd_refine.tasks.base import Batch, Forward, Guess, Score, Scores, ratio
+from dsd_refine.tasks.base import Batch, ChanceBaseline, Forward, Score, Scores, Tables, ratio
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LabelledPart:
 
 @dataclass
 class Classification:
-    """The half of a classification task that does not care what the rows are."""
+    """What a classification task is apart from its inputs."""
 
     labels: LabelMap
     train: LabelledPart
@@ -57,14 +57,14 @@ class Classification:
     higher_is_better: bool = True
 
     @property
-    def guesses(self) -> tuple[Guess, ...]:
+    def chance_baselines(self) -> tuple[ChanceBaseline, ...]:
         classes, rows = len(self.labels.model), len(self.eval.ids)
         counts = np.bincount(self.eval.ids, minlength=classes)
         most = int(counts.argmax())
         always = f"always naming {self.labels.model[most]!r}, the commonest class here,"
         return (
-            Guess("accuracy", 1 / classes, "guessing", rows, higher_is_better=True),
-            Guess("accuracy", float(counts[most] / rows), always, rows, higher_is_better=True),
+            ChanceBaseline("accuracy", 1 / classes, "guessing", rows, higher_is_better=True),
+            ChanceBaseline("accuracy", float(counts[most] / rows), always, rows, higher_is_better=True),
         )
 
     def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
@@ -101,8 +101,8 @@ Examine = Callable[[Table, list[str | None]], list[Examined]]
 
 
 def labelled_parts(
-    tables: dict[str, Table],
-    evaluation: dict[str, Table] | None,
+    tables: Tables,
+    evaluation: Tables | None,
     label_column: Callable[[Table], str],
     examine: Examine,
     aliases: Sequence[Sequence[str]] | None,
@@ -127,8 +127,8 @@ def labelled_parts(
     used = dict(zip(tables, rows_of, strict=False))
     judged = dict(zip(evaluation, rows_of[len(tables) :], strict=True)) if evaluation else None
     everything = [*used.values(), *(judged or {}).values()]
-    found = {label for rows in everything for label in rows.labels}
-    if not found:
+    labels_used = {label for rows in everything for label in rows.labels}
+    if not labels_used:
         reasons = Counter(item["reason"] for rows in everything for item in rows.skipped)
         if set(reasons) <= {"no label"}:
             raise DataError("no row has a label")
@@ -136,7 +136,7 @@ def labelled_parts(
         first = next(item["row"] for rows in everything for item in rows.skipped)
         raise DataError(f"no row can be used: {shown}{', …' if len(reasons) > 5 else ''}; the first is {first}")
     said = {label: name for label, name in label_map.items() if name is not None}
-    labels = match_labels(aliases, classes, found, _declared(tables, label_column), said)
+    labels = match_labels(aliases, classes, labels_used, _declared(tables, label_column), said)
     labels = _with_said_names(aliases, labels, [*tables.values(), *(evaluation or {}).values()], label_column)
     parts = divide(used, judged, holdout)
     return labels, [_with_ids(rows, labels) for rows in (parts.train, parts.holdout, parts.eval)], parts
@@ -147,11 +147,13 @@ def check_labels(
     aliases: Sequence[Sequence[str]] | None,
     classes: int,
     label_map: Mapping[str, str | None],
-    counts: Callable[[Table, tuple[str, ...], int], bool],
+    is_usable: Callable[[Table, tuple[str, ...], int], bool],
 ) -> None:
-    """Match the labels of all splits with the classes before any row is examined, and so before any model is needed.
+    """Match the labels of all splits with the classes before any row is examined, and so before a
+    model is needed.
 
-    Only where that fails are rows looked at: a label counts if some row that has it can be used (`counts`).
+    Only where that fails, rows are looked at: a label counts if some row that has it can be used
+    (`is_usable`).
 
     Raises:
         DataError: no labels, or as `match_labels` says.
@@ -164,26 +166,26 @@ def check_labels(
     left = left_out(label_map, columns)
     held = list(zip(labelled, columns, strict=True))
     declared = _declared(given.tables, lambda table: label)
-    found = {text for _, texts in held for text in texts if text is not None} - left
+    spoken = {text for _, texts in held for text in texts if text is not None} - left
     said = {text: name for text, name in label_map.items() if name is not None}
-    if not found:
+    if not spoken:
         raise DataError(f"no row has a label (column {label!r})")
     try:
-        match_labels(aliases, classes, found, declared, said)
+        match_labels(aliases, classes, spoken, declared, said)
     except DataError:
         used: set[str] = set()
         for table, texts in held:
             for row, text in enumerate(texts):
-                if text is not None and text not in left and text not in used and counts(table, content, row):
+                if text is not None and text not in left and text not in used and is_usable(table, content, row):
                     used.add(text)
-        if used == found:
+        if used == spoken:
             raise
-        if used:  # that no row can be used at all is said, with the reasons, where rows are examined
+        if used:  # where no row at all can be used, the examination of rows says so with the reasons
             match_labels(aliases, classes, used, declared, said)
 
 
 def _labels(table: Table, label_column: Callable[[Table], str], may_lack: bool) -> list[str | None]:
-    """The labels of a split. One that `may_lack` its label column has none then."""
+    """The labels of a split; all None where it has no label column and `may_lack` it."""
     try:
         return label_texts(table, label_column(table))
     except MissingColumn:
@@ -193,7 +195,7 @@ def _labels(table: Table, label_column: Callable[[Table], str], may_lack: bool) 
 
 
 def _examined(table: Table, labels: list[str | None], left: frozenset[str], examine: Examine) -> Rows:
-    """The usable rows of a split: not those of a label that is `left` out."""
+    """The usable rows of a split, without those whose label `label_map` leaves out (`left`)."""
     asked = [None if label in left else label for label in labels]
     if all(label is None for label in asked):
         examined = [Examined(b"", reason="no label")] * len(labels)
@@ -208,7 +210,7 @@ def _examined(table: Table, labels: list[str | None], left: frozenset[str], exam
     )
 
 
-def _declared(tables: dict[str, Table], label_column: Callable[[Table], str]) -> list[str] | None:
+def _declared(tables: Tables, label_column: Callable[[Table], str]) -> list[str] | None:
     table = tables.get("train") or next(iter(tables.values()))
     names = table.classes or getattr(table.rows.features[label_column(table)], "names", None)
     return list(names) if names else None
@@ -217,7 +219,7 @@ def _declared(tables: dict[str, Table], label_column: Callable[[Table], str]) ->
 def _with_said_names(
     aliases: Sequence[Sequence[str]] | None, labels: LabelMap, tables: Sequence[Table], label_column: Callable[[Table], str]
 ) -> LabelMap:
-    """The same, with what became of names that were said for integers."""
+    """The same, and what was done with the names that the recipe gives to integer labels."""
     told = [table for table in tables if table.classes]
     if not told:
         return labels
@@ -243,7 +245,9 @@ def _with_ids(rows: Rows | None, labels: LabelMap) -> LabelledPart | None:
 
 
 def overlap_warning(parts: Parts) -> list[str]:
-    """Evaluation rows that also train or select, or are equal to one another, are counted and warned of."""
+    """Counts of evaluation rows that also train or select, and of those that are equal to another
+    evaluation row.
+    """
     rows = len(parts.eval)
     lines = []
     if parts.overlap:

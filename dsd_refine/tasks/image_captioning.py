@@ -1,4 +1,6 @@
-"""Image captioning: teacher-forced loss to train and to select by, BLEU of the captions that the model writes at the end."""
+"""Image captioning: teacher-forced loss for training and selection, BLEU of generated captions for
+evaluation.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +14,34 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dsd_refine.checkpoint.library import Library
+from dsd_refine.checkpoint.preprocessing import Preprocessing
 from dsd_refine.data.columns import CAPTION, IMAGE, column
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Rows, divide, use_rows
 from dsd_refine.data.tables import in_threads, raw_bytes, undecoded
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Augment, Recipe
-from dsd_refine.tasks.base import Batch, Forward, Guess, Item, Score, Scores, ratio, require
-from dsd_refine.tasks.causal_lm import guess_token
+from dsd_refine.task_specs import TASKS
+from dsd_refine.tasks.base import IGNORED, Batch, ChanceBaseline, Forward, Item, Score, Scores, Tables, ratio, require
+from dsd_refine.tasks.causal_lm import uniform_baseline
 from dsd_refine.tasks.causality import WINDOWS, refuse_foresight
 from dsd_refine.tasks.classification import overlap_warning, skip_warnings
-from dsd_refine.tasks.inputs.captioner import Speaker
-from dsd_refine.tasks.inputs.images import Preprocessing, Seen, examine_picture, look_warnings, pixels
-from dsd_refine.tasks.inputs.tokens import beyond_warnings, or_reason
+from dsd_refine.tasks.inputs.captioner import CaptionGenerator, open_caption_generator
+from dsd_refine.tasks.inputs.images import Seen, examine_picture, look_warnings, pixels
+from dsd_refine.tasks.inputs.tokens import beyond_warnings, load_tokenizer, or_reason
 
 ORDERS = 4  # BLEU counts n-grams of 1 to 4 words
-BLEU_STATS = 2 + 2 * ORDERS  # lengths of caption and reference, n-grams found, n-grams written
+BLEU_STATS = 2 + 2 * ORDERS  # lengths of caption and reference, matching n-grams, generated n-grams
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class CaptionPart:
-    """Images with their captions. Unit u is one caption of the row `row[u]`: `tokens[u]`, from start to end."""
+    """Images with their captions. Unit u is one caption of the row `row[u]`: `tokens[u]`, from
+    start to end.
+    """
 
     rows: Rows
     row: Array
@@ -54,11 +61,13 @@ class CaptionPart:
 
 @dataclass
 class ImageCaptioning:
-    """`image-captioning` for transformers models. A real target is a token of a caption after the start, its end included.
+    """`image-captioning` for transformers models. A real target is a token of a caption after the
+    start, its end included.
 
-    Captions are written for the evaluation split alone; the holdout selects by the loss. Per row, `stats` are BLEU's ten sums
-    over 1- to 4-grams and the number of targets, `score` the 4-grams found and `count` those written; BLEU is no ratio of
-    these two, and is made of `stats` (or of the written words).
+    Captions are generated for the evaluation split alone; the holdout selects by the loss. Per row,
+    `stats` are BLEU's ten sums over 1- to 4-grams and the number of targets, `score` the matching
+    4-grams and `count` the generated ones; BLEU is no ratio of these two, and is computed from
+    `stats`.
     """
 
     train: CaptionPart
@@ -66,7 +75,7 @@ class ImageCaptioning:
     eval: CaptionPart
     preprocessing: Preprocessing
     augment: Augment
-    speaker: Speaker
+    generator: CaptionGenerator
     image_column: str
     warnings: list[str] = field(default_factory=list)
     name: str = "image-captioning"
@@ -74,9 +83,9 @@ class ImageCaptioning:
     higher_is_better: bool = True
 
     @property
-    def guesses(self) -> tuple[Guess, ...]:
-        nothing = Guess("bleu4", 0.0, "writing nothing", higher_is_better=True)
-        return (guess_token(len(self.speaker.tokenizer)), nothing)
+    def chance_baselines(self) -> tuple[ChanceBaseline, ...]:
+        empty = ChanceBaseline("bleu4", 0.0, "writing nothing", higher_is_better=True)
+        return (uniform_baseline(len(self.generator.tokenizer)), empty)
 
     def batch(self, part: CaptionPart, items: Sequence[Item]) -> Batch:
         rows, table = [part.row_of(unit) for unit, _ in items], part.rows.table
@@ -84,18 +93,18 @@ class ImageCaptioning:
         images = [pixels(raw, self.preprocessing, self.augment, seed) for raw, (_, seed) in zip(raws, items, strict=True)]
         tokens = [torch.from_numpy(part.tokens[unit]) for unit, _ in items]
         padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)  # what fills is masked by length, never by id
-        real = torch.arange(1, padded.shape[1]) < torch.tensor([[len(one)] for one in tokens])
-        name, mask = self.speaker.inputs
-        inputs = {"pixel_values": torch.stack(images), name: padded[:, :-1], mask: real.long()}
+        real = torch.arange(1, padded.shape[1]) < torch.tensor([[len(ids)] for ids in tokens])
+        name, mask = self.generator.inputs
+        inputs = {self.preprocessing.input_name: torch.stack(images), name: padded[:, :-1], mask: real.long()}
         final = torch.tensor([part is self.eval and part.leads(unit) for unit, _ in items])
         texts = tuple(part.rows.texts[row] for row in rows)
-        return Batch(inputs, torch.where(real, padded[:, 1:], -100), int(real.sum()), {"final": final}, texts)
+        return Batch(inputs, torch.where(real, padded[:, 1:], IGNORED), int(real.sum()), {"final": final}, texts)
 
     def refuse_foresight(self, forward: Forward, device: torch.device) -> None:
-        """Raises CheckpointError where the model sees the tokens that it is to say."""
+        """Raises CheckpointError where the model sees the tokens that it is to predict."""
         units = range(min(WINDOWS, self.train.units))
         windows = [self.batch(self.train, [(unit, None)]).to(device).inputs for unit in units]
-        names = self.speaker.inputs
+        names = self.generator.inputs
 
         def logits(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
             return logits_of(forward, inputs)[:, -inputs[names[0]].shape[1] :]
@@ -107,7 +116,7 @@ class ImageCaptioning:
 
     def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Targets x vocabulary."""
-        return self._text_logits(forward, batch)[batch.targets != -100]
+        return self._text_logits(forward, batch)[batch.targets != IGNORED]
 
     def _text_logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Of the text's positions; GIT's come after those of the image."""
@@ -115,16 +124,18 @@ class ImageCaptioning:
 
     def _nll(self, forward: Forward, batch: Batch) -> torch.Tensor:
         logits = self._text_logits(forward, batch)
-        flat = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="none")
+        flat = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="none")
         return flat.reshape(batch.targets.shape)
 
     def score(self, forward: Forward, batch: Batch) -> list[Score]:
         losses = self._nll(forward, batch).double().sum(1).tolist()
-        targets = (batch.targets != -100).sum(1).tolist()
+        targets = (batch.targets != IGNORED).sum(1).tolist()
         final = batch.aside["final"]
-        written = iter(self.speaker.write(forward, batch.inputs["pixel_values"][final]) if final.any() else [])
+        written = iter(
+            self.generator.generate(forward, batch.inputs[self.preprocessing.input_name][final]) if final.any() else []
+        )
         texts = [next(written) if leads else None for leads in final.tolist()]
-        return [row_score(*one) for one in zip(batch.texts, texts, losses, targets, strict=True)]
+        return [row_score(*values) for values in zip(batch.texts, texts, losses, targets, strict=True)]
 
     def metrics(self, scores: Scores) -> dict[str, float]:
         stats = scores.stats if scores.stats is not None else np.zeros((1, BLEU_STATS + 1))
@@ -147,62 +158,83 @@ class ImageCaptioning:
 
     def report(self) -> Mapping[str, Any]:
         counts = (len(references) for references in self.eval.rows.texts)
-        writing = {"decoding": "greedy", "max_new_tokens": self.speaker.longest, "bleu": bleu_signature(counts)}
+        writing = {"decoding": "greedy", "max_new_tokens": self.generator.max_new_tokens, "bleu": bleu_signature(counts)}
         return {"labels": None, "preprocessing": {**self.preprocessing.shown, **writing}, "warnings": self.warnings}
 
 
 def row_score(references: Sequence[str], text: str | None, loss: float, targets: int) -> Score:
-    """sacrebleu's sums for a written caption; a unit that nothing was written for has only its loss."""
+    """sacrebleu's sums for a generated caption; a unit without one (`text` is None) has only its
+    loss.
+    """
     if text is None:
         return Score(0.0, 0, loss, stats=(*[0.0] * BLEU_STATS, targets))
-    found = _sacrebleu().corpus_score([text], [[reference] for reference in references])
-    stats = (found.sys_len, found.ref_len, *found.counts, *found.totals, targets)
-    return Score(found.counts[-1], found.totals[-1], loss, text=text, stats=stats)
+    measured = _sacrebleu().corpus_score([text], [[reference] for reference in references])
+    stats = (measured.sys_len, measured.ref_len, *measured.counts, *measured.totals, targets)
+    return Score(measured.counts[-1], measured.totals[-1], loss, text=text, stats=stats)
 
 
 def bleu_signature(counts: Iterable[int]) -> str:
-    """sacrebleu's own, for rows with so many references each. sacrebleu would take the number of those last scored here."""
+    """sacrebleu's own signature, for rows with so many references each: sacrebleu itself would name
+    those of the last row.
+    """
     different = {*counts}
-    metric = _made()
-    metric.num_refs = different.pop() if len(different) == 1 else -1  # sacrebleu's word for rows that differ
+    metric = _new_metric()
+    metric.num_refs = different.pop() if len(different) == 1 else -1  # sacrebleu's number for rows that differ
     return str(metric.get_signature().format())
 
 
 @cache
 def _sacrebleu() -> Any:
-    return _made()
+    return _new_metric()
 
 
-def _made() -> Any:
+def _new_metric() -> Any:
     from sacrebleu.metrics import BLEU
 
     return BLEU(max_ngram_order=ORDERS, force=True)
 
 
 def bleu(sums: Array, order: int = ORDERS) -> Array:
-    """BLEU-`order` as a fraction, of sums (…, statistics), as sacrebleu makes it: brevity penalty, exponential smoothing."""
+    """BLEU-`order` as a fraction, of sums (…, statistics), as sacrebleu makes it: brevity penalty,
+    exponential smoothing.
+    """
     written, wanted = sums[..., 0], sums[..., 1]
-    found, total = sums[..., 2 : 2 + order], sums[..., 2 + ORDERS : 2 + ORDERS + order]
+    matching, total = sums[..., 2 : 2 + order], sums[..., 2 + ORDERS : 2 + ORDERS + order]
     with np.errstate(divide="ignore", invalid="ignore"):
-        halvings = np.cumsum(found == 0, axis=-1)
-        precision = np.where(found > 0, found, 0.5**halvings) / total
+        halvings = np.cumsum(matching == 0, axis=-1)
+        precision = np.where(matching > 0, matching, 0.5**halvings) / total
         penalty = np.where(written < wanted, np.exp(1 - wanted / written), 1.0)
         value = penalty * np.exp(np.log(precision).mean(-1))
-    nothing = (found.sum(-1) == 0) | (total.min(-1) == 0) | (written == 0)
+    nothing = (matching.sum(-1) == 0) | (total.min(-1) == 0) | (written == 0)
     return np.where(nothing, 0.0, value)
+
+
+def open_task(
+    recipe: Recipe, library: Library, model: torch.nn.Module, tables: Tables, evaluation: Tables | None
+) -> ImageCaptioning:
+    """The task on these images, with the checkpoint's own image processor, tokenizer and generation
+    config.
+    """
+    preprocessing = library.preprocessing(model)
+    tokenizer = load_tokenizer(library.folder, library.trust_remote_code)
+    default = TASKS[library.task].default_length or 0
+    generator = open_caption_generator(library.folder, tokenizer, model, recipe.max_length, default)
+    return prepare_captions(recipe, tables, evaluation, preprocessing, generator)
 
 
 def prepare_captions(
     recipe: Recipe,
-    tables: dict[str, Table],
-    evaluation: dict[str, Table] | None,
+    tables: Tables,
+    evaluation: Tables | None,
     preprocessing: Preprocessing,
-    speaker: Speaker,
+    generator: CaptionGenerator,
 ) -> ImageCaptioning:
-    """Look at every picture once, tokenize its captions, divide. Captions of one picture stay in one part.
+    """Examine every picture once, tokenize its captions, divide. Captions of one picture stay in
+    one part.
 
     Raises:
-        DataError: no image or text column, or no usable rows. UsageError: sacrebleu is not installed.
+        DataError: no image or text column, or no usable rows. UsageError: sacrebleu is not
+            installed.
     """
     require("image-captioning", "captions", "sacrebleu")
     first = next(iter(tables.values()))
@@ -211,57 +243,64 @@ def prepare_captions(
     def examined(table: Table) -> Rows:
         table = undecoded(table, image, datasets.Image)
         text = column(table, recipe.text_column, CAPTION, [image])
-        return use_rows(table, _examine(table, image, table.rows[text][:], preprocessing.channels, speaker, looked))
+        return use_rows(table, _examine(table, image, table.rows[text][:], preprocessing.channels, generator, looked))
 
     looked: list[tuple[str | int, Seen]] = []
     used = {name: examined(table) for name, table in tables.items()}
     judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
     divided = divide(used, judged, recipe.holdout)
-    parts = [_part(rows, speaker) if rows else None for rows in (divided.train, divided.holdout, divided.eval)]
-    warnings = overlap_warning(divided) + skip_warnings(divided) + _cut_warnings(parts, speaker)
+    parts = [_part(rows, generator) if rows else None for rows in (divided.train, divided.holdout, divided.eval)]
+    warnings = overlap_warning(divided) + skip_warnings(divided) + _cut_warnings(parts, generator)
     warnings += look_warnings(looked)
-    warnings += beyond_warnings(speaker.tokenizer, speaker.size)
+    warnings += beyond_warnings(generator.tokenizer, generator.size)
     train, holdout, judge = parts
-    return ImageCaptioning(train, holdout, judge, preprocessing, recipe.augment, speaker, image, warnings)  # type: ignore[arg-type]
+    return ImageCaptioning(train, holdout, judge, preprocessing, recipe.augment, generator, image, warnings)  # type: ignore[arg-type]
 
 
 def _examine(
-    table: Table, image: str, texts: Sequence[Any], channels: int, speaker: Speaker, looked: list[tuple[str | int, Seen]]
+    table: Table,
+    image: str,
+    texts: Sequence[Any],
+    channels: int,
+    generator: CaptionGenerator,
+    looked: list[tuple[str | int, Seen]],
 ) -> list[Examined]:
     """What each row is; what is odd about its picture goes to `looked`."""
     said = [_captions(text) for text in texts]
-    reasons = [_unwritable(captions, speaker) for captions in said]  # not in threads: tokenizers do not like them
+    reasons = [_unusable(captions, generator) for captions in said]  # not in threads: tokenizers do not like them
 
-    def one(row: int) -> tuple[Examined, Seen]:
+    def examine_row(row: int) -> tuple[Examined, Seen]:
         if reasons[row]:
             return Examined(b"", reason=reasons[row]), Seen()
         digest, seen, reason = examine_picture(table, image, row, channels)
         return (Examined(digest, reason=reason) if reason else Examined(digest, texts=said[row])), seen
 
-    found = in_threads(one, len(texts))
-    looked.extend((table.name(row), seen) for row, (used, seen) in enumerate(found) if used.reason is None)
-    return [used for used, _ in found]
+    examined = in_threads(examine_row, len(texts))
+    looked.extend((table.name(row), seen) for row, (used, seen) in enumerate(examined) if used.reason is None)
+    return [used for used, _ in examined]
 
 
 def _captions(value: Any) -> tuple[str, ...]:
     """A text, or a list of them, without surplus white space; empty ones are no captions."""
     values = value if isinstance(value, list | tuple | np.ndarray) else [value]
-    return tuple(" ".join(one.split()) for one in values if isinstance(one, str) and one.strip())
+    return tuple(" ".join(text.split()) for text in values if isinstance(text, str) and text.strip())
 
 
-def _unwritable(captions: Sequence[str], speaker: Speaker) -> str | None:
+def _unusable(captions: Sequence[str], generator: CaptionGenerator) -> str | None:
     """Why a row's captions cannot be learned."""
-    reasons = (or_reason(speaker.tokens, text)[1] for text in captions)
+    reasons = (or_reason(generator.tokens, text)[1] for text in captions)
     return next((reason for reason in reasons if reason), None) if captions else "no text"
 
 
-def _part(rows: Rows, speaker: Speaker) -> CaptionPart:
-    row = [at for at, texts in enumerate(rows.texts) for _ in texts]
-    return CaptionPart(rows, np.asarray(row, dtype=np.int64), [speaker.tokens(text) for texts in rows.texts for text in texts])
+def _part(rows: Rows, generator: CaptionGenerator) -> CaptionPart:
+    row_of_unit = [row for row, texts in enumerate(rows.texts) for _ in texts]
+    return CaptionPart(
+        rows, np.asarray(row_of_unit, dtype=np.int64), [generator.tokens(text) for texts in rows.texts for text in texts]
+    )
 
 
-def _cut_warnings(parts: Sequence[CaptionPart | None], speaker: Speaker) -> list[str]:
-    full = [len(tokens) for part in parts if part for tokens in part.tokens if len(tokens) == speaker.cut + 1]
+def _cut_warnings(parts: Sequence[CaptionPart | None], generator: CaptionGenerator) -> list[str]:
+    full = [len(tokens) for part in parts if part for tokens in part.tokens if len(tokens) == generator.cut + 1]
     if not full:
         return []
-    return [f"{len(full)} captions fill or pass {speaker.cut} tokens: what is beyond is not learned; see --max-length"]
+    return [f"{len(full)} captions fill or pass {generator.cut} tokens: what is beyond is not learned; see --max-length"]

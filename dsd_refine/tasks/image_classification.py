@@ -1,4 +1,4 @@
-"""Image classification: pictures of any mode, through the checkpoint's own preprocessing."""
+"""Image classification: images of any mode, prepared by the checkpoint's own preprocessing."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 import datasets
 import torch
 
+from dsd_refine.checkpoint.library import Library
+from dsd_refine.checkpoint.preprocessing import Preprocessing
 from dsd_refine.data.columns import IMAGE, LABEL, column
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined
 from dsd_refine.data.tables import in_threads, raw_bytes, undecoded
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Augment, Recipe
-from dsd_refine.tasks.base import Batch, Item
+from dsd_refine.tasks.base import Batch, Item, Tables
 from dsd_refine.tasks.classification import Classification, LabelledPart, labelled_parts, overlap_warning, skip_warnings
-from dsd_refine.tasks.inputs.images import Preprocessing, Seen, examine_picture, look_warnings, pixels
+from dsd_refine.tasks.inputs.images import Seen, examine_picture, look_warnings, pixels
 
 
 class ImageClassification(Classification):
@@ -33,9 +35,7 @@ class ImageClassification(Classification):
     def batch(self, part: LabelledPart, items: Sequence[Item]) -> Batch:
         pixels = torch.stack([self._pixels(part, unit, seed) for unit, seed in items])
         targets = torch.as_tensor(part.ids[[unit for unit, _ in items]])
-        return Batch({self.input_name: pixels}, targets, len(items))
-
-    input_name = "x"
+        return Batch({self.preprocessing.input_name: pixels}, targets, len(items))
 
     def _pixels(self, part: LabelledPart, unit: int, seed: int | None) -> torch.Tensor:
         raw = raw_bytes(part.rows.table, self.image_column, int(part.rows.numbers[unit]))
@@ -45,16 +45,23 @@ class ImageClassification(Classification):
             raise DataError(f"{part.rows.name(unit)}: {error}") from None
 
 
+def open_task(
+    recipe: Recipe, library: Library, model: torch.nn.Module, tables: Tables, evaluation: Tables | None
+) -> ImageClassification:
+    """The task on these data, with the checkpoint's own preprocessing and class names."""
+    names, classes = library.label_names()
+    return prepare_images(recipe, tables, evaluation, library.preprocessing(model), names, classes)
+
+
 def prepare_images(
     recipe: Recipe,
-    tables: dict[str, Table],
-    evaluation: dict[str, Table] | None,
+    tables: Tables,
+    evaluation: Tables | None,
     preprocessing: Preprocessing,
     aliases: Sequence[Sequence[str]] | None,
     classes: int,
-    input_name: str,
 ) -> ImageClassification:
-    """Examine every picture once, match labels, divide.
+    """Examine every image once, match labels, divide.
 
     Raises:
         DataError: no image or label column, no usable rows, labels that do not match.
@@ -67,23 +74,23 @@ def prepare_images(
     def label(table: Table) -> str:
         return column(table, recipe.label_column, LABEL)
 
-    looked: list[tuple[str | int, Seen]] = []
+    looked_at: list[tuple[str | int, Seen]] = []
 
     def examine(table: Table, labels: list[str | None]) -> list[Examined]:
-        def one(row: int) -> tuple[Examined, Seen]:
+        def examine_row(row: int) -> tuple[Examined, Seen]:
             return _examine(table, image, row, labels[row], preprocessing.channels)
 
-        found = in_threads(one, len(labels))
-        looked.extend((table.name(row), seen) for row, (used, seen) in enumerate(found) if used.reason is None)
-        return [used for used, _ in found]
+        examined = in_threads(examine_row, len(labels))
+        looked_at.extend((table.name(row), seen) for row, (used, seen) in enumerate(examined) if used.reason is None)
+        return [used for used, _ in examined]
 
     matched, parts, divided = labelled_parts(
         tables, evaluation, label, examine, aliases, classes, recipe.holdout, recipe.label_map
     )
     train, holdout, judge = parts
-    said = overlap_warning(divided) + skip_warnings(divided) + look_warnings(looked)
+    said = overlap_warning(divided) + skip_warnings(divided) + look_warnings(looked_at)
     task = ImageClassification(matched, train, holdout, judge, said)  # type: ignore[arg-type]
-    task.preprocessing, task.augment, task.image_column, task.input_name = preprocessing, recipe.augment, image, input_name
+    task.preprocessing, task.augment, task.image_column = preprocessing, recipe.augment, image
     return task
 
 

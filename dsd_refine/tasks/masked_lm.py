@@ -1,7 +1,9 @@
-"""Masked language modelling (Devlin et al., 2019, section 3.1): the model fills in what a seeded draw has hidden.
+"""Masked language modelling (Devlin et al., 2019, section 3.1): the model fills in what a seeded
+draw has hidden.
 
-In evaluation the draw hangs on the row's content alone, so that every arm, run and process is asked for the same tokens; in
-training it is a function of (seed, phase, epoch, row), as augmentation is.
+In evaluation the draw depends on the row's content alone, so that every arm, run and process
+predicts the same tokens; in training it is a function of (seed, phase, epoch, row), as augmentation
+is.
 """
 
 from __future__ import annotations
@@ -14,36 +16,43 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsd_refine.data.reading import Table
+from dsd_refine.checkpoint.library import Library
 from dsd_refine.data.splits import Examined
 from dsd_refine.errors import CheckpointError
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks.base import Batch, Forward, Item
-from dsd_refine.tasks.causal_lm import NO_TARGET, CausalLM, Ids, WindowedPart, cut_documents
-from dsd_refine.tasks.inputs.texts import no_text, text_digest
+from dsd_refine.tasks.base import IGNORED, Batch, Forward, Item, Tables
+from dsd_refine.tasks.causal_lm import CausalLM, Ids, WindowedPart, cut_documents
+from dsd_refine.tasks.inputs.texts import no_text, open_text_inputs, text_digest
+from dsd_refine.tasks.inputs.tokens import known_tokens
 
 SALT = b"dsd-refine masked-lm 1"
 
-SHARE, HIDDEN, REPLACED = 0.15, 0.8, 0.1  # of the tokens; of those: shown as the mask token, as a chance word, the rest as is
+# share of the tokens that is asked for; of these, the shares shown as the mask token and as a
+# random one (others: as they are)
+SHARE, HIDDEN, REPLACED = 0.15, 0.8, 0.1
 
 
 @dataclass(frozen=True)
 class Masking:
-    """What a tokenizer says: the id of its mask token, the special ids (never hidden), the other ids (chance words)."""
+    """Of a tokenizer: the id of its mask token, the special ids (never hidden), the other ids
+    (random replacements).
+    """
 
     mask: int
     special: Ids
-    words: Ids
+    replacements: Ids
 
     @classmethod
     def of(cls, tokenizer: Any, size: int | None = None) -> Masking:
-        """`size` is the number of the model's embeddings. Raises CheckpointError for a tokenizer without mask token."""
+        """`size` is the number of the model's embeddings. Raises CheckpointError for a tokenizer
+        without mask token.
+        """
         if tokenizer.mask_token_id is None:
             raise CheckpointError(
                 f"{tokenizer.name_or_path}: its tokenizer has no mask token, which masked-lm hides words with; was it made for "
                 "another task (--task)?"
             )
-        known = min(len(tokenizer), size or len(tokenizer))
+        known = known_tokens(tokenizer, size)
         if tokenizer.mask_token_id >= known:
             raise CheckpointError(
                 f"{tokenizer.name_or_path}: its tokenizer's mask token {tokenizer.mask_token!r} is "
@@ -53,41 +62,47 @@ class Masking:
         return cls(int(tokenizer.mask_token_id), special, np.setdiff1d(np.arange(known), special))
 
     def can_hide(self, ids: Ids) -> Ids:
-        """Which positions may be asked for."""
+        """Which positions may be hidden, bool."""
         return ~np.isin(ids, self.special)
 
     def hide(self, ids: Ids, seed: int) -> tuple[Ids, Ids]:
-        """(what the model sees, what it must say with NO_TARGET elsewhere): round(15 %) of what can be hidden, at least 1."""
+        """(ids that the model sees, targets with IGNORED elsewhere): round(15 %) of what can be
+        hidden, at least 1.
+        """
         draw = np.random.default_rng(seed)
         places = np.flatnonzero(self.can_hide(ids))
         count = min(len(places), max(1, round(SHARE * len(places))))
         chosen = places[np.argsort(draw.random(len(places)), kind="stable")[:count]]
         fate = draw.random(count)
-        chance = self.words[(draw.random(count) * len(self.words)).astype(np.int64)]
-        seen, targets = ids.copy(), np.full_like(ids, NO_TARGET)
-        seen[chosen] = np.where(fate < HIDDEN, self.mask, np.where(fate < HIDDEN + REPLACED, chance, ids[chosen]))
+        random = self.replacements[(draw.random(count) * len(self.replacements)).astype(np.int64)]
+        seen, targets = ids.copy(), np.full_like(ids, IGNORED)
+        seen[chosen] = np.where(fate < HIDDEN, self.mask, np.where(fate < HIDDEN + REPLACED, random, ids[chosen]))
         targets[chosen] = ids[chosen]
         return seen, targets
 
 
 @dataclass
 class MaskedLM(CausalLM):
-    """`masked-lm` for transformers models. A row is a document; the sums over its windows' hidden tokens are added."""
+    """`masked-lm` for transformers models. A row is a document; the sums over its windows' hidden
+    tokens are added.
+    """
 
     name: str = "masked-lm"
     masking: Masking = field(kw_only=True)
 
     def refuse_foresight(self, forward: Forward, device: torch.device) -> None:
-        """Nothing to refuse: what is hidden is hidden by the mask token, and all else is to be seen."""
+        """Nothing to refuse: the mask token hides the targets, and a masked language model may see
+        all else.
+        """
 
     def batch(self, part: WindowedPart, items: Sequence[Item]) -> Batch:
         pairs = [self._hidden(part, unit, seed) for unit, seed in items]
         ids, targets = (
-            torch.nn.utils.rnn.pad_sequence([torch.from_numpy(one) for one in column], batch_first=True, padding_value=filler)
-            for column, filler in zip(zip(*pairs, strict=True), (0, NO_TARGET), strict=True)
+            torch.nn.utils.rnn.pad_sequence([torch.from_numpy(ids) for ids in column], batch_first=True, padding_value=filler)
+            for column, filler in zip(zip(*pairs, strict=True), (0, IGNORED), strict=True)
         )
         mask = torch.arange(ids.shape[1])[None, :] < torch.tensor([len(seen) for seen, _ in pairs])[:, None]
-        return Batch({"input_ids": ids, "attention_mask": mask.long()}, targets, int((targets != NO_TARGET).sum()))
+        return Batch({"input_ids": ids, "attention_mask": mask.long()}, targets, int((targets != IGNORED).sum()))
 
     def _hidden(self, part: WindowedPart, unit: int, seed: int | None) -> tuple[Ids, Ids]:
         ids = part.tokens[part.start[unit] : part.stop[unit]].astype(np.int64)
@@ -95,21 +110,30 @@ class MaskedLM(CausalLM):
 
 
 def _fixed_seed(part: WindowedPart, unit: int) -> int:
-    """Of evaluation: a function of the row's content and the window's number in it, whatever else is in the data."""
+    """Of evaluation: a function of the row's content and the window's number in it, whatever else
+    is in the data.
+    """
     row = part.row_of(unit)
     number = unit - int(np.searchsorted(part.row, row))
     return int.from_bytes(hashlib.sha256(SALT + part.rows.digests[row] + number.to_bytes(8, "little")).digest()[:8], "little")
 
 
+def open_task(recipe: Recipe, library: Library, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> MaskedLM:
+    """The task on these documents, with the checkpoint's own tokenizer."""
+    inputs = open_text_inputs(recipe, library, model)
+    return prepare_masked(recipe, tables, evaluation, inputs.tokenizer, inputs.max_length, inputs.size)
+
+
 def prepare_masked(
     recipe: Recipe,
-    tables: dict[str, Table],
-    evaluation: dict[str, Table] | None,
+    tables: Tables,
+    evaluation: Tables | None,
     tokenizer: Any,
     max_length: int,
     size: int | None = None,
 ) -> MaskedLM:
-    """Tokenize every document, skip those without a token that could be hidden, divide. `size` as in `prepare_documents`.
+    """Tokenize every document, skip those without a token that could be hidden, divide. `size` as
+    in `prepare_documents`.
 
     Raises:
         CheckpointError: a tokenizer without mask token.
@@ -128,4 +152,4 @@ def prepare_masked(
         return bool(masking.can_hide(window).any())
 
     parts, warnings = cut_documents(recipe, tables, evaluation, tokenizer, max_length, examine, counts, size)
-    return MaskedLM(*parts, warnings, masking=masking, vocabulary=min(len(tokenizer), size or len(tokenizer)))
+    return MaskedLM(*parts, warnings, masking=masking, vocabulary=known_tokens(tokenizer, size))

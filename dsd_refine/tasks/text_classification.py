@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dsd_refine.checkpoint.library import Library
 from dsd_refine.data.columns import LABEL, TEXT, choose, column
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined
@@ -16,12 +17,11 @@ from dsd_refine.data.tables import row_blocks
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks.base import Batch, Item
+from dsd_refine.tasks.base import Batch, Item, Tables
 from dsd_refine.tasks.classification import Classification, LabelledPart, labelled_parts, overlap_warning, skip_warnings
-from dsd_refine.tasks.inputs.texts import no_text, text_digest
+from dsd_refine.tasks.inputs.padding import same_but_for_rounding
+from dsd_refine.tasks.inputs.texts import no_text, open_text_inputs, text_digest
 from dsd_refine.tasks.inputs.tokens import Doubled, Unknown, beyond_warnings, ids_or_reasons, tokenized
-
-PADDING_NOISE = 1e-4  # what rounding may do, as a share of the largest logit
 
 
 class TextClassification(Classification):
@@ -32,11 +32,11 @@ class TextClassification(Classification):
     tokenizer: Any
     max_length: int
     size: int | None = None  # embeddings of the model
-    pad: int = 0  # the id that fills, and on which side: what `fit_padding` found
+    pad: int = 0  # the id that fills, and the side that it fills, as `fit_padding` sets them
     left: bool = False
 
     def encode(self, part: LabelledPart, units: Sequence[int]) -> dict[str, list[list[int]]]:
-        """What the tokenizer makes of rows, each by itself."""
+        """The tokenizer's output for rows, each without padding."""
         rows = part.rows.table.rows[[int(part.rows.numbers[unit]) for unit in units]]
         texts = [[str(text) for text in rows[name]] for name in self.columns]
         return tokenized(self.tokenizer, *texts, truncation=True, max_length=self.max_length)
@@ -58,10 +58,12 @@ class TextClassification(Classification):
 
 
 def fit_padding(task: TextClassification, model: Any) -> None:
-    """Fill rows so that the model answers each as it does by itself.
+    """Choose the pad id and side with which the model's logits of a row are those of the row
+    without padding.
 
-    Models that read a row's answer at its last token take every id that equals the config's pad id for padding, also a
-    row's own. Without a pad id in the config nothing of a single row is padding: then the filler is an id that ends no row.
+    Models that read a row's answer at its last token take every token with the config's pad id for
+    padding, also one of the row's own. Without a pad id in the config no token of a row is padding:
+    then an id that ends no row is used.
 
     Raises:
         DataError: each of the tokenizer's ids ends some row.
@@ -77,10 +79,10 @@ def fit_padding(task: TextClassification, model: Any) -> None:
         task.pad = _ends_no_row(task, parts)
         for config in configs:
             config.pad_token_id = task.pad
-    if _alone_as_together(task, model):
+    if _is_padding_neutral(task, model):
         return
     task.left = not task.left
-    if not _alone_as_together(task, model):
+    if not _is_padding_neutral(task, model):
         task.left = not task.left
         task.warnings.append("the model answers a row that is padded to a longer one's length differently than by itself")
 
@@ -100,7 +102,7 @@ def _ends_no_row(task: TextClassification, parts: Sequence[LabelledPart]) -> int
 
 
 @torch.no_grad()
-def _alone_as_together(task: TextClassification, model: Any) -> bool:
+def _is_padding_neutral(task: TextClassification, model: Any) -> bool:
     """Are the answers to a few rows the same in one batch and one by one?"""
     units = range(min(8, task.eval.units))
     try:
@@ -108,13 +110,28 @@ def _alone_as_together(task: TextClassification, model: Any) -> bool:
         alone = torch.cat([logits_of(model, task.batch(task.eval, [(unit, None)]).inputs) for unit in units])
     except Exception:  # a model raises whatever inputs that it is not made for make it raise: `first_look` refuses it
         return True
-    return bool((together - alone).abs().max() <= PADDING_NOISE * alone.abs().max() + PADDING_NOISE)
+    return same_but_for_rounding(together, alone)
+
+
+def open_task(
+    recipe: Recipe, library: Library, model: torch.nn.Module, tables: Tables, evaluation: Tables | None
+) -> TextClassification:
+    """The task on these data, with the checkpoint's own tokenizer and class names, padded as its
+    model wants it.
+    """
+    inputs = open_text_inputs(recipe, library, model)
+    names, classes = library.label_names()
+    task = prepare_texts(
+        recipe, tables, evaluation, inputs.tokenizer, inputs.max_length, names, classes, inputs.size, answer_end(library.config)
+    )
+    fit_padding(task, model)
+    return task
 
 
 def prepare_texts(
     recipe: Recipe,
-    tables: dict[str, Table],
-    evaluation: dict[str, Table] | None,
+    tables: Tables,
+    evaluation: Tables | None,
     tokenizer: Any,
     max_length: int,
     aliases: Sequence[Sequence[str]] | None,
@@ -122,9 +139,11 @@ def prepare_texts(
     size: int | None = None,
     ends: int | None = None,
 ) -> TextClassification:
-    """Match labels, skip rows without label or readable text, divide. `--text-column a,b` gives the tokenizer a pair.
+    """Match labels, skip rows without label or readable text, divide. `--text-column a,b` gives the
+    tokenizer a pair.
 
-    `size` is the number of the model's embeddings, `ends` an id that the model must find equally often in all rows.
+    `size` is the number of the model's embeddings, `ends` an id that the model must find equally
+    often in all rows.
 
     Raises:
         DataError: no text or label column, no usable rows, labels that do not match.
@@ -135,30 +154,30 @@ def prepare_texts(
     def label(table: Table) -> str:
         return column(table, recipe.label_column, LABEL)
 
-    looked = _Looked(tokenizer, max_length, size, ends)
+    examiner = _Examiner(tokenizer, max_length, size, ends)
 
     def examine(table: Table, labels: list[str | None]) -> list[Examined]:
-        return looked.through(row_blocks(table, [column(table, name, TEXT) for name in columns]), labels)
+        return examiner.examine(row_blocks(table, [column(table, name, TEXT) for name in columns]), labels)
 
     matched, parts, divided = labelled_parts(
         tables, evaluation, label, examine, aliases, classes, recipe.holdout, recipe.label_map
     )
     train, holdout, judge = parts
     task = TextClassification(matched, train, holdout, judge, overlap_warning(divided) + skip_warnings(divided))  # type: ignore[arg-type]
-    task.warnings += beyond_warnings(tokenizer, size) + looked.warnings()
+    task.warnings += beyond_warnings(tokenizer, size) + examiner.warnings()
     task.columns, task.tokenizer, task.max_length, task.size = columns, tokenizer, max_length, size
     return task
 
 
-class _Looked:
-    """Rows of texts, looked through before they are used: which can be, and what of them there is to say."""
+class _Examiner:
+    """Looks through rows of texts before they are used: which can be used, and what to warn of."""
 
     def __init__(self, tokenizer: Any, max_length: int, size: int | None, ends: int | None) -> None:
         self.tokenizer, self.max_length, self.size, self.ends = tokenizer, max_length, size, ends
         self.doubled, self.unknown, self.longer = Doubled(tokenizer), Unknown(tokenizer), 0
 
-    def through(self, blocks: Iterable[list[tuple[Any, ...]]], labels: Sequence[str | None]) -> list[Examined]:
-        """What there is to know of each row of a table, a block at a time."""
+    def examine(self, blocks: Iterable[list[tuple[Any, ...]]], labels: Sequence[str | None]) -> list[Examined]:
+        """What each row of a table is; a block of rows is tokenized at a time."""
         examined: list[Examined] = []
         counts: dict[int, int] = {}  # of `ends`, in each row that can be used
         left = iter(labels)
@@ -196,14 +215,18 @@ class _Looked:
 
 
 def answer_end(config: Any) -> int | None:
-    """The id that an encoder-decoder classifier reads its answer at: it takes only rows that hold it equally often."""
+    """The id that an encoder-decoder classifier reads its answer at: it takes only rows that hold
+    it equally often.
+    """
     text = config.get_text_config()
     ends = text.eos_token_id if getattr(text, "is_encoder_decoder", False) else None
     return ends if isinstance(ends, int) else None
 
 
 def _uneven(counts: Mapping[int, int], tokenizer: Any, ends: int | None) -> dict[int, str]:
-    """Row -> why it cannot stand beside the others: it holds another number of the token that the answer is read at."""
+    """Row -> why it cannot stand beside the others: it holds another number of the token that the
+    answer is read at.
+    """
     if ends is None or not counts:
         return {}
     usual = min(Counter(counts.values()).items(), key=lambda pair: (-pair[1], pair[0]))[0]

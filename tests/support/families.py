@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from dsd_refine.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_library
-from dsd_refine.checkpoint.libraries.transformers import AUTO
+from dsd_refine.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from dsd_refine.checkpoint.libraries.open import open_library
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.masking.checkpoint_layers import first_layers, open_layers, outside_embeddings
 from dsd_refine.masking.layers import Layer, TensorSlice, find_layers
 from dsd_refine.recipe import validate
+from dsd_refine.task_specs import TASKS
 
 TABLE = Path(__file__).parent.parent.parent / "docs/layers.md"
 RECIPE = validate({"phases": [{"kind": "sparse", "steps": 1, "lr": 0.1, "sparsity": 0.3}]})
@@ -174,7 +175,7 @@ def opened(task: str, family: str, folder: Path) -> Checkpoint:
 
     config = transformers.AutoConfig.for_model(family, **FAMILIES[task][family])
     torch.manual_seed(0)
-    getattr(transformers, AUTO[task]).from_config(config).save_pretrained(folder)
+    getattr(transformers, TASKS[task].auto_class).from_config(config).save_pretrained(folder)
     source = find_source(str(folder))
     return open_checkpoint(source, open_library(source, task))
 
@@ -199,7 +200,8 @@ def timm_layers() -> Iterator[tuple[str, list[Layer]]]:
 
 
 def torchvision_layers() -> Iterator[tuple[str, list[Layer]]]:
-    from dsd_refine.checkpoint.libraries.torchvision import TorchvisionLibrary, describe, entry
+    from dsd_refine.checkpoint.libraries.torchvision import TorchvisionLibrary
+    from dsd_refine.checkpoint.torchvision_release import describe, entry
 
     with tempfile.TemporaryDirectory() as place:
         for name in TORCHVISION:

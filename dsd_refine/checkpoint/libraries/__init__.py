@@ -1,1 +1,3 @@
-"""One adapter for each library: timm, torchvision, transformers."""
+"""One adapter for each library: timm, torchvision, transformers. They use `checkpoint` and `data`,
+never the reverse.
+"""

@@ -1,4 +1,6 @@
-"""Building a model whose values come from a file: the random ones that they replace need not be drawn."""
+"""Building a model whose values come from a file: drawing the random values that they replace would
+be wasted time.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,17 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-# what a constructor fills a parameter with: Tensor's own methods, and those of `torch.nn.init` that modes are asked about
-DRAWN = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_"})
+# methods of Tensor, and functions of `torch.nn.init` that respect torch function modes
+RANDOM_FILLS = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_"})
 
 
-class Undrawn(TorchFunctionMode):
-    """Within, parameters that would be filled with random numbers are zeros, which are made much sooner.
+class SkipInit(TorchFunctionMode):
+    """Within, a parameter that a constructor would fill with random numbers is filled with zeros,
+    which is much faster.
 
-    Zeros, not what happens to lie there: loading is traced by numbers in the tensors (`placement.place`), and what is in no
-    file must never hold such numbers. Buffers are drawn: they may be in no file, and count.
+    Zeros, not uninitialised memory: `placement.place` tells by the numbers in a tensor where it
+    came from, so that what is in no file must never hold such numbers by chance. Buffers are drawn:
+    they may be in no file, and then their values count.
     """
 
     def __torch_function__(
@@ -24,7 +28,7 @@ class Undrawn(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         filled = kwargs["tensor"] if "tensor" in kwargs else args[0] if args else None
-        if isinstance(filled, torch.nn.Parameter) and getattr(func, "__name__", "") in DRAWN:
+        if isinstance(filled, torch.nn.Parameter) and getattr(func, "__name__", "") in RANDOM_FILLS:
             filled.detach().zero_()
             return filled
         return func(*args, **kwargs)

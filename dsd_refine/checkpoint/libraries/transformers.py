@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -16,50 +16,21 @@ from transformers.models.auto import modeling_auto
 
 from dsd_refine.checkpoint.placement import other_size
 from dsd_refine.checkpoint.safetensors_file import listed, read_json
+from dsd_refine.data.names import are_placeholders
+from dsd_refine.data.names import listed as listed_names
 from dsd_refine.errors import CheckpointError
+from dsd_refine.task_specs import TASKS
+
+if TYPE_CHECKING:
+    from dsd_refine.checkpoint.preprocessing import Preprocessing
 
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
-AUTO = {
-    "image-classification": "AutoModelForImageClassification",
-    "text-classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "ctc-speech": "AutoModelForCTC",
-    "image-captioning": "AutoModelForImageTextToText",
-}
-
-# of the many that answer to an image with text, those whose training on captions is known here
-CAPTIONERS = ("vision-encoder-decoder", "blip", "git")
-# the endings of class names in `architectures` that tell the task
-ENDINGS = {
-    "GitForCausalLM": "image-captioning",
-    "ForImageClassification": "image-classification",
-    "ForImageClassificationWithTeacher": "image-classification",
-    "ForSequenceClassification": "text-classification",
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
-    "ModelWithLMHead": "causal-lm",
-    "ForMaskedLM": "masked-lm",
-    "ForPreTraining": "masked-lm",
-    "ForCTC": "ctc-speech",
-    "VisionEncoderDecoderModel": "image-captioning",
-    "ForConditionalGeneration": "image-captioning",
-}
-
-# the kind of each task in transformers' lists of classes (`MODEL_FOR_…_MAPPING_NAMES`)
-KINDS = {
-    "image-classification": "image-classification",
-    "text-classification": "sequence-classification",
-    "causal-lm": "causal-lm",
-    "masked-lm": "masked-lm",
-    "ctc-speech": "ctc",
-    "image-captioning": "image-text-to-text",
-}
-
+# transformers' words for what a class is for, where a reader knows others
 SHOWN = {"seq-to-seq-causal-lm": "seq2seq-lm", "speech-seq-2-seq": "speech-seq2seq", "": "embeddings (no task's head)"}
 VAGUE = ("pretraining", "multimodal-lm", "")  # of the kinds that a class is of, those that say least
-# families whose …ForPreTraining has the head of masked-lm; others tell real tokens from replaced ones, or learn from sounds
+# families whose …ForPreTraining has the head of masked-lm; others tell real tokens from replaced
+# ones, or learn from sounds
 WITH_MASKED_LM = ("Albert", "Bert", "BigBird", "Ernie", "FNet", "MegatronBert", "MobileBert", "RoCBert")
 # BatchNorm's counter, which older files have not: it starts at 0, as the library lets it
 UNCOUNTED = ".num_batches_tracked"
@@ -67,7 +38,9 @@ UNCOUNTED = ".num_batches_tracked"
 
 @dataclass(frozen=True)
 class TransformersLibrary:
-    """A transformers checkpoint folder. `task` is what its config says it was made for, or what the user said."""
+    """A transformers checkpoint folder. `task` is what the user said, else what the config's
+    architecture is for.
+    """
 
     folder: Path
     config: Any
@@ -80,7 +53,8 @@ class TransformersLibrary:
         """Read config.json.
 
         Raises:
-            CheckpointError: an unusable or quantised config, remote code without leave, no task to be seen.
+            CheckpointError: an unusable or quantised config, remote code without leave, no task to
+                be seen.
         """
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -104,16 +78,10 @@ class TransformersLibrary:
 
     @property
     def names(self) -> list[str]:
-        """What a recipe's `models` globs are matched with."""
         return [str(self.config.model_type), *(self.config.architectures or [])]
 
     def build_meta(self) -> torch.nn.Module:
-        """The model without memory: shapes only.
-
-        Raises:
-            CheckpointError: no class of transformers does this task with this config.
-        """
-        auto = getattr(transformers, AUTO[self.task])
+        auto = getattr(transformers, TASKS[self.task].auto_class)
         with _building(self), torch.device("meta"):
             model: torch.nn.Module = auto.from_config(self._config(), trust_remote_code=self.trust_remote_code)
         if hasattr(model, "tie_weights"):
@@ -121,11 +89,7 @@ class TransformersLibrary:
         return model
 
     def load(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
-        """The model through transformers' own loading (renaming and conversion included), from given tensors.
-
-        Raises:
-            CheckpointError: a missing, misshapen or re-initialised parameter, by name.
-        """
+        """As in `Library`; transformers' renaming and conversion are applied."""
         cls = type(self.build_meta())
         with _building(self):
             model, info = cls.from_pretrained(  # type: ignore[attr-defined]
@@ -147,21 +111,39 @@ class TransformersLibrary:
         return model  # type: ignore[no-any-return]
 
     def load_plain(self, folder: Path) -> torch.nn.Module:
-        """The model as any user loads it: `AutoModelFor….from_pretrained(folder)`, in float32."""
-        auto = getattr(transformers, AUTO[self.task])
+        """By `AutoModelFor….from_pretrained(folder)`."""
+        auto = getattr(transformers, TASKS[self.task].auto_class)
         with _building(self):
             model: torch.nn.Module = auto.from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
         return model
 
+    def label_names(self) -> tuple[list[list[str]] | None, int]:
+        return _class_names(self.config), int(self.config.num_labels)
+
+    def preprocessing(self, model: torch.nn.Module) -> Preprocessing:
+        """What the checkpoint's image processor does."""
+        from dsd_refine.checkpoint.libraries.image_processor import processor_preprocessing  # other tasks do not need it
+
+        return processor_preprocessing(self.folder, self.config, self.trust_remote_code)
+
+    def snippet(self) -> str:
+        model, inputs = TASKS[self.task].auto_class, TASKS[self.task].processor
+        return (
+            f'from transformers import {model}, {inputs}\n\nplace = "path/to/this/folder"  # or "owner/name"\n'
+            f"model = {model}.from_pretrained(place)\nprepare = {inputs}.from_pretrained(place)"
+        )
+
     def warnings(self, model: torch.nn.Module) -> list[str]:
-        """What is odd about the loaded model: code that came with it, a head that its config ties to another embedding."""
+        """Code that came with the model and was run; a head that its config ties to another
+        embedding.
+        """
         return [*self._code(), *self._untied(model)]
 
     def _code(self) -> list[str]:
-        found = sorted(_code_files(self.folder)) if self.trust_remote_code else []
-        return [f"code that came with the model was run (--trust-remote-code): {listed(found)}"] if found else []
+        files = sorted(_code_files(self.folder)) if self.trust_remote_code else []
+        return [f"code that came with the model was run (--trust-remote-code): {listed(files)}"] if files else []
 
     def _untied(self, model: torch.nn.Module) -> list[str]:
         get_in, get_out = getattr(model, "get_input_embeddings", None), getattr(model, "get_output_embeddings", None)
@@ -193,7 +175,9 @@ def _is_head(model: Any, lost: list[str]) -> bool:
 
 
 def _refuse_odd(folder: Path, config: Any, trust_remote_code: bool) -> None:
-    """Refuse what the library takes as it comes: code named where a setting should be, names that are none."""
+    """Refuse what the library does not check: code named in place of a setting, class names that
+    are none.
+    """
     raw = read_json(folder / "config.json")
     architectures, labels = config.architectures or [], getattr(config, "id2label", None)
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -222,66 +206,72 @@ def _implementations(value: Any) -> Iterator[str]:
 
 def _code_files(folder: Path) -> set[str]:
     """The modules that the folder's configs ask the library to run (`auto_map`)."""
-    found = set()
+    files = set()
     for path in folder.glob("*.json"):
         try:
             classes = read_json(path).get("auto_map")
         except CheckpointError:
             continue
         for value in classes.values() if isinstance(classes, dict) else ():
-            found |= {str(name).rsplit(".", 1)[0] + ".py" for name in (value if isinstance(value, list) else [value]) if name}
-    return found
+            files |= {str(name).rsplit(".", 1)[0] + ".py" for name in (value if isinstance(value, list) else [value]) if name}
+    return files
 
 
 def _infer(folder: Path, config: Any) -> str:
     """The task that the class named in the config has the head of."""
     architectures = config.architectures or []
+    # an ending may be the end of another one (GitForCausalLM): the longest that fits decides
+    endings = sorted(((ending, task) for task in TASKS for ending in TASKS[task].endings), key=lambda pair: -len(pair[0]))
     for architecture in architectures:
         if architecture.endswith("WithLMHeadModel") and not getattr(config, "causal", True):
             return "masked-lm"  # XLM's and Flaubert's one class for both
-        for ending, task in ENDINGS.items():
+        for ending, task in endings:
             if architecture.endswith(ending) and _has_head(architecture, config, task):
                 return task
-    done = {*KINDS.values()} - {KINDS["image-captioning"]}
+    done = {spec.model_list for spec in TASKS.values() if not spec.model_types}
     others = [(name, kind) for name in architectures for kind in _kinds(name) if kind not in done]
     for name, kind in others[:1]:
         shown, hint = SHOWN.get(kind, kind), "; give --task if the weights have a head" if kind in VAGUE else ""
-        raise CheckpointError(f"{folder}: {name} is for {shown}, which is not supported yet; {_SUPPORTED}{hint}")
+        raise CheckpointError(f"{folder}: {name} is for {shown}, which is not supported yet; {_supported()}{hint}")
     named = ", ".join(architectures)[:200] or "nothing"
     raise CheckpointError(
-        f"{folder}: its config names {named} as architecture, which has no task's head that is known here; {_SUPPORTED}; "
+        f"{folder}: its config names {named} as architecture, which has no task's head that is known here; {_supported()}; "
         "give --task if the weights have one"
     )
 
 
 def _refuse_task(folder: Path, config: Any, task: str) -> None:
     """Refuse a task that transformers, or this program, does not do with such a model."""
-    if task == "image-captioning" and config.model_type not in CAPTIONERS:
-        raise CheckpointError(f"{folder}: image-captioning is for {', '.join(CAPTIONERS)}; this is {config.model_type}")
-    if config.model_type not in _mapping(KINDS[task]) and not getattr(config, "auto_map", None):
-        raise CheckpointError(f"{folder}: transformers has no class that does {task} with {config.model_type}; {_SUPPORTED}")
+    only = TASKS[task].model_types
+    if only and config.model_type not in only:
+        raise CheckpointError(f"{folder}: {task} is for {', '.join(only)}; this is {config.model_type}")
+    if not _is_in_list(config, task):
+        raise CheckpointError(f"{folder}: transformers has no class that does {task} with {config.model_type}; {_supported()}")
+
+
+def _is_in_list(config: Any, task: str) -> bool:
+    """Has transformers a class for this task and such a config, or does code of the folder bring
+    one?
+    """
+    return config.model_type in _mappings()[TASKS[task].model_list] or bool(getattr(config, "auto_map", None))
 
 
 def _has_head(architecture: str, config: Any, task: str) -> bool:
     """Has the class the task's head? Wav2Vec2ForSequenceClassification, say, is for sounds."""
     if architecture.endswith("ForPreTraining"):
         return architecture.removesuffix("ForPreTraining") in WITH_MASKED_LM
-    if task == "image-captioning":
-        return config.model_type in CAPTIONERS
+    if TASKS[task].model_types:
+        return config.model_type in TASKS[task].model_types
     kinds = _kinds(architecture)
-    return (
-        KINDS[task] in kinds if kinds else config.model_type in _mapping(KINDS[task]) or bool(getattr(config, "auto_map", None))
-    )
+    return TASKS[task].model_list in kinds if kinds else _is_in_list(config, task)
 
 
 def _kinds(architecture: str) -> list[str]:
-    """What transformers has a class for, in its words, the most telling first; "" for one without a head."""
-    found = {kind for kind, classes in _mappings().items() if architecture in classes.values()} - {"text-encoding"}
-    return sorted(found, key=lambda kind: (VAGUE.index(kind) if kind in VAGUE else -1, kind))
-
-
-def _mapping(kind: str) -> dict[str, Any]:
-    return _mappings()[kind]
+    """What transformers has a class for, in its words, the most specific first; "" for a class
+    without a head.
+    """
+    kinds = {kind for kind, classes in _mappings().items() if architecture in classes.values()} - {"text-encoding"}
+    return sorted(kinds, key=lambda kind: (VAGUE.index(kind) if kind in VAGUE else -1, kind))
 
 
 def _mappings() -> dict[str, dict[str, Any]]:
@@ -291,7 +281,38 @@ def _mappings() -> dict[str, dict[str, Any]]:
     return {kinds[name].strip("_").lower().replace("_", "-"): dict(lists[name]) for name in lists if "CONFIG" not in name}
 
 
-_SUPPORTED = f"supported are {', '.join(AUTO)}"
+def _supported() -> str:
+    return f"supported are {', '.join(TASKS)}"
+
+
+def _class_names(config: Any) -> list[list[str]] | None:
+    """The class names of a config; LABEL_0 and the like count as none, then `label2id` may name the
+    classes.
+
+    Raises:
+        CheckpointError: names that are not texts, or `label2id` names the classes in another order.
+    """
+    values = [config.id2label[i] for i in range(config.num_labels)]
+    if not all(isinstance(name, str | int) for name in values):
+        raise CheckpointError("config.json: `id2label` has class names that are no texts")
+    names, others = [str(name) for name in values], _names_of_label2id(config)
+    if not are_placeholders(names):
+        if others is not None and others != names and sorted(others) == sorted(names):
+            raise CheckpointError(
+                f"config.json: `id2label` names the classes {listed_names(names)}, `label2id` {listed_names(others)}: "
+                "correct the wrong one"
+            )
+        return [[name] for name in names]
+    return None if others is None else [[name] for name in others]
+
+
+def _names_of_label2id(config: Any) -> list[str] | None:
+    """The names in order of `label2id`, where it has one for each class and they are no
+    placeholders.
+    """
+    numbers = {number: str(name) for name, number in (getattr(config, "label2id", None) or {}).items()}
+    names = [numbers[i] for i in range(config.num_labels) if i in numbers]
+    return names if len(names) == len(numbers) == config.num_labels and not are_placeholders(names) else None
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-"""Sound as a speech model hears it: any clip, at the checkpoint's rate, through its own feature extractor."""
+"""Audio as a speech model takes it: any clip, resampled to the checkpoint's rate, through its own
+feature extractor.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,15 @@ from dsd_refine.data.tables import in_words
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.seeding import seed_all
+from dsd_refine.tasks.inputs.padding import same_but_for_rounding
 
-PADDING_NOISE = 1e-4  # what rounding may do, as a share of the largest logit
-
-# silence packs well, and a sample a second would be resampled to thousands: a small file may ask for any memory
+# silence compresses well, and a sample a second would be resampled to thousands: a small file may
+# ask for any memory
 MOST_SAMPLES, RATES = 100_000_000, (1_000, 400_000)
 
 _one_at_a_time = threading.Lock()
 
-LONGEST_PROBE = 1 << 20  # samples: a clip of a minute gives a frame in any model
+MOST_SILENCE = 1 << 20  # samples that the search for the shortest clip tries: a minute gives a frame in any model
 
 Samples = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -39,8 +41,8 @@ def decode(raw: bytes) -> tuple[Samples, int]:
     """(samples in -1..1, their rate in Hz) of an audio file; channels are averaged.
 
     Raises:
-        DataError: not audio that libsndfile reads, without samples, of no rate that sound has, too long to be an example, or
-            with values that are no numbers.
+        DataError: not audio that libsndfile reads, without samples, of no rate that sound has, too
+            long to be an example, or with values that are no numbers.
     """
     import soundfile
 
@@ -65,23 +67,26 @@ def decode(raw: bytes) -> tuple[Samples, int]:
 
 
 def resample(samples: Samples, rate: int, wanted: int) -> Samples:
-    """The same sound at another rate, by scipy's polyphase filter: the exact ratio, ceil(n * wanted / rate) samples."""
+    """The same sound at another rate, by scipy's polyphase filter: the exact ratio, ceil(n * wanted
+    / rate) samples.
+    """
     from scipy.signal import resample_poly
 
     if rate == wanted:
         return samples
     divisor = math.gcd(rate, wanted)
-    found: Samples = resample_poly(samples, wanted // divisor, rate // divisor).astype(np.float32)
-    return found
+    resampled: Samples = resample_poly(samples, wanted // divisor, rate // divisor).astype(np.float32)
+    return resampled
 
 
 @dataclass(frozen=True)
-class Hearing:
-    """A checkpoint's own preprocessing.
+class FeatureExtractor:
+    """A checkpoint's own feature extractor, and how this model takes its features.
 
-    `rate` is in Hz; `name` is the model's input; `masked` says whether the model tells padding from sound: it is given a
-    mask, and what it makes of a clip is the same with padding and without. `shortest` is the least number of samples that
-    gives a frame, `axis` the input's dimension of time (2 where a channel comes before it).
+    `rate` is in Hz; `name` is the model's input. `masked`: the model is given an attention mask,
+    with which its logits of a clip are the same with padding and without. `shortest` is the least
+    number of samples that gives a frame, `axis` the input's dimension of time (2 where a channel
+    comes before it).
     """
 
     extractor: Any
@@ -92,19 +97,23 @@ class Hearing:
     axis: int = 1
 
     def features(self, samples: Samples) -> torch.Tensor:
-        """What the model takes of one clip, time first, without what the extractor itself marks as padding."""
+        """One clip's features, time first, without those that the extractor itself marks as
+        padding.
+        """
         if len(samples) < self.shortest:
             samples = np.pad(samples, (0, self.shortest - len(samples)))
         with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a clip too short for a spectrogram's statistics
-            found = self.extractor(samples, sampling_rate=self.rate, return_tensors="pt")
-        values: torch.Tensor = found[self.name][0].to(torch.float32)
+            extracted = self.extractor(samples, sampling_rate=self.rate, return_tensors="pt")
+        values: torch.Tensor = extracted[self.name][0].to(torch.float32)
         values = values[0] if self.axis == 2 else values
-        mask = found.get("attention_mask")
+        mask = extracted.get("attention_mask")
         return values if mask is None else values[: int(mask[0].sum())]
 
-    def together(self, clips: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The features of several clips as the model takes them, padded to the longest."""
+    def padded(self, clips: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The features of several clips in one tensor, as the model takes them: padded to the
+        longest.
+        """
         value = float(getattr(self.extractor, "padding_value", 0.0))
         padded = torch.nn.utils.rnn.pad_sequence(list(clips), batch_first=True, padding_value=value)
         return padded.unsqueeze(1) if self.axis == 2 else padded
@@ -112,7 +121,9 @@ class Hearing:
 
 @dataclass(frozen=True)
 class SpecAugment:
-    """Masks in time as the checkpoint's config says (Park et al. 2019), drawn for each row by itself."""
+    """Masks in time as the checkpoint's config says (Park et al. 2019), drawn for each row
+    separately.
+    """
 
     share: float
     length: int
@@ -128,8 +139,8 @@ class SpecAugment:
         return torch.from_numpy(_compute_mask_indices((1, frames), self.share, self.length, min_masks=self.least)[0])
 
 
-def open_hearing(folder: Path, model: torch.nn.Module, trust_remote_code: bool = False) -> Hearing:
-    """The checkpoint's feature extractor, and what of it this model takes.
+def open_feature_extractor(folder: Path, model: torch.nn.Module, trust_remote_code: bool = False) -> FeatureExtractor:
+    """The checkpoint's feature extractor, and how this model takes its features.
 
     Raises:
         CheckpointError: the folder has no usable feature extractor, or the model says no lengths.
@@ -137,40 +148,44 @@ def open_hearing(folder: Path, model: torch.nn.Module, trust_remote_code: bool =
     from transformers import AutoFeatureExtractor
 
     try:
-        extractor = AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
+        theirs = AutoFeatureExtractor.from_pretrained(  # type: ignore[no-untyped-call]
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-        rate = int(extractor.sampling_rate)
+        rate = int(theirs.sampling_rate)
         if not RATES[0] <= rate <= RATES[1]:
             raise ValueError(f"a sampling_rate of {rate:,} Hz")
-        found = extractor(np.zeros(rate, dtype=np.float32), sampling_rate=rate, return_tensors="pt")
+        silence = theirs(np.zeros(rate, dtype=np.float32), sampling_rate=rate, return_tensors="pt")
     except Exception as error:  # transformers raises whatever a strange config makes it raise
         raise CheckpointError(f"{folder}: its feature extractor cannot be used: {' '.join(str(error).split())[:200]}") from None
     frames, _ = lengths_of(model)
-    name = str(extractor.model_input_names[0])
-    hearing = Hearing(extractor, rate, name, axis=2 if found[name].shape[:2] == (1, 1) else 1)
-    hearing = replace(hearing, shortest=_shortest(hearing, frames))
-    # convolutions with one norm over a whole clip were trained without a mask (wav2vec2-base), and must not be given one
+    name = str(theirs.model_input_names[0])
+    extractor = FeatureExtractor(theirs, rate, name, axis=2 if silence[name].shape[:2] == (1, 1) else 1)
+    extractor = replace(extractor, shortest=_shortest(extractor, frames))
+    # convolutions with one norm over a whole clip were trained without a mask (wav2vec2-base), and
+    # must not be given one
     whole_clip = getattr(model.config, "feat_extract_norm", None) == "group"
-    return replace(hearing, masked="attention_mask" in found and not whole_clip and _ignores_padding(model, hearing, frames))
+    masked = "attention_mask" in silence and not whole_clip and _ignores_padding(model, extractor, frames)
+    return replace(extractor, masked=masked)
 
 
 @torch.no_grad()
-def _ignores_padding(model: torch.nn.Module, hearing: Hearing, frames: Lengths) -> bool:
-    """Is a masked model's answer to a clip the same with padding? Some let it leak in (adapters, stacked position layers)."""
+def _ignores_padding(model: torch.nn.Module, extractor: FeatureExtractor, frames: Lengths) -> bool:
+    """Are a model's logits of a clip the same with masked padding? Some let it leak in (adapters,
+    stacked position layers).
+    """
     if next(model.parameters()).is_meta or model.training:
         return False
-    noise = np.random.default_rng(0).normal(0, 0.1, max(hearing.rate, 8 * hearing.shortest)).astype(np.float32)
-    full = hearing.features(noise)
+    noise = np.random.default_rng(0).normal(0, 0.1, max(extractor.rate, 8 * extractor.shortest)).astype(np.float32)
+    full = extractor.features(noise)
     # several lengths: a leak may show at some remainders of the strides only
     clips = [full, *(full[: len(full) // 2 + i + len(full) // 50 * i] for i in range(8))]
     mask = (torch.arange(len(full)) < torch.tensor([[len(clip)] for clip in clips])).long()
-    together = logits_of(model, {hearing.name: hearing.together(clips), "attention_mask": mask})
+    together = logits_of(model, {extractor.name: extractor.padded(clips), "attention_mask": mask})
     for clip, logits in zip(clips, together, strict=True):
-        one = torch.ones(1, len(clip), dtype=torch.int64)
-        alone = logits_of(model, {hearing.name: hearing.together([clip]), "attention_mask": one})[0]
+        whole = torch.ones(1, len(clip), dtype=torch.int64)
+        alone = logits_of(model, {extractor.name: extractor.padded([clip]), "attention_mask": whole})[0]
         count = count_frames(frames, clip)
-        if (logits[:count] - alone[:count]).abs().max() > PADDING_NOISE * alone.abs().max():
+        if not same_but_for_rounding(logits[:count], alone[:count]):
             return False
     return True
 
@@ -179,10 +194,10 @@ def count_frames(lengths: Lengths, values: torch.Tensor) -> int:
     return int(lengths(torch.tensor([len(values)]))[0])
 
 
-def _shortest(hearing: Hearing, frames: Lengths) -> int:
+def _shortest(extractor: FeatureExtractor, frames: Lengths) -> int:
     def gives_a_frame(samples: int) -> bool:
         try:
-            values = hearing.features(np.zeros(samples, dtype=np.float32))
+            values = extractor.features(np.zeros(samples, dtype=np.float32))
         except (ValueError, RuntimeError, IndexError, ZeroDivisionError):  # too short for a window of the spectrogram
             return False
         return bool(values.isfinite().all()) and count_frames(frames, values) > 0
@@ -190,7 +205,7 @@ def _shortest(hearing: Hearing, frames: Lengths) -> int:
     low, high = 0, 1
     while not gives_a_frame(high):
         low, high = high, 2 * high
-        if high > LONGEST_PROBE:
+        if high > MOST_SILENCE:
             raise CheckpointError("the model's frames cannot be counted: no length of silence gives one")
     while high - low > 1:
         middle = (low + high) // 2
@@ -199,23 +214,26 @@ def _shortest(hearing: Hearing, frames: Lengths) -> int:
 
 
 def lengths_of(model: Any) -> tuple[Lengths, Lengths]:
-    """Functions from the input's lengths to those of the output, and of what SpecAugment masks, both in frames.
+    """Functions from the input's lengths to those of the output, and of what SpecAugment masks,
+    both in frames.
 
     Raises:
         CheckpointError: the model has none.
     """
     for owner in (model, getattr(model, "encoder", None)):
         for name in ("_get_feat_extract_output_lengths", "_get_subsampling_output_length"):
-            found = getattr(owner, name, None)
-            if found is not None and "add_adapter" in inspect.signature(found).parameters:
-                return found, lambda lengths, count=found: count(lengths, add_adapter=False)
-            if found is not None:
-                return found, found
+            method = getattr(owner, name, None)
+            if method is not None and "add_adapter" in inspect.signature(method).parameters:
+                return method, lambda lengths, count=method: count(lengths, add_adapter=False)
+            if method is not None:
+                return method, method
     raise CheckpointError(f"{type(model).__name__}: does not say how many frames it makes of a clip, as CTC needs")
 
 
 def spec_augment(model: Any) -> SpecAugment | None:
-    """What the config asks for, where the model takes masks from outside; None where there is nothing to mask in time."""
+    """What the config asks for, where the model takes masks from outside; None where there is
+    nothing to mask in time.
+    """
     config = model.config
     takes = "mask_time_indices" in inspect.signature(type(model.base_model).forward).parameters
     share = float(getattr(config, "mask_time_prob", 0.0) or 0.0)

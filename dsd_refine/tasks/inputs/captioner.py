@@ -1,4 +1,6 @@
-"""How a captioner writes: what its training puts before and after a caption, and greedy generation."""
+"""How a captioner generates text: what its training puts before and after a caption, and greedy
+generation.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +16,33 @@ import torch
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.tasks.inputs.tokens import tokenized
 
-NEW_TOKENS = 20  # where the checkpoint's generation config has no limit: what transformers does then
-
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """How a model writes: its tokenizer, and how its training frames a caption.
+class CaptionGenerator:
+    """How a model generates captions: its tokenizer, and the tokens that its training puts around a
+    caption.
 
-    `start` is what writing begins with, `ends` what it stops at; `longest` counts the tokens of a caption with its end.
-    `inputs` names the model's arguments for tokens and their mask. `keeps_first` says that a token which the tokenizer puts
-    first is learned like any other; else it is what `start` stands for.
+    Generation begins with `start` and stops at one of `ends`. `max_new_tokens` counts a generated
+    caption with its end; a training caption is cut after `cut` tokens. `inputs` names the model's
+    arguments for tokens and their mask. `keeps_first`: a token that the tokenizer puts first is
+    learned like any other; else `start` takes its place.
     """
 
     tokenizer: Any
     generation: Any
     start: int
     ends: tuple[int, ...]
-    longest: int
+    max_new_tokens: int
     cut: int
     inputs: tuple[str, str]
     keeps_first: bool
-    size: int | None = None  # embeddings of the model's that writes
+    size: int | None = None  # embeddings of the text decoder
 
     def tokens(self, text: str) -> Array:
-        """Start, the tokenizer's ids, end (if the tokenizer sets none, for a model must learn to stop): `longest` of them and
-        the start. Ids are exactly the tokenizer's; nothing is told from the pad token.
+        """Start, the tokenizer's ids, and an end (added where the tokenizer sets none, for a model
+        must learn to stop), cut after `cut` tokens beside the start.
         """
         ids = list(tokenized(self.tokenizer, text, size=self.size, verbose=False)["input_ids"])
         firsts = (self.tokenizer.cls_token_id, self.tokenizer.bos_token_id)
@@ -50,19 +52,22 @@ class Speaker:
             ids.append(self.ends[0])
         return np.asarray([self.start, *ids][: self.cut + 1], dtype=np.int64)
 
-    def write(self, model: Any, images: torch.Tensor) -> list[str]:
-        """A caption of each image, greedily: the likeliest token each time, so that the same weights write the same."""
-        found = model.generate(pixel_values=images, generation_config=copy.deepcopy(self.generation)).tolist()
-        return [self.text(ids[1:] if ids[:1] == [self.start] else ids) for ids in found]
+    def generate(self, model: Any, images: torch.Tensor) -> list[str]:
+        """A caption of each image by greedy decoding: the same weights give the same text."""
+        written = model.generate(pixel_values=images, generation_config=copy.deepcopy(self.generation)).tolist()
+        return [self.text(ids[1:] if ids[:1] == [self.start] else ids) for ids in written]
 
     def text(self, ids: Sequence[int]) -> str:
-        """The words of written tokens, up to the first end."""
-        stop = next((at for at, token in enumerate(ids) if token in self.ends), len(ids))
+        """The text of generated tokens, up to the first end."""
+        stop = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
         return " ".join(str(self.tokenizer.decode(ids[:stop], skip_special_tokens=True)).split())
 
 
-def open_speaker(folder: Path, tokenizer: Any, model: Any, asked: int | None) -> Speaker:
-    """What the checkpoint's configs say of writing. `asked` is --max-length: tokens of a caption, its end included.
+def open_caption_generator(folder: Path, tokenizer: Any, model: Any, asked: int | None, default: int) -> CaptionGenerator:
+    """What the checkpoint's configs say of generation.
+
+    `asked` is --max-length: tokens of a caption, its end included; `default` holds where the
+    configs have no limit.
 
     Raises:
         CheckpointError: no start token. DataError: more was asked for than the model has positions.
@@ -83,15 +88,15 @@ def open_speaker(folder: Path, tokenizer: Any, model: Any, asked: int | None) ->
     positions = _first(getattr(text, "max_position_embeddings", None), getattr(text, "n_positions", None))
     if asked is not None and positions and asked > positions:
         raise DataError(f"--max-length {asked}: the model has only {positions} positions")
-    own = generation.max_new_tokens or (generation.max_length or NEW_TOKENS + 1) - 1
-    longest = asked or min(own, positions or own)
-    generation.update(max_new_tokens=longest, max_length=None, num_beams=1, do_sample=False, return_dict_in_generate=False)
+    own = generation.max_new_tokens or (generation.max_length or default + 1) - 1
+    most = asked or min(own, positions or own)
+    generation.update(max_new_tokens=most, max_length=None, num_beams=1, do_sample=False, return_dict_in_generate=False)
     named = config.model_type == "vision-encoder-decoder"
     inputs = ("decoder_input_ids", "decoder_attention_mask") if named else ("input_ids", "attention_mask")
     cut = asked or positions or 10**6
     stops = tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (int(ends),)
     size = getattr(text, "vocab_size", None)
-    return Speaker(tokenizer, generation, int(start), stops, longest, cut, inputs, keeps_first=named, size=size)
+    return CaptionGenerator(tokenizer, generation, int(start), stops, most, cut, inputs, keeps_first=named, size=size)
 
 
 def _first(*values: Any) -> Any:
@@ -99,7 +104,9 @@ def _first(*values: Any) -> Any:
 
 
 def _generation(folder: Path, model: Any) -> Any:
-    """A copy of the folder's generation config, else of what the model's config says (for BLIP: of its decoder's)."""
+    """A copy of the folder's generation config, else of what the model's config says (for BLIP: of
+    its decoder's).
+    """
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").is_file():

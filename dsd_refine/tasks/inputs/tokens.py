@@ -1,4 +1,6 @@
-"""Tokenizers: the checkpoint's own, and calls of it that end in a value or in an error of ours: its file's, or a text's."""
+"""The checkpoint's own tokenizer: loading it, and calls of it that return a value or raise
+DataError or CheckpointError.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,17 @@ def rows_of_embedding(model: Any, config: Any) -> int | None:
     return int(rows) if rows else None
 
 
+def known_tokens(tokenizer: Any, size: int | None) -> int:
+    """How many of the tokenizer's tokens the model has an embedding for. `size` is the number of
+    its embeddings.
+    """
+    return min(len(tokenizer), size or len(tokenizer))
+
+
 def beyond_warnings(tokenizer: Any, size: int | None) -> list[str]:
-    """One line where the tokenizer has tokens that the model has no embedding for. Rows that hold none can be used."""
+    """One line where the tokenizer has tokens that the model has no embedding for. Rows that hold
+    none can be used.
+    """
     extra = sorted((number, token) for token, number in tokenizer.get_vocab().items() if size is not None and number >= size)
     if not extra:
         return []
@@ -49,7 +60,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with _unheard():
+        with _silenced():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
             with suppress(Exception):  # a word that it has not is no fault of its file
                 tokenizer("a")  # a file that contradicts itself panics here
@@ -70,7 +81,9 @@ def _pieces(folder: Path) -> Path | None:
 
 
 def _no_pieces(file: Path) -> str:
-    """Why a sentencepiece model could not be read. The library tries tiktoken next, and speaks of nothing else."""
+    """Why a sentencepiece model could not be read. The library tries tiktoken next, and speaks of
+    nothing else.
+    """
     missing = [name for name, module in PIECES.items() if not _installed(module)]
     if missing:
         names = " and ".join(missing)
@@ -86,37 +99,39 @@ def _installed(module: str) -> bool:
 
 
 def tokenized(tokenizer: Any, *texts: Any, size: int | None = None, **options: Any) -> dict[str, Any]:
-    """What a tokenizer makes of texts. `size` is the number of the model's embeddings: no id may lie beyond.
+    """What a tokenizer makes of texts. `size` is the number of the model's embeddings: no id may
+    lie beyond.
 
     Raises:
-        DataError: it refuses them, as a closed vocabulary does words that it has not; or the model has no such token.
+        DataError: it refuses them, as a closed vocabulary does words that it has not; or the model
+            has no such token.
         CheckpointError: it panics, as one whose file contradicts itself does.
     """
     return dict(_encoded(tokenizer, *texts, size=size, **options))
 
 
 def _encoded(tokenizer: Any, *texts: Any, size: int | None = None, **options: Any) -> Any:
-    """`tokenized` in the tokenizer's own type, which holds more than the values for a model."""
+    """As `tokenized`, in the tokenizer's own type, which also says what was cut off."""
     try:
-        found = tokenizer(*texts, **options)
+        encoded = tokenizer(*texts, **options)
     except Exception as error:  # tokenizers raise whatever a strange text makes them raise
         raise DataError(f"unreadable text (the tokenizer: {in_words(error)[:120]})") from None
     except BaseException as error:
         raise _broken(error, f"{tokenizer.name_or_path}: its tokenizer fails on a text") from None
     if size is not None:
-        _refuse_beyond(tokenizer, found["input_ids"], size)
-    return found
+        _refuse_beyond(tokenizer, encoded["input_ids"], size)
+    return encoded
 
 
 def _refuse_beyond(tokenizer: Any, ids: Any, size: int) -> None:
-    highest = max((one for row in ids for one in (row if isinstance(row, list) else [row])), default=-1)
+    highest = max((number for row in ids for number in (row if isinstance(row, list) else [row])), default=-1)
     if highest >= size:
         token = tokenizer.convert_ids_to_tokens(highest)
         raise DataError(f"holds the token {token!r} ({highest}), which the model has not: it has {size:,}")
 
 
 def or_reason(read: Callable[..., T], *texts: Any) -> tuple[T | None, str | None]:
-    """(what is read, None), or (None, why a row of such texts is to be skipped)."""
+    """(the result of `read`, None), or (None, why a row of such texts is to be skipped)."""
     try:
         return read(*texts), None
     except DataError as error:
@@ -126,30 +141,33 @@ def or_reason(read: Callable[..., T], *texts: Any) -> tuple[T | None, str | None
 def ids_or_reasons(
     tokenizer: Any, rows: Sequence[Sequence[str]], cut: set[int] | None = None, **options: Any
 ) -> list[tuple[list[int] | None, str | None]]:
-    """Of each row of one or more texts its ids, or why it cannot be used. One by one only where a block fails.
+    """(ids, None) of each row of one or more texts, or (None, why it cannot be used).
 
-    The numbers of rows that are longer than `max_length` are added to `cut`.
+    Where a block of rows fails, its rows are read one by one. Rows longer than `max_length` are
+    added to `cut`.
     """
     read = partial(_encoded, tokenizer, **options)
-    found: list[tuple[list[int] | None, str | None]] = []
+    answers: list[tuple[list[int] | None, str | None]] = []
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
         together, reason = or_reason(read, *map(list, zip(*block, strict=True)))
         if together is not None:
             if cut is not None:
                 cut |= {start + number for number in _cut(tokenizer, together, block, options)}
-            found += [(ids, None) for ids in together["input_ids"]]
+            answers += [(ids, None) for ids in together["input_ids"]]
             continue
         for number, row in enumerate(block):
             alone, reason = or_reason(read, *row)
             if alone is not None and cut is not None and _cut(tokenizer, alone, [row], options):
                 cut.add(start + number)
-            found.append((None if alone is None else alone["input_ids"], reason))
-    return found
+            answers.append((None if alone is None else alone["input_ids"], reason))
+    return answers
 
 
 def _cut(tokenizer: Any, encoded: Any, rows: Sequence[Sequence[str]], options: dict[str, Any]) -> list[int]:
-    """The numbers of the rows that were cut. What a tokenizer in Rust cut off lies beside the ids."""
+    """The numbers of the rows that were cut. A tokenizer in Rust keeps what it cut off beside the
+    ids.
+    """
     if getattr(encoded, "encodings", None):
         return [number for number, row in enumerate(encoded.encodings) if row.overflowing]
     ids = encoded["input_ids"]
@@ -159,7 +177,7 @@ def _cut(tokenizer: Any, encoded: Any, rows: Sequence[Sequence[str]], options: d
 
 
 class Unknown:
-    """Counts rows that are for the most part unknown tokens: the model reads next to nothing of such texts."""
+    """Counts rows of mostly unknown tokens: the model reads next to nothing of such texts."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.rows, self.count = tokenizer, 0, 0
@@ -190,9 +208,11 @@ class Unknown:
 
 
 class Doubled:
-    """Counts rows that begin or end with the same special token twice: a text that brings what its tokenizer adds.
+    """Counts rows that begin or end with the same special token twice: the text holds what its
+    tokenizer adds.
 
-    Rendered chat text begins with `<s>`, and a tokenizer puts one more before it; a model has seen only one.
+    Rendered chat text begins with `<s>`, and a tokenizer puts one more before it; a model has seen
+    only one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -220,8 +240,8 @@ class Doubled:
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
-    """Rust code that panics writes where it stood to descriptor 2, past `sys.stderr`."""
+def _silenced() -> Iterator[None]:
+    """Within, descriptor 2 leads nowhere: Rust code that panics writes to it, past `sys.stderr`."""
     kept = _standard_error()
     if kept is None:
         yield
@@ -239,7 +259,9 @@ def _unheard() -> Iterator[None]:
 
 
 def _standard_error() -> int | None:
-    """Another descriptor of the standard error. None where it is closed: nobody hears, and its number may be any file's."""
+    """A copy of the standard error's descriptor. None where it is closed, for then its number may
+    be another file's.
+    """
     try:
         return None if sys.stderr is None else os.dup(2)
     except OSError:
@@ -247,7 +269,9 @@ def _standard_error() -> int | None:
 
 
 def _broken(error: BaseException, what: str) -> BaseException:
-    """A panic in Rust code is no Exception; what asks the run to end goes on as it is."""
+    """The error to raise. A panic in Rust code is no `Exception`; KeyboardInterrupt and the like
+    are passed on.
+    """
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         return error
     return CheckpointError(f"{what}: {' '.join(str(error).split())[:200]}")
