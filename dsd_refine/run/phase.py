@@ -89,7 +89,7 @@ def attend(run: Run, state: PhaseState, step: Step, stop: bool) -> None:
     run.loop.hooks.on_step(step)
     if step.step == training.EARLY:
         warn_of_rising_losses(run, state)  # and not only at the phase's end, which may be days away
-    if stop:
+    if stop or (run.loop.world == 1 and run.loop.stopping()):  # several processes must ask together
         save(run, state)
         raise Interrupted(f"stopped at step {step.step} of {step.steps} of {state.place.label}; go on with --resume")
 

@@ -47,7 +47,7 @@ def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) 
         group: the step's micro-batches of this process.
 
     Returns:
-        what was done, and whether any process was asked to stop.
+        what was done, and whether any of several processes was asked to stop before it ended.
 
     Raises:
         RunError: the loss is not finite; the message has the step.
@@ -117,9 +117,9 @@ def _counts(loop: Loop, group: list[Batch]) -> tuple[int, int]:
 
 
 def _over_processes(loop: Loop, summed: torch.Tensor, targets: int) -> tuple[float, bool]:
-    """The step's mean loss, and whether any process was asked to stop."""
+    """The step's mean loss, and whether any of several processes was asked to stop."""
     if loop.world == 1:
-        return float(summed) / max(1, targets), loop.stopping()
+        return float(summed) / max(1, targets), False
     sums = torch.stack([summed, torch.tensor(float(loop.stopping()), device=summed.device)])
     loss_sum, stop = loop.accelerator.reduce(sums, "sum").tolist()
     return loss_sum / max(1, targets), stop > 0
