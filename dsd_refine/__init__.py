@@ -6,22 +6,61 @@ The names below are the public ones; they load on first use, so that importing t
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsd_refine.api import apply_masks, compare, make_masks, plan, refine, verify
+    from dsd_refine.checkpoint.checkpoint import open_checkpoint
+    from dsd_refine.errors import (
+        CheckpointError,
+        DataError,
+        DsdError,
+        Interrupted,
+        RecipeError,
+        RunError,
+        UsageError,
+        VerifyError,
+    )
+    from dsd_refine.recipe import Augment, Phase, Recipe
+    from dsd_refine.report.report import Report
+    from dsd_refine.training.hooks import Hooks, Step
 
 __version__ = "0.1.0"
 
+_ERRORS = ("CheckpointError", "DataError", "DsdError", "Interrupted", "RecipeError", "RunError", "UsageError", "VerifyError")
 _HOME = {
-    "refine": "method",
-    "Recipe": "recipe",
-    "Phase": "recipe",
-    "Augment": "recipe",
+    **dict.fromkeys(("apply_masks", "compare", "make_masks", "plan", "refine", "verify"), "api"),
+    **dict.fromkeys(("Augment", "Phase", "Recipe"), "recipe"),
+    **dict.fromkeys(("Hooks", "Step"), "training.hooks"),
+    **dict.fromkeys(_ERRORS, "errors"),
     "Report": "report.report",
-    "open_checkpoint": "checkpoint",
-    "verify": "checkpoint",
-    "DsdError": "errors",
+    "open_checkpoint": "checkpoint.checkpoint",
 }
 
-__all__ = ["Augment", "DsdError", "Phase", "Recipe", "Report", "__version__", "open_checkpoint", "refine", "verify"]
+__all__ = [
+    "Augment",
+    "CheckpointError",
+    "DataError",
+    "DsdError",
+    "Hooks",
+    "Interrupted",
+    "Phase",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "RunError",
+    "Step",
+    "UsageError",
+    "VerifyError",
+    "__version__",
+    "apply_masks",
+    "compare",
+    "make_masks",
+    "open_checkpoint",
+    "plan",
+    "refine",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -85,3 +85,14 @@ def default_config(configs: dict[str, dict[str, Any]]) -> str | None:
 
     name: str | None = MetadataConfigs(configs).get_default_config_name()
     return name
+
+
+def accelerate_states() -> list[dict[str, Any]]:
+    """The dicts in which Accelerate keeps the state of the process.
+
+    Accelerate has no public way to put a state aside and back. Without these dicts, two calls in one
+    process would have to agree in device and precision.
+    """
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    return [kind._shared_state for kind in (AcceleratorState, GradientState, PartialState)]

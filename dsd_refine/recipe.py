@@ -402,7 +402,8 @@ def apply_flags(raw: dict[str, Any], flags: Mapping[str, Any]) -> None:
     for kind in ("sparse", "dense"):
         if f"{kind}_epochs" in flags and f"{kind}_steps" in flags:
             raise RecipeError(f"--{kind}-epochs and --{kind}-steps: give one of them")
-    dense_lr = flags.get("dense_lr", flags["lr"] / 10 if "lr" in flags else None)
+    lr = flags.get("lr")
+    dense_lr = flags.get("dense_lr", lr / 10 if isinstance(lr, int | float) else None)  # what is no number is refused below
     by_kind: dict[str, dict[str, Any]] = {
         "sparse": {"lr": flags.get("lr"), "sparsity": flags.get("sparsity")},
         "dense": {"lr": dense_lr},

@@ -15,12 +15,13 @@ import click
 from dsd_refine import __version__
 from dsd_refine.cli.streams import fill_streams
 from dsd_refine.errors import DsdError, Interrupted, RunError, UsageError, is_full_memory
+from dsd_refine.quiet import quiet_libraries
 from dsd_refine.report.words import GATES
 from dsd_refine.run.signals import Signals
 from dsd_refine.task_specs import TASKS
 
 if TYPE_CHECKING:
-    from dsd_refine.recipe import Recipe
+    pass
 
 BUG = 1
 GATE_HELP = "; ".join(f"{rule}: {what}" for rule, what in GATES.items()) + "."
@@ -163,32 +164,33 @@ def cli() -> None:
 @JSON_OPTION
 def run(model: str, **given: Any) -> int:
     """Refine MODEL and write a same-shape checkpoint with its report (the default verb)."""
-    from dsd_refine.cli.progress import Display
+    from dsd_refine.run.progress import Display
 
     _check_task(given)
     display = Display(quiet=given["quiet"] or not _is_main())
     if given["output_dir"] and _finished(Path(given["output_dir"]), given, display):
         return 0
-    _quiet_libraries()
+    quiet_libraries()
     from dsd_refine.checkpoint.libraries.open import open_library
     from dsd_refine.checkpoint.source import find_source
+    from dsd_refine.choice import choose_recipe
     from dsd_refine.method import refine
     from dsd_refine.report.report import summary
-    from dsd_refine.run.run import Options
+    from dsd_refine.run.run import Options, default_workers
 
     source = find_source(model, allow_pickle=given["allow_pickle"])
     library = open_library(source, given["task"], given["trust_remote_code"])
     out = Path(given["output_dir"] or f"{Path(source.resolved).name}-dsd")
     if not given["output_dir"] and _finished(out, given, display):
         return 0
-    recipe = _choose_recipe(library, given, display.say)
+    recipe = choose_recipe(library, given, display.say)
     options = Options(
         output_dir=out,
         argv=tuple(sys.argv[1:]),
         say=display.say,
         hooks=(display,),
         download=_asker(given["yes"]),
-        workers=_workers(given["workers"]),
+        workers=default_workers(given["workers"]),
         **{name: given[name] for name in PASSED_ON},
     )
     with display:
@@ -213,16 +215,17 @@ def plan(model: str, **given: Any) -> int:
     import json
 
     _check_task(given)
-    _quiet_libraries()
+    quiet_libraries()
     from dsd_refine.checkpoint.libraries.open import open_library
     from dsd_refine.checkpoint.source import find_source
-    from dsd_refine.cli.progress import Display
+    from dsd_refine.choice import choose_recipe
     from dsd_refine.planning.plan import make_plan
     from dsd_refine.report.report import plan_text
+    from dsd_refine.run.progress import Display
 
     source = find_source(model, weights=given["measure"], allow_pickle=given["allow_pickle"])
     library = open_library(source, given["task"], given["trust_remote_code"])
-    recipe = _choose_recipe(library, given, Display().say)
+    recipe = choose_recipe(library, given, Display().say)
     found = make_plan(source, library, recipe, allow_pickle=given["allow_pickle"])
     if given["measure"]:
         from dsd_refine.planning.measure import add_measured, measure
@@ -250,29 +253,12 @@ def verify(
     """Prove that OUTPUT has SOURCE's shape, and that its report's hashes and outputs hold."""
     import json
 
-    _quiet_libraries()
-    from dsd_refine.checkpoint import verify as check
-    from dsd_refine.checkpoint.checkpoint import open_shapes
-    from dsd_refine.checkpoint.libraries.open import open_library
-    from dsd_refine.checkpoint.safetensors_file import read_json
-    from dsd_refine.checkpoint.source import find_source
+    from dsd_refine.api import verify as problems_of
     from dsd_refine.checkpoint.verify import report_lines
 
-    if not Path(output, "dsd/report.json").is_file():
-        raise UsageError(f"{output}: is no output of dsd-refine: it has no dsd/report.json")
-    report = read_json(Path(output, "dsd/report.json"))
-    task, said = report.get("task"), report.get("source")
-    task = task if isinstance(task, str) and task in TASKS else None
-    key = said.get("weights_key") if isinstance(said, dict) else None
-    found = find_source(source, allow_pickle=allow_pickle)
-    checkpoint = open_shapes(
-        found,
-        open_library(found, task, trust_remote_code),
-        allow_pickle=allow_pickle,
-        weights_key=weights_key or (key if isinstance(key, str) else None),
-        fetched=True,
+    problems = problems_of(
+        source, output, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, weights_key=weights_key
     )
-    problems = check(checkpoint, Path(output))
     _result(json.dumps({"ok": not problems, "problems": problems}) if as_json else report_lines(problems, Path(output)))
     return 3 if problems else 0
 
@@ -300,46 +286,6 @@ def show(name: str) -> None:
     _result(find_recipe(name).read_text(encoding="utf-8").rstrip("\n"))
 
 
-def _choose_recipe(library: Any, given: dict[str, Any], say: Callable[[str], None]) -> Recipe:
-    """The recipe named, else the one that matches the model, else the task's; with --set and flags laid over it."""
-    from dsd_refine.recipe import apply_flags, find_recipe, match_recipe, read_recipe, set_field, validate
-
-    if given["recipe"]:
-        path, why = find_recipe(given["recipe"]), "given"
-    else:
-        path, why = match_recipe(library.names, library.task)
-    raw = read_recipe(path)
-    for assignment in given["sets"]:
-        set_field(raw, assignment)
-    flags = {name: value for name, value in given.items() if name not in ("recipe", "sets", "task", "measure")}
-    if "none" in flags["control"]:
-        if len(flags["control"]) > 1:
-            raise UsageError("--control none goes alone")
-        raw["control"], flags["control"] = [], ()
-    flags["expect"] = _expectations(flags["expect"])
-    apply_flags(raw, flags)
-    if raw.get("task") not in (None, library.task):
-        raise UsageError(f"the recipe {path.stem} is for {raw['task']}, the model for {library.task}")
-    raw["task"] = library.task
-    for name in ("data", "eval_data"):
-        if isinstance(raw.get(name), str) and Path(raw[name]).exists():
-            raw[name] = str(Path(raw[name]).resolve())
-    recipe = validate(raw, str(path.name))
-    say(f"recipe: {recipe.name} ({why})")
-    return recipe
-
-
-def _expectations(given: tuple[str, ...]) -> dict[str, float] | None:
-    found = {}
-    for text in given:
-        metric, _, value = text.partition("=")
-        try:
-            found[metric.strip()] = float(value)
-        except ValueError:
-            raise UsageError(f"--expect {text}: expected METRIC=VALUE, such as accuracy=0.7613") from None
-    return found or None
-
-
 def _check_task(given: dict[str, Any]) -> None:
     if given["task"] not in (None, *TASKS):
         raise UsageError(f"--task {given['task']}: not a task; known are {', '.join(TASKS)}")
@@ -362,25 +308,6 @@ def _finished(out: Path, given: dict[str, Any], display: Any) -> bool:
     if given["as_json"] and _is_main():
         _result(report.read_text(encoding="utf-8").rstrip("\n"))
     return True
-
-
-def _quiet_libraries() -> None:
-    import logging
-    import warnings
-
-    for name in ("timm", "datasets", "transformers", "huggingface_hub", "accelerate", "torch.distributed"):
-        level = logging.CRITICAL if name == "datasets" else logging.ERROR  # datasets raises what it logs
-        logging.getLogger(name).setLevel(level)
-    warnings.simplefilter("ignore")
-
-
-def _workers(asked: int | None) -> int:
-    """Loading processes: as asked, else a few beside a GPU, none on a CPU (which they would only share)."""
-    import torch
-
-    if asked is not None:
-        return asked
-    return min(4, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 0
 
 
 def _asker(yes: bool) -> Callable[[str, int], bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +44,13 @@ class Options:
     say: Callable[[str], None] = lambda text: None
     hooks: tuple[Hooks, ...] = ()
     download: Callable[[str, int], bool] = lambda name, size: False
+
+
+def default_workers(asked: int | None) -> int:
+    """Loading processes: as asked, else a few beside a GPU, none on a CPU (which they would only share)."""
+    if asked is not None:
+        return asked
+    return min(4, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 0
 
 
 @dataclass

@@ -24,7 +24,6 @@ from dsd_refine.task_specs import TASKS
 if TYPE_CHECKING:
     from dsd_refine.checkpoint.preprocessing import Preprocessing
 
-transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 # transformers' words for what a class is for, where a reader knows others
 SHOWN = {"seq-to-seq-causal-lm": "seq2seq-lm", "speech-seq-2-seq": "speech-seq2seq", "": "embeddings (no task's head)"}
@@ -316,11 +315,25 @@ def _names_of_label2id(config: Any) -> list[str] | None:
 
 
 @contextmanager
+def _without_bars() -> Iterator[None]:
+    """Within, transformers shows no progress bars of its own."""
+    bars: Any = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+@contextmanager
 def _building(library: TransformersLibrary) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            with _without_bars():
+                yield
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever a strange config or file makes it raise

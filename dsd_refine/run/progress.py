@@ -16,7 +16,8 @@ class Display(Hooks):
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.terminal = sys.stderr.isatty()
+        self.notebook = in_notebook()
+        self.terminal = sys.stderr.isatty() or self.notebook
         self.bar: Any = None
         self.label = ""
         self.began = self.last = time.monotonic()
@@ -60,12 +61,19 @@ class Display(Hooks):
 
     def _bar(self, step: int, total: int) -> None:
         if self.bar is None:
-            from tqdm import tqdm
+            from tqdm import auto, tqdm
 
-            self.bar = tqdm(total=total, initial=step - 1, desc=self.label, unit="step", leave=True)
+            self.bar = (auto.tqdm if self.notebook else tqdm)(
+                total=total, initial=step - 1, desc=self.label, unit="step", leave=True
+            )
         self.bar.update(step - self.bar.n)
 
     def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar, self.label = None, ""
+
+
+def in_notebook() -> bool:
+    """Does the process serve a notebook? Its kernel has loaded ipykernel before it runs a cell."""
+    return "ipykernel" in sys.modules

@@ -1,0 +1,408 @@
+"""The Python API: the command's verbs as functions, with its options as keywords.
+
+A call leaves the process as it found it (`process_state.as_found`), raises errors of this package only, and is quiet off a
+terminal and outside a notebook.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_shapes
+from dsd_refine.checkpoint.libraries.open import open_library
+from dsd_refine.checkpoint.placement import EMPTY, TensorSlice
+from dsd_refine.checkpoint.safetensors_file import read_json
+from dsd_refine.checkpoint.source import Source, find_source
+from dsd_refine.checkpoint.verify import verify as problems_of
+from dsd_refine.choice import choose_recipe
+from dsd_refine.errors import UsageError
+from dsd_refine.evidence.compare import Comparison, holm
+from dsd_refine.evidence.compare import compare as compare_scores
+from dsd_refine.masking import masks as masking
+from dsd_refine.masking.layers import find_layers
+from dsd_refine.method import refine as run_method
+from dsd_refine.planning.measure import add_measured, measure
+from dsd_refine.planning.plan import make_plan
+from dsd_refine.process_state import as_found
+from dsd_refine.quiet import quiet_libraries
+from dsd_refine.recipe import Recipe
+from dsd_refine.report.report import Report, plan_text
+from dsd_refine.run.progress import Display, in_notebook
+from dsd_refine.run.run import Options, default_workers
+from dsd_refine.task_specs import TASKS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# what an `option` may be, besides the fields of a recipe
+PHASE_OPTIONS = (
+    "sparsity",
+    "sparse_epochs",
+    "dense_epochs",
+    "sparse_steps",
+    "dense_steps",
+    "lr",
+    "dense_lr",
+    "schedule",
+    "warmup_steps",
+)
+RUN_OPTIONS = ("resume", "overwrite", "save_phases", "save_every", "report_images", "device", "compile", "allow_pickle")
+OTHER_OPTIONS = ("task", "trust_remote_code", "workers", "yes", "sets")
+
+Model = str | Path
+
+
+def refine(
+    model: Model | nn.Module,
+    *,
+    data: Any = None,
+    eval_data: Any = None,
+    output_dir: str | Path | None = None,
+    recipe: str | Path | Recipe | None = None,
+    folder: str | Path | None = None,
+    callbacks: Sequence[object] = (),
+    quiet: bool | None = None,
+    **options: Any,
+) -> Report:
+    """Refine a checkpoint: Sparse, then re-Dense, beside controls of the same budget; write it with its report.
+
+    Args:
+        model: what the command takes as MODEL (a timm name, a Hub repository, a folder), or an open
+            module with the `folder` it was loaded from. The module's values are refined then, in
+            the files' layout and dtypes; its tensors must have the names that the folder's model has.
+        data: what the command takes as --data, or a `datasets.Dataset` or `DatasetDict`.
+        eval_data: the same for evaluation only.
+        output_dir: where the result goes; None: `NAME-dsd` in the working directory.
+        recipe: a shipped name, a file, or a `Recipe`; None: the one that matches the model.
+        folder: of an open module, its checkpoint.
+        callbacks: objects with some of the methods of `Hooks` (`on_step`, `should_stop`, ...).
+        quiet: no progress and no news; None: quiet off a terminal and outside a notebook.
+        options: every field of a recipe and every option of the command, by its name:
+            `sparsity=0.3`, `sparse_epochs=2`, `lr=0.01`, `control="random"`, `gate="better"`,
+            `device="cpu"`, `resume=True`, ...
+
+    Returns:
+        The report. Where the gate is not met its `exit_code` is 3, and the weights are in
+        `rejected/` of the output; nothing is raised.
+
+    Raises:
+        UsageError: model, data, recipe or options cannot be used; nothing was trained.
+        Interrupted: a callback or a signal stopped the run; `resume=True` goes on.
+        RunError, VerifyError: the run failed, or its output did not pass its check.
+    """
+    _refuse_unknown(options)
+    with _call(quiet) as display, ExitStack() as stack:
+        given = _given(stack, data, eval_data, recipe, options)
+        source = _source(stack, model, folder, given)
+        library = open_library(source, given["task"], given["trust_remote_code"])
+        name = Path(folder if isinstance(model, nn.Module) and folder else source.resolved).name
+        out = Path(output_dir or f"{name}-dsd")
+        if given.get("resume") and (out / "dsd/report.json").is_file() and not _unfinished(out):
+            return Report.load(out)
+        run_options = Options(
+            output_dir=out,
+            argv=(f"dsd_refine.refine({str(model) if isinstance(model, str | Path) else type(model).__name__!r}, ...)",),
+            say=display.say,
+            hooks=(display, *callbacks),  # type: ignore[arg-type]
+            download=lambda name, size: bool(given["yes"]),
+            workers=default_workers(given.get("workers")),
+            **{key: given[key] for key in RUN_OPTIONS if key in given},
+        )
+        stack.enter_context(display)
+        return run_method(source, library, choose_recipe(library, given, display.say), run_options)
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """What a run would do: `data` is what `dsd-refine plan --json` prints."""
+
+    data: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.data[name]
+
+    def __repr__(self) -> str:
+        return plan_text(self.data)
+
+
+def plan(
+    model: Model,
+    *,
+    data: Any = None,
+    eval_data: Any = None,
+    recipe: str | Path | Recipe | None = None,
+    measured: bool = False,
+    **options: Any,
+) -> Plan:
+    """What `refine` with these arguments would do: layers, steps, memory, disk. No weights are fetched, nothing is trained.
+
+    Args:
+        model: as `refine` takes it, but for an open module.
+        data: as `refine` takes it.
+        eval_data: as `refine` takes it.
+        recipe: as `refine` takes it.
+        measured: train a few real steps for memory and time, with the weights and the data.
+        options: as `refine` takes them.
+
+    Raises:
+        UsageError: as `refine` would, for what can be seen without weights.
+    """
+    _refuse_unknown(options)
+    with _call(quiet=True) as display, ExitStack() as stack:
+        given = _given(stack, data, eval_data, recipe, options)
+        pickles = bool(given.get("allow_pickle"))
+        source = find_source(str(model), weights=measured, allow_pickle=pickles)
+        library = open_library(source, given["task"], given["trust_remote_code"])
+        chosen = choose_recipe(library, given, display.say)
+        planned = make_plan(source, library, chosen, allow_pickle=pickles)
+        if measured:
+            found = measure(source, library, chosen, given.get("device", "auto"), pickles)
+            planned = add_measured(planned, found)
+        return Plan(planned)
+
+
+def verify(
+    source: Model,
+    output: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    weights_key: str | None = None,
+) -> list[str]:
+    """The same-shape proof: hold an output against its source, and its report's hashes against its files.
+
+    Args:
+        source: the model that was refined, as `refine` takes it.
+        output: the output directory.
+        trust_remote_code: run code that the model brings along.
+        allow_pickle: read .bin and .pth weights, weights-only even so.
+        weights_key: which of a pickle's sets of weights; None: the one that the report names.
+
+    Returns:
+        What is wrong, a line each. Empty where all holds.
+
+    Raises:
+        UsageError: the output is none of ours, or the source cannot be read.
+    """
+    if not Path(output, "dsd/report.json").is_file():
+        raise UsageError(f"{output}: is no output of dsd-refine: it has no dsd/report.json")
+    with as_found():
+        quiet_libraries()
+        report = read_json(Path(output, "dsd/report.json"))
+        task, said = report.get("task"), report.get("source")
+        key = said.get("weights_key") if isinstance(said, dict) else None
+        opened = find_source(str(source), allow_pickle=allow_pickle)
+        library = open_library(opened, task if isinstance(task, str) and task in TASKS else None, trust_remote_code)
+        checkpoint = open_shapes(
+            opened, library, allow_pickle=allow_pickle, fetched=True,
+            weights_key=weights_key or (key if isinstance(key, str) else None),
+        )  # fmt: skip
+        return problems_of(checkpoint, Path(output))
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Several runs on one baseline. `comparison`: "first vs second" -> how the first differs (delta > 0: it is better)."""
+
+    comparison: Mapping[str, Comparison]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each comparison: delta, ci95, p_value, p_adjusted, gained, lost, test."""
+        import pandas
+
+        return pandas.DataFrame({name: asdict(found) for name, found in self.comparison.items()}).T
+
+
+def compare(outputs: Sequence[str | Path]) -> Comparisons:
+    """Compare the refined arms of several finished runs with their common source, and with each other.
+
+    The tests are the report's own, on the rows of predictions.parquet; p values are corrected over all comparisons (Holm).
+
+    Args:
+        outputs: output directories of runs with the same source and the same evaluation rows.
+
+    Raises:
+        UsageError: fewer than two runs, no output of ours, another source, or other evaluation rows.
+    """
+    if len(outputs) < 2:
+        raise UsageError("compare: give at least two output directories")
+    reports = [Report.load(output) for output in outputs]
+    for report in reports[1:]:
+        _refuse_other_runs(reports[0], report)
+    tables = {str(output): report.to_pandas() for output, report in zip(outputs, reports, strict=True)}
+    if len(tables) < len(outputs):
+        raise UsageError("compare: an output directory is named twice")
+    corpus = _corpus(reports[0])
+    better, seed = bool(reports[0].data["metric"]["higher_is_better"]), int(reports[0].data["seed"])
+
+    def tested(mine: tuple[Any, str], theirs: tuple[Any, str]) -> Comparison:
+        first, second = (_scores(table, arm, corpus) for table, arm in (mine, theirs))
+        count = mine[0][f"count_{mine[1]}"].to_numpy(float)
+        return compare_scores(first, second, count, higher_is_better=better, seed=seed, corpus=corpus)
+
+    names = list(tables)
+    pairs = {f"{name} vs baseline": ((tables[name], "refined"), (tables[name], "baseline")) for name in names}
+    for number, name in enumerate(names):
+        pairs |= {
+            f"{name} vs {other}": ((tables[name], "refined"), (tables[other], "refined")) for other in names[number + 1 :]
+        }
+    return Comparisons(holm({name: tested(*pair) for name, pair in pairs.items()}))
+
+
+def _refuse_other_runs(first: Report, other: Report) -> None:
+    """Raise UsageError where two runs have another source, other evaluation rows or another metric."""
+    same: dict[str, Any] = {
+        "source files": lambda data: sorted((file["name"], file["sha256"]) for file in data["source"]["files"]),
+        "evaluation rows": lambda data: data["data"]["eval"]["fingerprint"],
+        "metric": lambda data: data["metric"]["name"],
+    }
+    for what, of in same.items():
+        if of(first.data) != of(other.data):
+            raise UsageError(f"compare: {first.folder} and {other.folder} have other {what}: they have no common baseline")
+
+
+def _corpus(report: Report) -> Any:
+    """The function of summed statistics that makes the metric, where it is no ratio of sums (BLEU)."""
+    if report.data["metric"]["name"] != "bleu4":
+        return None
+    from dsd_refine.tasks.image_captioning import bleu
+
+    return bleu
+
+
+def _scores(table: pd.DataFrame, arm: str, corpus: Any) -> np.ndarray[Any, Any]:
+    """The scores of an arm's rows, or the statistics that `corpus` sums."""
+    return table[f"score_{arm}"].to_numpy(float) if corpus is None else np.stack(table[f"stats_{arm}"].to_list())
+
+
+def make_masks(
+    model: nn.Module,
+    *,
+    sparsity: float,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    first: Sequence[str] = (),
+    criterion: str = "magnitude",
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Masks of a model's weights by the rules of a run, for a training loop of one's own.
+
+    Args:
+        model: any module. Linear, convolution, recurrent and attention weights are masked; biases,
+            norms, embeddings and what else the rules name are not.
+        sparsity: share of zeros per layer, at least 0 and less than 1: round(sparsity * n) weights.
+        include: globs of parameter names to mask besides.
+        exclude: globs of parameter names not to mask; they win.
+        first: names of modules that see pixels or sound, which are not masked; empty: none is known.
+        criterion: `magnitude` (the smallest, ties by the lowest flat index) or `random`.
+        seed: of a random mask.
+
+    Returns:
+        Parameter name -> bool tensor of its shape, True = keep. A tied parameter has one mask.
+
+    Raises:
+        UsageError: a sparsity out of range, a glob that matches nothing, or no layer to mask.
+    """
+    if not 0 <= sparsity < 1:
+        raise UsageError(f"sparsity {sparsity}: is at least 0 and less than 1")
+    if criterion not in ("magnitude", "random"):
+        raise UsageError(f"criterion {criterion!r}: is magnitude or random")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = {name: (tuple(p.shape), [TensorSlice(name, EMPTY, EMPTY)]) for name, p in parameters.items()}
+    layers = find_layers(model, tensors, first=list(first), include=tuple(include), exclude=tuple(exclude))
+    return masking.make_masks(layers, parameters, sparsity, criterion, (seed, "mask"))
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+    """Set the masked weights to 0, in place: after each optimizer step.
+
+    Args:
+        model: the module that the masks are of.
+        masks: what `make_masks` gave.
+
+    Raises:
+        UsageError: a mask of no parameter of the model, or of another shape.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, mask in masks.items():
+        if name not in parameters or parameters[name].shape != mask.shape:
+            raise UsageError(f"{name}: the model has no parameter of this name and shape {tuple(mask.shape)}")
+    masking.apply_masks(dict(masks), parameters)
+
+
+@contextmanager
+def _call(quiet: bool | None) -> Iterator[Display]:
+    """Around a call: quiet libraries, a display, and the process as it was found afterwards."""
+    silent = not (sys.stderr is not None and sys.stderr.isatty()) and not in_notebook() if quiet is None else quiet
+    with as_found():
+        quiet_libraries()
+        yield Display(quiet=silent)
+
+
+def _refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Raise UsageError for a keyword that is no option, with the nearest one."""
+    known = (set(Recipe.model_fields) - {"name"}) | {*PHASE_OPTIONS, *RUN_OPTIONS, *OTHER_OPTIONS}
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(f"{name}: no option of this name{f'; did you mean {close[0]!r}?' if close else ''}")
+
+
+def _given(stack: ExitStack, data: Any, eval_data: Any, recipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as the command has them."""
+    given: dict[str, Any] = {"task": None, "trust_remote_code": False, "yes": False, **options, "recipe": recipe}
+    if isinstance(given.get("control"), str):
+        given["control"] = (given["control"],)
+    for name in ("sets", "include", "exclude"):
+        given[name] = tuple(given.get(name) or ())
+    if given["task"] not in (None, *TASKS):
+        raise UsageError(f"task {given['task']!r}: not a task; known are {', '.join(TASKS)}")
+    return given | {"data": _as_place(stack, data), "eval_data": _as_place(stack, eval_data)}
+
+
+def _as_place(stack: ExitStack, rows: Any) -> str | None:
+    """Data as --data names them; an open data set is saved to a folder that lives as long as the call."""
+    if rows is None or isinstance(rows, str | Path):
+        return None if rows is None else str(rows)
+    if not hasattr(rows, "save_to_disk"):
+        raise UsageError(f"data: expected a path, a name, a Dataset or a DatasetDict, not {type(rows).__name__}")
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / "data"
+    rows.save_to_disk(place)
+    return str(place)
+
+
+def _source(stack: ExitStack, model: Any, folder: str | Path | None, given: Mapping[str, Any]) -> Source:
+    """Where the weights come from; an open module's values are written into a copy of its checkpoint first."""
+    pickles = bool(given.get("allow_pickle"))
+    if not isinstance(model, nn.Module):
+        if folder is not None:
+            raise UsageError("folder: belongs to an open module; a model that is named has its own")
+        return find_source(str(model), allow_pickle=pickles)
+    if folder is None:
+        raise UsageError("model: give the folder that the module was loaded from as `folder`: its files say the layout")
+    source = find_source(str(folder), allow_pickle=pickles)
+    library = open_library(source, given["task"], given["trust_remote_code"])
+    checkpoint = open_checkpoint(source, library, allow_pickle=pickles)
+    try:
+        checkpoint.model.load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        raise UsageError(f"model: is not the model of {folder}: {' '.join(str(error).split())[:300]}") from None
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / Path(folder).name
+    place.mkdir()
+    checkpoint.write(checkpoint.model, place)
+    return find_source(str(place))
+
+
+def _unfinished(out: Path) -> bool:
+    return out.with_name(out.name + ".partial").is_dir()
