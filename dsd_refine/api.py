@@ -34,10 +34,11 @@ from dsd_refine.masking.layers import find_layers
 from dsd_refine.method import refine as run_method
 from dsd_refine.planning.measure import add_measured, measure
 from dsd_refine.planning.plan import make_plan
+from dsd_refine.planning.text import plan_text
 from dsd_refine.process_state import as_found
 from dsd_refine.quiet import quiet_libraries
 from dsd_refine.recipe import Recipe
-from dsd_refine.report.report import Report, plan_text
+from dsd_refine.report.report import Report
 from dsd_refine.run.progress import Display, in_notebook
 from dsd_refine.run.run import Options, default_workers
 from dsd_refine.task_specs import TASKS

@@ -28,7 +28,7 @@ def choose_recipe(library: Library, given: Mapping[str, Any], say: Callable[[str
     raw, name, why = _raw_recipe(library, given.get("recipe"))
     for assignment in given.get("sets") or ():
         set_field(raw, assignment)
-    flags = {key: value for key, value in given.items() if key not in ("recipe", "sets", "task", "measure")}
+    flags = {key: value for key, value in given.items() if key not in ("recipe", "sets", "task")}
     if "none" in (flags.get("control") or ()):
         if len(flags["control"]) > 1:
             raise UsageError("--control none goes alone")

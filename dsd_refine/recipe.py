@@ -459,5 +459,5 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise RecipeError(f"no recipe {name!r}: not a file, and not one of {', '.join(known)}{hint}")
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise RecipeError(f"{hint}no recipe {name!r}: not a file, and not one of {', '.join(known)}")

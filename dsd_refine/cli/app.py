@@ -13,10 +13,20 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from dsd_refine import __version__
+from dsd_refine.cli.options import (
+    JSON_OPTION,
+    MEASURE_OPTION,
+    QUIET_OPTION,
+    RECIPE_OPTIONS,
+    RUN_OPTIONS,
+    TRUST_OPTIONS,
+    YES_OPTION,
+    GroupedCommand,
+)
 from dsd_refine.cli.streams import fill_streams
+from dsd_refine.cli.suggest import nearest
 from dsd_refine.errors import DsdError, Interrupted, RunError, UsageError, is_full_memory
 from dsd_refine.quiet import quiet_libraries
-from dsd_refine.report.words import GATES
 from dsd_refine.run.signals import Signals
 from dsd_refine.task_specs import TASKS
 
@@ -24,7 +34,6 @@ if TYPE_CHECKING:
     pass
 
 BUG = 1
-GATE_HELP = "; ".join(f"{rule}: {what}" for rule, what in GATES.items()) + "."
 # quiet libraries, no bars of theirs, nothing sent anywhere: set before any of them is imported
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -48,103 +57,7 @@ class DefaultRun(click.Group):
         return super().parse_args(ctx, args)
 
 
-class Shares(click.ParamType):  # type: ignore[type-arg]
-    """`0.3` or `0.25,0.3,0.5`."""
-
-    name = "S[,S…]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            found = tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a number or a list of numbers", param, ctx)
-        if not all(0 <= share < 1 for share in found):
-            self.fail(f"{value}: a sparsity is at least 0 and less than 1", param, ctx)
-        return found[0] if len(found) == 1 else found
-
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-def _together(*options: Decorator) -> Decorator:
-    def apply(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return apply
-
-
-RECIPE_OPTIONS = _together(
-    click.option("--recipe", metavar="NAME|FILE", help="Shipped name or file (what matches model or task)."),
-    click.option("--set", "sets", metavar="A.B=V", multiple=True, help="Override one recipe field; repeatable."),
-    click.option("--data", metavar="D", help="Hub data set, directory or file to train on."),
-    click.option("--eval-data", metavar="D", help="A file or directory used for evaluation only."),
-    click.option("--eval-split", metavar="NAME", help="The split of the data that evaluates."),
-    click.option("--holdout-split", metavar="NAME", help="The split of --data that selects."),
-    click.option("--task", metavar="T", help=f"{', '.join(TASKS)} (inferred from the model's config)."),
-    click.option("--sparsity", type=Shares(), help="Share of zeros per layer; of several, the holdout picks."),
-    click.option("--sparse-epochs", type=float, help="Length of the sparse phases; 0 masks only."),
-    click.option("--dense-epochs", type=float, help="Length of the dense phases; 0 is allowed."),
-    click.option("--sparse-steps", type=int, help="The same in optimizer steps."),
-    click.option("--dense-steps", type=int, help="The same in optimizer steps."),
-    click.option("--lr", type=float, help="Peak rate of the sparse phases."),
-    click.option("--dense-lr", type=float, help="Peak rate of the dense phases (a tenth of --lr)."),
-    click.option("--schedule", type=click.Choice(["cosine", "linear", "constant", "step"]), help="Within each phase."),
-    click.option("--warmup-steps", type=int, help="Within each phase."),
-    click.option("--optimizer", type=click.Choice(["sgd", "adamw"])),
-    click.option("--momentum", type=float),
-    click.option("--weight-decay", type=float),
-    click.option("--batch-size", type=int, help="Per process."),
-    click.option("--gradient-accumulation-steps", type=int),
-    click.option("--max-grad-norm", type=float),
-    click.option("--include", metavar="GLOB", multiple=True, help="Parameters to mask besides the default set."),
-    click.option("--exclude", metavar="GLOB", multiple=True, help="Parameters not to mask; wins."),
-    click.option("--control", type=click.Choice(["dense", "random", "none"]), multiple=True, help="Same-budget arms (dense)."),
-    click.option("--holdout", type=float, help="Share of the training rows that selects (0.1)."),
-    click.option("--keep", type=click.Choice(["best", "last", "sparse"])),
-    click.option("--gate", type=click.Choice(list(GATES)), help="What exit 0 requires (not-worse). " + GATE_HELP),
-    click.option("--margin", type=float, help="What counts as the same (0.005)."),
-    click.option("--seed", type=int),
-    click.option("--seeds", type=int, help="Repeat every arm with this many seeds; the holdout picks (1)."),
-    click.option("--expect", multiple=True, metavar="METRIC=VALUE", help="Stop unless the source reaches this."),
-    click.option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"])),
-    click.option("--image-column"),
-    click.option("--label-column"),
-    click.option("--text-column"),
-    click.option("--audio-column"),
-    click.option("--max-length", type=int),
-    click.option("--encoding", help="Of text files that are not UTF-8: latin-1, cp1252, utf-16, …"),
-)  # fmt: skip
-
-TRUST_OPTIONS = _together(
-    click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along."),
-    click.option("--allow-pickle", is_flag=True, help="Read .bin/.pth weights, weights-only even so."),
-    click.option("--weights-key", metavar="KEY", help="Which of a pickle's sets of weights (timm's choice: EMA first)."),
-)
-
-RUN_OPTIONS = _together(
-    click.option("--output-dir", "-o", metavar="DIR", help="Where the result goes (./NAME-dsd)."),
-    click.option("--resume", is_flag=True, help="Go on with a stopped run."),
-    click.option("--overwrite", is_flag=True, help="Replace an output of ours."),
-    click.option("--save-every", type=click.FloatRange(min=0), default=10, metavar="MINUTES", help="Save within phases (10)."),
-    click.option("--save-phases", is_flag=True, help="Also write each phase's end of the refined arm."),
-    click.option(
-        "--report-images",
-        type=click.IntRange(0, 100),
-        default=0,
-        metavar="N",
-        help="report.html shows N rows gained and N lost with their content (0).",
-    ),
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True),
-    click.option("--compile", is_flag=True, help="torch.compile the training forward."),
-    click.option("--workers", type=click.IntRange(min=0), help="Processes that load data."),
-    click.option("--yes", is_flag=True, help="Agree to large downloads."),
-    click.option("--quiet", is_flag=True, help="No progress; the result alone."),
-)
-
 PASSED_ON = ("resume", "overwrite", "save_phases", "save_every", "report_images", "device", "compile", "allow_pickle")
-JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
 @click.group(cls=DefaultRun, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -152,15 +65,23 @@ JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 def cli() -> None:
     """Refine a released checkpoint by Dense-Sparse-Dense training, beside a control of the same budget.
 
-    `dsd-refine MODEL --data D` runs; MODEL is a timm name, a Hub repository or a local directory.
+    MODEL is a timm name, a Hub repository or a local directory. The result has the source's files, names and
+    shapes, and a report that says whether it is better, and what made it so.
+
+    \b
+    Examples:
+      dsd-refine resnet50 --data imgs/ --sparsity 0.3      refine, the default verb
+      dsd-refine plan org/model --data org/dataset         what a run would do and cost
+      dsd-refine verify resnet50 resnet50-dsd              the same-shape proof of an output
     """
 
 
-@cli.command()
+@cli.command(cls=GroupedCommand)
 @click.argument("model")
 @RECIPE_OPTIONS
 @RUN_OPTIONS
 @TRUST_OPTIONS
+@YES_OPTION
 @JSON_OPTION
 def run(model: str, **given: Any) -> int:
     """Refine MODEL and write a same-shape checkpoint with its report (the default verb)."""
@@ -178,7 +99,11 @@ def run(model: str, **given: Any) -> int:
     from dsd_refine.report.report import summary
     from dsd_refine.run.run import Options, default_workers
 
-    source = find_source(model, allow_pickle=given["allow_pickle"])
+    try:
+        source = find_source(model, allow_pickle=given["allow_pickle"])
+    except DsdError as error:
+        verb = nearest(model, [*cli.commands])
+        raise type(error)(f"did you mean `{verb}`? {error}") if verb else error from None
     library = open_library(source, given["task"], given["trust_remote_code"])
     out = Path(given["output_dir"] or f"{Path(source.resolved).name}-dsd")
     if not given["output_dir"] and _finished(out, given, display):
@@ -200,12 +125,13 @@ def run(model: str, **given: Any) -> int:
     return report.exit_code if _is_main() else 0
 
 
-@cli.command()
+@cli.command(cls=GroupedCommand)
 @click.argument("model")
 @RECIPE_OPTIONS
-@click.option("--measure", is_flag=True, help="Train a few real steps, for memory and time; needs the weights and the data.")
+@MEASURE_OPTION
 @RUN_OPTIONS
 @TRUST_OPTIONS
+@YES_OPTION
 @JSON_OPTION
 def plan(model: str, **given: Any) -> int:
     """Show what a run would do: each layer, the steps, memory and disk. Fetches no weights, trains nothing.
@@ -220,7 +146,7 @@ def plan(model: str, **given: Any) -> int:
     from dsd_refine.checkpoint.source import find_source
     from dsd_refine.choice import choose_recipe
     from dsd_refine.planning.plan import make_plan
-    from dsd_refine.report.report import plan_text
+    from dsd_refine.planning.text import plan_text
     from dsd_refine.run.progress import Display
 
     source = find_source(model, weights=given["measure"], allow_pickle=given["allow_pickle"])
@@ -231,16 +157,16 @@ def plan(model: str, **given: Any) -> int:
         from dsd_refine.planning.measure import add_measured, measure
 
         found = add_measured(found, measure(source, library, recipe, given["device"], given["allow_pickle"]))
-    _result(json.dumps(found, indent=1, ensure_ascii=False) if given["as_json"] else plan_text(found))
+    _result(json.dumps(found, indent=1, ensure_ascii=False) if given["as_json"] else plan_text(found, layers=given["layers"]))
     return 0
 
 
-@cli.command()
+@cli.command(cls=GroupedCommand)
 @click.argument("source")
 @click.argument("output")
 @TRUST_OPTIONS
 @JSON_OPTION
-@click.option("--quiet", is_flag=True, help="The result alone (there is nothing else).")
+@QUIET_OPTION
 def verify(
     source: str,
     output: str,
@@ -272,9 +198,19 @@ def recipes(context: click.Context) -> None:
 
         known = shipped()
         width = max(map(len, known))
-        for name, path in known.items():
-            first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-            _result(f"{name.ljust(width)}  {first}")
+        for title, names in _groups_of_recipes(known).items():
+            _result(f"{title}:")
+            for name in names:
+                first = known[name].read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+                _result(f"  {name.ljust(width)}  {first}")
+
+
+def _groups_of_recipes(known: dict[str, Path]) -> dict[str, list[str]]:
+    """The defaults of the tasks, then the models and the demo, then the methods that DSD is compared with."""
+    defaults = [name for name in known if name in TASKS]
+    methods = [name for name, path in known.items() if path.parent.name == "methods"]
+    models = [name for name in known if name not in (*defaults, *methods)]
+    return {"Defaults of the tasks": defaults, "Models": models, "Methods": methods}
 
 
 @recipes.command()

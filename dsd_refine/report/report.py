@@ -180,19 +180,3 @@ def _seed_lines(data: Mapping[str, Any], metric: str) -> list[str]:
         low, high = found["ci95"]
         lines.append(f"  {name.replace('_', ' ')}: {found['delta']:+.4f} [{low:+.4f}, {high:+.4f}] over seeds and rows")
     return lines
-
-
-def plan_text(plan: Mapping[str, Any]) -> str:
-    """What `plan` prints: each layer with its count or reason, totals, steps, memory and disk."""
-    width = max(len(layer["name"]) for layer in plan["layers"])
-    lines = [f"{plan['model']} · {plan['task']} · recipe {plan['recipe']}", ""]
-    for layer in plan["layers"]:
-        what = layer["excluded"] or " ".join(f"{count:,}" for count in layer["masked"])
-        lines.append(
-            f"  {layer['name'].ljust(width)}  {'x'.join(map(str, layer['shape'])):>18}  {layer['weights']:>12,}  {what}"
-        )
-    lines += ["", *(f"  {name.ljust(18)} {text}" for name, text in plan["totals"].items())]
-    lines += [f"  {'data'.ljust(18)} {line}" for line in data_lines({**(plan.get("data") or {}), "unused": ()})]
-    lines += [f"  {'labels'.ljust(18)} {labels['rule']}"] if (labels := plan.get("labels")) else []
-    lines += [f"  {'warning'.ljust(18)} {warning}" for warning in plan["warnings"]]
-    return "\n".join(lines)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
-from dsd_refine.training.hooks import Hooks, Step
+from dsd_refine.training.hooks import Hooks, Place, Step
 
 EVERY = 5.0  # seconds between lines
 
 
 class Display(Hooks):
-    """Progress and notes on stderr; silent if `quiet`."""
+    """Progress and notes on stderr; silent if `quiet`. `clock` gives seconds."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self.quiet = quiet
+        self.clock = clock
         self.notebook = in_notebook()
-        self.terminal = sys.stderr.isatty() or self.notebook
+        self.terminal = self.notebook or (sys.stderr is not None and sys.stderr.isatty())
         self.bar: Any = None
-        self.label = ""
-        self.began = self.last = time.monotonic()
-        self.first = 0
+        self.place: Place | None = None
+        self.first: Step | None = None  # that this process heard of
+        self.began = self.last = clock()
 
     def __enter__(self) -> Display:
         return self
@@ -38,40 +40,57 @@ class Display(Hooks):
 
     def on_step(self, step: Step) -> None:
         """One more optimizer step: move the bar, or write a line now and then."""
-        place, tried = step.place, f" try {step.place.attempt}" if step.place.tries > 1 else ""
-        self.step(f"{place.arm}{tried}/{place.phase}-{place.kind}", step.step, step.steps)
-
-    def step(self, label: str, step: int, total: int) -> None:
-        """Step number `step` of `total` of the phase called `label`."""
         if self.quiet:
             return
-        now = time.monotonic()
-        if label != self.label:
+        now = self.clock()
+        if self.first is None:
+            self.first, self.began, self.last = step, now, now  # the first step only starts the clock
+        if step.place != self.place:
             self._close()
-            self.label, self.began, self.last, self.first = label, now, now, step
+            self.place = step.place
         if self.terminal:
-            self._bar(step, total)
-        elif now - self.last >= EVERY or step == total:
-            self.last, pace = now, ""
-            if step > self.first:  # the first step only starts the clock
-                rate = (step - self.first) / max(1e-9, now - self.began)
-                pace = f", {rate:.1f} steps/s, {(total - step) / rate:.0f} s left"
-            sys.stderr.write(f"{label}: step {step}/{total}{pace}\n")
+            self._bar(step, now)
+        elif now - self.last >= EVERY or step.step == step.steps:
+            self.last = now
+            left = self._left(step, now)
+            sys.stderr.write(f"{headline(step)}: step {step.step}/{step.steps}, loss {step.loss:.4g}{left}\n")
             sys.stderr.flush()
 
-    def _bar(self, step: int, total: int) -> None:
+    def _left(self, step: Step, now: float) -> str:
+        """The time that the whole run needs still, by the pace of this process; evaluations are in it as they fall."""
+        if self.first is None or step.done <= self.first.done:
+            return ""
+        seconds = (now - self.began) / (step.done - self.first.done) * (step.place.all_steps - step.done)
+        return f", {in_words(seconds)} left of the run"
+
+    def _bar(self, step: Step, now: float) -> None:
         if self.bar is None:
             from tqdm import auto, tqdm
 
-            self.bar = (auto.tqdm if self.notebook else tqdm)(
-                total=total, initial=step - 1, desc=self.label, unit="step", leave=True
-            )
-        self.bar.update(step - self.bar.n)
+            bar = auto.tqdm if self.notebook else tqdm
+            self.bar = bar(total=step.steps, initial=step.step - 1, desc=headline(step), unit="step", leave=True)
+        self.bar.set_postfix_str(f"loss {step.loss:.4g}{self._left(step, now)}", refresh=False)
+        self.bar.update(step.step - self.bar.n)
 
     def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-            self.bar, self.label = None, ""
+            self.bar, self.place = None, None
+
+
+def headline(step: Step) -> str:
+    """Where a step is: arm, try where there are several, phase n of m and its kind."""
+    place = step.place
+    tried = f" try {place.attempt} of {place.tries}" if place.tries > 1 else ""
+    return f"{place.arm}{tried}, phase {place.phase} of {place.phases} ({place.kind})"
+
+
+def in_words(seconds: float) -> str:
+    """A length of time: `42 s`, `3 min`, `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def in_notebook() -> bool:
