@@ -1,1 +1,1 @@
-"""One phase of training, and evaluation. Nothing here knows a task, a recipe file or a checkpoint format."""
+"""One phase of training, and evaluation. Nothing here knows one task, or a checkpoint format."""

@@ -227,7 +227,7 @@ def opened_families(task: str) -> Iterator[tuple[str, Checkpoint, list[Layer]]]:
 HEAD = """# What is masked, and why not
 
 Made by `python tests/support/families.py` with timm {timm}, torchvision {torchvision}, transformers {transformers};
-`tests/test_families.py` holds it against the code, whose rules are in `dsd_refine/kinds.py`.
+`tests/test_families.py` holds it against the code, whose rules are in `dsd_refine/masking/kinds.py`.
 `dsd-refine plan MODEL` says the same of any checkpoint, tensor by tensor.
 
 A tensor is named in short: `*` for a number and for all before the last one, `{{a, b}}` for several, no `.weight` at the end.
