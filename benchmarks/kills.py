@@ -174,7 +174,7 @@ def contents(out: Path) -> dict[str, Any]:
 
 def stripped(report: dict[str, Any]) -> dict[str, Any]:
     """A report without what differs between two runs of one command."""
-    del report["argv"], report["output"]["path"]
+    del report["argv"], report["output"]["path"], report["cost"]
     for phase in report["phases"]:
         del phase["seconds"], phase["samples_per_second"]
     return report

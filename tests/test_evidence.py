@@ -214,8 +214,9 @@ def test_where_the_mask_truly_helps_it_gets_the_credit(command, noisy, tmp_path)
 def test_where_only_training_on_helps_the_control_shares_the_credit(command, tmp_path):
     report = digits(command, DEMO / "checkpoint", tmp_path / "out", "--gate", "beats-control", "--sparsity", "0.1", code=3)
     assert (report["verdict"], report["credit"]) == ("better", "training")
-    assert "no better than training on without a mask" in (tmp_path / "out/rejected/README.md").read_text()
-    assert "no better than training on without a mask" in (tmp_path / "out/dsd/report.html").read_text()
+    clauses = ("did as well", "not shown to be better than")
+    for place in ("rejected/README.md", "dsd/report.html"):
+        assert any(clause in (tmp_path / "out" / place).read_text() for clause in clauses), place
     assert report["gate"] == {"rule": "beats-control", "passed": False}
     against = report["comparison"]["refined_vs_dense"]
     assert against["p_adjusted"] >= 0.05
@@ -287,4 +288,4 @@ def test_without_a_control_nobody_gets_the_credit(command, noisy, tmp_path):
     )  # fmt: skip
     assert found.code == 0, found.err
     assert report_of(tmp_path / "out")["credit"] == "unknown"
-    assert "better than the source; no control was run" in found.out
+    assert "without a control, it is not known whether the mask helped" in found.out

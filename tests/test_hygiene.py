@@ -65,16 +65,16 @@ def test_phases_leave_no_files_open(made, tmp_path, workers):
     counts = tmp_path / "counts"
 
     def work():
-        from dsd_refine.run import phase as method
+        from dsd_refine import method
 
-        leave = method.leave
+        leave = method.leave_phase
 
         def counted(*given):
             leave(*given)
             with counts.open("a") as file:
                 file.write(f"{len(os.listdir('/proc/self/fd'))} {len(psutil.Process().children())}\n")
 
-        method.leave = counted
+        method.leave_phase = counted
         run_command(
             made / "timm", "--data", made / "pictures", "--set", phases, "--batch-size", 8, "--workers", workers,
             "-o", tmp_path / "out", *QUIET,

@@ -198,7 +198,7 @@ def test_two_processes_stop_and_go_on_together(made, tmp_path):
     _, err = child.communicate(timeout=100)
     assert child.returncode != 0
     assert "dsd-refine: exit code 4" in err
-    assert json.loads((tmp_path / "out.partial/state.json").read_text())["progress"]["step"] >= 9
+    assert json.loads((tmp_path / "out.partial/state.json").read_text())["run"]["progress"]["step"] >= 9
     resumed = torchrun(*args, "-o", tmp_path / "out", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert torchrun(*args, "-o", tmp_path / "whole").returncode == 0
