@@ -1,13 +1,13 @@
 """What a newcomer reads: help in groups, suggestions first, recipes in groups, a plan that begins with its summary."""
 
+import shlex
+
 import click
 import pytest
 from conftest import SHORT
 
 from dsd_refine.cli.app import cli
 from dsd_refine.cli.suggest import ELSEWHERE, suggestion
-from dsd_refine.run.progress import Display, in_words
-from dsd_refine.training.hooks import Place, Step
 
 
 def options_of(verb):
@@ -27,9 +27,15 @@ def test_every_option_has_a_group_and_a_word(verb, command):
 
 def test_the_help_has_three_examples_of_its_own_verbs(command):
     shown = command("--help").out
-    examples = [line.split() for line in shown.splitlines() if line.strip().startswith("dsd-refine ")]
+    examples = [line.strip().partition("   ")[0] for line in shown.splitlines() if line.strip().startswith("dsd-refine ")]
     assert len(examples) == 3
-    assert {example[1] for example in examples} == {"resnet50", "plan", "verify"}
+    verbs = set()
+    for example in examples:
+        _, first, *rest = shlex.split(example)
+        verb, args = (first, rest) if first in cli.commands else ("run", [first, *rest])
+        cli.commands[verb].make_context(verb, args)  # raises where an argument is not known or missing
+        verbs.add(verb)
+    assert verbs == {"run", "plan", "verify"}
 
 
 def test_what_other_tools_call_otherwise_is_answered_with_the_option(refused, made):
@@ -46,6 +52,33 @@ def test_what_other_tools_call_otherwise_is_answered_with_the_option(refused, ma
     assert "--help" in suggestion("--zzz", known)
 
 
+def test_no_suggestion_names_an_option_that_the_verb_does_not_have(refused):
+    assert refused("verify", "a", "b", "--fp16") == "--fp16: no such option; --help lists all"
+    assert refused("verify", "a", "b", "--lr", "3") == "--lr: an option of `run` and `plan`, not of this verb"
+    assert refused("resnet50", "--layers").startswith("--layers: an option of `plan`")
+
+
+def test_a_long_option_with_one_dash_is_never_read_as_a_short_one_with_a_value(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused("resnet50", "-output-dir=out") == "-output-dir: use --output-dir"
+    assert refused("resnet50", "-lr", "0.1") == "-lr: use --lr"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_misspelt_verb_with_arguments_is_answered_with_the_verb_first(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for args in (("plna", "resnet50", "--data", "x"), ("plna", "resnet50", "--layers")):
+        assert refused(*args).startswith("did you mean `plan`?")
+    assert refused("verfy", "a", "b").startswith("did you mean `verify`?")
+    assert refused("train", "resnet50").startswith("did you mean `run`?")
+    (tmp_path / "plans").mkdir()  # a folder of such a name is a model
+    assert refused("plans", "--fp16") == "--fp16: use --mixed-precision fp16"
+
+
+def test_a_task_that_is_nearly_one_is_suggested(refused, made):
+    assert refused(made / "timm", "--task", "image-clasification").startswith("did you mean image-classification?")
+
+
 def test_a_verb_that_is_nearly_one_is_suggested_where_no_model_has_the_name(refused, command, made, tmp_path, monkeypatch):
     assert refused("plna").startswith("did you mean `plan`?")
     assert "did you mean" not in refused("org-without-a-name-like-a-verb")
@@ -58,6 +91,8 @@ def test_recipes_are_listed_in_groups_and_a_slip_is_answered_first(command, refu
     lines = command("recipes").out.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == ["Defaults of the tasks:", "Models:", "Methods:"]
     assert any(line.split()[0] == "swa" for line in lines[lines.index("Methods:") :])
+    assert refused("recipes", "swa") == "did you mean `recipes show swa`?"
+    assert refused("recipes", "shwo", "swa") == "did you mean `recipes show`?"
     assert refused("recipes", "show", "resnet5").startswith("did you mean 'resnet50'?")
 
 
@@ -72,30 +107,3 @@ def test_a_plan_begins_with_its_summary_and_shows_layers_when_asked(command, mad
     assert "conv1.weight" not in short
     assert "conv1.weight" in long
     assert " masked (--layers shows each)" in short
-
-
-def steps(count, before=0, all_steps=100):
-    place = Place("refined", 1, 1, 0, 1, 2, "sparse", before, all_steps)
-    return [Step(place, number, count, 0.1, 0.01, 0.5, 4, False) for number in range(1, count + 1)]
-
-
-def test_progress_says_loss_phase_and_the_time_left_of_the_whole_run(capsys):
-    now = [0.0]
-    display = Display(clock=lambda: now[0])
-    display.terminal = False
-    for step in steps(20, before=30):
-        now[0] += 1.0
-        display.on_step(step)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "refined, phase 1 of 2 (sparse): step 6/20, loss 0.5, 1 min left of the run"  # 64 steps at 1 s
-    assert lines[-1] == "refined, phase 1 of 2 (sparse): step 20/20, loss 0.5, 50 s left of the run"
-
-
-def test_the_command_says_so_too(command, made, tmp_path):
-    said = command(made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *SHORT).err
-    assert "refined, phase 1 of 2 (sparse): step 3/3, loss " in said
-    assert "dense, phase 2 of 2 (dense): step 2/2" in said
-
-
-def test_lengths_of_time_in_words():
-    assert [in_words(seconds) for seconds in (0.4, 59, 60, 3599, 7500)] == ["0 s", "59 s", "1 min", "1 h 00 min", "2 h 05 min"]

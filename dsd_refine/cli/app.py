@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import click
 
@@ -16,6 +16,7 @@ from dsd_refine import __version__
 from dsd_refine.cli.options import (
     JSON_OPTION,
     MEASURE_OPTION,
+    NEAREST_VERB,
     QUIET_OPTION,
     RECIPE_OPTIONS,
     RUN_OPTIONS,
@@ -24,14 +25,11 @@ from dsd_refine.cli.options import (
     GroupedCommand,
 )
 from dsd_refine.cli.streams import fill_streams
-from dsd_refine.cli.suggest import nearest
+from dsd_refine.cli.suggest import nearest, nearest_verb
 from dsd_refine.errors import DsdError, Interrupted, RunError, UsageError, is_full_memory
 from dsd_refine.quiet import quiet_libraries
 from dsd_refine.run.signals import Signals
 from dsd_refine.task_specs import TASKS
-
-if TYPE_CHECKING:
-    pass
 
 BUG = 1
 # quiet libraries, no bars of theirs, nothing sent anywhere: set before any of them is imported
@@ -53,6 +51,7 @@ class DefaultRun(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
+            ctx.meta[NEAREST_VERB] = nearest_verb(args[0], [*self.commands])
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
@@ -73,10 +72,12 @@ def cli() -> None:
       dsd-refine resnet50 --data imgs/ --sparsity 0.3      refine, the default verb
       dsd-refine plan org/model --data org/dataset         what a run would do and cost
       dsd-refine verify resnet50 resnet50-dsd              the same-shape proof of an output
+
+    `dsd-refine run --help` lists the options of a run.
     """
 
 
-@cli.command(cls=GroupedCommand)
+@cli.command(cls=GroupedCommand, short_help="Refine MODEL, write checkpoint and report (the default verb).")
 @click.argument("model")
 @RECIPE_OPTIONS
 @RUN_OPTIONS
@@ -102,7 +103,7 @@ def run(model: str, **given: Any) -> int:
     try:
         source = find_source(model, allow_pickle=given["allow_pickle"])
     except DsdError as error:
-        verb = nearest(model, [*cli.commands])
+        verb = click.get_current_context().meta.get(NEAREST_VERB)
         raise type(error)(f"did you mean `{verb}`? {error}") if verb else error from None
     library = open_library(source, given["task"], given["trust_remote_code"])
     out = Path(given["output_dir"] or f"{Path(source.resolved).name}-dsd")
@@ -134,7 +135,7 @@ def run(model: str, **given: Any) -> int:
 @YES_OPTION
 @JSON_OPTION
 def plan(model: str, **given: Any) -> int:
-    """Show what a run would do: each layer, the steps, memory and disk. Fetches no weights, trains nothing.
+    """Show what a run would do: weights, steps, memory, disk. Fetches no weights, trains nothing.
 
     It takes the options of `run`, so that a command becomes its plan by one word.
     """
@@ -161,7 +162,7 @@ def plan(model: str, **given: Any) -> int:
     return 0
 
 
-@cli.command(cls=GroupedCommand)
+@cli.command(cls=GroupedCommand, short_help="Prove that OUTPUT has SOURCE's shape.")
 @click.argument("source")
 @click.argument("output")
 @TRUST_OPTIONS
@@ -189,7 +190,17 @@ def verify(
     return 3 if problems else 0
 
 
-@cli.group(invoke_without_command=True)
+class Recipes(click.Group):
+    """`recipes` and `recipes show NAME`; `recipes NAME` is answered with the latter."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands:
+            close = nearest(args[0], [*self.commands])
+            raise click.UsageError(f"did you mean `recipes {close or f'show {args[0]}'}`?", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@cli.group(cls=Recipes, invoke_without_command=True)
 @click.pass_context
 def recipes(context: click.Context) -> None:
     """List the shipped recipes, or `show` one."""
@@ -224,7 +235,9 @@ def show(name: str) -> None:
 
 def _check_task(given: dict[str, Any]) -> None:
     if given["task"] not in (None, *TASKS):
-        raise UsageError(f"--task {given['task']}: not a task; known are {', '.join(TASKS)}")
+        close = nearest(given["task"], [*TASKS])
+        hint = f"did you mean {close}? " if close else ""
+        raise UsageError(f"{hint}--task {given['task']}: not a task; known are {', '.join(TASKS)}")
 
 
 def _finished(out: Path, given: dict[str, Any], display: Any) -> bool:

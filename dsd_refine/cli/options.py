@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from dsd_refine.cli.suggest import suggestion
+from dsd_refine.cli.suggest import one_dash, suggestion
 from dsd_refine.report.words import GATES
 from dsd_refine.task_specs import TASKS
 
+NEAREST_VERB = "dsd_refine.nearest_verb"  # key of click's `ctx.meta`: the verb that the first word may have meant
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 GATE_HELP = "; ".join(f"{rule}: {what}" for rule, what in GATES.items()) + "."
 
@@ -37,11 +38,32 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(records)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        known = _options(self, ctx)
+        if message := one_dash(args, known):
+            raise click.UsageError(message, ctx)
         try:
             return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            known = [name for parameter in self.params for name in parameter.opts if name.startswith("-")]
-            raise click.UsageError(suggestion(error.option_name, known), ctx) from None
+        except click.UsageError as error:
+            raise click.UsageError(_answer(error, ctx, known), ctx) from None
+
+
+def _answer(error: click.UsageError, ctx: click.Context, known: list[str]) -> str:
+    """What is wrong with the arguments, with the suggestion first: the verb before the option."""
+    unknown = error.option_name if isinstance(error, click.NoSuchOption) else None
+    if verb := ctx.meta.get(NEAREST_VERB):
+        return f"did you mean `{verb}`? {f'{unknown}: no such option' if unknown else error.format_message()}"
+    return suggestion(unknown, known, _options_elsewhere(ctx)) if unknown else error.format_message()
+
+
+def _options(command: click.Command, ctx: click.Context) -> list[str]:
+    return [name for parameter in command.get_params(ctx) for name in parameter.opts if name.startswith("-")]
+
+
+def _options_elsewhere(ctx: click.Context) -> dict[str, list[str]]:
+    """The options of the other verbs, by verb."""
+    group = ctx.parent.command if ctx.parent else None
+    others = group.commands if isinstance(group, click.Group) else {}
+    return {name: _options(other, ctx) for name, other in others.items() if other is not ctx.command}
 
 
 class Shares(click.ParamType):  # type: ignore[type-arg]
@@ -123,7 +145,7 @@ RECIPE_OPTIONS = together(
         "Optimizer",
         option("--lr", type=float, metavar="X", help="Peak rate of the sparse phases (recipe)."),
         option("--dense-lr", type=float, metavar="X", help="Peak rate of the dense phases (a tenth of --lr)."),
-        option("--schedule", type=click.Choice(["cosine", "linear", "constant", "step"]), help="Of the rate in each phase."),
+        option("--schedule", type=click.Choice(["cosine", "linear", "constant", "step"]), help="How the rate falls (recipe)."),
         option("--warmup-steps", type=int, metavar="N", help="Steps of each phase in which the rate rises (recipe; 0)."),
         option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="SGD without Nesterov, or AdamW (recipe)."),
         option("--momentum", type=float, metavar="X", help="Of SGD (recipe; 0.9)."),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from types import MappingProxyType
 
 # timm's train.py, transformers' Trainer, accelerate, torchvision's references, pruning tools
 ELSEWHERE = {
@@ -27,12 +30,12 @@ ELSEWHERE = {
     "--output": "--output-dir",
     "--out": "--output-dir",
     "--save-dir": "--output-dir",
-    "--model": "MODEL, the first argument",
-    "--model-name": "MODEL, the first argument",
-    "--model-name-or-path": "MODEL, the first argument",
-    "--checkpoint": "MODEL, the first argument",
-    "--pretrained": "MODEL, the first argument",
-    "-m": "MODEL, the first argument",
+    "--model": "the first argument",
+    "--model-name": "the first argument",
+    "--model-name-or-path": "the first argument",
+    "--checkpoint": "the first argument",
+    "--pretrained": "the first argument",
+    "-m": "the first argument",
     "--dataset": "--data",
     "--dataset-name": "--data",
     "--data-dir": "--data",
@@ -84,23 +87,68 @@ ELSEWHERE = {
     "--audio-column-name": "--audio-column",
     "-y": "--yes",
     "-q": "--quiet",
-    "-v": "nothing: it speaks as it is (--quiet is less)",
-    "--verbose": "nothing: it speaks as it is (--quiet is less)",
+    "-v": "no flag: progress is shown by default",
+    "--verbose": "no flag: progress is shown by default",
     "--config": "--recipe",
     "-c": "--recipe",
     "--revision": "MODEL@REVISION",
 }
 
 
-def suggestion(name: str, known: Sequence[str]) -> str:
-    """What to say of an option that there is none of: the one to use first."""
+# words that people try as a verb -> the verb that does it
+OTHER_VERBS = {
+    "help": "--help",
+    "version": "--version",
+    "refine": "run",
+    "train": "run",
+    "finetune": "run",
+    "dry-run": "plan",
+    "check": "verify",
+    "list": "recipes",
+}
+
+
+def suggestion(name: str, known: Sequence[str], elsewhere: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
+    """The answer to an unknown option: the option to use first.
+
+    Args:
+        name: the option as it was typed.
+        known: the options of the verb.
+        elsewhere: the options of the other verbs, by verb.
+    """
     plain = name.replace("_", "-")
     if plain in known:
         return f"{name}: use {plain}"
-    if plain in ELSEWHERE:
+    if plain in ELSEWHERE and _all_known(ELSEWHERE[plain], known):
         return f"{name}: use {ELSEWHERE[plain]}"
+    if verbs := [verb for verb, options in elsewhere.items() if plain in options]:
+        return f"{name}: an option of {' and '.join(f'`{verb}`' for verb in verbs)}, not of this verb"
     close = nearest(plain, known)
     return f"{name}: did you mean {close}?" if close else f"{name}: no such option; --help lists all"
+
+
+def _all_known(use: str, known: Sequence[str]) -> bool:
+    """Does the verb have every option that a suggestion names?"""
+    return all(word in known for word in use.split() if word.startswith("-"))
+
+
+def one_dash(args: Sequence[str], known: Sequence[str]) -> str | None:
+    """The message for a long option that was typed with one dash, as `-lr`; None where there is none.
+
+    Without it `-output-dir=x` would be read as `-o utput-dir=x`.
+    """
+    for arg in takewhile(lambda arg: arg != "--", args):
+        name = arg.partition("=")[0]
+        if name.startswith("-") and (long := f"-{name.replace('_', '-')}") in known:
+            return f"{name}: use {long}"
+    return None
+
+
+def nearest_verb(word: str, verbs: Sequence[str]) -> str | None:
+    """The verb that a word may have meant; None where it is an option or there is a file of that name."""
+    if word.startswith("-") or os.path.exists(word):
+        return None
+    return OTHER_VERBS.get(word) or nearest(word, verbs)
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
