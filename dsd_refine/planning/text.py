@@ -37,7 +37,7 @@ def _counts(layers: list[Mapping[str, Any]]) -> list[str]:
 
 
 def _table(layers: list[Mapping[str, Any]]) -> list[str]:
-    width = max(len(layer["name"]) for layer in layers)
+    width = max((len(layer["name"]) for layer in layers), default=0)
     lines = []
     for layer in layers:
         what = layer["excluded"] or " ".join(f"{count:,}" for count in layer["masked"])

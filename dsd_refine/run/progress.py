@@ -10,6 +10,8 @@ from typing import Any
 from dsd_refine.training.hooks import Hooks, Place, Step
 
 EVERY = 5.0  # seconds between lines
+# tqdm's own time left is the phase's; ours is the whole run's, and stands after the loss
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{rate_fmt}{postfix}]"
 
 
 class Display(Hooks):
@@ -68,7 +70,9 @@ class Display(Hooks):
             from tqdm import auto, tqdm
 
             bar = auto.tqdm if self.notebook else tqdm
-            self.bar = bar(total=step.steps, initial=step.step - 1, desc=headline(step), unit="step", leave=True)
+            self.bar = bar(
+                total=step.steps, initial=step.step - 1, desc=headline(step), unit=" steps", leave=True, bar_format=BAR
+            )
         self.bar.set_postfix_str(f"loss {step.loss:.4g}{self._left(step, now)}", refresh=False)
         self.bar.update(step.step - self.bar.n)
 
