@@ -85,6 +85,16 @@ class Report:
         return str(self.data["credit"])
 
     @property
+    def gate(self) -> dict[str, Any]:
+        """`rule`: what was asked for. `passed`: was it met?"""
+        return dict(self.data["gate"])
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """What training took, all arms together: `seconds`, `samples`, `energy_joules` (None: no counter)."""
+        return dict(self.data.get("cost") or {})
+
+    @property
     def gate_passed(self) -> bool:
         """Was the gate met? The weights are in `rejected/` where it was not."""
         return bool(self.data["gate"]["passed"])
