@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,7 +29,7 @@ from dsd_refine.checkpoint.source import Source, find_source
 from dsd_refine.checkpoint.verify import verify as problems_of
 from dsd_refine.choice import choose_recipe
 from dsd_refine.errors import UsageError
-from dsd_refine.evidence.compare import Comparison, holm
+from dsd_refine.evidence.compare import Comparison, groups_of, holm
 from dsd_refine.evidence.compare import compare as compare_scores
 from dsd_refine.masking import masks as masking
 from dsd_refine.masking.layers import find_layers
@@ -267,31 +268,69 @@ def compare(outputs: Sequence[str | Path]) -> Comparisons:
         outputs: output directories of runs with the same source and the same evaluation rows.
 
     Raises:
-        UsageError: fewer than two runs, no output of ours, another source, or other evaluation rows.
+        UsageError: fewer than two runs, no output of ours, another source, other evaluation rows, or
+            predictions that do not give the report's own results.
     """
-    if len(outputs) < 2:
-        raise UsageError("compare: give at least two output directories")
-    reports = [Report.load(output) for output in outputs]
-    for report in reports[1:]:
-        _refuse_other_runs(reports[0], report)
-    tables = {str(output): report.to_pandas() for output, report in zip(outputs, reports, strict=True)}
-    if len(tables) < len(outputs):
+    if not isinstance(outputs, list | tuple) or len(outputs) < 2:
+        raise UsageError("compare: give a list of at least two output directories")
+    reports = {str(output): Report.load(output) for output in outputs}
+    if len(reports) < len(outputs):
         raise UsageError("compare: an output directory is named twice")
-    corpus = _corpus(reports[0])
-    better, seed = bool(reports[0].data["metric"]["higher_is_better"]), int(reports[0].data["seed"])
+    first = reports[str(outputs[0])]
+    for report in reports.values():
+        _refuse_other_runs(first, report)
+    tables = {name: report.to_pandas() for name, report in reports.items()}
+    for name, table in tables.items():
+        _refuse_other_baseline(tables[str(outputs[0])], table, f"{outputs[0]} and {name}")
+    groups = _equal_rows(reports, tables)
+    refined = {name: (table, "refined") for name, table in tables.items()}
+    pairs = {f"{name} vs baseline": (arm, (arm[0], "baseline")) for name, arm in refined.items()}
+    pairs |= {f"{one} vs {other}": (refined[one], refined[other]) for one, other in combinations(refined, 2)}
+    return Comparisons(holm({name: _tested(first, *pair, groups) for name, pair in pairs.items()}))
 
-    def tested(mine: tuple[Any, str], theirs: tuple[Any, str]) -> Comparison:
-        first, second = (_scores(table, arm, corpus) for table, arm in (mine, theirs))
-        count = mine[0][f"count_{mine[1]}"].to_numpy(float)
-        return compare_scores(first, second, count, higher_is_better=better, seed=seed, corpus=corpus)
 
-    names = list(tables)
-    pairs = {f"{name} vs baseline": ((tables[name], "refined"), (tables[name], "baseline")) for name in names}
-    for number, name in enumerate(names):
-        pairs |= {
-            f"{name} vs {other}": ((tables[name], "refined"), (tables[other], "refined")) for other in names[number + 1 :]
-        }
-    return Comparisons(holm({name: tested(*pair) for name, pair in pairs.items()}))
+Arm = tuple[Any, str]  # the rows of a run's predictions.parquet, and the name of one of its arms
+
+
+def _tested(report: Report, mine: Arm, theirs: Arm, groups: np.ndarray[Any, Any] | None) -> Comparison:
+    """Two arms compared as `report` compares its own."""
+    corpus = _corpus(report)
+    first, second = (_scores(table, arm, corpus) for table, arm in (mine, theirs))
+    count = mine[0][f"count_{mine[1]}"].to_numpy(float)
+    better, seed = bool(report.data["metric"]["higher_is_better"]), int(report.data["seed"])
+    return compare_scores(first, second, count, higher_is_better=better, seed=seed, corpus=corpus, groups=groups)
+
+
+def _equal_rows(reports: Mapping[str, Report], tables: Mapping[str, pd.DataFrame]) -> np.ndarray[Any, Any] | None:
+    """The group of each evaluation row, where some have equal content and count as one; None where none have.
+
+    predictions.parquet has no contents. Rows of equal content have equal targets and losses in every arm. Whether the groups
+    that follow from that are the run's own shows where each report's result comes out again.
+
+    Raises:
+        UsageError: a report's result comes out neither with these groups nor without groups.
+    """
+    columns = [table[f"loss_{arm}"] for table in tables.values() for arm in ("baseline", "refined")]
+    targets = next(iter(tables.values()))["target"]
+    alike = groups_of(
+        "|".join([repr(target), *(f"{loss:.5g}" for loss in losses)]).encode()
+        for target, *losses in zip(targets, *columns, strict=True)
+    )
+    for groups in (None, alike):
+        if all(_comes_out_again(report, tables[name], groups) for name, report in reports.items()):
+            return groups
+    raise UsageError(
+        f"compare: the results of {' and '.join(reports)} do not come out again from their predictions.parquet; were the files "
+        "changed, or do evaluation rows of equal content not show there?"
+    )
+
+
+def _comes_out_again(report: Report, table: pd.DataFrame, groups: np.ndarray[Any, Any] | None) -> bool:
+    """Do the predictions give the report's own difference from the source, and its interval to a twentieth?"""
+    known, found = report.comparison["baseline"], _tested(report, (table, "refined"), (table, "baseline"), groups)
+    near = (known.ci95[1] - known.ci95[0]) / 20  # other releases of numpy may draw other samples
+    ends = zip((known.delta, *known.ci95), (found.delta, *found.ci95), strict=True)
+    return all(abs(one - other) <= near + 1e-9 for one, other in ends)
 
 
 def _refuse_other_runs(first: Report, other: Report) -> None:
@@ -304,6 +343,15 @@ def _refuse_other_runs(first: Report, other: Report) -> None:
     for what, of in same.items():
         if of(first.data) != of(other.data):
             raise UsageError(f"compare: {first.folder} and {other.folder} have other {what}: they have no common baseline")
+
+
+def _refuse_other_baseline(first: pd.DataFrame, other: pd.DataFrame, names: str) -> None:
+    """Raise UsageError where the source itself has other targets or losses: other labels, columns or lengths of texts."""
+    one, two = (table["loss_baseline"].to_numpy(float) for table in (first, other))
+    if not first["target"].equals(other["target"]):
+        raise UsageError(f"compare: {names} have other targets: they have no common baseline")
+    if not np.allclose(one, two, rtol=1e-2, atol=1e-3, equal_nan=True):
+        raise UsageError(f"compare: the source of {names} has other losses on the same rows: they have no common baseline")
 
 
 def _corpus(report: Report) -> Any:

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import threading
 import warnings
 from pathlib import Path
@@ -283,6 +284,43 @@ def test_several_runs_on_one_baseline(made, done, tmp_path):
         dsd_refine.compare([done[0], other.folder])
     with pytest.raises(UsageError, match="two"):
         dsd_refine.compare([done[0]])
+    with pytest.raises(UsageError, match="two"):
+        dsd_refine.compare(str(done[0]))
+
+
+@pytest.fixture(scope="module")
+def repeated(made, tmp_path_factory):
+    """Two runs on evaluation rows that are each there six times."""
+    place = tmp_path_factory.mktemp("repeated")
+    head, *rows = (made / "texts.csv").read_text().splitlines()
+    (place / "train.csv").write_text("\n".join([head, *rows[8:]]) + "\n")
+    (place / "test.csv").write_text("\n".join([head, *(rows[:8] * 6)]) + "\n")
+    options = {"data": place / "train.csv", "eval_data": place / "test.csv", "lr": 0.5, "control": "none"} | SHORT
+    for name, sparsity in (("a", 0.3), ("b", 0.6)):
+        dsd_refine.refine(made / "bert", output_dir=place / name, sparsity=sparsity, **options)
+    return place
+
+
+def test_repeated_rows_count_once_as_in_the_report(repeated):
+    found = dsd_refine.compare([repeated / "a", repeated / "b"])
+    for name in ("a", "b"):
+        ours, theirs = found.comparison[f"{repeated / name} vs baseline"], Report.load(repeated / name).comparison["baseline"]
+        assert theirs.test == "mcnemar-exact-grouped"
+        assert (ours.test, ours.ci95, ours.p_value) == (theirs.test, theirs.ci95, theirs.p_value)
+
+
+@pytest.mark.parametrize("column", ["score_refined", "loss_baseline", "target"])
+def test_predictions_that_are_not_the_reports_are_refused(repeated, tmp_path, column):
+    shutil.copytree(repeated / "b", tmp_path / "b")
+    file = tmp_path / "b/dsd/predictions.parquet"
+    table = Report.load(tmp_path / "b").to_pandas()
+    table[column] = "other" if column == "target" else 1 - table[column]
+    table.to_parquet(file)
+    with pytest.raises(UsageError, match="come out again" if column == "score_refined" else "no common baseline"):
+        dsd_refine.compare([repeated / "a", tmp_path / "b"])
+    file.write_bytes(b"no table")
+    with pytest.raises(UsageError, match="cannot be read"):
+        dsd_refine.compare([repeated / "a", tmp_path / "b"])
 
 
 def test_masks_for_a_loop_of_ones_own():

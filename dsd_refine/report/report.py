@@ -123,10 +123,18 @@ class Report:
         return json.dumps(self.data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_pandas(self) -> pd.DataFrame:
-        """The evaluation rows: `row`, `target`, and per arm `prediction_ARM`, `score_ARM`, `count_ARM`, `loss_ARM`."""
+        """The evaluation rows: `row`, `target`, and per arm `prediction_ARM`, `score_ARM`, `count_ARM`, `loss_ARM`.
+
+        Raises:
+            UsageError: the output's predictions.parquet is missing, or is no such file.
+        """
         import pandas
 
-        return pandas.read_parquet(self.output / "dsd/predictions.parquet")
+        file = self.output / "dsd/predictions.parquet"
+        try:
+            return pandas.read_parquet(file)
+        except (OSError, ValueError) as error:  # what pyarrow raises is one of them
+            raise UsageError(f"{file}: cannot be read ({error!s:.100})") from None
 
     def __repr__(self) -> str:
         change = self.comparison.get("baseline")
