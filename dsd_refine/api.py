@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -133,8 +133,7 @@ def refine(
         if isinstance(model, nn.Module):
             given.pop("weights_key", None)  # it chose among the folder's sets of weights; what was written has one
         library = open_library(source, given["task"], given["trust_remote_code"])
-        name = Path(folder if isinstance(model, nn.Module) and folder else source.resolved).name
-        out = Path(output_dir or f"{name}-dsd")
+        out = Path(output_dir or f"{Path(source.resolved).name}-dsd")
         if given.get("resume") and (out / "dsd/report.json").is_file() and not _unfinished(out):
             return Report.load(out)
         run_options = Options(
@@ -484,7 +483,8 @@ def _as_place(stack: ExitStack, rows: Any) -> str | None:
         return None if rows is None else str(rows)
     if not hasattr(rows, "save_to_disk"):
         raise UsageError(f"data: expected a path, a name, a Dataset or a DatasetDict, not {type(rows).__name__}")
-    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / "data"
+    kind = f"datasets.{type(rows).__name__}"  # the report calls the data by the folder's name
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / kind
     rows.save_to_disk(place)
     return str(place)
 
@@ -505,10 +505,10 @@ def _source(stack: ExitStack, model: Any, folder: str | Path | None, given: Mapp
         checkpoint.model.load_state_dict(model.state_dict())
     except RuntimeError as error:
         raise UsageError(f"model: is not the model of {folder}: {' '.join(str(error).split())[:300]}") from None
-    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / Path(folder).name
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / Path(source.resolved).name
     place.mkdir()
     checkpoint.write(checkpoint.model, place)
-    return find_source(str(place))
+    return replace(find_source(str(place)), model=f"{folder} (an open module)")  # the place is gone when the report is read
 
 
 def _unfinished(out: Path) -> bool:

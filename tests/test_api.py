@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -248,10 +249,14 @@ def test_an_open_data_set_is_read_as_its_file_is(made, tmp_path):
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     report = dsd_refine.refine(made / "bert", data=parts, output_dir=tmp_path / "c", **SHORT)
     assert report.data["data"]["eval"]["rows"] == len(parts["test"])
+    assert {source["file"].split("/")[0] for source in report.data["data"]["sources"]} == {"datasets.DatasetDict"}
 
 
-def test_an_open_module_is_refined_from_the_values_that_it_holds(made, tmp_path):
+def test_an_open_module_is_refined_from_the_values_that_it_holds(made, tmp_path, monkeypatch):
     import timm
+
+    def here(out):
+        return dsd_refine.refine(model, folder=".", data=made / "pictures", output_dir=tmp_path / out, **SHORT)
 
     model = timm.create_model(f"local-dir:{made / 'timm'}", pretrained=True)
     same = dsd_refine.refine(model, folder=made / "timm", data=made / "pictures", output_dir=tmp_path / "same", **SHORT)
@@ -261,6 +266,10 @@ def test_an_open_module_is_refined_from_the_values_that_it_holds(made, tmp_path)
         next(model.parameters()).add_(1.0)
     other = dsd_refine.refine(model, folder=made / "timm", data=made / "pictures", output_dir=tmp_path / "other", **SHORT)
     assert other.data["source"]["files"] != same.data["source"]["files"]
+    assert other.data["source"]["model"] == f"{made / 'timm'} (an open module)"
+    assert tempfile.gettempdir() + "/dsd-refine-" not in other.to_json()
+    monkeypatch.chdir(made / "timm")
+    assert weights(here("here").folder) == weights(other.folder)
     with pytest.raises(UsageError, match="is not the model"):
         dsd_refine.refine(nn.Linear(2, 2), folder=made / "timm", data=made / "pictures", output_dir=tmp_path / "x", **SHORT)
     with pytest.raises(UsageError, match="folder"):
