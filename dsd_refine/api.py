@@ -11,12 +11,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
 from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_shapes
@@ -27,7 +29,7 @@ from dsd_refine.checkpoint.source import Source, find_source
 from dsd_refine.checkpoint.verify import verify as problems_of
 from dsd_refine.choice import choose_recipe
 from dsd_refine.errors import UsageError
-from dsd_refine.evidence.compare import Comparison, holm
+from dsd_refine.evidence.compare import Comparison, groups_of, holm
 from dsd_refine.evidence.compare import compare as compare_scores
 from dsd_refine.masking import masks as masking
 from dsd_refine.masking.layers import find_layers
@@ -37,14 +39,33 @@ from dsd_refine.planning.plan import make_plan
 from dsd_refine.planning.text import plan_text
 from dsd_refine.process_state import as_found
 from dsd_refine.quiet import quiet_libraries
-from dsd_refine.recipe import Recipe
+from dsd_refine.recipe import Names, Recipe, Strict, validated
 from dsd_refine.report.report import Report
 from dsd_refine.run.progress import Display, in_notebook
 from dsd_refine.run.run import Options, default_workers
 from dsd_refine.task_specs import TASKS
+from dsd_refine.training.hooks import Hooks
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class Carried(Strict):
+    """The options of the command that are no fields of a recipe: they say how a run is carried out."""
+
+    resume: bool | None = None
+    overwrite: bool | None = None
+    save_phases: bool | None = None
+    save_every: Annotated[float, Field(ge=0)] | None = None  # minutes
+    report_images: Annotated[int, Field(ge=0, le=100)] | None = None
+    device: Literal["auto", "cpu", "cuda", "mps"] | None = None
+    compile: bool | None = None
+    allow_pickle: bool | None = None
+    trust_remote_code: bool | None = None
+    workers: Annotated[int, Field(ge=0)] | None = None
+    yes: bool | None = None
+    sets: Names = ()
+
 
 # what an `option` may be, besides the fields of a recipe
 PHASE_OPTIONS = (
@@ -59,7 +80,7 @@ PHASE_OPTIONS = (
     "warmup_steps",
 )
 RUN_OPTIONS = ("resume", "overwrite", "save_phases", "save_every", "report_images", "device", "compile", "allow_pickle")
-OTHER_OPTIONS = ("task", "trust_remote_code", "workers", "yes", "sets")
+NAMES = ("models", "include", "exclude", "control")  # fields that are lists of names: one name may stand alone
 
 Model = str | Path
 
@@ -103,19 +124,23 @@ def refine(
         RunError, VerifyError: the run failed, or its output did not pass its check.
     """
     _refuse_unknown(options)
+    hooks = _callbacks(callbacks)
+    if not isinstance(output_dir, str | Path | None):
+        raise UsageError(f"output_dir: expected a path, not {type(output_dir).__name__}")
     with _call(quiet) as display, ExitStack() as stack:
         given = _given(stack, data, eval_data, recipe, options)
         source = _source(stack, model, folder, given)
+        if isinstance(model, nn.Module):
+            given.pop("weights_key", None)  # it chose among the folder's sets of weights; what was written has one
         library = open_library(source, given["task"], given["trust_remote_code"])
-        name = Path(folder if isinstance(model, nn.Module) and folder else source.resolved).name
-        out = Path(output_dir or f"{name}-dsd")
+        out = Path(output_dir or f"{Path(source.resolved).name}-dsd")
         if given.get("resume") and (out / "dsd/report.json").is_file() and not _unfinished(out):
             return Report.load(out)
         run_options = Options(
             output_dir=out,
             argv=(f"dsd_refine.refine({str(model) if isinstance(model, str | Path) else type(model).__name__!r}, ...)",),
             say=display.say,
-            hooks=(display, *callbacks),  # type: ignore[arg-type]
+            hooks=(display, *hooks),
             download=lambda name, size: bool(given["yes"]),
             workers=default_workers(given.get("workers")),
             **{key: given[key] for key in RUN_OPTIONS if key in given},
@@ -125,13 +150,19 @@ def refine(
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(Mapping[str, Any]):
     """What a run would do: `data` is what `dsd-refine plan --json` prints."""
 
     data: Mapping[str, Any]
 
     def __getitem__(self, name: str) -> Any:
         return self.data[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
 
     def __repr__(self) -> str:
         return plan_text(self.data)
@@ -149,7 +180,7 @@ def plan(
     """What `refine` with these arguments would do: layers, steps, memory, disk. No weights are fetched, nothing is trained.
 
     Args:
-        model: as `refine` takes it, but for an open module.
+        model: as `refine` takes it; of an open module give its folder.
         data: as `refine` takes it.
         eval_data: as `refine` takes it.
         recipe: as `refine` takes it.
@@ -160,6 +191,8 @@ def plan(
         UsageError: as `refine` would, for what can be seen without weights.
     """
     _refuse_unknown(options)
+    if isinstance(model, nn.Module):
+        raise UsageError("plan: give the folder that the module was loaded from; a plan looks at no weights")
     with _call(quiet=True) as display, ExitStack() as stack:
         given = _given(stack, data, eval_data, recipe, options)
         pickles = bool(given.get("allow_pickle"))
@@ -234,31 +267,69 @@ def compare(outputs: Sequence[str | Path]) -> Comparisons:
         outputs: output directories of runs with the same source and the same evaluation rows.
 
     Raises:
-        UsageError: fewer than two runs, no output of ours, another source, or other evaluation rows.
+        UsageError: fewer than two runs, no output of ours, another source, other evaluation rows, or
+            predictions that do not give the report's own results.
     """
-    if len(outputs) < 2:
-        raise UsageError("compare: give at least two output directories")
-    reports = [Report.load(output) for output in outputs]
-    for report in reports[1:]:
-        _refuse_other_runs(reports[0], report)
-    tables = {str(output): report.to_pandas() for output, report in zip(outputs, reports, strict=True)}
-    if len(tables) < len(outputs):
+    if not isinstance(outputs, list | tuple) or len(outputs) < 2:
+        raise UsageError("compare: give a list of at least two output directories")
+    reports = {str(output): Report.load(output) for output in outputs}
+    if len(reports) < len(outputs):
         raise UsageError("compare: an output directory is named twice")
-    corpus = _corpus(reports[0])
-    better, seed = bool(reports[0].data["metric"]["higher_is_better"]), int(reports[0].data["seed"])
+    first = reports[str(outputs[0])]
+    for report in reports.values():
+        _refuse_other_runs(first, report)
+    tables = {name: report.to_pandas() for name, report in reports.items()}
+    for name, table in tables.items():
+        _refuse_other_baseline(tables[str(outputs[0])], table, f"{outputs[0]} and {name}")
+    groups = _equal_rows(reports, tables)
+    refined = {name: (table, "refined") for name, table in tables.items()}
+    pairs = {f"{name} vs baseline": (arm, (arm[0], "baseline")) for name, arm in refined.items()}
+    pairs |= {f"{one} vs {other}": (refined[one], refined[other]) for one, other in combinations(refined, 2)}
+    return Comparisons(holm({name: _tested(first, *pair, groups) for name, pair in pairs.items()}))
 
-    def tested(mine: tuple[Any, str], theirs: tuple[Any, str]) -> Comparison:
-        first, second = (_scores(table, arm, corpus) for table, arm in (mine, theirs))
-        count = mine[0][f"count_{mine[1]}"].to_numpy(float)
-        return compare_scores(first, second, count, higher_is_better=better, seed=seed, corpus=corpus)
 
-    names = list(tables)
-    pairs = {f"{name} vs baseline": ((tables[name], "refined"), (tables[name], "baseline")) for name in names}
-    for number, name in enumerate(names):
-        pairs |= {
-            f"{name} vs {other}": ((tables[name], "refined"), (tables[other], "refined")) for other in names[number + 1 :]
-        }
-    return Comparisons(holm({name: tested(*pair) for name, pair in pairs.items()}))
+Arm = tuple[Any, str]  # the rows of a run's predictions.parquet, and the name of one of its arms
+
+
+def _tested(report: Report, mine: Arm, theirs: Arm, groups: np.ndarray[Any, Any] | None) -> Comparison:
+    """Two arms compared as `report` compares its own."""
+    corpus = _corpus(report)
+    first, second = (_scores(table, arm, corpus) for table, arm in (mine, theirs))
+    count = mine[0][f"count_{mine[1]}"].to_numpy(float)
+    better, seed = bool(report.data["metric"]["higher_is_better"]), int(report.data["seed"])
+    return compare_scores(first, second, count, higher_is_better=better, seed=seed, corpus=corpus, groups=groups)
+
+
+def _equal_rows(reports: Mapping[str, Report], tables: Mapping[str, pd.DataFrame]) -> np.ndarray[Any, Any] | None:
+    """The group of each evaluation row, where some have equal content and count as one; None where none have.
+
+    predictions.parquet has no contents. Rows of equal content have equal targets and losses in every arm. Whether the groups
+    that follow from that are the run's own shows where each report's result comes out again.
+
+    Raises:
+        UsageError: a report's result comes out neither with these groups nor without groups.
+    """
+    columns = [table[f"loss_{arm}"] for table in tables.values() for arm in ("baseline", "refined")]
+    targets = next(iter(tables.values()))["target"]
+    alike = groups_of(
+        "|".join([repr(target), *(f"{loss:.5g}" for loss in losses)]).encode()
+        for target, *losses in zip(targets, *columns, strict=True)
+    )
+    for groups in (None, alike):
+        if all(_comes_out_again(report, tables[name], groups) for name, report in reports.items()):
+            return groups
+    raise UsageError(
+        f"compare: the results of {' and '.join(reports)} do not come out again from their predictions.parquet; were the files "
+        "changed, or do evaluation rows of equal content not show there?"
+    )
+
+
+def _comes_out_again(report: Report, table: pd.DataFrame, groups: np.ndarray[Any, Any] | None) -> bool:
+    """Do the predictions give the report's own difference from the source, and its interval to a twentieth?"""
+    known, found = report.comparison["baseline"], _tested(report, (table, "refined"), (table, "baseline"), groups)
+    near = (known.ci95[1] - known.ci95[0]) / 20  # other releases of numpy may draw other samples
+    ends = zip((known.delta, *known.ci95), (found.delta, *found.ci95), strict=True)
+    return all(abs(one - other) <= near + 1e-9 for one, other in ends)
 
 
 def _refuse_other_runs(first: Report, other: Report) -> None:
@@ -271,6 +342,15 @@ def _refuse_other_runs(first: Report, other: Report) -> None:
     for what, of in same.items():
         if of(first.data) != of(other.data):
             raise UsageError(f"compare: {first.folder} and {other.folder} have other {what}: they have no common baseline")
+
+
+def _refuse_other_baseline(first: pd.DataFrame, other: pd.DataFrame, names: str) -> None:
+    """Raise UsageError where the source itself has other targets or losses: other labels, columns or lengths of texts."""
+    one, two = (table["loss_baseline"].to_numpy(float) for table in (first, other))
+    if not first["target"].equals(other["target"]):
+        raise UsageError(f"compare: {names} have other targets: they have no common baseline")
+    if not np.allclose(one, two, rtol=1e-2, atol=1e-3, equal_nan=True):
+        raise UsageError(f"compare: the source of {names} has other losses on the same rows: they have no common baseline")
 
 
 def _corpus(report: Report) -> Any:
@@ -315,14 +395,17 @@ def make_masks(
     Raises:
         UsageError: a sparsity out of range, a glob that matches nothing, or no layer to mask.
     """
-    if not 0 <= sparsity < 1:
-        raise UsageError(f"sparsity {sparsity}: is at least 0 and less than 1")
+    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        raise UsageError(f"sparsity {sparsity!r}: is a number, at least 0 and less than 1")
+    include, exclude, first = ([names] if isinstance(names, str) else names for names in (include, exclude, first))
     if criterion not in ("magnitude", "random"):
         raise UsageError(f"criterion {criterion!r}: is magnitude or random")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = {name: (tuple(p.shape), [TensorSlice(name, EMPTY, EMPTY)]) for name, p in parameters.items()}
     layers = find_layers(model, tensors, first=list(first), include=tuple(include), exclude=tuple(exclude))
-    return masking.make_masks(layers, parameters, sparsity, criterion, (seed, "mask"))
+    # in float32 and contiguous: the module may hold other dtypes, or views into larger tensors
+    values = {name: parameter.detach().to(torch.float32).contiguous() for name, parameter in parameters.items()}
+    return masking.make_masks(layers, values, sparsity, criterion, (seed, "mask"))
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
@@ -333,13 +416,19 @@ def apply_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
         masks: what `make_masks` gave.
 
     Raises:
-        UsageError: a mask of no parameter of the model, or of another shape.
+        UsageError: a mask of no parameter of the model, of another shape, or not bool. No weight is
+            changed then.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, mask in masks.items():
         if name not in parameters or parameters[name].shape != mask.shape:
             raise UsageError(f"{name}: the model has no parameter of this name and shape {tuple(mask.shape)}")
-    masking.apply_masks(dict(masks), parameters)
+        if mask.dtype != torch.bool:
+            raise UsageError(f"{name}: a mask is bool (True = keep), not {mask.dtype}")
+    # a run multiplies bits, which is faster, but only right for float32 and for masks with its strides
+    with torch.no_grad():
+        for name, mask in masks.items():
+            parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
 
 
 @contextmanager
@@ -353,20 +442,36 @@ def _call(quiet: bool | None) -> Iterator[Display]:
 
 def _refuse_unknown(options: Mapping[str, Any]) -> None:
     """Raise UsageError for a keyword that is no option, with the nearest one."""
-    known = (set(Recipe.model_fields) - {"name"}) | {*PHASE_OPTIONS, *RUN_OPTIONS, *OTHER_OPTIONS}
+    known = (set(Recipe.model_fields) - {"name"}) | {*PHASE_OPTIONS, *Carried.model_fields}
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             raise UsageError(f"{name}: no option of this name{f'; did you mean {close[0]!r}?' if close else ''}")
 
 
+def _callbacks(callbacks: Sequence[object]) -> tuple[Any, ...]:
+    """The callbacks; raise UsageError for one that nothing would ever call."""
+    if not isinstance(callbacks, list | tuple):
+        raise UsageError(f"callbacks: expected a list of objects, not {type(callbacks).__name__}")
+    names = [name for name in vars(Hooks) if not name.startswith("_")]
+    for callback in callbacks:
+        if not any(callable(getattr(type(callback), name, None)) for name in names):
+            raise UsageError(f"callbacks: the class {type(callback).__name__} has none of the methods {', '.join(names)}")
+    return tuple(callbacks)
+
+
 def _given(stack: ExitStack, data: Any, eval_data: Any, recipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options as the command has them."""
-    given: dict[str, Any] = {"task": None, "trust_remote_code": False, "yes": False, **options, "recipe": recipe}
-    if isinstance(given.get("control"), str):
-        given["control"] = (given["control"],)
-    for name in ("sets", "include", "exclude"):
-        given[name] = tuple(given.get(name) or ())
+    if not isinstance(recipe, str | Path | Recipe | None):
+        raise UsageError(f"recipe: expected a name, a file or a Recipe, not {type(recipe).__name__}")
+    said = {name: [value] if name in (*NAMES, "sets") and isinstance(value, str) else value for name, value in options.items()}
+    said = {name: value.item() if isinstance(value, np.generic) else value for name, value in said.items()}
+    carried = {name: value for name, value in said.items() if name in Carried.model_fields and value is not None}
+    carried = validated(Carried, carried, "options").model_dump(exclude_none=True)
+    given: dict[str, Any] = {"task": None, "trust_remote_code": False, "yes": False, **said, **carried, "recipe": recipe}
+    for name, value in given.items():  # the command's () is an option that was not given; an empty list is a list
+        given[name] = list(value) if isinstance(value, tuple) and name != "sets" else value
+    given = {name: value for name, value in given.items() if value is not None or name == "task"} | {"recipe": recipe}
     if given["task"] not in (None, *TASKS):
         raise UsageError(f"task {given['task']!r}: not a task; known are {', '.join(TASKS)}")
     return given | {"data": _as_place(stack, data), "eval_data": _as_place(stack, eval_data)}
@@ -378,7 +483,8 @@ def _as_place(stack: ExitStack, rows: Any) -> str | None:
         return None if rows is None else str(rows)
     if not hasattr(rows, "save_to_disk"):
         raise UsageError(f"data: expected a path, a name, a Dataset or a DatasetDict, not {type(rows).__name__}")
-    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / "data"
+    kind = f"datasets.{type(rows).__name__}"  # the report calls the data by the folder's name
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / kind
     rows.save_to_disk(place)
     return str(place)
 
@@ -394,15 +500,15 @@ def _source(stack: ExitStack, model: Any, folder: str | Path | None, given: Mapp
         raise UsageError("model: give the folder that the module was loaded from as `folder`: its files say the layout")
     source = find_source(str(folder), allow_pickle=pickles)
     library = open_library(source, given["task"], given["trust_remote_code"])
-    checkpoint = open_checkpoint(source, library, allow_pickle=pickles)
+    checkpoint = open_checkpoint(source, library, allow_pickle=pickles, weights_key=given.get("weights_key"))
     try:
         checkpoint.model.load_state_dict(model.state_dict())
     except RuntimeError as error:
         raise UsageError(f"model: is not the model of {folder}: {' '.join(str(error).split())[:300]}") from None
-    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / Path(folder).name
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / Path(source.resolved).name
     place.mkdir()
     checkpoint.write(checkpoint.model, place)
-    return find_source(str(place))
+    return replace(find_source(str(place)), model=f"{folder} (an open module)")  # the place is gone when the report is read
 
 
 def _unfinished(out: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsd_refine.errors import UsageError
-from dsd_refine.recipe import Recipe, apply_flags, find_recipe, match_recipe, read_recipe, set_field, validate
+from dsd_refine.recipe import Phase, Recipe, apply_flags, find_recipe, match_recipe, read_recipe, set_field, validate
 
 if TYPE_CHECKING:
     from dsd_refine.checkpoint.library import Library
@@ -26,15 +26,18 @@ def choose_recipe(library: Library, given: Mapping[str, Any], say: Callable[[str
         UsageError: options that do not go together. RecipeError: fields that do not validate.
     """
     raw, name, why = _raw_recipe(library, given.get("recipe"))
+    if given.get("phases") is not None:
+        raw["phases"] = _plain_phases(given["phases"])
     for assignment in given.get("sets") or ():
         set_field(raw, assignment)
     flags = {key: value for key, value in given.items() if key not in ("recipe", "sets", "task")}
-    if "none" in (flags.get("control") or ()):
-        if len(flags["control"]) > 1:
+    control = flags.get("control")
+    if isinstance(control, tuple | list) and "none" in control:
+        if len(control) > 1:
             raise UsageError("--control none goes alone")
-        raw["control"], flags["control"] = [], ()
-    if not isinstance(flags.get("expect"), Mapping):
-        flags["expect"] = _expectations(flags.get("expect") or ())
+        flags["control"] = []
+    if isinstance(flags.get("expect"), tuple):
+        flags["expect"] = _expectations(flags["expect"])
     apply_flags(raw, flags)
     if raw.get("task") not in (None, library.task):
         raise UsageError(f"the recipe {Path(name).stem} is for {raw['task']}, the model for {library.task}")
@@ -56,6 +59,13 @@ def _raw_recipe(library: Library, wanted: str | Path | Recipe | None) -> tuple[d
     else:
         path, why = match_recipe(library.names, library.task)
     return read_recipe(path), path.name, why
+
+
+def _plain_phases(phases: object) -> object:
+    """Phases as a recipe file has them; what is no list of phases stays, and is refused with the other mistakes."""
+    if not isinstance(phases, list | tuple):
+        return phases
+    return [phase.model_dump(mode="json", exclude_none=True) if isinstance(phase, Phase) else phase for phase in phases]
 
 
 def _expectations(texts: Sequence[str]) -> dict[str, float] | None:

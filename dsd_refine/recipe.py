@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -42,6 +42,9 @@ class Strict(BaseModel):
     """Unknown keys are refused, values are not coerced (`"0.3"` is no number), nothing changes after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Kind = TypeVar("Kind", bound=Strict)
 
 
 class Distill(Strict):
@@ -310,8 +313,17 @@ def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     Raises:
         RecipeError: lists every mistake, with the nearest known key beside an unknown one.
     """
+    return validated(Recipe, raw, where)
+
+
+def validated(model: type[Kind], raw: Mapping[str, Any], where: str) -> Kind:
+    """A raw mapping as a strict model, with `validate`'s messages.
+
+    Raises:
+        RecipeError: lists every mistake.
+    """
     try:
-        return Recipe.model_validate(dict(raw))
+        return model.model_validate(dict(raw))
     except ValidationError as error:
         lines = [f"{where}: {line}" for line in _mistakes(error)]
         more = [f"{where}: and {len(lines) - MOST_MISTAKES} more mistakes"] if len(lines) > MOST_MISTAKES else []
@@ -398,7 +410,7 @@ def apply_flags(raw: dict[str, Any], flags: Mapping[str, Any]) -> None:
 
     `--lr` without `--dense-lr` sets the dense phases to a tenth of it (paper, section 3: re-Dense runs at 1/10).
     """
-    flags = {key: value for key, value in flags.items() if value is not None and value != ()}
+    flags = {key: value for key, value in flags.items() if value is not None and not (isinstance(value, tuple) and not value)}
     for kind in ("sparse", "dense"):
         if f"{kind}_epochs" in flags and f"{kind}_steps" in flags:
             raise RecipeError(f"--{kind}-epochs and --{kind}-steps: give one of them")

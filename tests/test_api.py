@@ -5,6 +5,8 @@ import logging
 import os
 import random
 import re
+import shutil
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, hashes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import dsd_refine
@@ -87,6 +91,10 @@ def test_verify_and_plan(made, done):
     planned = dsd_refine.plan(made / "timm", data=made / "pictures", sparsity=0.3, sparse_steps=3)
     assert planned["task"] == "image-classification"
     assert "masked at 0.3" in repr(planned)
+    assert dict(planned)["task"] == planned.get("task")
+    assert "data" in planned
+    with pytest.raises(UsageError, match="folder that the module"):
+        dsd_refine.plan(nn.Linear(2, 2), data=made / "pictures")
     with pytest.raises(UsageError, match="no output"):
         dsd_refine.verify(made / "timm", made)
 
@@ -102,12 +110,81 @@ def test_verify_and_plan(made, done):
         ({"task": "paint"}, UsageError, "not a task"),
         ({"folder": "x"}, UsageError, "open module"),
         ({"recipe": "resnet500"}, UsageError, "resnet500"),
+        ({"recipe": {}}, UsageError, "expected a name, a file or a Recipe"),
+        ({"phases": "dense"}, RecipeError, "phases: a list"),
+        ({"include": 3}, RecipeError, "include"),
+        ({"control": 5}, RecipeError, "control"),
+        ({"expect": [0.5]}, RecipeError, "expect"),
+        ({"sparsity": np.array([0.2, 0.3])}, RecipeError, "sparsity"),
+        ({"device": "tpu"}, RecipeError, "device"),
+        ({"workers": -1}, RecipeError, "workers"),
+        ({"save_every": "often"}, RecipeError, "save_every"),
+        ({"report_images": 101}, RecipeError, "report_images"),
+        ({"yes": "no"}, RecipeError, "yes"),
+        ({"compile": "no"}, RecipeError, "compile"),
+        ({"callbacks": [object()]}, UsageError, "none of the methods"),
+        ({"callbacks": 5}, UsageError, "list of objects"),
     ],
 )
 def test_mistakes_are_errors_of_ours(made, tmp_path, more, error, said):
     with pytest.raises(error, match=said):
         refined(made, tmp_path / "out", **more)
     assert not (tmp_path / "out").exists()
+
+
+def test_phases_and_controls_are_what_is_said(made, tmp_path):
+    phases = [dsd_refine.Phase(kind="sparse", steps=2, lr=0.02, sparsity=0.25), {"kind": "dense", "steps": 1, "lr": 0.01}]
+    options = {"data": made / "pictures", "phases": phases, "gate": "none", "batch_size": 8, "device": "cpu"}
+    report = dsd_refine.refine(made / "timm", output_dir=tmp_path / "out", control=(), **options)
+    assert [(phase["arm"], phase["kind"], phase["optimizer_steps"]) for phase in report.data["phases"]] == [
+        ("refined", "sparse", 2),
+        ("refined", "dense", 1),
+    ]
+    assert report.gate == {"rule": "none", "passed": True}
+    assert report.cost["samples"] == 3 * 8
+    same = dsd_refine.refine(made / "timm", output_dir=tmp_path / "same", control="none", **options)
+    assert weights(same.folder) == weights(report.folder)
+
+
+def test_one_name_stands_for_a_list_and_a_numpy_number_for_a_number(made, tmp_path):
+    listed = refined(made, tmp_path / "a", exclude=["*fc*"], lr=0.5)
+    alone = refined(made, tmp_path / "b", exclude="*fc*", lr=np.float64(0.5))
+    small = refined(made, tmp_path / "c", exclude="*fc*", lr=np.float32(0.5))
+    assert weights(listed.folder) == weights(alone.folder) == weights(small.folder)
+
+
+def test_a_handler_that_python_did_not_set_is_left_alone(monkeypatch):
+    import signal
+
+    from dsd_refine.run.signals import Signals
+
+    set_here = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *given: set_here.append(given))
+    with Signals():
+        pass
+    assert set_here == []
+
+
+def test_a_notebook_shows_its_own_bar(made, tmp_path, monkeypatch, capfd):
+    import sys
+
+    import datasets  # noqa: F401 - it makes a class of its own of tqdm.auto's
+    import tqdm.auto
+
+    shown = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, *given, **more):
+            if more.get("unit") == "step":  # and not a library's own
+                shown.append(more["total"])
+            super().__init__(*given, **more)
+
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    refined(made, tmp_path / "out")
+    assert shown == [3, 2, 3, 2]  # sparse and dense phase of both arms
+    assert "sparse" in capfd.readouterr().err
 
 
 def state_of_the_process():
@@ -129,6 +206,7 @@ def state_of_the_process():
 
 @pytest.mark.parametrize("more", [{}, {"data": "nowhere"}])
 def test_a_call_leaves_the_process_as_it_found_it(made, tmp_path, more):
+    import datasets  # noqa: F401 - at its import, not in a call, it sets its logger's level
     import transformers
     from accelerate.state import PartialState
 
@@ -167,15 +245,19 @@ def test_an_open_data_set_is_read_as_its_file_is(made, tmp_path):
     rows = datasets.load_dataset("csv", data_files=str(made / "texts.csv"), split="train", cache_dir=str(tmp_path / "cache"))
     rows.to_csv(tmp_path / "rows.csv", index=False)
     parts = rows.train_test_split(0.25, seed=0, shuffle=False)
-    for name, given in (("a", tmp_path / "rows.csv"), ("b", rows)):
-        dsd_refine.refine(made / "bert", data=given, output_dir=tmp_path / name, **SHORT)
+    for name, data in (("a", tmp_path / "rows.csv"), ("b", rows)):
+        dsd_refine.refine(made / "bert", data=data, output_dir=tmp_path / name, **SHORT)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     report = dsd_refine.refine(made / "bert", data=parts, output_dir=tmp_path / "c", **SHORT)
     assert report.data["data"]["eval"]["rows"] == len(parts["test"])
+    assert {source["file"].split("/")[0] for source in report.data["data"]["sources"]} == {"datasets.DatasetDict"}
 
 
-def test_an_open_module_is_refined_from_the_values_that_it_holds(made, tmp_path):
+def test_an_open_module_is_refined_from_the_values_that_it_holds(made, tmp_path, monkeypatch):
     import timm
+
+    def here(out):
+        return dsd_refine.refine(model, folder=".", data=made / "pictures", output_dir=tmp_path / out, **SHORT)
 
     model = timm.create_model(f"local-dir:{made / 'timm'}", pretrained=True)
     same = dsd_refine.refine(model, folder=made / "timm", data=made / "pictures", output_dir=tmp_path / "same", **SHORT)
@@ -185,6 +267,10 @@ def test_an_open_module_is_refined_from_the_values_that_it_holds(made, tmp_path)
         next(model.parameters()).add_(1.0)
     other = dsd_refine.refine(model, folder=made / "timm", data=made / "pictures", output_dir=tmp_path / "other", **SHORT)
     assert other.data["source"]["files"] != same.data["source"]["files"]
+    assert other.data["source"]["model"] == f"{made / 'timm'} (an open module)"
+    assert tempfile.gettempdir() + "/dsd-refine-" not in other.to_json()
+    monkeypatch.chdir(made / "timm")
+    assert weights(here("here").folder) == weights(other.folder)
     with pytest.raises(UsageError, match="is not the model"):
         dsd_refine.refine(nn.Linear(2, 2), folder=made / "timm", data=made / "pictures", output_dir=tmp_path / "x", **SHORT)
     with pytest.raises(UsageError, match="folder"):
@@ -208,6 +294,43 @@ def test_several_runs_on_one_baseline(made, done, tmp_path):
         dsd_refine.compare([done[0], other.folder])
     with pytest.raises(UsageError, match="two"):
         dsd_refine.compare([done[0]])
+    with pytest.raises(UsageError, match="two"):
+        dsd_refine.compare(str(done[0]))
+
+
+@pytest.fixture(scope="module")
+def repeated(made, tmp_path_factory):
+    """Two runs on evaluation rows that are each there six times."""
+    place = tmp_path_factory.mktemp("repeated")
+    head, *rows = (made / "texts.csv").read_text().splitlines()
+    (place / "train.csv").write_text("\n".join([head, *rows[8:]]) + "\n")
+    (place / "test.csv").write_text("\n".join([head, *(rows[:8] * 6)]) + "\n")
+    options = {"data": place / "train.csv", "eval_data": place / "test.csv", "lr": 0.5, "control": "none"} | SHORT
+    for name, sparsity in (("a", 0.3), ("b", 0.6)):
+        dsd_refine.refine(made / "bert", output_dir=place / name, sparsity=sparsity, **options)
+    return place
+
+
+def test_repeated_rows_count_once_as_in_the_report(repeated):
+    found = dsd_refine.compare([repeated / "a", repeated / "b"])
+    for name in ("a", "b"):
+        ours, theirs = found.comparison[f"{repeated / name} vs baseline"], Report.load(repeated / name).comparison["baseline"]
+        assert theirs.test == "mcnemar-exact-grouped"
+        assert (ours.test, ours.ci95, ours.p_value) == (theirs.test, theirs.ci95, theirs.p_value)
+
+
+@pytest.mark.parametrize("column", ["score_refined", "loss_baseline", "target"])
+def test_predictions_that_are_not_the_reports_are_refused(repeated, tmp_path, column):
+    shutil.copytree(repeated / "b", tmp_path / "b")
+    file = tmp_path / "b/dsd/predictions.parquet"
+    table = Report.load(tmp_path / "b").to_pandas()
+    table[column] = "other" if column == "target" else 1 - table[column]
+    table.to_parquet(file)
+    with pytest.raises(UsageError, match="come out again" if column == "score_refined" else "no common baseline"):
+        dsd_refine.compare([repeated / "a", tmp_path / "b"])
+    file.write_bytes(b"no table")
+    with pytest.raises(UsageError, match="cannot be read"):
+        dsd_refine.compare([repeated / "a", tmp_path / "b"])
 
 
 def test_masks_for_a_loop_of_ones_own():
@@ -226,6 +349,40 @@ def test_masks_for_a_loop_of_ones_own():
             dsd_refine.make_masks(model, **wrong)
     with pytest.raises(UsageError, match="no parameter"):
         dsd_refine.apply_masks(model, {"9.weight": torch.ones(2, dtype=torch.bool)})
+    with pytest.raises(UsageError, match="is bool"):
+        dsd_refine.apply_masks(model, {"0.weight": torch.ones(6, 8)})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    sparsity=st.floats(0, 1, exclude_max=True),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
+    layout=st.sampled_from(["plain", "transposed", "every second row"]),
+    levels=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_masks_have_exact_counts_and_break_ties_by_the_lowest_index(rows, columns, sparsity, dtype, layout, levels, seed):
+    drawn = torch.randint(1, levels + 1, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    views = {
+        "plain": drawn,
+        "transposed": drawn.t().contiguous().t(),
+        "every second row": drawn.repeat_interleave(2, 0)[::2],
+    }
+    model = nn.Sequential(nn.Linear(columns, rows), nn.BatchNorm1d(rows), nn.Embedding(3, 4)).to(dtype)
+    model[0].weight = nn.Parameter(views[layout])
+    count = max(0, min(round(sparsity * rows * columns), rows * columns - 1))
+    flat = drawn.flatten().tolist()
+    masked = set(sorted(range(len(flat)), key=lambda i: (flat[i], i))[:count])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    masks = dsd_refine.make_masks(model, sparsity=sparsity)
+    assert list(masks) == (["0.weight"] if count else [])
+    dsd_refine.apply_masks(model, masks)
+    expected = torch.tensor([0.0 if i in masked else value for i, value in enumerate(flat)], dtype=dtype)
+    assert torch.equal(model[0].weight.flatten(), expected)
+    for name, value in model.state_dict().items():
+        assert name == "0.weight" or torch.equal(value, before[name])
 
 
 def test_every_example_of_the_documentation_runs(made, tmp_path, monkeypatch):

@@ -85,6 +85,16 @@ class Report:
         return str(self.data["credit"])
 
     @property
+    def gate(self) -> dict[str, Any]:
+        """`rule`: what was asked for. `passed`: was it met?"""
+        return dict(self.data["gate"])
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """What training took, all arms together: `seconds`, `samples`, `energy_joules` (None: no counter)."""
+        return dict(self.data.get("cost") or {})
+
+    @property
     def gate_passed(self) -> bool:
         """Was the gate met? The weights are in `rejected/` where it was not."""
         return bool(self.data["gate"]["passed"])
@@ -113,10 +123,18 @@ class Report:
         return json.dumps(self.data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_pandas(self) -> pd.DataFrame:
-        """The evaluation rows: `row`, `target`, and per arm `prediction_ARM`, `score_ARM`, `count_ARM`, `loss_ARM`."""
+        """The evaluation rows: `row`, `target`, and per arm `prediction_ARM`, `score_ARM`, `count_ARM`, `loss_ARM`.
+
+        Raises:
+            UsageError: the output's predictions.parquet is missing, or is no such file.
+        """
         import pandas
 
-        return pandas.read_parquet(self.output / "dsd/predictions.parquet")
+        file = self.output / "dsd/predictions.parquet"
+        try:
+            return pandas.read_parquet(file)
+        except (OSError, ValueError) as error:  # what pyarrow raises is one of them
+            raise UsageError(f"{file}: cannot be read ({error!s:.100})") from None
 
     def __repr__(self) -> str:
         change = self.comparison.get("baseline")
