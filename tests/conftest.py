@@ -13,6 +13,11 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": _HOME, "HF_DATASETS_CACHE": f"{
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"):
     os.environ.pop(_name, None)
 
+from dsd_refine.cli.app import ENVIRONMENT  # noqa: E402
+
+# as for the command: the libraries read these when they are imported, and what follows imports them
+os.environ |= ENVIRONMENT
+
 import builders  # noqa: E402
 import pytest  # noqa: E402
 

@@ -42,8 +42,7 @@ def ask(made, rows, tmp_path):
             code = child.wait()
         assert "Traceback" not in child.said()
         if code:
-            # `datasets` was imported before the command could still its bars
-            lines = [line for line in child.said().splitlines() if line and not line.startswith("Generating ")]
+            lines = [line for line in child.said().splitlines() if line]
             assert len(lines) == 1, child.said()
             assert not (tmp_path / "out").exists()
         return code, child.said(), server

@@ -30,9 +30,6 @@ def alone(home: Path) -> None:
 
 def preload() -> None:
     """Import what the command imports, so that children need not. What has been run before must have left no thread."""
-    from dsd_refine.cli import app
-
-    os.environ |= app.ENVIRONMENT
     ours = [found.name for found in pkgutil.walk_packages([str(ROOT / "dsd_refine")], "dsd_refine.")]
     for name in ("accelerate.optimizer", "datasets", "pyarrow.parquet", "timm", *ours):
         if not name.endswith("__main__"):
