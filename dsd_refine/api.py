@@ -23,7 +23,6 @@ from torch import nn
 
 from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_shapes
 from dsd_refine.checkpoint.libraries.open import open_library
-from dsd_refine.checkpoint.placement import EMPTY, TensorSlice
 from dsd_refine.checkpoint.safetensors_file import read_json
 from dsd_refine.checkpoint.source import Source, find_source
 from dsd_refine.checkpoint.verify import verify as problems_of
@@ -401,8 +400,7 @@ def make_masks(
     if criterion not in ("magnitude", "random"):
         raise UsageError(f"criterion {criterion!r}: is magnitude or random")
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    tensors = {name: (tuple(p.shape), [TensorSlice(name, EMPTY, EMPTY)]) for name, p in parameters.items()}
-    layers = find_layers(model, tensors, first=list(first), include=tuple(include), exclude=tuple(exclude))
+    layers = find_layers(model, first=list(first), include=tuple(include), exclude=tuple(exclude))
     # in float32 and contiguous: the module may hold other dtypes, or views into larger tensors
     values = {name: parameter.detach().to(torch.float32).contiguous() for name, parameter in parameters.items()}
     return masking.make_masks(layers, values, sparsity, criterion, (seed, "mask"))

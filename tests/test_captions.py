@@ -8,12 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SHORT, process
+from outputs import near, report_of, same
+from runs import stop_after, torchrun
 from sacrebleu.metrics import BLEU
 from safetensors.torch import load_file
 from tasks import open_task
-from test_processes import near, torchrun
-from test_resume import same, stop_after
-from test_run import report_of
 
 from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
 from dsd_refine.errors import CheckpointError, DataError

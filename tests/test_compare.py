@@ -1,17 +1,16 @@
 """The paired tests against scipy, statsmodels and numbers worked out by hand; the verdict; the gates."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize_scalar
 from scipy.stats import binom, norm, t
 from scipy.stats import bootstrap as scipy_bootstrap
 from statsmodels.stats import contingency_tables
 from statsmodels.stats.multitest import multipletests
+from tango import deviations
 
 from dsd_refine.evidence.compare import (
     Comparison,
@@ -49,19 +48,6 @@ def test_mcnemar_is_the_exact_binomial_test(gained, lost):
 def test_mcnemar_is_statsmodels(gained, lost):
     found = mcnemar(*rows(gained, lost, 200, 150))
     assert found.p_value == pytest.approx(contingency_tables.mcnemar([[150, gained], [lost, 50]], exact=True).pvalue)
-
-
-def deviations(gained, lost, n, difference):
-    """Tango's statistic from its definition: the variance at the likeliest chances that have this difference."""
-
-    def against(share):
-        shares = (share + difference, share, 1 - 2 * share - difference)
-        counts = zip((gained, lost, n - gained - lost), shares, strict=True)
-        return -sum(count * math.log(max(chance, 1e-300)) for count, chance in counts if count)
-
-    bounds = (max(0.0, -difference), (1 - difference) / 2)
-    share = minimize_scalar(against, bounds=bounds, method="bounded", options={"xatol": 1e-13}).x
-    return (gained - lost - n * difference) / math.sqrt(n * (2 * share + difference - difference**2))
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 500))

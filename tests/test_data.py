@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 from builders import WORDS, image_folder, text_file, word_tokenizer
+from labelled import NAMED, recipe, table, texts
 from PIL import Image
 
 from dsd_refine.checkpoint.preprocessing import Preprocessing
@@ -24,13 +25,11 @@ from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import SALT, Rows, by_role, carve, divide
 from dsd_refine.data.tables import ROWS_AT_ONCE, read_tables
 from dsd_refine.errors import DataError
-from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Scores
 from dsd_refine.tasks.causal_lm import prepare_documents
 from dsd_refine.tasks.image_classification import prepare_images
 from dsd_refine.tasks.inputs.images import decode
 from dsd_refine.tasks.inputs.texts import window_length
-from dsd_refine.tasks.text_classification import prepare_texts
 
 
 def read(spec, cache):
@@ -39,10 +38,6 @@ def read(spec, cache):
 
 def sizes(tables):
     return {name: len(table.rows) for name, table in tables.items()}
-
-
-def recipe(**fields):
-    return Recipe(phases=(Phase(kind="dense", steps=1, lr=0.1),), **fields)
 
 
 def digest(text):
@@ -63,14 +58,6 @@ def grey(*_):
 
 def pictures(folder, cache, aliases=(("a",), ("b",), ("c",)), **fields):
     return prepare_images(recipe(**fields), read(folder, cache), None, grey(), aliases, 3)
-
-
-def texts(tables, aliases=(("neg",), ("pos",)), evaluation=None, classes=2, **fields):
-    return prepare_texts(recipe(**fields), tables, evaluation, word_tokenizer(), 16, aliases, classes)
-
-
-def table(**columns):
-    return Table(datasets.Dataset.from_dict(columns))
 
 
 # ---------------------------------------------------------------- forms of --data
@@ -545,8 +532,6 @@ def test_a_bomb_is_not_decoded(monkeypatch):
 
 
 # ---------------------------------------------------------------- labels
-
-NAMED = (("tabby cat", "n02"), ("dog", "n01"), ("great_white", "n03"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 from conftest import SHORT
-from test_run import report_of
+from outputs import report_of
 from torch import nn
 
 from dsd_refine.errors import UsageError

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, SHORT
+from outputs import report_of
 from safetensors.torch import load_file, save_file
 from scipy.optimize import brentq
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student
-from test_compare import deviations
-from test_run import report_of
+from tango import deviations
 
 DEMO = ROOT / "recipes/demo"
 

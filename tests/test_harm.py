@@ -9,8 +9,8 @@ import reports
 from conftest import ROOT, SHORT
 from hypothesis import given
 from hypothesis import strategies as st
-from test_resume import stop_after
-from test_run import report_of
+from outputs import report_of
+from runs import stop_after
 
 from dsd_refine.evidence.damage import clearly_worse, harm_warnings, rising_warnings, view_warnings
 from dsd_refine.recipe import Augment, Phase, Recipe

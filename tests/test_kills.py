@@ -13,7 +13,7 @@ import pytest
 from conftest import process
 from forked import Child, preload, watched
 from forked import command as run_command
-from test_resume import same
+from outputs import same
 
 from dsd_refine.data import tables
 from dsd_refine.data.tables import in_threads
@@ -206,10 +206,15 @@ def test_a_stop_at_an_epoch_s_end_leaves_the_evaluation_to_the_resumed_run(comma
 def test_save_every_says_how_much_a_kill_may_cost(command, made, tmp_path, monkeypatch):
     from dsd_refine.run.workspace import Workspace
 
-    counts = {}
+    counts, save = {}, Workspace.save
     for minutes in ("0", "10"):
         saves = counts[minutes] = []
-        monkeypatch.setattr(Workspace, "_write_state", lambda self, tensors, saves=saves: saves.append(tensors is None))
+
+        def counted(self, tensors, *given, saves=saves):
+            saves.append(tensors is None)
+            save(self, tensors, *given)
+
+        monkeypatch.setattr(Workspace, "save", counted)
         command(*pictures(made, tmp_path / minutes, "--save-every", minutes, "--control", "none"))
     assert counts["0"].count(False) == 9 + 1  # each step, and the end of the first phase
     assert counts["10"].count(False) == 1

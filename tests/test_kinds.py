@@ -11,15 +11,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dsd_refine.errors import UsageError
-from dsd_refine.masking.layers import TensorSlice, find_layers, masked_count
+from dsd_refine.masking.layers import find_layers, masked_count
 from dsd_refine.masking.masks import apply_masks, empty_filters, make_masks
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 
 
 def layers_of(model, **options):
-    tensors = {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in model.named_parameters(remove_duplicate=False)}
-    return find_layers(model, tensors, **options)
+    return find_layers(model, **options)
 
 
 def reasons(model, **options):

@@ -14,9 +14,9 @@ from builders import WORDS
 from conftest import SHORT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from labelled import NAMED, recipe, table, texts
+from outputs import report_of
 from safetensors.torch import load_file, save_file
-from test_data import NAMED, recipe, table, texts
-from test_run import report_of
 
 from dsd_refine.data.labels import label_texts, match_labels, without_hidden
 from dsd_refine.data.names import counterparts, listed, map_option

@@ -14,8 +14,7 @@ EMPTY = torch.empty(0, dtype=torch.int64)
 
 
 def layers_of(model, **options):
-    tensors = {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in model.named_parameters(remove_duplicate=False)}
-    return find_layers(model, tensors, **options)
+    return find_layers(model, **options)
 
 
 def reasons(model, **options):

@@ -8,7 +8,6 @@ import torch
 
 from dsd_refine.planning import measure
 from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.run import open as opening
 
 
 @pytest.fixture
@@ -35,15 +34,14 @@ def test_measuring_leaves_nothing_and_says_time_and_memory(planned, tmp_path):
 
 
 def test_a_teacher_is_asked_in_the_steps_that_are_measured(planned, monkeypatch):
-    asked = []
-    make = opening._teacher
+    asked, really = [], measure.run_phase
 
-    def counted(*args):
-        teacher = make(*args)
-        teacher.register_forward_hook(lambda *call: asked.append(1))
-        return teacher
+    def run_phase(run, phase, state):
+        if state.place.phase == 1:
+            run.teacher.register_forward_hook(lambda *call: asked.append(1))
+        return really(run, phase, state)
 
-    monkeypatch.setattr(opening, "_teacher", counted)
+    monkeypatch.setattr(measure, "run_phase", run_phase)
     planned("--set", "phases.1.distill={weight: 0.5}")
     assert len(asked) == measure.STEPS  # the sparse phase has none
 

@@ -6,15 +6,16 @@ import builders
 import pytest
 import torch
 from conftest import SHORT
+from outputs import report_of
+from runs import stop_after, whole
 from safetensors.torch import load_file
-from test_run import report_of
-from test_train import Numbers, loop_of, mlp, run, values
 from torch import nn
 from torch.nn import functional as F
+from toys import Numbers, loop_of, mlp, run, values
 
 from dsd_refine.errors import UsageError
 from dsd_refine.masking.checkpoint_layers import frozen_names
-from dsd_refine.masking.layers import TensorSlice, find_layers
+from dsd_refine.masking.layers import find_layers
 from dsd_refine.masking.masks import apply_masks, make_masks, masked_values, put_back
 from dsd_refine.recipe import Distill, Phase, Recipe, read_recipe, shipped, validate
 from dsd_refine.training.average import Average
@@ -43,7 +44,7 @@ def phase(kind="dense", **given):
 
 def masks_at(model, sparsity=0.5, criterion="magnitude", seed=()):
     parameters = dict(model.named_parameters())
-    layers = find_layers(model, {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in parameters.items()})
+    layers = find_layers(model)
     return make_masks(layers, parameters, sparsity, criterion, seed)
 
 
@@ -479,8 +480,6 @@ def test_plan_refuses_a_dropout_that_the_model_has_not(refused, tmp_path):
 
 def test_every_kind_of_phase_goes_on_after_a_stop(command, tmp_path, made, monkeypatch):
     """An average, a stash of masked weights and a frozen part are in the saved state."""
-    from test_resume import stop_after, whole
-
     source = builders.timm_checkpoint(tmp_path / "timm")
     sets = [
         "phases.0.criterion=random",
@@ -504,8 +503,6 @@ def test_every_kind_of_phase_goes_on_after_a_stop(command, tmp_path, made, monke
 
 
 def test_the_papers_five_moments_are_kept_and_a_stop_changes_none(command, made, tmp_path, monkeypatch):
-    from test_resume import stop_after
-
     args = [made / "timm", "--data", made / "pictures", *SHORT, "--sparsity", "0.5", "--quiet"]
     with monkeypatch.context() as patched:
         stop_after(patched, 4)

@@ -7,8 +7,8 @@ import builders
 import numpy as np
 import pytest
 from conftest import SHORT
+from outputs import report_of
 from PIL import Image
-from test_run import report_of
 
 from dsd_refine.errors import DataError
 from dsd_refine.tasks.inputs.images import Seen, decode, look, look_warnings

@@ -6,18 +6,17 @@ import builders
 import pytest
 import torch
 from conftest import SHORT
-from test_train import loop_of, masks_of, mlp, run, values
 from torch import nn
+from toys import loop_of, masks_of, mlp, run, values
 
-from dsd_refine.masking.layers import TensorSlice, find_layers, masked_count
+from dsd_refine.masking.layers import find_layers, masked_count
 from dsd_refine.masking.masks import apply_masks, check_masks, count_zeros, make_masks
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 
 
 def layers_of(model):
-    tensors = {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in model.named_parameters(remove_duplicate=False)}
-    return find_layers(model, tensors)
+    return find_layers(model)
 
 
 def masked(model, sparsity=0.5):

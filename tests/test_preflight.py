@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 from conftest import SHORT
+from outputs import report_of
 from safetensors.torch import load_file, save_file
-from test_run import report_of
 
 from dsd_refine.evidence.baseline_checks import check_baseline
 from dsd_refine.evidence.card_results import CardResult, read_card_results

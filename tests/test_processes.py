@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,29 +10,13 @@ from pathlib import Path
 
 import builders
 import pytest
-import torch
 import yaml
 from conftest import ROOT, environment, process
-from safetensors.torch import load_file
-from test_run import report_of
+from outputs import near, report_of
+from runs import free_port, torchrun, torchrun_arguments
 
 STEPS = ("--sparse-steps", "5", "--dense-steps", "4", "--gate", "none", "--control", "dense", "--quiet", "--lr", "0.01")
 PLAIN = ("--warmup-steps", "2", "--set", "augment={crop: none, flip: 0.0}")
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def torchrun_arguments(*args):
-    how = ("--nproc-per-node", 2, "--master-addr", "127.0.0.1", "--master-port", free_port())
-    return list(map(str, ("-m", "torch.distributed.run", *how, "-m", "dsd_refine", *args)))
-
-
-def torchrun(*args):
-    return process(*torchrun_arguments(*args))
 
 
 def accelerate(*args):
@@ -44,13 +27,6 @@ def accelerate(*args):
     return subprocess.run(
         [str(script), *launch, *map(str, args)], cwd=ROOT, env=more, capture_output=True, text=True, timeout=300
     )
-
-
-def near(one, two):
-    one, two = (load_file(out / "model.safetensors") for out in (one, two))
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.allclose(one[name], two[name], rtol=0, atol=1e-5), name
 
 
 def counted(out):

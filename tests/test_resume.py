@@ -9,7 +9,8 @@ import time
 
 import pytest
 from conftest import ROOT, environment, hashes
-from test_run import report_of, strip
+from outputs import same
+from runs import stop_after, whole
 
 STEPS = ("--sparse-steps", "4", "--dense-steps", "4", "--gate", "none", "--batch-size", "8", "--device", "cpu", "--quiet")
 ARMS = ("--control", "dense", "--control", "random")
@@ -25,35 +26,6 @@ def arguments(made, out, *more):
 def undisturbed(made, tmp_path_factory):
     """The same run, never stopped."""
     return whole(arguments(made, tmp_path_factory.mktemp("undisturbed") / "out"))
-
-
-def whole(args):
-    from dsd_refine.cli.app import main
-
-    with pytest.raises(SystemExit) as ended:
-        main([str(arg) for arg in args])
-    assert ended.value.code == 0
-    return args[args.index("-o") + 1]
-
-
-def same(one, two):
-    for name in ("model.safetensors", "dsd/predictions.parquet", "dsd/log.jsonl", "dsd/recipe.yaml"):
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    assert strip(report_of(one)) == strip(report_of(two))
-
-
-def stop_after(monkeypatch, steps):
-    """Ask every run to stop once so many optimizer steps were taken, as a signal that came then would."""
-    from dsd_refine.training import loop as train
-
-    taken, step = [0], train.train_step
-
-    def counted(loop, *args):
-        taken[0] += 1
-        loop.stopping = lambda: taken[0] >= steps
-        return step(loop, *args)
-
-    monkeypatch.setattr(train, "train_step", counted)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 8, 9, 12, 13, 20, 23, ALL])

@@ -3,9 +3,9 @@
 import builders
 import pytest
 import torch
+from outputs import report_of, same
+from runs import stop_after
 from safetensors.torch import load_file, save_file
-from test_resume import same, stop_after
-from test_run import report_of
 
 from dsd_refine.masking.layers import Layer, TensorSlice
 from dsd_refine.masking.masks import never_back, trained_groups, without_gradient
@@ -186,7 +186,7 @@ def test_a_filter_that_is_never_active_keeps_its_zeros_where_others_of_its_layer
 
 
 def test_a_layer_that_has_a_gradient_is_found_at_its_first_step():
-    layers = [Layer("w", (4, 4), (TensorSlice("w", ALL, ALL),))]
+    layers = [Layer.of_parameter("w", torch.empty(4, 4))]
     parameter = torch.nn.Parameter(torch.zeros(4, 4))
     known = trained_groups(layers, {"w": parameter})
     assert known == [("w", 0)]

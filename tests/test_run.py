@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders import copy_folder, image_folder, text_file, timm_checkpoint
 from conftest import SHORT, hashes
+from outputs import report_of, strip
 from safetensors.torch import load_file, save_file
 
 FIELDS = [
@@ -56,19 +57,6 @@ ENVIRONMENT = ["python", "torch", "timm", "transformers", "accelerate", "dataset
 COMPARISON = ["delta", "ci95", "p_value", "p_adjusted", "gained", "lost", "test"]
 DATA = {"timm": "pictures", "vit": "colours", "bert": "texts.csv", "gpt2": "documents.txt"}
 STRONG = ("--optimizer", "adamw", "--lr", "0.01", "--warmup-steps", "0")
-
-
-def report_of(out):
-    return json.loads((out / "dsd/report.json").read_text())
-
-
-def strip(report):
-    """A report without what differs between two runs of one command: times and paths."""
-    report = json.loads(json.dumps(report))
-    for phase in report["phases"]:
-        del phase["seconds"], phase["samples_per_second"]
-    del report["argv"], report["output"]["path"], report["cost"]
-    return report
 
 
 @pytest.fixture

@@ -14,10 +14,9 @@ import pytest
 import soundfile
 import torch
 from conftest import SHORT
+from outputs import near, report_of, same
+from runs import stop_after, torchrun
 from tasks import open_task
-from test_processes import near, torchrun
-from test_resume import same, stop_after
-from test_run import report_of
 
 from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
 from dsd_refine.data.tables import read_tables

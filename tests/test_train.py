@@ -6,114 +6,20 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from toys import Numbers, loop_of, masks_of, mlp, run, values
 
 from dsd_refine.errors import RunError
-from dsd_refine.masking.layers import TensorSlice, find_layers
+from dsd_refine.masking.layers import find_layers
 from dsd_refine.masking.masks import apply_masks, make_masks
-from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.tasks.base import Batch, Score
+from dsd_refine.recipe import Phase
 from dsd_refine.training.batches import epoch_order, shares
 from dsd_refine.training.evaluate import evaluate, unreached
-from dsd_refine.training.hooks import Hooks, Place
-from dsd_refine.training.loop import batches_of_steps, count, renews_mask, train_step
 from dsd_refine.training.optimizer import learning_rate, make_optimizer
-from dsd_refine.training.state import Key, Loop, PhaseState, Progress, micro_batches
-
-EMPTY = torch.empty(0, dtype=torch.int64)
-
-
-class Rows:
-    def __init__(self, x, y):
-        self.x, self.y, self.rows, self.units = x, y, range(len(x)), len(x)
-
-    def row_of(self, unit):
-        return unit
-
-
-class Numbers:
-    """Rows of floats with a class each, in memory."""
-
-    name, metric, higher_is_better = "numbers", "accuracy", True
-
-    def __init__(self, rows=20, width=6, shape=None):
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(rows, *(shape or (width,)), generator=generator)
-        y = torch.randint(0, 3, (rows,), generator=generator)
-        self.train = self.holdout = self.eval = Rows(x, y)
-
-    def batch(self, part, items):
-        units = [unit for unit, _ in items]
-        return Batch({"x": part.x[units]}, part.y[units], len(units))
-
-    def loss(self, forward, batch):
-        return F.cross_entropy(forward(batch.inputs["x"]), batch.targets, reduction="sum")
-
-    def score(self, forward, batch):
-        logits = forward(batch.inputs["x"])
-        losses = F.cross_entropy(logits, batch.targets, reduction="none")
-        return [
-            Score(float(p == t), 1, float(n), int(p)) for p, t, n in zip(logits.argmax(1), batch.targets, losses, strict=True)
-        ]
-
-
-def mlp(*middle):
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 16), *(middle or [nn.ReLU()]), nn.Linear(16, 3))
-
-
-def loop_of(model, task=None, log=None, **recipe):
-    """A loop around a model; `log` is called with a line for each step, as log.jsonl has it."""
-    given = {"phases": [{"kind": "dense", "epochs": 1, "lr": 0.1}], "batch_size": 4, "momentum": 0.0, **recipe}
-    batchnorm = any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
-    loop = Loop(
-        Accelerator(cpu=True), model, model, task or Numbers(), Recipe.model_validate(given), lambda m: nullcontext(),
-        has_batchnorm=batchnorm, parameters=dict(model.named_parameters()),
-    )  # fmt: skip
-    loop.hooks = Logged(log)
-    return loop
-
-
-class Logged(Hooks):
-    def __init__(self, log):
-        self.log = log
-
-    def on_step(self, step):
-        if self.log:
-            self.log({"step": step.step, "lr": step.lr, "loss": step.loss, "samples": step.samples, "skipped": step.skipped})
-
-
-def masks_of(model, sparsity):
-    tensors = {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in model.named_parameters()}
-    masks = make_masks(find_layers(model, tensors), dict(model.named_parameters()), sparsity)
-    apply_masks(masks, dict(model.named_parameters()))
-    return masks
-
-
-def run(loop, masks=None, done=None, remask=None, **phase):
-    """Train a phase of 5 steps from `done` on: step, then mask, then what `remask` gives where the phase renews its mask."""
-    kind = "sparse" if masks else "dense"
-    given = {"kind": kind, "steps": 5, "lr": 0.1, "schedule": "constant", **({"sparsity": 0.5} if masks else {}), **phase}
-    phase = Phase.model_validate(given)
-    state = PhaseState(Place("refined", 1, 1, 0, 1, 1, "x", 0, 5), done or Progress())
-    state.begin(loop, phase)
-    state.use(masks or {}, loop.parameters)
-    for batches in batches_of_steps(loop, phase, state):
-        step, _ = train_step(loop, phase, state, batches)
-        if renews_mask(phase, step.step, step.steps):
-            masks.update(remask(step.step // phase.refresh))
-            state.use(masks, loop.parameters)
-        count(state, step)
-        loop.hooks.on_step(step)
-    return state.progress
-
-
-def values(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
+from dsd_refine.training.state import Key, micro_batches
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "step"])
@@ -343,7 +249,7 @@ def test_refresh_makes_the_mask_anew_from_the_weights_then_held():
         with torch.no_grad():
             model[0].weight[~first["0.weight"]] += 9  # so that others are the smallest now
         return make_masks(
-            find_layers(model, {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in model.named_parameters()}),
+            find_layers(model),
             dict(model.named_parameters()),
             0.5,
         )

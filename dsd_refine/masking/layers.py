@@ -34,6 +34,11 @@ class Layer:
     excluded: str | None = None
     fixed: bool = False
 
+    @classmethod
+    def of_parameter(cls, name: str, parameter: torch.Tensor) -> Layer:
+        """Return the layer of a parameter that the file holds whole, under the model's name."""
+        return cls(name, tuple(parameter.shape), (TensorSlice(name),))
+
     @property
     def weights(self) -> int:
         """The number of the tensor's elements."""
@@ -51,7 +56,7 @@ def masked_count(n: int, sparsity: float) -> int:
 
 def find_layers(
     model: nn.Module,
-    tensors: Mapping[str, tuple[tuple[int, ...], Sequence[TensorSlice]]],
+    tensors: Mapping[str, tuple[tuple[int, ...], Sequence[TensorSlice]]] | None = None,
     *,
     first: Iterable[str] = (),
     unreached: Iterable[str] = (),
@@ -64,7 +69,8 @@ def find_layers(
 
     Args:
         model: The model that the file's tensors were loaded into.
-        tensors: The file's tensors by name, each with its shape and its slices in the model.
+        tensors: The file's tensors by name, each with its shape and its slices in the model. None: the
+            file holds the model's parameters, under the model's names.
         first: Names of the modules that see the input. They are not masked.
         unreached: Names of the parameters that get no gradient. They are not masked.
         include: Glob patterns of names to mask as well.
@@ -75,6 +81,8 @@ def find_layers(
     """
     owners, routers = find_owners(model), find_routers(model)
     by_key = dict(model.named_parameters(remove_duplicate=False))
+    if tensors is None:
+        tensors = {name: (tuple(parameter.shape), (TensorSlice(name),)) for name, parameter in by_key.items()}
     first, unreached = set(first), set(unreached)
     layers: list[Layer] = []
     name_of: dict[tuple[object, ...], str] = {}

@@ -19,7 +19,7 @@ from dsd_refine.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from dsd_refine.checkpoint.libraries.open import open_library
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.masking.checkpoint_layers import first_layers, open_layers, outside_embeddings
-from dsd_refine.masking.layers import Layer, TensorSlice, find_layers
+from dsd_refine.masking.layers import Layer, find_layers
 from dsd_refine.recipe import validate
 from dsd_refine.task_specs import TASKS
 
@@ -182,11 +182,7 @@ def opened(task: str, family: str, folder: Path) -> Checkpoint:
 
 def of_shapes(model: torch.nn.Module) -> list[Layer]:
     """The layers of an image model on the meta device, whose file has its own names."""
-    slices = {
-        name: (tuple(parameter.shape), [TensorSlice(name, EMPTY, EMPTY)])
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    return find_layers(model, slices, first=first_layers(model, "image-classification"))
+    return find_layers(model, first=first_layers(model, "image-classification"))
 
 
 def timm_layers() -> Iterator[tuple[str, list[Layer]]]:
