@@ -3,17 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
 
 # What `make bench` measures, one table each in benchmarks/results/; alone on the machine, about an hour and a half on two cores.
 BENCHES := step throughput evaluate masks checkpoint start growth
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test test-lowest coverage check bench format clean
 
 demo: $(STAMP)
 	$(BIN)/dsd-refine run recipes/demo/checkpoint --recipe digits --output-dir demo-output --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The tests with the oldest releases that pyproject.toml allows.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -34,5 +42,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-output demo-output.partial dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LOWEST) .coverage demo-output demo-output.partial dist .pytest_cache .ruff_cache .mypy_cache

@@ -2,9 +2,9 @@
 
 KINDs: of these files alone. NUMBERs: of the N cases these alone, again.
 
-Each case is a seeded mutation of good files, or a file made to harm (tests/hostile.py), in a process of its own. Held against:
-exit code 0 or 2 (3 for `verify`, 5 where the weights themselves cannot be computed with), never a traceback, 30 s of computing,
-2 GiB, a file outside the output, a program or a connection started.
+Each case is a seeded mutation of good files, or a file made to harm (tests/support/hostile.py), in a process of its
+own. Held against: exit code 0 or 2 (3 for `verify`, 5 where the weights themselves cannot be computed with), never a
+traceback, 30 s of computing, 2 GiB, a file outside the output, a program or a connection started.
 """
 
 from __future__ import annotations

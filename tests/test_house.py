@@ -51,16 +51,9 @@ def test_no_module_at_the_root_bears_the_name_of_a_public_one():
     assert not names & set(dsd_refine.__all__)
 
 
-def test_paths_that_the_documents_name_are_there():
-    for document in [*Path(ROOT).glob("*.md"), *Path(ROOT, "docs").glob("*.md")]:
-        if document.name == "CHANGELOG.md":
-            continue
-        text = document.read_text(encoding="utf-8")
-        for path in re.findall(r"`((?:dsd_refine|tests|benchmarks|docs|recipes)/[\w./-]+\.\w+)", text):
-            assert "NAME" in path or Path(ROOT, path).exists(), f"{document.name}: {path}"
-
-
-def test_the_citation_has_the_version():
-    text = Path(ROOT, "CITATION.cff").read_text(encoding="utf-8")
-    assert f"version: {dsd_refine.__version__}\n" in text
-    assert "cff-version: 1.2.0" in text
+def test_no_test_file_imports_another():
+    """What several test files need lies in tests/support."""
+    imports = re.compile(r"^\s*(?:from|import) test_\w+", re.MULTILINE)
+    assert [
+        path.name for path in Path(ROOT, "tests").glob("test_*.py") if imports.search(path.read_text(encoding="utf-8"))
+    ] == []

@@ -41,8 +41,8 @@ def test_it_takes_one_name(wheel):
     (info,) = wheel.glob("*.dist-info")
     assert {path.name for path in wheel.iterdir()} == {"dsd_refine", info.name}
     assert "dsd-refine = dsd_refine.cli.app:main" in (info / "entry_points.txt").read_text()
-    for name in ("cli", "recipes"):
-        assert "ModuleNotFoundError" in installed(wheel, "-c", f"import {name}").stderr
+    for name in ("cli", "recipes"):  # without site-packages (-S): how the checkout is installed says nothing of the wheel
+        assert "ModuleNotFoundError" in installed(wheel, "-S", "-c", f"import {name}").stderr
 
 
 def test_what_it_holds_refines(wheel):
