@@ -89,7 +89,12 @@ def test_a_verb_that_is_nearly_one_is_suggested_where_no_model_has_the_name(refu
 
 def test_recipes_are_listed_in_groups_and_a_slip_is_answered_first(command, refused):
     lines = command("recipes").out.splitlines()
-    assert [line for line in lines if not line.startswith(" ")] == ["Defaults of the tasks:", "Models:", "Methods:"]
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "Defaults of the tasks:",
+        "Models of the paper:",
+        "Other models:",
+        "Methods:",
+    ]
     assert any(line.split()[0] == "swa" for line in lines[lines.index("Methods:") :])
     assert refused("recipes", "swa") == "did you mean `recipes show swa`?"
     assert refused("recipes", "shwo", "swa") == "did you mean `recipes show`?"

@@ -217,11 +217,15 @@ def recipes(context: click.Context) -> None:
 
 
 def _groups_of_recipes(known: dict[str, Path]) -> dict[str, list[str]]:
-    """The defaults of the tasks, then the models and the demo, then the methods that DSD is compared with."""
-    defaults = [name for name in known if name in TASKS]
-    methods = [name for name, path in known.items() if path.parent.name == "methods"]
-    models = [name for name in known if name not in (*defaults, *methods)]
-    return {"Defaults of the tasks": defaults, "Models": models, "Methods": methods}
+    """Defaults of the tasks, models of the paper, other models with the demo, and the methods that DSD is compared with."""
+    titles = {"paper": "Models of the paper", "methods": "Methods"}
+    groups: dict[str, list[str]] = {
+        title: [] for title in ("Defaults of the tasks", "Models of the paper", "Other models", "Methods")
+    }
+    for name, path in known.items():
+        title = "Defaults of the tasks" if name in TASKS else titles.get(path.parent.name, "Other models")
+        groups[title].append(name)
+    return groups
 
 
 @recipes.command()
