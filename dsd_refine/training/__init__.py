@@ -1,1 +1,1 @@
-"""One phase of training, and evaluation. Nothing here knows one task, or a checkpoint format."""
+"""One phase of training, and evaluation. No module here depends on one task or checkpoint format."""

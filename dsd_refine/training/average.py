@@ -1,4 +1,8 @@
-"""The mean of a phase's weights: of its epochs' ends (SWA, Izmailov et al. 2018), or a moving one of its steps (EMA)."""
+"""The mean of a phase's weights.
+
+SWA (Izmailov et al. 2018) averages the weights at the end of each epoch. EMA is an exponential moving
+average over the optimizer steps.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,29 @@ from dsd_refine.recipe import Phase
 
 
 class Average:
-    """Nothing for a phase without `average`. A weight that is 0 in everything averaged is exactly 0 in the mean."""
+    """The mean of a phase's trainable weights. A phase without `average` has no mean.
+
+    A weight that is 0 in all averaged states is exactly 0 in the mean.
+
+    Attributes:
+        count: how many states are averaged so far.
+        mean: name of a parameter -> its mean, with the parameter's shape, dtype and device.
+    """
 
     def __init__(self, phase: Phase, parameters: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
         self.phase = phase
         self.parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.count = int(saved["average.count"]) if "average.count" in saved else 0
-        found = {name: saved.get(f"average.mean.{name}") for name in self.parameters} if self.count else {}
-        self.mean = {name: value.to(self.parameters[name].device) for name, value in found.items() if value is not None}
+        means = {name: saved.get(f"average.mean.{name}") for name in self.parameters} if self.count else {}
+        self.mean = {name: value.to(self.parameters[name].device) for name, value in means.items() if value is not None}
 
     def step_end(self) -> None:
+        """Add the weights after an optimizer step to the mean, in a phase with `average: ema`."""
         if self.phase.average == "ema":
             self._add(1 - self.phase.ema_decay if self.count else 1.0)
 
     def epoch_end(self) -> None:
+        """Add the weights at the end of an epoch to the mean, in a phase with `average: swa`."""
         if self.phase.average == "swa":
             self._add(1 / (self.count + 1))
 
@@ -39,23 +52,26 @@ class Average:
 
     @torch.no_grad()
     def settle(self) -> bool:
-        """Give the model the mean, for good. False if there is none."""
+        """Copy the mean into the model's parameters. Returns False if there is no mean."""
         for name, value in self.mean.items():
             self.parameters[name].copy_(value)
         return bool(self.mean)
 
     @contextmanager
     def held(self) -> Iterator[bool]:
-        """Within, the model holds the mean (True), or what it held (False, where there is none)."""
-        before = {name: self.parameters[name].detach().clone() for name in self.mean}
+        """Inside the context, the model holds the mean; afterwards it has its own weights again.
+
+        Yields True, or False if there is no mean and the model keeps its own weights.
+        """
+        own_weights = {name: self.parameters[name].detach().clone() for name in self.mean}
         try:
             yield self.settle()
         finally:
             with torch.no_grad():
-                for name, value in before.items():
+                for name, value in own_weights.items():
                     self.parameters[name].copy_(value)
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """For the saved state; empty where nothing is averaged."""
+        """The mean and its count as tensors for the saved state; empty if there is no mean."""
         means = {f"average.mean.{name}": value for name, value in self.mean.items()}
         return {**means, "average.count": torch.tensor(self.count)} if means else {}

@@ -1,4 +1,4 @@
-"""Which rows each batch holds: a function of seed, phase and epoch."""
+"""Which rows each batch holds. The seed, the phase and the epoch alone decide it."""
 
 from __future__ import annotations
 
@@ -17,33 +17,46 @@ from dsd_refine.training.state import Key, Loop, micro_batches
 
 
 def shares(micro: Any, size: int, world: int, has_batchnorm: bool) -> list[Any]:
-    """The rows of a micro-batch that each process takes: in order, `size` each, the last what is left (perhaps none)."""
+    """Divide a micro-batch between the processes: in order, `size` rows each, and the rest to the last.
+
+    A process may take no row. With BatchNorm no process takes a single row, unless the micro-batch
+    has only one.
+
+    Args:
+        micro: the rows of the micro-batch over all processes.
+        size: rows per process.
+        world: number of processes.
+
+    Returns:
+        `world` slices of `micro`.
+    """
     size = max(size, 2) if has_batchnorm else size
     bounds = [min(rank * size, len(micro)) for rank in range(world)] + [len(micro)]
     if has_batchnorm:
         for rank in range(1, world):
             if bounds[rank + 1] - bounds[rank] == 1:
-                # a lone row goes to the last process before that has rows
+                # give a single row to the nearest earlier process that has rows
                 bounds[1 : rank + 1] = [b + (b == bounds[rank]) for b in bounds[1 : rank + 1]]
     return [micro[a:b] for a, b in pairwise(bounds)]
 
 
 def epoch_order(key: Key, epoch: int, units: int) -> np.ndarray[Any, Any]:
-    """The order of an epoch: a function of (seed, phase, epoch) alone."""
+    """A random order of the units 0..units-1, which depends on (seed, phase, epoch) alone."""
     return np.random.default_rng(stable_seed(key.seed, key.phase, epoch, "order")).permutation(units)
 
 
 class BatchPlan(Sampler[tuple[list[Item], bool]]):
-    """What this process loads, micro-batch by micro-batch, from `first` to the end of the phase.
+    """The micro-batches that this process loads, from step `first` (counted from 0) to the last of `total` steps.
 
-    A process without a row in a micro-batch loads two anyway and gives them no weight, since all must step together.
+    All processes must step together. So a process without a row in a micro-batch loads two rows of
+    it and gives them the weight 0.
     """
 
     def __init__(self, loop: Loop, key: Key, first: int, total: int) -> None:
         self.loop, self.key, self.first, self.total = loop, key, first, total
 
     def groups(self) -> Iterator[list[tuple[np.ndarray[Any, Any], int]]]:
-        """Of each step its micro-batches over all processes: (rows, epoch)."""
+        """Yield for each step its micro-batches, as pairs (rows over all processes, epoch)."""
         loop, recipe, units = self.loop, self.loop.recipe, self.loop.task.train.units
         micro = micro_batches(units, recipe.batch_size * loop.world, loop.has_batchnorm)
         size, per_epoch, epoch, order = recipe.gradient_accumulation_steps, loop.steps_per_epoch, -1, np.empty(0)
@@ -51,34 +64,43 @@ class BatchPlan(Sampler[tuple[list[Item], bool]]):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
                 order = epoch_order(self.key, epoch, units)
-            place = step % per_epoch
-            yield [(order[np.asarray(m)], epoch) for m in micro[place * size : (place + 1) * size]]
+            number = step % per_epoch
+            yield [(order[np.asarray(m)], epoch) for m in micro[number * size : (number + 1) * size]]
 
-    def _mine(self, micro: np.ndarray[Any, Any], epoch: int) -> tuple[list[Item], bool]:
+    def _items_of_process(self, micro: np.ndarray[Any, Any], epoch: int) -> tuple[list[Item], bool]:
+        """The items that this process loads of a micro-batch, and whether they count in the loss."""
         loop, rank = self.loop, self.loop.accelerator.process_index
-        mine = shares(micro, loop.recipe.batch_size, loop.world, loop.has_batchnorm)[rank]
-        chosen = mine if len(mine) else micro[:2]
-        return [(int(u), stable_seed(*self.key, epoch, int(u), "augment")) for u in chosen], bool(len(mine))
+        own_rows = shares(micro, loop.recipe.batch_size, loop.world, loop.has_batchnorm)[rank]
+        rows = own_rows if len(own_rows) else micro[:2]
+        return [(int(u), stable_seed(*self.key, epoch, int(u), "augment")) for u in rows], bool(len(own_rows))
 
     def __iter__(self) -> Iterator[tuple[list[Item], bool]]:
         for group in self.groups():
-            yield from (self._mine(rows, epoch) for rows, epoch in group)
+            yield from (self._items_of_process(rows, epoch) for rows, epoch in group)
 
 
 class _Loader(Dataset[Batch]):
-    """Makes whole batches, in this process or in a worker."""
+    """Makes one whole batch per index, in this process or in a worker process."""
 
     def __init__(self, task: Task, part: Any) -> None:
         self.task, self.part = task, part
 
-    def __getitem__(self, wanted: Any) -> Batch:
-        items, real = wanted
+    def __getitem__(self, items_and_weight: Any) -> Batch:
+        items, is_counted = items_and_weight
         batch = replace(self.task.batch(self.part, items), items=tuple(items))
-        return batch if real else replace(batch, count=0)
+        return batch if is_counted else replace(batch, count=0)
 
 
 def loader(loop: Loop, part: Any, plan: Any) -> DataLoader[Batch]:
-    # a generator of its own: drawing the workers' base seed must not move the generator that training uses
+    """A DataLoader that makes one `Batch` of `part` for each entry of `plan`.
+
+    Args:
+        part: a part of the loop's task.
+        plan: an iterable of pairs (items of the batch, whether the batch counts in the loss). A batch
+            that does not count has `count` 0.
+    """
+    # The DataLoader draws a seed for its workers. With a generator of its own this draw does not
+    # advance the generator that training uses.
     return DataLoader(
         _Loader(loop.task, part), batch_size=None, sampler=plan, num_workers=loop.workers, generator=torch.Generator()
     )

@@ -1,4 +1,4 @@
-"""Which rows a model fails on: what one row makes it raise is said of that row."""
+"""Find the rows that make a model fail, so that an error message can name them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,26 @@ T = TypeVar("T")
 
 Compute = Callable[["Forward", "Batch"], T]
 
-SHOWN = 5  # rows that a message names
+SHOWN = 5  # a message names at most this many rows
 
 
 def computed(loop: Loop, part: Any, forward: Forward, batch: Batch, compute: Compute[T]) -> T:
-    """`compute(forward, batch)`.
+    """Return `compute(forward, batch)`. If it fails, name the rows that make it fail.
+
+    Args:
+        part: the part of the task that the batch was made of.
 
     Raises:
-        RunError: it fails; the message names the rows. DataError: the same, before the first step.
+        RunError: `compute` fails after training has begun; the message names the rows.
+        DataError: the same, before the first step.
+        Exception: the error of `compute` itself, if the rows are not its cause.
     """
     was_training = loop.model.training
     try:
         return compute(forward, batch)
     except DsdError:
         raise
-    except Exception as error:  # a model raises whatever a strange row makes it raise
+    except Exception as error:  # a model may raise any type of error on an unusual row
         message = None if is_of_the_machine(error) else _message(loop, part, batch, compute, error, was_training)
         if message is None:
             raise
@@ -39,7 +44,7 @@ def computed(loop: Loop, part: Any, forward: Forward, batch: Batch, compute: Com
 
 
 def failing(loop: Loop, part: Any, items: Sequence[Item], compute: Compute[Any]) -> list[Item]:
-    """Those of the items that the model fails on by themselves, in evaluation mode."""
+    """The items on which the model fails if it gets them alone. Leaves the model in evaluation mode."""
     loop.model.eval()
     return [item for item in items if _fails(loop, loop.task.batch(part, [item]), compute)]
 
@@ -56,7 +61,7 @@ def _fails(loop: Loop, batch: Batch, compute: Compute[Any]) -> bool:
 
 
 def rows_of(loop: Loop, part: Any, items: Sequence[Item]) -> str:
-    """The rows of items, as a message names them."""
+    """Name the rows of the items for a message, e.g. `training rows 3, 7`."""
     names = list(dict.fromkeys(str(part.rows.name(part.row_of(unit))) for unit, _ in items))
     shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
     kinds = {id(loop.task.train): "training", id(loop.task.holdout): "holdout", id(loop.task.eval): "evaluation"}
@@ -64,25 +69,28 @@ def rows_of(loop: Loop, part: Any, items: Sequence[Item]) -> str:
 
 
 def in_short(error: BaseException) -> str:
-    """An error in one line."""
+    """The text of an error on one line, at most 300 characters; its type if it has no text."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Is it memory, a disk, or another process of the run, and so no row's fault?"""
+    """Does the error come from memory, a disk or another process of the run, and not from a row?"""
     kind, text = type(error).__name__, str(error)
-    lost = kind.startswith("Dist") or "gloo" in text or "NCCL" in text
-    return isinstance(error, OSError) or is_full_memory(error) or lost
+    is_of_a_process = kind.startswith("Dist") or "gloo" in text or "NCCL" in text
+    return isinstance(error, OSError) or is_full_memory(error) or is_of_a_process
 
 
 def _message(loop: Loop, part: Any, batch: Batch, compute: Compute[Any], error: Exception, was_training: bool) -> str | None:
-    """What to say of an error. None where the model itself computes on the rows: a wrapper around it fails."""
+    """The message for an error of `compute`.
+
+    None if the model can compute on the batch without its wrapper: then the wrapper fails, not a row.
+    """
     items, remedy = batch.items, f"{in_short(error)}. Take it out of the data, or cure its content; then start anew"
-    if "device-side assert" in str(error) or type(error).__name__ == "AcceleratorError":  # the device answers no more
+    if "device-side assert" in str(error) or type(error).__name__ == "AcceleratorError":  # the device cannot be used any more
         return f"the model fails on one of the {rows_of(loop, part, items)}: {remedy} (--device cpu tells which)"
-    alone = failing(loop, part, items, compute)
-    if alone:
-        return f"the model fails on the {rows_of(loop, part, alone)}: {remedy}"
+    failing_items = failing(loop, part, items, compute)
+    if failing_items:
+        return f"the model fails on the {rows_of(loop, part, failing_items)}: {remedy}"
     loop.model.train(was_training)
     if not _fails(loop, batch, compute):
         return None

@@ -1,4 +1,4 @@
-"""Self-distillation: the source, as it was, teaches beside the labels (Hinton et al., 2015)."""
+"""Self-distillation: the unchanged source model is the teacher, beside the labels (Hinton et al., 2015)."""
 
 from __future__ import annotations
 
@@ -15,28 +15,36 @@ from dsd_refine.tasks.base import Batch, Forward
 
 
 def distilled(task: Any, teacher: nn.Module, distill: Distill) -> Callable[[Forward, Batch], torch.Tensor]:
-    """The task's summed loss, mixed with the divergence from the teacher summed over the same targets.
+    """Return a function that computes the task's summed loss with distillation, a scalar tensor.
 
-    The task has `logits(forward, batch)`: targets x classes, one row for each target that its loss counts.
-    (1 - weight) * loss + weight * T^2 * KL(teacher || model), both at temperature T: T^2 keeps the size of the gradient.
+    The loss is (1 - weight) * task loss + weight * T^2 * KL(teacher || model). Both are sums over the
+    same targets. Both distributions of the KL term have the temperature T; the factor T^2 keeps the
+    size of its gradient.
+
+    Args:
+        task: has `logits(forward, batch)`, which returns targets x classes: one row for each target
+            that the loss counts.
+        teacher: the unchanged source model. It gets no gradient.
     """
 
     def loss(forward: Forward, batch: Batch) -> torch.Tensor:
-        seen: list[Any] = []
+        outputs: list[Any] = []
 
-        @wraps(forward, assigned=(), updated=())  # so that `forward` is asked what it takes
+        # with `wraps`, `inspect.unwrap` finds the model behind `recorded`, to see which arguments it takes
+        @wraps(forward, assigned=(), updated=())
         def recorded(*args: Any, **inputs: Any) -> Any:
-            seen.append(forward(*args, **inputs))
-            return seen[-1]
+            outputs.append(forward(*args, **inputs))
+            return outputs[-1]
 
-        own: torch.Tensor = task.loss(recorded, batch)
-        again = iter(seen)  # a task may need several calls
-        student = task.logits(lambda *args, **inputs: next(again), batch)
+        task_loss: torch.Tensor = task.loss(recorded, batch)
+        # the logits come from the outputs of the calls above (a task may call the model several times per batch)
+        recorded_outputs = iter(outputs)
+        student_logits = task.logits(lambda *args, **inputs: next(recorded_outputs), batch)
         with torch.no_grad():
-            taught = task.logits(teacher, batch)
+            teacher_logits = task.logits(teacher, batch)
         t = distill.temperature
-        logs = F.log_softmax(student / t, dim=-1), F.log_softmax(taught / t, dim=-1)
-        apart = F.kl_div(*logs, reduction="sum", log_target=True) * t**2
-        return (1 - distill.weight) * own + distill.weight * apart
+        log_probabilities = F.log_softmax(student_logits / t, dim=-1), F.log_softmax(teacher_logits / t, dim=-1)
+        divergence = F.kl_div(*log_probabilities, reduction="sum", log_target=True) * t**2
+        return (1 - distill.weight) * task_loss + distill.weight * divergence
 
     return loss

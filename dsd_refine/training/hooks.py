@@ -1,4 +1,4 @@
-"""What a caller may do while a run goes on: hear of each step, stop the run, have its state saved."""
+"""Hooks into a running run: follow each step, stop the run, or have its state saved."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a run a phase is. `attempt` and `phase` count from 1.
+    """The position of a phase in a run. `attempt` and `phase` count from 1.
 
-    `before` are the optimizer steps of the run before this phase; `all_steps` those of the whole run.
+    `tries` and `phases` are how many there are. `before` is the number of optimizer steps of the run
+    before this phase, `all_steps` that of the whole run.
     """
 
     arm: str
@@ -26,22 +27,23 @@ class Place:
 
     @property
     def label(self) -> str:
-        """What messages call the phase: `refined try 2/1-sparse`."""
+        """The name of the phase in messages, e.g. `refined try 2/1-sparse`."""
         return f"{self.arm}{f' try {self.attempt}' if self.tries > 1 else ''}/{self.phase}-{self.kind}"
 
     @property
     def logged(self) -> dict[str, Any]:
-        """The fields of a log line that say where it belongs."""
-        tried = {"try": self.attempt} if self.tries > 1 else {}
-        return {"arm": self.arm, "phase": f"{self.phase}-{self.kind}", **tried}
+        """The fields `arm`, `phase` and, if there are several tries, `try` of a log line."""
+        attempt = {"try": self.attempt} if self.tries > 1 else {}
+        return {"arm": self.arm, "phase": f"{self.phase}-{self.kind}", **attempt}
 
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step that has just been made: number `step` of `steps` of the phase at `place`.
+    """A finished optimizer step: number `step` (from 1) of the `steps` of the phase at `place`.
 
-    `loss` is the mean over the step's targets; `skipped` says that a loss scale (fp16) overflowed
-    and nothing was updated.
+    `epoch` is the number of epochs done, with a fraction. `lr` is the learning rate. `loss` is the
+    mean over the step's targets. `samples` is the number of examples over all processes. `skipped`
+    means that the gradients overflowed (fp16 with a loss scale) and no weight was updated.
     """
 
     place: Place
@@ -55,45 +57,51 @@ class Step:
 
     @property
     def done(self) -> int:
-        """Optimizer steps of the whole run that are made."""
+        """The number of optimizer steps of the whole run that are finished."""
         return self.place.before + self.step
 
 
 class Hooks:
-    """Called while a run goes on. Each method does nothing here; override those that you need.
+    """Methods that a run calls while it trains. Here they do nothing; override those that you need.
 
-    In a run of several processes the main one calls them.
+    In a run with several processes, only the main process calls them.
     """
 
     def on_phase_begin(self, place: Place) -> None:
-        """Before a phase changes anything; not in a phase that goes on after a stop."""
+        """Called before a phase changes anything, but not when a stopped phase is resumed."""
 
     def on_masked(self, place: Place) -> None:
-        """After the mask of a sparse phase is made and applied, before its first step."""
+        """Called after the mask of a sparse phase is made and applied, before its first step."""
 
     def on_step(self, step: Step) -> None:
-        """After each optimizer step and its mask."""
+        """Called after each optimizer step and after the mask is applied again."""
 
     def on_epoch_end(self, place: Place, epoch: int) -> None:
-        """After the last step of each epoch, and of the phase. `epoch` counts from 1."""
+        """Called after the last step of each epoch and of the phase. `epoch` counts from 1."""
 
     def on_phase_end(self, place: Place) -> None:
-        """After a phase, with the weights that it gives to the next one."""
+        """Called at the end of a phase, when the model holds the weights that the next phase starts from."""
 
     def should_stop(self) -> bool:
-        """Asked after each step and between batches of an evaluation. True: save, then end with `Interrupted`."""
+        """Called after each step and between the batches of an evaluation.
+
+        Return True to stop the run: it saves its state and raises `Interrupted`.
+        """
         return False
 
     def should_save(self) -> bool:
-        """Asked after each step. True: save the state in the middle of the phase."""
+        """Called after each step. Return True to save the state in the middle of the phase."""
         return False
 
     def save(self) -> None:
-        """After the state was saved."""
+        """Called after the state was saved."""
 
 
 class Together(Hooks):
-    """Several hooks as one. A method that a hook does not override is never called."""
+    """Several hooks as one. Only the methods that a hook overrides are called.
+
+    A hook is any object with some methods of `Hooks`; it need not be a subclass.
+    """
 
     def __init__(self, hooks: Iterable[object]) -> None:
         self.hooks = tuple(hooks)
@@ -103,30 +111,38 @@ class Together(Hooks):
         methods = [(hook, getattr(type(hook), name, None)) for hook in self.hooks]
         return [getattr(hook, name) for hook, method in methods if method not in (None, getattr(Hooks, name))]
 
-    def _all(self, name: str, *given: Any) -> None:
+    def _call_all(self, name: str, *arguments: Any) -> None:
         for method in self._called[name]:
-            method(*given)
+            method(*arguments)
 
     def on_phase_begin(self, place: Place) -> None:
-        self._all("on_phase_begin", place)
+        """Call `on_phase_begin` of every hook that overrides it, in order."""
+        self._call_all("on_phase_begin", place)
 
     def on_masked(self, place: Place) -> None:
-        self._all("on_masked", place)
+        """Call `on_masked` of every hook that overrides it, in order."""
+        self._call_all("on_masked", place)
 
     def on_step(self, step: Step) -> None:
-        self._all("on_step", step)
+        """Call `on_step` of every hook that overrides it, in order."""
+        self._call_all("on_step", step)
 
     def on_epoch_end(self, place: Place, epoch: int) -> None:
-        self._all("on_epoch_end", place, epoch)
+        """Call `on_epoch_end` of every hook that overrides it, in order."""
+        self._call_all("on_epoch_end", place, epoch)
 
     def on_phase_end(self, place: Place) -> None:
-        self._all("on_phase_end", place)
+        """Call `on_phase_end` of every hook that overrides it, in order."""
+        self._call_all("on_phase_end", place)
 
     def should_stop(self) -> bool:
+        """True as soon as one hook wants the run to stop; the hooks after it are not called."""
         return any(method() for method in self._called["should_stop"])
 
     def should_save(self) -> bool:
+        """True as soon as one hook wants the state saved; the hooks after it are not called."""
         return any(method() for method in self._called["should_save"])
 
     def save(self) -> None:
-        self._all("save")
+        """Call `save` of every hook that overrides it, in order."""
+        self._call_all("save")

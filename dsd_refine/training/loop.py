@@ -23,11 +23,14 @@ from dsd_refine.training.optimizer import learning_rate, set_rate
 from dsd_refine.training.settings import train_mode
 from dsd_refine.training.state import Loop, PhaseState, on_device
 
-EARLY = 25  # steps whose losses are kept, to see whether training begins with damage
+EARLY = 25  # the losses of the first steps are stored, to see whether training damages the model at its beginning
 
 
 def batches_of_steps(loop: Loop, phase: Phase, state: PhaseState) -> Iterator[list[Batch]]:
-    """The micro-batches of each step of this process, from where the phase is to its end."""
+    """Yield this process's micro-batches of each step, from the current step to the end of the phase.
+
+    Puts the model into training mode, and sets `loop.begun`.
+    """
     plan = BatchPlan(loop, state.key, state.progress.step, phase.total_steps(loop.steps_per_epoch))
     batches = iter(loader(loop, loop.task.train, plan))
     train_mode(loop.model)
@@ -39,68 +42,75 @@ def batches_of_steps(loop: Loop, phase: Phase, state: PhaseState) -> Iterator[li
 
 
 def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) -> tuple[Step, bool]:
-    """One optimizer step, then the mask (paper, section 3 and algorithm 1).
+    """Make one optimizer step, then apply the mask (paper, section 3 and algorithm 1).
 
-    The loss is the sum over the group's real targets divided by their number, however they were split (rule 12).
+    The loss is the sum over the step's real targets divided by their number. It does not depend on
+    how the targets are divided into micro-batches and processes.
 
     Args:
         group: the step's micro-batches of this process.
 
     Returns:
-        what was done, and whether any of several processes was asked to stop before it ended.
+        the finished step, and whether one of several processes was asked to stop during it (always
+        False with a single process).
 
     Raises:
-        RunError: the loss is not finite; the message has the step.
+        RunError: the loss is not finite; the message names the step.
     """
     step, total = state.progress.step + 1, phase.total_steps(loop.steps_per_epoch)
     rate = set_rate(state.optimizer, learning_rate(phase, step, total))
     targets, samples = _counts(loop, group)
-    # not at the step's end: there the memory would go back to the system, and every step would fetch it page by page
+    # Not at the end of the step: then the memory would return to the system, and the next step would have to
+    # get it again page by page.
     state.optimizer.zero_grad()
-    summed = torch.zeros((), device=loop.accelerator.device)
+    loss_sum = torch.zeros((), device=loop.accelerator.device)
     for number, batch in enumerate(group):
-        seed_all(stable_seed(*state.key, step, number, loop.accelerator.process_index, "dropout"), summed.device)
-        with _synced_at_the_last(loop, number == len(group) - 1):
+        seed_all(stable_seed(*state.key, step, number, loop.accelerator.process_index, "dropout"), loss_sum.device)
+        with _sync_on_last(loop, number == len(group) - 1):
             with loop.accelerator.autocast():
                 loss = computed(loop, loop.task.train, loop.forward, on_device(loop, batch), loop.loss or loop.task.loss)
-            weight = loop.world / max(1, targets) if batch.count else 0.0  # several processes average their gradients
+            weight = loop.world / max(1, targets) if batch.count else 0.0  # processes average their gradients
             loop.accelerator.backward(loss * weight)
-        summed += loss.detach() * bool(batch.count)
-    # the step before a new mask by magnitude is free: what is masked may come back by its gradient
-    free = renews_mask(phase, step, total) and phase.criterion == "magnitude"
-    _look_at_gradients(loop, phase, state, free)
+        loss_sum += loss.detach() * bool(batch.count)
+    # Before a new mask by magnitude, one step is made without the mask: masked weights get a value from their
+    # gradient, and the new mask may leave them in.
+    is_unmasked = renews_mask(phase, step, total) and phase.criterion == "magnitude"
+    _prepare_gradients(loop, phase, state, is_unmasked)
     state.optimizer.step()
-    if not free:
+    if not is_unmasked:
         state.apply()
-    mean, stop = _over_processes(loop, summed, targets)
+    mean, stop = _over_processes(loop, loss_sum, targets)
     if not math.isfinite(mean):
         label = state.place.label
         raise RunError(f"{label}: the loss of step {step} of {total} is {mean}; try a lower --lr, or --max-grad-norm")
-    made = Step(
+    finished = Step(
         state.place, step, total, step / loop.steps_per_epoch, rate, mean, samples, bool(state.optimizer.step_was_skipped)
     )
-    return made, stop
+    return finished, stop
 
 
 def renews_mask(phase: Phase, step: int, total: int) -> bool:
-    """Is the mask made again after this step? After the last one a new mask would be of no use."""
+    """Is the mask made again after this step (from 1)? Not after the last step: no step would use it."""
     return bool(phase.refresh) and step % int(phase.refresh or 1) == 0 and step < total
 
 
-def _synced_at_the_last(loop: Loop, last: bool) -> AbstractContextManager[Any]:
-    """Processes exchange their gradients once a step, with its last micro-batch."""
-    found: AbstractContextManager[Any] = nullcontext() if last or loop.world == 1 else loop.accelerator.no_sync(loop.forward)
-    return found
+def _sync_on_last(loop: Loop, is_last: bool) -> AbstractContextManager[Any]:
+    """A context in which processes exchange gradients only for the last micro-batch of a step."""
+    context: AbstractContextManager[Any] = nullcontext()
+    if loop.world > 1 and not is_last:
+        context = loop.accelerator.no_sync(loop.forward)
+    return context
 
 
-def _look_at_gradients(loop: Loop, phase: Phase, state: PhaseState, free: bool) -> None:
-    """Note which layers have a gradient, where that is asked for; mask and clip gradients."""
+def _prepare_gradients(loop: Loop, phase: Phase, state: PhaseState, is_unmasked: bool) -> None:
+    """Mask and clip the gradients, and update the list of layers that had none yet, if there is one."""
     progress, clip = state.progress, loop.recipe.max_grad_norm
     if progress.without_gradient:
         progress.without_gradient = without_gradient(loop.layers, loop.parameters, progress.without_gradient)
-    if (phase.refresh or clip is not None) and not free:
-        # A norm must not count what is masked. Where the mask changes within the phase, a masked weight comes back later
-        # and its momentum with it: its gradients must not enter that. Elsewhere the momentum of a masked weight is not used.
+    if (phase.refresh or clip is not None) and not is_unmasked:
+        # The norm for clipping must not count masked weights. Where the mask changes within the phase, a masked
+        # weight may come back with its momentum, so its gradients must not enter the momentum. In other phases the
+        # momentum of a masked weight is never used.
         mask_gradients(state.masks, loop.parameters)
     if clip is not None:
         loop.accelerator.unscale_gradients(state.optimizer)
@@ -108,7 +118,7 @@ def _look_at_gradients(loop: Loop, phase: Phase, state: PhaseState, free: bool) 
 
 
 def _counts(loop: Loop, group: list[Batch]) -> tuple[int, int]:
-    """Real targets and samples of a step, over all processes."""
+    """The numbers of real targets and of samples of a step, over all processes."""
     targets, samples = sum(b.count for b in group), sum(len(b.targets) for b in group if b.count)
     if loop.world > 1:
         sums = torch.tensor([targets, samples], device=loop.accelerator.device)
@@ -116,23 +126,23 @@ def _counts(loop: Loop, group: list[Batch]) -> tuple[int, int]:
     return targets, samples
 
 
-def _over_processes(loop: Loop, summed: torch.Tensor, targets: int) -> tuple[float, bool]:
-    """The step's mean loss, and whether any of several processes was asked to stop."""
+def _over_processes(loop: Loop, loss_sum: torch.Tensor, targets: int) -> tuple[float, bool]:
+    """The step's mean loss, and whether one of several processes was asked to stop."""
     if loop.world == 1:
-        return float(summed) / max(1, targets), False
-    sums = torch.stack([summed, torch.tensor(float(loop.stopping()), device=summed.device)])
-    loss_sum, stop = loop.accelerator.reduce(sums, "sum").tolist()
-    return loss_sum / max(1, targets), stop > 0
+        return float(loss_sum) / max(1, targets), False
+    sums = torch.stack([loss_sum, torch.tensor(float(loop.stopping()), device=loss_sum.device)])
+    total_loss, stops = loop.accelerator.reduce(sums, "sum").tolist()
+    return total_loss / max(1, targets), stops > 0
 
 
-def count(state: PhaseState, made: Step) -> None:
-    """Add a step to what is known of the phase; its time runs from when its batches began to load."""
-    done = state.progress
-    if done.step == 0:
-        done.lr_first, done.loss_first = made.lr, made.loss
-    done.step, done.lr_last, done.loss_last = made.step, made.lr, made.loss
-    done.early += [made.loss] if made.step <= EARLY else []
-    done.lr_peak = max(done.lr_peak or 0.0, made.lr)
-    done.optimizer_steps += not made.skipped
-    done.samples += made.samples
-    done.seconds += time.perf_counter() - state.started
+def count(state: PhaseState, step: Step) -> None:
+    """Add a finished step to the phase's progress. Its time starts when its batches begin to load."""
+    progress = state.progress
+    if progress.step == 0:
+        progress.lr_first, progress.loss_first = step.lr, step.loss
+    progress.step, progress.lr_last, progress.loss_last = step.step, step.lr, step.loss
+    progress.early += [step.loss] if step.step <= EARLY else []
+    progress.lr_peak = max(progress.lr_peak or 0.0, step.lr)
+    progress.optimizer_steps += not step.skipped
+    progress.samples += step.samples
+    progress.seconds += time.perf_counter() - state.started

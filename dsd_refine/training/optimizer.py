@@ -1,4 +1,4 @@
-"""The optimizer of a phase and its learning rate."""
+"""The optimizer and the learning rate of a phase."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 
 def learning_rate(phase: Phase, step: int, total: int) -> float:
-    """Rate of step 1..total: linear warm-up over W steps, then the curve at (t - W - 1) / (T - W), towards 0.
+    """The learning rate of a step in 1..total.
 
-    `step` falls to a tenth at each third of the way.
+    The first W = `warmup_steps` steps rise linearly to `lr`. Step t after them has the value of the
+    schedule's curve at x = (t - W - 1) / (total - W). `linear` and `cosine` fall towards 0. `step`
+    falls to a tenth at x = 1/3 and again at x = 2/3. `constant` stays at `lr`.
     """
     if step <= phase.warmup_steps:
         return phase.lr * step / phase.warmup_steps
@@ -32,11 +34,12 @@ def learning_rate(phase: Phase, step: int, total: int) -> float:
 
 
 def make_optimizer(loop: Loop, phase: Phase) -> AcceleratedOptimizer:
-    """A new optimizer for a phase: SGD (no Nesterov) or AdamW, without decay on 1-D parameters.
+    """Make a new optimizer for a phase: SGD (no Nesterov) or AdamW, without weight decay on 1-D parameters.
 
-    Fused: one pass over the weights in place of four to ten, on a CPU as well; but with a loss scale it would skip steps
-    without saying so. Wrapped by hand: `accelerator.prepare` would hold every phase's optimizer, with its state, until the
-    end of the run.
+    The optimizer is fused: it goes over the weights once and not four to ten times, also on a CPU. It
+    is not fused with a loss scale, where a fused optimizer skips steps and does not report it.
+    `AcceleratedOptimizer` is used directly, because `accelerator.prepare` would keep the optimizer of
+    every phase, with its state, in memory until the end of the run.
     """
     recipe = loop.recipe
     trained = [p for p in loop.model.parameters() if p.requires_grad]
@@ -55,7 +58,7 @@ def make_optimizer(loop: Loop, phase: Phase) -> AcceleratedOptimizer:
 
 
 def set_rate(optimizer: AcceleratedOptimizer, rate: float) -> float:
-    """Give every parameter group this rate; returns it."""
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = rate
+    """Set the learning rate of every parameter group, and return it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
     return rate

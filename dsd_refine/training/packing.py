@@ -1,4 +1,4 @@
-"""Masks and optimizer state as plain tensors, and back."""
+"""Convert masks and optimizer state to plain tensors for the saved state, and back."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from torch import nn
 
 
 def pack_masks(masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Masks as bits, eight to a byte, in logical order."""
+    """Pack each mask into a uint8 vector `mask.NAME`, eight flags per byte, in row-major order."""
     return {
         f"mask.{key}": torch.from_numpy(np.packbits(mask.cpu().contiguous().view(-1).numpy())) for key, mask in masks.items()
     }
 
 
 def unpack_masks(tensors: dict[str, torch.Tensor], parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The masks of `pack_masks`, with the shapes, strides and device of their parameters."""
+    """Get the masks back from `pack_masks`: bool tensors with the shape, strides and device of their parameters.
+
+    Args:
+        tensors: a saved state; names without `mask.` are ignored.
+        parameters: name -> parameter, for each mask.
+    """
     masks = {}
     for name, bits in tensors.items():
         if name.startswith("mask."):
@@ -30,31 +35,35 @@ def unpack_masks(tensors: dict[str, torch.Tensor], parameters: dict[str, torch.T
 
 
 def pack_optimizer(optimizer: Any) -> dict[str, torch.Tensor]:
-    """An optimizer's state as flat tensors: `optimizer.NUMBER.FIELD`."""
-    found = {}
+    """The optimizer's state as tensors `optimizer.NUMBER.FIELD`, where NUMBER is that of the parameter."""
+    tensors = {}
     for number, fields in optimizer.state_dict()["state"].items():
         for field, value in fields.items():
             if value is not None:
-                found[f"optimizer.{number}.{field}"] = torch.as_tensor(value)
-    return found
+                tensors[f"optimizer.{number}.{field}"] = torch.as_tensor(value)
+    return tensors
 
 
 def unpack_optimizer(tensors: dict[str, torch.Tensor], optimizer: Any) -> None:
-    """Put `pack_optimizer`'s tensors back, in place."""
+    """Load the tensors of `pack_optimizer` into the optimizer. Names without `optimizer.` are ignored."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, number, field = name.split(".", 2)
-            # a fused step goes through memory: what belongs to a weight must lie like it
-            like = parameters[int(number)]
-            same = value.shape == like.shape
-            state.setdefault(int(number), {})[field] = torch.empty_like(like, device="cpu").copy_(value) if same else value
+            # A fused step goes through memory in order: the state of a weight must have the same strides.
+            parameter = parameters[int(number)]
+            if value.shape == parameter.shape:
+                value = torch.empty_like(parameter, device="cpu").copy_(value)
+            state.setdefault(int(number), {})[field] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @torch.no_grad()
 def load_state(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy values in place: parameters keep their storage, which optimizers, wrappers and cuDNN hold on to."""
+    """Copy the tensors into the model's state, by name.
+
+    Parameters keep their storage, because optimizers, wrappers and cuDNN have references to it.
+    """
     for key, value in model.state_dict().items():
         value.copy_(tensors[key])

@@ -1,4 +1,4 @@
-"""What a phase changes of the model besides its weights: which parameters train, and its dropout."""
+"""The settings of the model that a phase changes: which parameters train, and the dropout rates."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from dsd_refine.training.dropout import dropout_of, dropouts
 
 
 def check_settings(model: nn.Module, recipe: Recipe, filled: Filled) -> None:
-    """Refuse what a phase asks for and the model does not have.
+    """Check that the model can have the settings of every phase.
 
     Raises:
-        UsageError: names the field and what is missing.
+        UsageError: a phase sets the dropout of a model without dropout, or it freezes all parameters.
+            The message names the field.
     """
     for number, phase in enumerate(recipe.phases):
         if phase.dropout is not None and not dropouts(model):
@@ -30,21 +31,27 @@ def check_settings(model: nn.Module, recipe: Recipe, filled: Filled) -> None:
 
 @contextmanager
 def settings(model: nn.Module, phase: Phase, filled: Filled) -> Iterator[None]:
-    """Within, the phase's `frozen` parameters do not train and its `dropout` holds."""
+    """Inside the context, the phase's `frozen` parameters do not train and the model has its `dropout`.
+
+    Afterwards both are as before.
+    """
     frozen = frozen_names(model, phase.frozen, filled)
-    kept = [p for name, p in model.named_parameters(remove_duplicate=False) if name in frozen and p.requires_grad]
+    trainable = [p for name, p in model.named_parameters(remove_duplicate=False) if name in frozen and p.requires_grad]
     try:
-        for parameter in kept:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         with dropout_of(model, phase.dropout):
             yield
     finally:
-        for parameter in kept:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def train_mode(model: nn.Module) -> None:
-    """Training mode, but for BatchNorm whose parameters are all frozen: its statistics are part of what is frozen."""
+    """Put the model into training mode, except BatchNorm layers whose parameters are all frozen.
+
+    The running statistics of such a layer must not change either.
+    """
     model.train()
     for module in model.modules():
         if isinstance(module, BatchNorm):

@@ -1,4 +1,4 @@
-"""What training and evaluation share (`Loop`), and a phase while it runs (`PhaseState`)."""
+"""The data that training and evaluation share (`Loop`), and the state of a running phase (`PhaseState`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,16 @@ from dsd_refine.training.packing import pack_masks, pack_optimizer, unpack_masks
 
 @dataclass
 class Loop:
-    """What training and evaluation share. `forward` is `model` wrapped for several processes or compiled."""
+    """The data that training and evaluation share.
+
+    Attributes:
+        forward: `model`, wrapped for several processes or compiled.
+        as_written: a context in which a model has its weights rounded as in the written checkpoint.
+        workers: number of worker processes that load batches.
+        parameters: name -> parameter of the model.
+        layers: the layers that masks may take weights of.
+        loss: a summed loss that replaces the task's own (with distillation).
+    """
 
     accelerator: Accelerator
     model: nn.Module
@@ -39,8 +48,8 @@ class Loop:
     channels_last: bool = False
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     layers: Sequence[Layer] = ()
-    begun: bool = False  # has a step been trained, or tried?
-    loss: Callable[[Forward, Batch], torch.Tensor] | None = None  # in place of the task's own
+    begun: bool = False  # has the training of a phase begun?
+    loss: Callable[[Forward, Batch], torch.Tensor] | None = None
 
     def stopping(self) -> bool:
         """Has this process been asked to stop?"""
@@ -48,18 +57,19 @@ class Loop:
 
     @property
     def world(self) -> int:
+        """The number of processes of the run."""
         return int(self.accelerator.num_processes)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch; the incomplete last group is a step of its own."""
+        """The number of optimizer steps per epoch. An incomplete last group of micro-batches is one step."""
         micro = micro_count(self.task.train.units, self.recipe.batch_size * self.world, self.has_batchnorm)
         return math.ceil(micro / self.recipe.gradient_accumulation_steps)
 
 
 @dataclass
 class Progress:
-    """How far a phase is: everything that a stop in its middle must keep, and what its report entry says."""
+    """The progress of a phase: numbers for its report entry, and for a resume in its middle."""
 
     step: int = 0
     optimizer_steps: int = 0
@@ -70,13 +80,13 @@ class Progress:
     loss_first: float | None = None
     loss_last: float | None = None
     seconds: float = 0.0
-    ended: int = 0  # the step of the last epoch whose end was attended to
+    ended: int = 0  # the last step of the latest epoch whose end is completely handled
     early: list[float] = field(default_factory=list)  # the losses of the first EARLY steps
-    without_gradient: list[Any] | None = None  # pieces of masked layers that no step has given a gradient yet
+    without_gradient: list[Any] | None = None  # pieces of masked layers that have had no gradient in any step
 
 
 class Key(NamedTuple):
-    """What order, augmentation and dropout of a phase are functions of."""
+    """The seeds of a phase: they decide its order, augmentation and dropout. `phase` counts from 0."""
 
     seed: int
     phase: int
@@ -84,16 +94,16 @@ class Key(NamedTuple):
 
 @dataclass
 class PhaseState:
-    """A phase while it runs: what a stop in its middle must keep, and what its end needs.
+    """The state of a running phase.
 
-    `masks` are empty in a dense phase; `stash` holds the values that a random mask took out and that
-    come back with the next one. `restored` are the saved tensors that a phase goes on from after a
-    stop in its middle (`resumed`). `average` and `optimizer` are made by `begin`.
+    `masks` is empty in a dense phase. `stash` holds the values of the weights that a random mask set to
+    0; they return when the next mask is drawn. If the phase was stopped in its middle and is resumed,
+    `resumed` is True and `restored` holds its saved tensors. `begin` makes `average` and `optimizer`.
     """
 
     place: Place
     progress: Progress = field(default_factory=Progress)
-    earlier: tuple[Phase, ...] = ()  # of the same try
+    earlier: tuple[Phase, ...] = ()  # the phases before it in the same try
     last: bool = False  # is it the last phase of its try?
     resumed: bool = False
     restored: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -101,17 +111,17 @@ class PhaseState:
     stash: dict[str, torch.Tensor] = field(default_factory=dict)
     average: Average = field(init=False)
     optimizer: AcceleratedOptimizer = field(init=False)
-    started: float = 0.0  # when the step that runs began to load its batches, in seconds of `time.perf_counter`
-    reestimated: str | None = None  # why BatchNorm's statistics were computed again at its end
+    started: float = 0.0  # when the current step began to load its batches, in seconds of `time.perf_counter`
+    reestimated: str | None = None  # why BatchNorm's statistics were computed again at the end of the phase
     apply: Callable[[], None] = field(default=lambda: None, init=False)  # sets the masked weights to 0
 
     @property
     def key(self) -> Key:
-        """What order, augmentation and dropout of this phase are functions of."""
+        """The seeds of this phase: they decide its order, augmentation and dropout."""
         return Key(self.place.seed, self.place.phase - 1)
 
     def begin(self, loop: Loop, phase: Phase) -> None:
-        """Make what the phase needs besides the weights, or load it where the phase goes on after a stop."""
+        """Make the average, the optimizer and the masks; in a resumed phase, load them from `restored`."""
         self.average = Average(phase, loop.parameters, self.restored)
         self.optimizer = make_optimizer(loop, phase)
         unpack_optimizer(self.restored, self.optimizer)
@@ -120,34 +130,41 @@ class PhaseState:
         self.restored = {}
 
     def use(self, masks: Masks, parameters: Mapping[str, torch.Tensor]) -> None:
-        """From now on these masks hold. They are applied."""
+        """Take these masks for the steps from now on, and set the masked weights to 0.
+
+        Args:
+            masks: name of a parameter -> bool tensor of its shape.
+            parameters: name -> parameter of the model.
+        """
         self.masks, self.apply = masks, masker(masks, parameters)
         self.apply()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The tensors that a stop in the middle of the phase must keep, besides the model's."""
+        """The tensors to save in the middle of the phase, without those of the model."""
         stash = {f"stash.{name}": values for name, values in self.stash.items()}
         return pack_masks(self.masks) | pack_optimizer(self.optimizer) | self.average.pack() | stash
 
 
 def micro_batches(units: int, size: int, has_batchnorm: bool) -> list[range]:
-    """Positions of an epoch's order that each micro-batch (over all processes) takes.
+    """Divide the positions 0..units-1 of an epoch's order into micro-batches of `size` (over all processes).
 
-    A last one of a single row joins the one before where there is BatchNorm, which has no statistics of one row.
+    With BatchNorm, a last micro-batch of a single row is joined to the one before it, because BatchNorm
+    cannot compute statistics of a single row.
     """
-    found = [range(start, min(start + size, units)) for start in range(0, units, size)]
-    if has_batchnorm and len(found) > 1 and len(found[-1]) == 1:
-        found[-2:] = [range(found[-2].start, units)]
-    return found
+    groups = [range(start, min(start + size, units)) for start in range(0, units, size)]
+    if has_batchnorm and len(groups) > 1 and len(groups[-1]) == 1:
+        groups[-2:] = [range(groups[-2].start, units)]
+    return groups
 
 
 def micro_count(units: int, size: int, has_batchnorm: bool) -> int:
-    """How many `micro_batches` makes, without making them: this is asked for at every step."""
-    joined = has_batchnorm and units > size and units % size == 1
-    return math.ceil(units / size) - joined
+    """The number of `micro_batches`, without building the list, because every step needs the number."""
+    is_joined = has_batchnorm and units > size and units % size == 1
+    return math.ceil(units / size) - is_joined
 
 
 def on_device(loop: Loop, batch: Batch) -> Batch:
+    """Move a batch to the accelerator. With `loop.channels_last`, its 4-D inputs get that memory format."""
     batch = batch.to(loop.accelerator.device)
     if loop.channels_last:
         inputs = {n: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in batch.inputs.items()}
