@@ -1,4 +1,4 @@
-"""Models, checkpoints and data of known shapes, made on the tensor_slice: random weights, random pictures and words."""
+"""Models, checkpoints and data of known shapes, made on the spot: random weights, random pictures and words."""
 
 from __future__ import annotations
 
