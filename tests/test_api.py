@@ -82,7 +82,7 @@ def test_the_report_is_typed_and_comes_back_from_its_folder(done):
     assert report._repr_html_().startswith("<iframe srcdoc=")
     assert "<script" not in report._repr_html_()
     assert report.verdict in repr(report)
-    with pytest.raises(UsageError, match="no output of dsd-refine"):
+    with pytest.raises(UsageError, match="not an output of dsd-refine"):
         Report.load(out.parent)
 
 
@@ -95,7 +95,7 @@ def test_verify_and_plan(made, done):
     assert "data" in planned
     with pytest.raises(UsageError, match="folder that the module"):
         dsd_refine.plan(nn.Linear(2, 2), data=made / "pictures")
-    with pytest.raises(UsageError, match="no output"):
+    with pytest.raises(UsageError, match="not an output"):
         dsd_refine.verify(made / "timm", made)
 
 
