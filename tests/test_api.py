@@ -176,7 +176,7 @@ def test_a_notebook_shows_its_own_bar(made, tmp_path, monkeypatch, capfd):
 
     class Bar(tqdm.tqdm):
         def __init__(self, *given, **more):
-            if more.get("unit") == "step":  # and not a library's own
+            if more.get("unit") == " steps":  # and not a library's own
                 shown.append(more["total"])
             super().__init__(*given, **more)
 
