@@ -197,5 +197,5 @@ class Run:
     def prefers(self, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
         """Return whether `new` is better than `old`. Both are metrics on the holdout."""
         task = self.task
-        keys = [preference(metrics, task.metric, higher_is_better=task.higher_is_better) for metrics in (new, old)]
-        return keys[0] > keys[1]
+        new_key, old_key = (preference(metrics, task.metric, higher_is_better=task.higher_is_better) for metrics in (new, old))
+        return new_key > old_key
