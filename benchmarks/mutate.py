@@ -224,15 +224,15 @@ MUTATIONS = [
     Mutation(
         "among equals the later is selected",
         "run/run.py",
-        "return mine > theirs",
-        "return mine >= theirs",
+        "return new_key > old_key",
+        "return new_key >= old_key",
         "test_run.py::test_among_equals_the_first_is_selected",
     ),
     Mutation(
         "the worse of two is selected",
         "run/run.py",
-        "return mine > theirs",
-        "return mine < theirs",
+        "return new_key > old_key",
+        "return new_key < old_key",
         "test_run.py::test_the_holdout_picks_the_best_epoch_of_the_last_phase",
     ),
     Mutation(

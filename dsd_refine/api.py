@@ -1,7 +1,7 @@
 """The Python API: the command's verbs as functions, with its options as keywords.
 
-A call leaves the process as it found it (`process_state.as_found`), raises errors of this package only, and is quiet off a
-terminal and outside a notebook.
+After a call the process is as it was before (`process_state.as_found`). A call raises only errors of
+this package. It prints nothing, unless it runs in a terminal or in a notebook.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Carried(Strict):
-    """The options of the command that are no fields of a recipe: they say how a run is carried out."""
+class NonRecipeOptions(Strict):
+    """The options of the command that are not fields of a recipe. They say how a run is done."""
 
     resume: bool | None = None
     overwrite: bool | None = None
@@ -66,7 +66,7 @@ class Carried(Strict):
     sets: Names = ()
 
 
-# what an `option` may be, besides the fields of a recipe
+# Options that set fields of the phases of a recipe.
 PHASE_OPTIONS = (
     "sparsity",
     "sparse_epochs",
@@ -79,7 +79,8 @@ PHASE_OPTIONS = (
     "warmup_steps",
 )
 RUN_OPTIONS = ("resume", "overwrite", "save_phases", "save_every", "report_images", "device", "compile", "allow_pickle")
-NAMES = ("models", "include", "exclude", "control")  # fields that are lists of names: one name may stand alone
+# Fields that are lists of names. A caller may give one name without a list.
+NAMES = ("models", "include", "exclude", "control")
 
 Model = str | Path
 
@@ -96,31 +97,41 @@ def refine(
     quiet: bool | None = None,
     **options: Any,
 ) -> Report:
-    """Refine a checkpoint: Sparse, then re-Dense, beside controls of the same budget; write it with its report.
+    """Refine a checkpoint by Dense-Sparse-Dense training, and write it with its report.
+
+    Control arms of the same budget are trained too, so that the report can say what made the
+    difference. The output directory is written as a whole or not at all.
 
     Args:
-        model: what the command takes as MODEL (a timm name, a Hub repository, a folder), or an open
-            module with the `folder` it was loaded from. The module's values are refined then, in
-            the files' layout and dtypes; its tensors must have the names that the folder's model has.
-        data: what the command takes as --data, or a `datasets.Dataset` or `DatasetDict`.
-        eval_data: the same for evaluation only.
-        output_dir: where the result goes; None: `NAME-dsd` in the working directory.
-        recipe: a shipped name, a file, or a `Recipe`; None: the one that matches the model.
-        folder: of an open module, its checkpoint.
-        callbacks: objects with some of the methods of `Hooks` (`on_step`, `should_stop`, ...).
-        quiet: no progress and no news; None: quiet off a terminal and outside a notebook.
-        options: every field of a recipe and every option of the command, by its name:
+        model: The source, as the command takes MODEL: a timm name, a Hub repository or a folder. Or
+            an open module; then give its `folder` too. The values of the module are refined then.
+            Its tensors must have the same names as those of the model in the folder.
+        data: The data to train on, as the command takes --data: a Hub data set, a folder or a file.
+            Or a `datasets.Dataset` or `DatasetDict`.
+        eval_data: Data for the evaluation only, in the same forms.
+        output_dir: The output directory. None: `NAME-dsd` in the working directory.
+        recipe: The name of a shipped recipe, the path of a recipe file, or a `Recipe`. None: the
+            shipped recipe that matches the model.
+        folder: The checkpoint that the open module was loaded from. Its files give the layout and
+            the dtypes of the output. Only for an open module.
+        callbacks: Objects with some of the methods of `Hooks` (`on_step`, `should_stop`, ...).
+        quiet: True: print nothing. False: print news and progress to stderr. None: print only in a
+            terminal or a notebook.
+        **options: Every field of a recipe and every option of the command, by its name:
             `sparsity=0.3`, `sparse_epochs=2`, `lr=0.01`, `control="random"`, `gate="better"`,
             `device="cpu"`, `resume=True`, ...
 
     Returns:
-        The report. Where the gate is not met its `exit_code` is 3, and the weights are in
-        `rejected/` of the output; nothing is raised.
+        The report of the run. If the gate is not met, nothing is raised: the report's `exit_code`
+        is 3, and the weights are in the folder `rejected/` of the output directory. With
+        `resume=True` and a finished run in `output_dir`, the report of that run.
 
     Raises:
-        UsageError: model, data, recipe or options cannot be used; nothing was trained.
-        Interrupted: a callback or a signal stopped the run; `resume=True` goes on.
-        RunError, VerifyError: the run failed, or its output did not pass its check.
+        UsageError: The model, the data or the options cannot be used. Nothing was trained. Its
+            subclasses are `RecipeError`, `CheckpointError` and `DataError`.
+        Interrupted: A callback or a signal stopped the run. `resume=True` continues it.
+        RunError: The run failed after it had begun: a loss that is not finite, a full disk, ...
+        VerifyError: The written checkpoint did not pass its check. Nothing was published.
     """
     _refuse_unknown(options)
     hooks = _callbacks(callbacks)
@@ -130,7 +141,8 @@ def refine(
         given = _given(stack, data, eval_data, recipe, options)
         source = _source(stack, model, folder, given)
         if isinstance(model, nn.Module):
-            given.pop("weights_key", None)  # it chose among the folder's sets of weights; what was written has one
+            # It chose one of the sets of weights in the folder. The copy that was written has only one.
+            given.pop("weights_key", None)
         library = open_library(source, given["task"], given["trust_remote_code"])
         out = Path(output_dir or f"{Path(source.resolved).name}-dsd")
         if given.get("resume") and (out / "dsd/report.json").is_file() and not _unfinished(out):
@@ -150,7 +162,11 @@ def refine(
 
 @dataclass(frozen=True, repr=False)
 class Plan(Mapping[str, Any]):
-    """What a run would do: `data` is what `dsd-refine plan --json` prints."""
+    """What a run would do, as a mapping. Its text form is what `dsd-refine plan` prints.
+
+    Attributes:
+        data: What `dsd-refine plan --json` prints.
+    """
 
     data: Mapping[str, Any]
 
@@ -176,22 +192,31 @@ def plan(
     measured: bool = False,
     **options: Any,
 ) -> Plan:
-    """What `refine` with these arguments would do: layers, steps, memory, disk. No weights are fetched, nothing is trained.
+    """Return what `refine` would do with these arguments: layers, steps, memory and disk.
+
+    Unless `measured` is True, no weights are downloaded and nothing is trained.
 
     Args:
-        model: as `refine` takes it; of an open module give its folder.
-        data: as `refine` takes it.
-        eval_data: as `refine` takes it.
-        recipe: as `refine` takes it.
-        measured: train a few real steps for memory and time, with the weights and the data.
-        options: as `refine` takes them.
+        model: As in `refine`, but not an open module: give its folder instead.
+        data: As in `refine`.
+        eval_data: As in `refine`.
+        recipe: As in `refine`.
+        measured: Also train a few real steps, to measure memory and time. This needs the weights
+            and the data.
+        **options: As in `refine`.
+
+    Returns:
+        The plan. `print(plan)` shows it as text.
 
     Raises:
-        UsageError: as `refine` would, for what can be seen without weights.
+        UsageError: `refine` would raise it too. Without `measured`, only what can be seen without
+            weights is checked. Its subclasses are `RecipeError`, `CheckpointError` and `DataError`.
+        Interrupted: A signal stopped a measured step. Nothing was saved.
+        RunError: A measured step failed, for example because the loss is not finite.
     """
     _refuse_unknown(options)
     if isinstance(model, nn.Module):
-        raise UsageError("plan: give the folder that the module was loaded from; a plan looks at no weights")
+        raise UsageError("plan: give the folder that the module was loaded from; a plan does not use the weights")
     with _call(quiet=True) as display, ExitStack() as stack:
         given = _given(stack, data, eval_data, recipe, options)
         pickles = bool(given.get("allow_pickle"))
@@ -200,8 +225,8 @@ def plan(
         chosen = choose_recipe(library, given, display.say)
         planned = make_plan(source, library, chosen, allow_pickle=pickles)
         if measured:
-            found = measure(source, library, chosen, given.get("device", "auto"), pickles)
-            planned = add_measured(planned, found)
+            measurements = measure(source, library, chosen, given.get("device", "auto"), pickles)
+            planned = add_measured(planned, measurements)
         return Plan(planned)
 
 
@@ -213,28 +238,34 @@ def verify(
     allow_pickle: bool = False,
     weights_key: str | None = None,
 ) -> list[str]:
-    """The same-shape proof: hold an output against its source, and its report's hashes against its files.
+    """Check that an output has the same shape as its source, and that its files match its report.
+
+    It compares the names, shapes, dtypes and side files of both checkpoints, and the hashes in the
+    report with the files. It then loads the output and computes the saved examples again.
 
     Args:
-        source: the model that was refined, as `refine` takes it.
-        output: the output directory.
-        trust_remote_code: run code that the model brings along.
-        allow_pickle: read .bin and .pth weights, weights-only even so.
-        weights_key: which of a pickle's sets of weights; None: the one that the report names.
+        source: The model that was refined: a timm name, a Hub repository or a folder.
+        output: The output directory.
+        trust_remote_code: Run code that comes with the model.
+        allow_pickle: Also read .bin and .pth weights. They are still read as weights only, so that
+            no code in them runs.
+        weights_key: The set of weights to use, if a pickle has several. None: the one that the
+            report names.
 
     Returns:
-        What is wrong, a line each. Empty where all holds.
+        The problems, one text for each. Empty if everything is right.
 
     Raises:
-        UsageError: the output is none of ours, or the source cannot be read.
+        UsageError: `output` is not an output of dsd-refine, or the source cannot be read. Its
+            subclass `CheckpointError` says what is wrong with the source.
     """
     if not Path(output, "dsd/report.json").is_file():
-        raise UsageError(f"{output}: is no output of dsd-refine: it has no dsd/report.json")
+        raise UsageError(f"{output}: is not an output of dsd-refine: it has no dsd/report.json")
     with as_found():
         quiet_libraries()
         report = read_json(Path(output, "dsd/report.json"))
-        task, said = report.get("task"), report.get("source")
-        key = said.get("weights_key") if isinstance(said, dict) else None
+        task, reported = report.get("task"), report.get("source")
+        key = reported.get("weights_key") if isinstance(reported, dict) else None
         opened = find_source(str(source), allow_pickle=allow_pickle)
         library = open_library(opened, task if isinstance(task, str) and task in TASKS else None, trust_remote_code)
         checkpoint = open_shapes(
@@ -246,28 +277,45 @@ def verify(
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Several runs on one baseline. `comparison`: "first vs second" -> how the first differs (delta > 0: it is better)."""
+    """The results of `compare`: several runs on one baseline.
+
+    Attributes:
+        comparison: "first vs second" -> the comparison of both. If its delta is greater than 0, the
+            first is better.
+    """
 
     comparison: Mapping[str, Comparison]
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row for each comparison: delta, ci95, p_value, p_adjusted, gained, lost, test."""
+        """Return a table with one row for each comparison.
+
+        Returns:
+            The columns are the fields of `Comparison`: delta, ci95, p_value, p_adjusted, gained,
+            lost, test, and others. The index is the names of `comparison`.
+        """
         import pandas
 
-        return pandas.DataFrame({name: asdict(found) for name, found in self.comparison.items()}).T
+        return pandas.DataFrame({name: asdict(result) for name, result in self.comparison.items()}).T
 
 
 def compare(outputs: Sequence[str | Path]) -> Comparisons:
-    """Compare the refined arms of several finished runs with their common source, and with each other.
+    """Compare the refined arms of several finished runs with their common source and with each other.
 
-    The tests are the report's own, on the rows of predictions.parquet; p values are corrected over all comparisons (Holm).
+    The tests are the same as in a report, on the rows of predictions.parquet. The p values are
+    corrected over all these comparisons (Holm).
 
     Args:
-        outputs: output directories of runs with the same source and the same evaluation rows.
+        outputs: The output directories, at least two. Their runs must have the same source, the same
+            evaluation rows and the same metric.
+
+    Returns:
+        The comparisons of each run with the source, named "OUTPUT vs baseline", and of each pair of
+        runs, named "OUTPUT vs OUTPUT".
 
     Raises:
-        UsageError: fewer than two runs, no output of ours, another source, other evaluation rows, or
-            predictions that do not give the report's own results.
+        UsageError: There are fewer than two directories, or one is not an output of dsd-refine. Or
+            the runs differ in source, evaluation rows or metric. Or the results in a report cannot
+            be computed again from its predictions.parquet.
     """
     if not isinstance(outputs, list | tuple) or len(outputs) < 2:
         raise UsageError("compare: give a list of at least two output directories")
@@ -283,7 +331,7 @@ def compare(outputs: Sequence[str | Path]) -> Comparisons:
     groups = _equal_rows(reports, tables)
     refined = {name: (table, "refined") for name, table in tables.items()}
     pairs = {f"{name} vs baseline": (arm, (arm[0], "baseline")) for name, arm in refined.items()}
-    pairs |= {f"{one} vs {other}": (refined[one], refined[other]) for one, other in combinations(refined, 2)}
+    pairs |= {f"{name} vs {other}": (refined[name], refined[other]) for name, other in combinations(refined, 2)}
     return Comparisons(holm({name: _tested(first, *pair, groups) for name, pair in pairs.items()}))
 
 
@@ -291,7 +339,7 @@ Arm = tuple[Any, str]  # the rows of a run's predictions.parquet, and the name o
 
 
 def _tested(report: Report, mine: Arm, theirs: Arm, groups: np.ndarray[Any, Any] | None) -> Comparison:
-    """Two arms compared as `report` compares its own."""
+    """Compare two arms in the way in which `report` compares its own."""
     corpus = _corpus(report)
     first, second = (_scores(table, arm, corpus) for table, arm in (mine, theirs))
     count = mine[0][f"count_{mine[1]}"].to_numpy(float)
@@ -300,13 +348,17 @@ def _tested(report: Report, mine: Arm, theirs: Arm, groups: np.ndarray[Any, Any]
 
 
 def _equal_rows(reports: Mapping[str, Report], tables: Mapping[str, pd.DataFrame]) -> np.ndarray[Any, Any] | None:
-    """The group of each evaluation row, where some have equal content and count as one; None where none have.
+    """Return the group of each evaluation row, shape (rows,). Rows of equal content count as one.
 
-    predictions.parquet has no contents. Rows of equal content have equal targets and losses in every arm. Whether the groups
-    that follow from that are the run's own shows where each report's result comes out again.
+    None: all rows differ.
+
+    predictions.parquet does not have the contents of the rows. But rows of equal content have equal
+    targets, and equal losses in every arm, so they can be found by these. The groups are right if
+    they give the result of each report again.
 
     Raises:
-        UsageError: a report's result comes out neither with these groups nor without groups.
+        UsageError: The result of a report can be computed again neither with these groups nor
+            without groups.
     """
     columns = [table[f"loss_{arm}"] for table in tables.values() for arm in ("baseline", "refined")]
     targets = next(iter(tables.values()))["target"]
@@ -318,42 +370,53 @@ def _equal_rows(reports: Mapping[str, Report], tables: Mapping[str, pd.DataFrame
         if all(_comes_out_again(report, tables[name], groups) for name, report in reports.items()):
             return groups
     raise UsageError(
-        f"compare: the results of {' and '.join(reports)} do not come out again from their predictions.parquet; were the files "
-        "changed, or do evaluation rows of equal content not show there?"
+        f"compare: the results of {' and '.join(reports)} do not come out again from their predictions.parquet. Either the "
+        "files were changed, or evaluation rows of equal content cannot be recognized in them"
     )
 
 
 def _comes_out_again(report: Report, table: pd.DataFrame, groups: np.ndarray[Any, Any] | None) -> bool:
-    """Do the predictions give the report's own difference from the source, and its interval to a twentieth?"""
-    known, found = report.comparison["baseline"], _tested(report, (table, "refined"), (table, "baseline"), groups)
-    near = (known.ci95[1] - known.ci95[0]) / 20  # other releases of numpy may draw other samples
-    ends = zip((known.delta, *known.ci95), (found.delta, *found.ci95), strict=True)
-    return all(abs(one - other) <= near + 1e-9 for one, other in ends)
+    """Return whether the predictions give the difference from the source that the report names.
+
+    Delta and the ends of the interval may be off by a twentieth of the interval, because another
+    release of numpy may draw other samples.
+    """
+    reported = report.comparison["baseline"]
+    computed = _tested(report, (table, "refined"), (table, "baseline"), groups)
+    tolerance = (reported.ci95[1] - reported.ci95[0]) / 20 + 1e-9
+    pairs = zip((reported.delta, *reported.ci95), (computed.delta, *computed.ci95), strict=True)
+    return all(abs(old - new) <= tolerance for old, new in pairs)
 
 
 def _refuse_other_runs(first: Report, other: Report) -> None:
-    """Raise UsageError where two runs have another source, other evaluation rows or another metric."""
-    same: dict[str, Any] = {
+    """Raise UsageError if two runs differ in source, evaluation rows or metric."""
+    must_be_equal: dict[str, Any] = {
         "source files": lambda data: sorted((file["name"], file["sha256"]) for file in data["source"]["files"]),
         "evaluation rows": lambda data: data["data"]["eval"]["fingerprint"],
         "metric": lambda data: data["metric"]["name"],
     }
-    for what, of in same.items():
-        if of(first.data) != of(other.data):
-            raise UsageError(f"compare: {first.folder} and {other.folder} have other {what}: they have no common baseline")
+    for name, read in must_be_equal.items():
+        if read(first.data) != read(other.data):
+            raise UsageError(f"compare: {first.folder} and {other.folder} differ in {name}: they have no common baseline")
 
 
 def _refuse_other_baseline(first: pd.DataFrame, other: pd.DataFrame, names: str) -> None:
-    """Raise UsageError where the source itself has other targets or losses: other labels, columns or lengths of texts."""
-    one, two = (table["loss_baseline"].to_numpy(float) for table in (first, other))
+    """Raise UsageError if the targets of two runs differ, or the losses of their source.
+
+    They differ if the runs read other label columns, or cut texts to other lengths.
+    """
+    losses, other_losses = (table["loss_baseline"].to_numpy(float) for table in (first, other))
     if not first["target"].equals(other["target"]):
-        raise UsageError(f"compare: {names} have other targets: they have no common baseline")
-    if not np.allclose(one, two, rtol=1e-2, atol=1e-3, equal_nan=True):
-        raise UsageError(f"compare: the source of {names} has other losses on the same rows: they have no common baseline")
+        raise UsageError(f"compare: {names} have different targets: they have no common baseline")
+    if not np.allclose(losses, other_losses, rtol=1e-2, atol=1e-3, equal_nan=True):
+        raise UsageError(f"compare: the source has different losses on the same rows in {names}: they have no common baseline")
 
 
 def _corpus(report: Report) -> Any:
-    """The function of summed statistics that makes the metric, where it is no ratio of sums (BLEU)."""
+    """Return the function that computes the metric from summed statistics.
+
+    Only BLEU has one. None: the metric is a ratio of sums.
+    """
     if report.data["metric"]["name"] != "bleu4":
         return None
     from dsd_refine.tasks.image_captioning import bleu
@@ -362,7 +425,7 @@ def _corpus(report: Report) -> Any:
 
 
 def _scores(table: pd.DataFrame, arm: str, corpus: Any) -> np.ndarray[Any, Any]:
-    """The scores of an arm's rows, or the statistics that `corpus` sums."""
+    """Return the scores of an arm's rows, or the statistics of the rows if the metric has a `corpus`."""
     return table[f"score_{arm}"].to_numpy(float) if corpus is None else np.stack(table[f"stats_{arm}"].to_list())
 
 
@@ -376,46 +439,50 @@ def make_masks(
     criterion: str = "magnitude",
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Masks of a model's weights by the rules of a run, for a training loop of one's own.
+    """Make masks for the weights of a model by the rules of a run, for your own training loop.
 
     Args:
-        model: any module. Linear, convolution, recurrent and attention weights are masked; biases,
-            norms, embeddings and what else the rules name are not.
-        sparsity: share of zeros per layer, at least 0 and less than 1: round(sparsity * n) weights.
-        include: globs of parameter names to mask besides.
-        exclude: globs of parameter names not to mask; they win.
-        first: names of modules that see pixels or sound, which are not masked; empty: none is known.
-        criterion: `magnitude` (the smallest, ties by the lowest flat index) or `random`.
-        seed: of a random mask.
+        model: Any module. The weights of linear, convolution, recurrent and attention layers are
+            masked. Biases, norms, embeddings and the other exceptions in docs/layers.md are not.
+        sparsity: The share of zeros in each layer, at least 0 and less than 1. Of n weights,
+            round(sparsity * n) are masked.
+        include: Globs of parameter names to mask too.
+        exclude: Globs of parameter names not to mask. They win over `include`.
+        first: The names of the modules whose input is pixels or sound. They are not masked.
+        criterion: "magnitude" masks the smallest absolute values; of equal values, those with the
+            lowest flat index. "random" draws the masked weights by chance.
+        seed: The seed of a random mask.
 
     Returns:
-        Parameter name -> bool tensor of its shape, True = keep. A tied parameter has one mask.
+        Parameter name -> bool tensor of the parameter's shape, True = keep. Tied parameters have
+        one mask together.
 
     Raises:
-        UsageError: a sparsity out of range, a glob that matches nothing, or no layer to mask.
+        UsageError: The sparsity is out of range, the criterion is unknown, a glob matches nothing,
+            or no layer can be masked.
     """
     if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise UsageError(f"sparsity {sparsity!r}: is a number, at least 0 and less than 1")
+        raise UsageError(f"sparsity {sparsity!r}: must be a number, at least 0 and less than 1")
     include, exclude, first = ([names] if isinstance(names, str) else names for names in (include, exclude, first))
     if criterion not in ("magnitude", "random"):
-        raise UsageError(f"criterion {criterion!r}: is magnitude or random")
+        raise UsageError(f"criterion {criterion!r}: must be magnitude or random")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     layers = find_layers(model, first=list(first), include=tuple(include), exclude=tuple(exclude))
-    # in float32 and contiguous: the module may hold other dtypes, or views into larger tensors
+    # float32 and contiguous, because the module may have other dtypes, or views into larger tensors.
     values = {name: parameter.detach().to(torch.float32).contiguous() for name, parameter in parameters.items()}
     return masking.make_masks(layers, values, sparsity, criterion, (seed, "mask"))
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
-    """Set the masked weights to 0, in place: after each optimizer step.
+    """Set the masked weights to 0, in place. Call it after each optimizer step.
 
     Args:
-        model: the module that the masks are of.
-        masks: what `make_masks` gave.
+        model: The module that the masks were made for.
+        masks: The result of `make_masks`: parameter name -> bool tensor, True = keep.
 
     Raises:
-        UsageError: a mask of no parameter of the model, of another shape, or not bool. No weight is
-            changed then.
+        UsageError: A mask has the name of no parameter, or another shape than its parameter, or it
+            is not bool. Then no weight was changed.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, mask in masks.items():
@@ -423,7 +490,8 @@ def apply_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
             raise UsageError(f"{name}: the model has no parameter of this name and shape {tuple(mask.shape)}")
         if mask.dtype != torch.bool:
             raise UsageError(f"{name}: a mask is bool (True = keep), not {mask.dtype}")
-    # a run multiplies bits, which is faster, but only right for float32 and for masks with its strides
+    # A run multiplies bits instead, which is faster. But that is right only for float32 weights, and
+    # for masks with the strides of the weights.
     with torch.no_grad():
         for name, mask in masks.items():
             parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
@@ -431,7 +499,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
 
 @contextmanager
 def _call(quiet: bool | None) -> Iterator[Display]:
-    """Around a call: quiet libraries, a display, and the process as it was found afterwards."""
+    """Silence the libraries and yield a display. At the end, restore the state of the process."""
     silent = not (sys.stderr is not None and sys.stderr.isatty()) and not in_notebook() if quiet is None else quiet
     with as_found():
         quiet_libraries()
@@ -439,16 +507,17 @@ def _call(quiet: bool | None) -> Iterator[Display]:
 
 
 def _refuse_unknown(options: Mapping[str, Any]) -> None:
-    """Raise UsageError for a keyword that is no option, with the nearest one."""
-    known = (set(Recipe.model_fields) - {"name"}) | {*PHASE_OPTIONS, *Carried.model_fields}
+    """Raise UsageError for a keyword that is not an option. The message names the nearest one."""
+    known = (set(Recipe.model_fields) - {"name"}) | {*PHASE_OPTIONS, *NonRecipeOptions.model_fields}
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            raise UsageError(f"{name}: no option of this name{f'; did you mean {close[0]!r}?' if close else ''}")
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UsageError(f"{name}: there is no option of this name{hint}")
 
 
 def _callbacks(callbacks: Sequence[object]) -> tuple[Any, ...]:
-    """The callbacks; raise UsageError for one that nothing would ever call."""
+    """Return the callbacks. Raise UsageError if one has no method of `Hooks`."""
     if not isinstance(callbacks, list | tuple):
         raise UsageError(f"callbacks: expected a list of objects, not {type(callbacks).__name__}")
     names = [name for name in vars(Hooks) if not name.startswith("_")]
@@ -459,43 +528,54 @@ def _callbacks(callbacks: Sequence[object]) -> tuple[Any, ...]:
 
 
 def _given(stack: ExitStack, data: Any, eval_data: Any, recipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as the command has them."""
+    """Return the options in the form that the command has them: without None, and checked."""
     if not isinstance(recipe, str | Path | Recipe | None):
         raise UsageError(f"recipe: expected a name, a file or a Recipe, not {type(recipe).__name__}")
-    said = {name: [value] if name in (*NAMES, "sets") and isinstance(value, str) else value for name, value in options.items()}
-    said = {name: value.item() if isinstance(value, np.generic) else value for name, value in said.items()}
-    carried = {name: value for name, value in said.items() if name in Carried.model_fields and value is not None}
-    carried = validated(Carried, carried, "options").model_dump(exclude_none=True)
-    given: dict[str, Any] = {"task": None, "trust_remote_code": False, "yes": False, **said, **carried, "recipe": recipe}
-    for name, value in given.items():  # the command's () is an option that was not given; an empty list is a list
+    values = {
+        name: [value] if name in (*NAMES, "sets") and isinstance(value, str) else value for name, value in options.items()
+    }
+    values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    run_values = {name: value for name, value in values.items() if name in NonRecipeOptions.model_fields and value is not None}
+    run_values = validated(NonRecipeOptions, run_values, "options").model_dump(exclude_none=True)
+    given: dict[str, Any] = {"task": None, "trust_remote_code": False, "yes": False, **values, **run_values, "recipe": recipe}
+    # For the command, () is an option that was not given. An empty list is a value.
+    for name, value in given.items():
         given[name] = list(value) if isinstance(value, tuple) and name != "sets" else value
     given = {name: value for name, value in given.items() if value is not None or name == "task"} | {"recipe": recipe}
     if given["task"] not in (None, *TASKS):
-        raise UsageError(f"task {given['task']!r}: not a task; known are {', '.join(TASKS)}")
-    return given | {"data": _as_place(stack, data), "eval_data": _as_place(stack, eval_data)}
+        raise UsageError(f"task {given['task']!r}: is not a task; the tasks are {', '.join(TASKS)}")
+    return given | {"data": _as_path(stack, data), "eval_data": _as_path(stack, eval_data)}
 
 
-def _as_place(stack: ExitStack, rows: Any) -> str | None:
-    """Data as --data names them; an open data set is saved to a folder that lives as long as the call."""
+def _as_path(stack: ExitStack, rows: Any) -> str | None:
+    """Return data as --data names them.
+
+    An open data set is saved to a folder that exists until the call ends.
+    """
     if rows is None or isinstance(rows, str | Path):
         return None if rows is None else str(rows)
     if not hasattr(rows, "save_to_disk"):
         raise UsageError(f"data: expected a path, a name, a Dataset or a DatasetDict, not {type(rows).__name__}")
-    kind = f"datasets.{type(rows).__name__}"  # the report calls the data by the folder's name
-    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / kind
-    rows.save_to_disk(place)
-    return str(place)
+    kind = f"datasets.{type(rows).__name__}"  # the report shows the name of the folder as the name of the data
+    path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / kind
+    rows.save_to_disk(path)
+    return str(path)
 
 
 def _source(stack: ExitStack, model: Any, folder: str | Path | None, given: Mapping[str, Any]) -> Source:
-    """Where the weights come from; an open module's values are written into a copy of its checkpoint first."""
+    """Return the source of the weights.
+
+    The values of an open module are first written into a copy of its checkpoint.
+    """
     pickles = bool(given.get("allow_pickle"))
     if not isinstance(model, nn.Module):
         if folder is not None:
-            raise UsageError("folder: belongs to an open module; a model that is named has its own")
+            raise UsageError("folder: is only for an open module; leave it out if you give the name or path of a model")
         return find_source(str(model), allow_pickle=pickles)
     if folder is None:
-        raise UsageError("model: give the folder that the module was loaded from as `folder`: its files say the layout")
+        raise UsageError(
+            "model: also give `folder`, the checkpoint that the module was loaded from: its files give the layout of the output"
+        )
     source = find_source(str(folder), allow_pickle=pickles)
     library = open_library(source, given["task"], given["trust_remote_code"])
     checkpoint = open_checkpoint(source, library, allow_pickle=pickles, weights_key=given.get("weights_key"))
@@ -503,11 +583,13 @@ def _source(stack: ExitStack, model: Any, folder: str | Path | None, given: Mapp
         checkpoint.model.load_state_dict(model.state_dict())
     except RuntimeError as error:
         raise UsageError(f"model: is not the model of {folder}: {' '.join(str(error).split())[:300]}") from None
-    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / Path(source.resolved).name
-    place.mkdir()
-    checkpoint.write(checkpoint.model, place)
-    return replace(find_source(str(place)), model=f"{folder} (an open module)")  # the place is gone when the report is read
+    copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsd-refine-"))) / Path(source.resolved).name
+    copy.mkdir()
+    checkpoint.write(checkpoint.model, copy)
+    # The report names the user's folder, because the copy is removed at the end of the call.
+    return replace(find_source(str(copy)), model=f"{folder} (an open module)")
 
 
 def _unfinished(out: Path) -> bool:
+    """Return whether an unfinished run has left its folder beside OUT."""
     return out.with_name(out.name + ".partial").is_dir()

@@ -28,9 +28,10 @@ from dsd_refine.masking.layers import Layer, TensorSlice
 from dsd_refine.report import figures, words
 from dsd_refine.report.card import SourceCard, card
 from dsd_refine.report.examples import examples
-from dsd_refine.report.page import margin_of, page, read_lines
+from dsd_refine.report.page import page, read_lines
 from dsd_refine.report.places import from_home
 from dsd_refine.report.report import Report, summary
+from dsd_refine.report.rules import absolute_margin
 
 SECTIONS = ["verdict", "arms", "flips", "examples", "curves", "weights", "layers", "cost", "run", "warnings"]
 MEANS = {"conv2.weight": (0.05, 0.045), "fc.weight": (0.1, 0.12), "conv1.weight": (0.2, 0.2), "fc.bias": (0.0, 0.0)}
@@ -558,9 +559,9 @@ def test_ticks_of_a_logarithmic_axis(low, ratio):
 
 
 def test_the_margin_of_a_loss_is_a_share_of_the_source_s():
-    assert margin_of(reports.report(), {"margin": 0.005}) == 0.005
-    assert margin_of(reports.loss_report(), {"margin": 0.005}) == pytest.approx(0.016)
-    assert margin_of(reports.report(), {}) == 0.0
+    assert absolute_margin(0.005, "accuracy", 0.9) == 0.005
+    assert absolute_margin(0.005, "loss", 3.2) == pytest.approx(0.016)
+    assert "(±0.016)" in page(reports.loss_report(), [], {}, "margin: 0.005\n")
 
 
 def test_intervals_stand_where_their_numbers_are():

@@ -92,7 +92,7 @@ def test_a_precision_that_accelerate_decides_is_in_the_recipe(made, plain, tmp_p
 
 @pytest.mark.parametrize(
     ("precision", "says"),
-    [("fp16", "--mixed-precision fp16 is for a GPU"), ("fp8", "accelerate refuses this device and precision")],
+    [("fp16", "--mixed-precision fp16 needs a GPU"), ("fp8", "accelerate refuses this device and precision")],
 )
 def test_a_precision_that_is_not_to_be_had_is_refused(made, tmp_path, precision, says):
     """Accelerate itself computes in float32 where it is asked for fp16 on a CPU."""

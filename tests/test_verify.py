@@ -126,7 +126,7 @@ def test_any_name_in_the_report_is_held_against_the_folder(output, side):
 
 
 def test_something_else_is_no_output(refused, tmp_path, output):
-    assert "no output of dsd-refine" in refused("verify", source_of(output), tmp_path)
+    assert "not an output of dsd-refine" in refused("verify", source_of(output), tmp_path)
 
 
 def test_weights_beside_those_written_and_an_emptied_list_are_seen(command, output):

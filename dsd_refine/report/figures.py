@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsd_refine.report import words
+from dsd_refine.report.rules import preference
 
 SIZE = 1000
 POINTS = 500  # at most that many points a curve
@@ -267,16 +268,12 @@ def _preferred(tries: Tries, metric: str, higher_is_better: bool) -> dict[str, s
     best: dict[str, tuple[tuple[float, float], str]] = {}
     for label, phases in tries.items():
         looks = [look for _, look in list(phases.values())[-1].looks]
-        value = max((_merit(look, metric, higher_is_better) for look in looks), default=(-math.inf, -math.inf))
+        keys = (preference(look, metric, higher_is_better=higher_is_better) for look in looks)
+        value = max(keys, default=(-math.inf, -math.inf))
         arm = label.split(" try ")[0]
         if arm not in best or value > best[arm][0]:
             best[arm] = (value, label)
     return {arm: label for arm, (_, label) in best.items()}
-
-
-def _merit(look: Mapping[str, Any], metric: str, higher_is_better: bool) -> tuple[float, float]:
-    sign = 1.0 if higher_is_better else -1.0
-    return (sign * float(look[metric]) if metric in look else 0.0, -float(look.get("loss", 0.0)))
 
 
 Parts = Mapping[str, list[tuple[float, Track]]]  # arm -> its phases, with the step at which each begins

@@ -23,6 +23,7 @@ from dsd_refine.report.card import public_recipe
 from dsd_refine.report.data import data_lines
 from dsd_refine.report.examples import Examples
 from dsd_refine.report.places import last_part
+from dsd_refine.report.rules import absolute_margin
 
 SHOWN_ROWS = 20  # skipped rows and class names that are listed; the rest is counted
 EXPLAINED = {
@@ -52,7 +53,7 @@ def page(
     """
     recipe = _recipe(recipe_yaml)
     metric = report["metric"]
-    margin = margin_of(report, recipe)
+    margin = absolute_margin(float(recipe.get("margin") or 0.0), metric["name"], report["arms"]["baseline"][metric["name"]])
     source = (report.get("holdout") or {}).get("baseline")
     epoch = report["selected"]["epoch"]
     drawn = figures.curves(figures.read_log(log), metric["name"], metric["higher_is_better"], source, epoch)
@@ -81,13 +82,6 @@ def page(
         environment=report["environment"],
     )
     return text.encode("utf-8", "replace").decode()  # a file name may hold what is no Unicode
-
-
-def margin_of(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> float:
-    """What counts as the same, in the metric's own unit: of a loss the recipe's margin is a share of the source's."""
-    margin = float(recipe.get("margin") or 0.0)
-    metric = report["metric"]["name"]
-    return margin * abs(report["arms"]["baseline"][metric]) if metric == "loss" else margin
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

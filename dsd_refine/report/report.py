@@ -23,10 +23,17 @@ LIBRARIES = ("torch", "timm", "transformers", "accelerate", "datasets", "safeten
 
 @dataclass(frozen=True)
 class Compared:
-    """The refined arm beside another one on the evaluation split.
+    """The comparison of the refined arm with another one, on the evaluation split.
 
-    `delta` > 0: refined is better, also for losses and error rates; `ci95` is its interval. `p_adjusted` is Holm's over the
-    comparisons of the run. `gained` and `lost` count rows, where a row is right or wrong.
+    Attributes:
+        delta: The difference of the metric, refined minus other, with its sign turned for losses and
+            error rates: if it is greater than 0, refined is better.
+        ci95: The lower and the upper end of the 95 % interval of `delta`.
+        p_value: The two-sided p value of the hypothesis that there is no difference.
+        p_adjusted: The p value after Holm's correction over all comparisons of the run.
+        gained: The number of rows that only refined has right. None if rows are not right or wrong.
+        lost: The number of rows that only the other arm has right, or None.
+        test: The name of the test.
     """
 
     delta: float
@@ -40,28 +47,36 @@ class Compared:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """A finished run: report.json as `data`, and the folder `output` that it is about."""
+    """The report of a finished run.
+
+    Attributes:
+        data: The content of report.json. All properties read from it.
+        output: The output directory.
+    """
 
     data: Mapping[str, Any]
     output: Path
 
     @classmethod
     def load(cls, folder: str | Path) -> Report:
-        """The report of a finished run.
+        """Read the report of a finished run.
 
         Args:
-            folder: the run's output directory.
+            folder: The output directory of the run.
+
+        Returns:
+            The report. Its `output` is `folder`.
 
         Raises:
-            UsageError: the folder is no output of dsd-refine.
+            UsageError: The folder is not an output of dsd-refine.
         """
         file = Path(folder) / "dsd/report.json"
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"{folder}: is no output of dsd-refine: {file} cannot be read ({error!s:.100})") from None
+            raise UsageError(f"{folder}: is not an output of dsd-refine: {file} cannot be read ({error!s:.100})") from None
         if not isinstance(data, dict) or not {"schema", "verdict", "arms", "comparison"} <= data.keys():
-            raise UsageError(f"{folder}: is no output of dsd-refine: {file} is another report")
+            raise UsageError(f"{folder}: is not an output of dsd-refine: {file} is the report of something else")
         return cls(data, Path(folder))
 
     @property
@@ -71,42 +86,54 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0, or 3 where the gate was not met."""
+        """The exit code of the command: 0, or 3 if the gate was not met."""
         return int(self.data["exit_code"])
 
     @property
     def verdict(self) -> str:
-        """Refined against the source: better | worse | same | inconclusive."""
+        """The result of refined compared with the source: better | worse | same | inconclusive."""
         return str(self.data["verdict"])
 
     @property
     def credit(self) -> str:
-        """Whose doing a better verdict is: mask | training | unknown (no control was run); none: it is not better."""
+        """What made the result better: mask | training | unknown | none.
+
+        mask: it is better than every control too. training: it is not better than every control.
+        unknown: no control was run. none: the verdict is not better.
+        """
         return str(self.data["credit"])
 
     @property
     def gate(self) -> dict[str, Any]:
-        """`rule`: what was asked for. `passed`: was it met?"""
+        """The gate: `rule`, the name of the rule, and `passed`, whether it was met."""
         return dict(self.data["gate"])
 
     @property
     def cost(self) -> dict[str, Any]:
-        """What training took, all arms together: `seconds`, `samples`, `energy_joules` (None: no counter)."""
+        """The cost of training, all arms together.
+
+        `seconds` and `samples` are those of the training steps. `energy_joules` is the energy of the
+        whole run, None if the machine has no counter for it. Reports of older releases have no
+        cost; then the dict is empty.
+        """
         return dict(self.data.get("cost") or {})
 
     @property
     def gate_passed(self) -> bool:
-        """Was the gate met? The weights are in `rejected/` where it was not."""
+        """Whether the gate was met. If not, the weights are in the folder `rejected/` of the output."""
         return bool(self.data["gate"]["passed"])
 
     @property
     def arms(self) -> dict[str, dict[str, float]]:
-        """Arm (baseline, refined, dense, ...) -> metric -> value on the evaluation split. Fractions, not percent."""
+        """Arm (baseline, refined, dense, ...) -> metric -> value on the evaluation split.
+
+        Values are fractions, not percent.
+        """
         return {arm: dict(metrics) for arm, metrics in self.data["arms"].items()}
 
     @property
     def comparison(self) -> dict[str, Compared]:
-        """The other arm (baseline, dense, ...) -> refined compared with it."""
+        """Name of the other arm (baseline, dense, ...) -> the comparison of refined with it."""
         names = [field.name for field in fields(Compared)]
         return {
             name.removeprefix("refined_vs_"): Compared(**{key: values[key] for key in names} | {"ci95": tuple(values["ci95"])})
@@ -115,25 +142,39 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """What the run warned of."""
+        """The warnings of the run, one text for each."""
         return list(self.data["warnings"])
 
     def to_json(self) -> str:
-        """report.json as text."""
+        """Return the text of report.json.
+
+        Returns:
+            JSON, as the file in the output directory has it.
+
+        Raises:
+            ValueError: `data` has NaN or an infinite number, which JSON cannot express.
+        """
         return json.dumps(self.data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_pandas(self) -> pd.DataFrame:
-        """The evaluation rows: `row`, `target`, and per arm `prediction_ARM`, `score_ARM`, `count_ARM`, `loss_ARM`.
+        """Return the predictions of all arms on the evaluation split, from predictions.parquet.
+
+        Returns:
+            One row for each evaluation row. The columns are `row` (its name), `target`, and for each
+            arm `prediction_ARM`, `score_ARM`, `count_ARM` and `loss_ARM`. The metric is the sum of
+            the scores divided by the sum of the counts. For BLEU there is also `stats_ARM`, the
+            statistics that are summed. With several seeds there are the same columns for
+            `ARM_seed1`, `ARM_seed2`, ...
 
         Raises:
-            UsageError: the output's predictions.parquet is missing, or is no such file.
+            UsageError: predictions.parquet is missing, or is not a parquet file.
         """
         import pandas
 
         file = self.output / "dsd/predictions.parquet"
         try:
             return pandas.read_parquet(file)
-        except (OSError, ValueError) as error:  # what pyarrow raises is one of them
+        except (OSError, ValueError) as error:  # the errors of pyarrow derive from these
             raise UsageError(f"{file}: cannot be read ({error!s:.100})") from None
 
     def __repr__(self) -> str:
@@ -143,34 +184,34 @@ class Report:
         return f"<Report of {self.output}: {self.verdict}, credit: {self.credit}{shown}>"
 
     def _repr_html_(self) -> str:
-        """report.html in a frame of its own, for notebooks: its styles do not reach the notebook's."""
+        """Return report.html for notebooks, in a frame, so that its styles do not change the notebook."""
         page = html.escape((self.output / "dsd/report.html").read_text(encoding="utf-8"), quote=True)
         return f'<iframe srcdoc="{page}" style="width: 100%; height: 800px; border: 0" sandbox></iframe>'
 
 
 def environment(device: str, processes: int) -> dict[str, Any]:
-    """Versions and machine, as the report lists them."""
+    """Return the versions of Python and the libraries, the device and the number of processes."""
     versions = {name: version(name) for name in LIBRARIES}
     return {"python": platform.python_version(), **versions, "device": device, "processes": processes}
 
 
 def summary(report: Report) -> str:
-    """What the command prints at the end: arms, comparisons, verdict, gate, where the output is."""
+    """Return the text that the command prints at the end: arms, comparisons, verdict, gate, output."""
     data = report.data
     metric = data["metric"]["name"]
     lines = [f"{data['source']['model']} · {data['task']} · {data['data']['eval']['rows']:,} evaluation rows", ""]
     names = list(next(iter(data["arms"].values())))
     lines.append("  " + "arm".ljust(10) + "".join(name.rjust(12) for name in names))
     lines += [
-        "  " + arm.ljust(10) + "".join(f"{value:12.4f}" for value in found.values()) for arm, found in data["arms"].items()
+        "  " + arm.ljust(10) + "".join(f"{value:12.4f}" for value in metrics.values()) for arm, metrics in data["arms"].items()
     ]
     lines.append("")
-    for name, found in data["comparison"].items():
-        low, high = found["ci95"]
-        rows = f", {found['gained']} gained, {found['lost']} lost" if found["gained"] is not None else ""
+    for name, result in data["comparison"].items():
+        low, high = result["ci95"]
+        rows = f", {result['gained']} gained, {result['lost']} lost" if result["gained"] is not None else ""
         lines.append(
-            f"  {name.replace('_', ' ')}: {metric} {found['delta']:+.4f} [{low:+.4f}, {high:+.4f}]"
-            f", p = {found['p_adjusted']:.3g}{rows}"
+            f"  {name.replace('_', ' ')}: {metric} {result['delta']:+.4f} [{low:+.4f}, {high:+.4f}]"
+            f", p = {result['p_adjusted']:.3g}{rows}"
         )
     lines += _seed_lines(data, metric)
     selected = data["selected"]
@@ -192,9 +233,9 @@ def _seed_lines(data: Mapping[str, Any], metric: str) -> list[str]:
     if not data.get("seeds"):
         return []
     lines = ["", f"  over {data['seeds']['n']} seeds, mean and deviation:"]
-    for arm, found in data["seeds"]["arms"].items():
-        lines.append(f"  {arm.ljust(10)} {metric} {found[metric]['mean']:.4f} ± {found[metric]['deviation']:.4f}")
-    for name, found in data["seeds"]["comparison"].items():
-        low, high = found["ci95"]
-        lines.append(f"  {name.replace('_', ' ')}: {found['delta']:+.4f} [{low:+.4f}, {high:+.4f}] over seeds and rows")
+    for arm, metrics in data["seeds"]["arms"].items():
+        lines.append(f"  {arm.ljust(10)} {metric} {metrics[metric]['mean']:.4f} ± {metrics[metric]['deviation']:.4f}")
+    for name, result in data["seeds"]["comparison"].items():
+        low, high = result["ci95"]
+        lines.append(f"  {name.replace('_', ' ')}: {result['delta']:+.4f} [{low:+.4f}, {high:+.4f}] over seeds and rows")
     return lines

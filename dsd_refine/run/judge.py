@@ -1,4 +1,4 @@
-"""Scores of the arms on the evaluation split, and warnings about damage."""
+"""Score the arms on the evaluation split, compare them, and warn if training damages the model."""
 
 from __future__ import annotations
 
@@ -15,37 +15,51 @@ from dsd_refine.training.evaluate import evaluate, first_items, scored
 from dsd_refine.training.packing import load_state
 from dsd_refine.training.state import Key, PhaseState
 
-MOST_LOOKED_AT = 256  # training rows that the source is tried on as training shows them
-SAMPLED = 16  # of those rows, tried for what augmentation does to a row: one may be left as it is by chance
+MOST_LOOKED_AT = 256  # the most training rows that the source is scored on
+# So many of those rows are checked for augmentation. One is not enough, because augmentation may
+# leave a row unchanged by chance.
+SAMPLED = 16
 
 
 def load_selected(run: Run, arm: str, seed: int) -> None:
-    """Give the model the weights that the holdout chose for an arm's seed, by its number."""
+    """Load the weights that the holdout chose for a seed of an arm. `seed` is its number, from 0."""
     run.loop.accelerator.wait_for_everyone()
     load_state(run.loop.model, run.workspace.read_tensors(run.state.best[arm][str(seed)].file))
 
 
 def score_arm(run: Run, arm: str, seed: int = 0) -> None:
-    """Score an arm on the evaluation split, which nothing has been selected by: once, also where the run is taken up again."""
+    """Score an arm on the evaluation split, and add the scores to `run.seeds`.
+
+    Nothing is selected on this split. A resumed run reads the saved scores instead.
+
+    Args:
+        run: The run. Its model has the weights to score.
+        arm: "baseline" or the name of a trained arm.
+        seed: The number of the seed, from 0.
+
+    Raises:
+        UsageError: The source does not reach the recipe's `expect`.
+        Interrupted: A signal came. The scores are saved.
+    """
     label = f"{arm} seed {seed + 1}" if arm != "baseline" and run.recipe.seeds > 1 else arm
-    name = f"scores-{arm}-{seed}.safetensors"
-    kept = run.seeds.setdefault(arm, [])
+    file_name = f"scores-{arm}-{seed}.safetensors"
+    arm_scores = run.seeds.setdefault(arm, [])
     if label in run.state.judged:
-        kept.append(Scores.unpack(run.workspace.read_tensors(name)))
+        arm_scores.append(Scores.unpack(run.workspace.read_tensors(file_name)))
         return
     scores = evaluate(run.loop, run.task.eval)
-    found = run.task.metrics(scores)
+    metrics = run.task.metrics(scores)
     if arm == "baseline":
         run.state.baseline_warnings = check_baseline(
-            run.task, found, run.recipe, run.checkpoint.source.folder, scores, lambda part: evaluate(run.loop, part)
+            run.task, metrics, run.recipe, run.checkpoint.source.folder, scores, lambda part: evaluate(run.loop, part)
         )
         for line in run.state.baseline_warnings:
             run.options.say(f"warning: {line}")
-    kept.append(scores)
-    run.workspace.write_tensors(name, scores.pack())
+    arm_scores.append(scores)
+    run.workspace.write_tensors(file_name, scores.pack())
     place = {"arm": arm, "phase": None, "step": None, "epoch": None, **({"seed": seed + 1} if label != arm else {})}
-    run.workspace.log({"event": "evaluation", **place, "part": "eval", **found})
-    run.options.say(f"{label}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in found.items()))
+    run.workspace.log({"event": "evaluation", **place, "part": "eval", **metrics})
+    run.options.say(f"{label}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))
     run.state.judged.append(label)
     run.save()
     if run.loop.stopping() and run.loop.world == 1:
@@ -53,7 +67,10 @@ def score_arm(run: Run, arm: str, seed: int = 0) -> None:
 
 
 def warn(run: Run, lines: list[str]) -> None:
-    """Say what harms, at once and in the report; what has been said of a run that is taken up again is not said twice."""
+    """Print warnings about damage, and record them for the report.
+
+    A resumed run does not repeat the warnings that it has already recorded.
+    """
     known = run.state.harm
     for line in lines:
         if line not in known:
@@ -62,7 +79,11 @@ def warn(run: Run, lines: list[str]) -> None:
 
 
 def look_at_source(run: Run) -> None:
-    """The source on the holdout, which arms are seen against, and on the first training rows as training shows them."""
+    """Score the source on the holdout and on the first training rows, and save the results.
+
+    The trained arms are compared with them, so that damage shows early. The training rows are scored
+    in training form, that is with augmentation. If this makes them much harder, that is a warning.
+    """
     if run.state.looked:
         return
     loop, task, state = run.loop, run.task, run.state
@@ -74,50 +95,56 @@ def look_at_source(run: Run) -> None:
     batch = loop.recipe.batch_size * loop.recipe.gradient_accumulation_steps * loop.world
     items = first_items(loop, Key(run.recipe.seed, 0), min(MOST_LOOKED_AT, steps * batch))
     if items:
-        seen = _in_order(scored(loop, task.train, items))
-        state.source_loss = task.metrics(Scores.of(enumerate(seen), len(seen))).get("loss")
+        augmented = _in_order(scored(loop, task.train, items))
+        state.source_loss = task.metrics(Scores.of(enumerate(augmented), len(augmented))).get("loss")
         if not all(_as_in_evaluation(run, item) for item in items[:SAMPLED]):
             plain = _in_order(scored(loop, task.train, [(unit, None) for unit, _ in items]))
-            warn(run, view_warnings(task, plain, seen, run.recipe))
+            warn(run, view_warnings(task, plain, augmented, run.recipe))
     state.looked = True
     run.save()
 
 
-def _in_order(found: list[tuple[int, Score]]) -> list[Score]:
-    return [score for _, score in sorted(found, key=lambda pair: pair[0])]
+def _in_order(numbered: list[tuple[int, Score]]) -> list[Score]:
+    return [score for _, score in sorted(numbered, key=lambda pair: pair[0])]
 
 
 def _as_in_evaluation(run: Run, item: Item) -> bool:
-    """Does training see a row just as evaluation does, as most tasks have it?"""
-    one, two = (run.task.batch(run.task.train, [given]).inputs for given in (item, (item[0], None)))
-    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+    """Return whether training and evaluation make the same inputs of a row, as in most tasks."""
+    training, evaluation = (run.task.batch(run.task.train, [each]).inputs for each in (item, (item[0], None)))
+    return training.keys() == evaluation.keys() and all(
+        torch.equal(value, evaluation[name]) for name, value in training.items()
+    )
 
 
 def warn_of_rising_losses(run: Run, state: PhaseState) -> None:
-    """Warn if the losses of an arm's first steps go up."""
+    """Warn if the losses of an arm's first steps rise above the loss of the source."""
     source, place = run.state.source_loss, state.place
     if source is not None and place.attempt == place.phase == 1:
-        masked = bool(state.masks)  # a mask raises the loss by itself: what counts then is what follows
+        masked = bool(state.masks)  # a mask alone raises the loss, so only the steps after it count
         warn(run, rising_warnings(place.arm, state.progress.early, source, masked=masked))
 
 
 def warn_of_harm(run: Run) -> None:
-    """Have all arms become worse than the source, on the evaluation split or else on the holdout that chose them?"""
+    """Warn if all arms are worse than the source on the evaluation split, or else on the holdout."""
     task, recipe = run.task, run.recipe
-    found = {arm: task.metrics(run.scores[arm]) for arm in ("baseline", *run.arms)}
-    lines = harm_warnings(task, recipe, "evaluation split", found, lambda arm: against_source(run, arm).p_value < ALPHA)
+    on_eval = {arm: task.metrics(run.scores[arm]) for arm in ("baseline", *run.arms)}
+    lines = harm_warnings(task, recipe, "evaluation split", on_eval, lambda arm: against_source(run, arm).p_value < ALPHA)
     if not lines and task.holdout is not None and run.state.source_holdout:
         chosen = {arm: run.selected(arm).holdout or {} for arm in run.arms}
-        held = {"baseline": run.state.source_holdout} | chosen
+        on_holdout = {"baseline": run.state.source_holdout} | chosen
         rows = len(task.holdout.rows) if any(guess.rows is not None for guess in task.chance_baselines) else None
         lines = harm_warnings(
-            task, recipe, "holdout", held, lambda arm: clearly_worse(held[arm], held["baseline"], task, recipe, rows)
+            task,
+            recipe,
+            "holdout",
+            on_holdout,
+            lambda arm: clearly_worse(on_holdout[arm], on_holdout["baseline"], task, recipe, rows),
         )
     warn(run, lines)
 
 
 def against_source(run: Run, arm: str) -> Comparison:
-    """An arm's scores on the evaluation split beside the source's."""
+    """Compare an arm with the source on the evaluation split."""
     if arm == "refined":
         return run.comparisons["refined_vs_baseline"]
     corpus, scores = getattr(run.task, "corpus", None), run.scores
@@ -129,7 +156,11 @@ def against_source(run: Run, arm: str) -> Comparison:
 
 
 def compare_arms(run: Run) -> None:
-    """Each arm's seed that the holdout prefers, against the source and against each control, Holm over all comparisons."""
+    """Compare the refined arm with the source and with each control, with Holm's correction over all.
+
+    Of each arm, the seed that the holdout prefers is compared. Fills `run.scores` and
+    `run.comparisons`.
+    """
     run.scores = {"baseline": run.seeds["baseline"][0]}
     run.scores |= {arm: run.seeds[arm][run.preferred(arm)] for arm in run.arms}
     for other in ("baseline", *run.recipe.control):

@@ -1,4 +1,4 @@
-"""Everything that must be right before the first step: model, data, device, output, and a look at what they do together."""
+"""Open a run: check and prepare the model, the data, the device and the output before the first step."""
 
 from __future__ import annotations
 
@@ -47,16 +47,23 @@ from dsd_refine.training.state import Loop
 
 PRECISIONS = ("no", "fp16", "bf16")
 KERNEL_SETTINGS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE")
-STATE = 3  # what a saved state holds: raised by a change that an older state does not fit
-# how long processes wait for each other: the main one may fetch, write or verify for hours, and NCCL gives ten minutes
+STATE = 3  # version of the saved state; a change that cannot read older states raises it
+# How long processes wait for each other. The main one may download, write or verify for hours, and
+# the default of NCCL is ten minutes.
 PATIENCE = timedelta(days=7)
 
 
 @contextmanager
 def opened(source: Source, library: Library, recipe: Recipe, options: Options) -> Iterator[Run]:
-    """Everything that must be right before the first step, and the clean-up after the last."""
+    """Open a run for a `with` block, and clean up after it.
+
+    Raises:
+        UsageError: The model, the data, the recipe or the options cannot be used.
+        RunError: The disk is full.
+    """
     accelerator = open_accelerator(recipe, options)
-    recipe = recipe.model_copy(update={"mixed_precision": accelerator.mixed_precision})  # Accelerate's own, if none was given
+    # If the recipe has no precision, Accelerate's own configuration gives it.
+    recipe = recipe.model_copy(update={"mixed_precision": accelerator.mixed_precision})
     workspace = Workspace(options.output_dir, writes=accelerator.is_main_process, save_every=options.save_every)
     if accelerator.is_main_process:
         workspace.check_target(source.folder, resume=options.resume, overwrite=options.overwrite)
@@ -72,19 +79,22 @@ def opened(source: Source, library: Library, recipe: Recipe, options: Options) -
             signals.wait()
             yield run
         except BaseException as error:
-            if full := is_full(error):
-                raise no_room(full, workspace.partial, workspace.need) from None
+            if disk_error := is_full(error):
+                raise no_room(disk_error, workspace.partial, workspace.need) from None
             raise
 
 
 @contextmanager
 def _unreadable(source: Source) -> Iterator[None]:
-    """Before the first step, a file that cannot be read is the user's to cure: nothing was trained, nothing can be resumed."""
+    """Turn the error for an unreadable file into a UsageError, because the user can correct it.
+
+    This is only right before the first step, when nothing was trained and nothing can be resumed.
+    """
     try:
         yield
     except (PermissionError, FileNotFoundError, IsADirectoryError) as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else f"{source.folder}: {error}"
-        raise UsageError(f"{what}; nothing was trained") from None
+        problem = f"{error.filename}: {error.strerror}" if error.filename else f"{source.folder}: {error}"
+        raise UsageError(f"{problem}; nothing was trained") from None
 
 
 def _open(
@@ -96,7 +106,8 @@ def _open(
     workspace: Workspace,
     signals: Signals,
 ) -> Run:
-    with accelerator.main_process_first():  # before the weights: what is wrong with the data shows at once
+    # The data come before the weights, so that mistakes in the data show at once.
+    with accelerator.main_process_first():
         given = look_at_data(recipe, library.task, library, workspace.partial / "cache", options.download)
     seed_all(recipe.seed, accelerator.device)
     checkpoint = open_checkpoint(source, library, allow_pickle=options.allow_pickle, weights_key=recipe.weights_key)
@@ -106,13 +117,13 @@ def _open(
     for line in data_lines(given.entry(parts_of(task))):
         options.say(f"data: {line}")
     loop = open_loop(checkpoint, task, recipe, options, accelerator, workspace, signals)
-    lost = first_look(loop)
+    without_gradient = first_look(loop)
     if accelerator.is_main_process:
         check_plain(checkpoint, probes(loop, checkpoint))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and name not in lost)
+        parameter.requires_grad_(parameter.requires_grad and name not in without_gradient)
     check_settings(model, recipe, checkpoint.filled)
-    layers = open_layers(checkpoint, recipe, lost)
+    layers = open_layers(checkpoint, recipe, without_gradient)
     hashes = checkpoint.hashes()
     workspace.need = space.of_run(checkpoint, layers, recipe, save_phases=options.save_phases)
     if workspace.writes:
@@ -123,8 +134,8 @@ def _open(
     teacher = _teacher(recipe, task, model)
     state = RunState.from_json(workspace.state.get("run", {}))
     run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, given, teacher=teacher, state=state)
-    callers = options.hooks if accelerator.is_main_process else ()
-    loop.layers, loop.hooks = layers, Together([loop.hooks, HistogramRecorder(run), *callers])
+    callers_hooks = options.hooks if accelerator.is_main_process else ()
+    loop.layers, loop.hooks = layers, Together([loop.hooks, HistogramRecorder(run), *callers_hooks])
     _wrap(run)
     if accelerator.scaler is not None:
         run.loss_scale = accelerator.scaler.state_dict()
@@ -133,53 +144,61 @@ def _open(
 
 
 def first_look(loop: Loop) -> list[str]:
-    """`unreached`, where model and data meet for the first time: what does not fit shows before anything is trained.
+    """Run the model on a few training rows, so that errors show before anything is trained.
+
+    Returns:
+        The names of the parameters that get no gradient (see `unreached`).
 
     Raises:
-        UsageError: the model cannot compute on these data, or BatchNorm not on batches of one row.
-        CheckpointError: a model that is to say the next token sees it.
+        UsageError: The model cannot compute on these data, or it has BatchNorm and the batch size is
+            1.
+        CheckpointError: A causal language model sees the token that it has to predict.
     """
     try:
         if (refuse := getattr(loop.task, "refuse_foresight", None)) is not None:
             loop.model.eval()
             with exact():
                 refuse(loop.model, loop.accelerator.device)
-        lone = without_variance(loop) if loop.recipe.batch_size == 1 and loop.has_batchnorm else []
-        if lone:
+        batchnorms = without_variance(loop) if loop.recipe.batch_size == 1 and loop.has_batchnorm else []
+        if batchnorms:
             raise UsageError(
-                f"--batch-size 1: {lone[0]} (BatchNorm) sees one value a channel, which has no variance; give 2 or more "
-                "(--gradient-accumulation-steps makes no difference to it)"
+                f"--batch-size 1: {batchnorms[0]} (BatchNorm) sees one value a channel, which has no variance; give 2 or more "
+                "(--gradient-accumulation-steps does not change this)"
             )
         return unreached(loop)
     except DsdError:
         raise
-    except Exception as error:  # a model raises whatever inputs that it is not made for make it raise
+    except Exception as error:  # a model may raise any error for inputs that it was not made for
         if is_full_memory(error):
             raise
         items: list[Item] = [(unit, None) for unit in range(min(8, loop.task.train.units))]
-        lost = failing(loop, loop.task.train, items, loop.task.loss)
-        if 0 < len(lost) < len(items):
-            rows = rows_of(loop, loop.task.train, lost)
+        failed = failing(loop, loop.task.train, items, loop.task.loss)
+        if 0 < len(failed) < len(items):
+            rows = rows_of(loop, loop.task.train, failed)
             raise UsageError(f"the model fails on the {rows}: {in_short(error)}. Take it out of the data") from None
         raise UsageError(
-            f"the model cannot compute on these data: {in_short(error)}. Do config and preprocessing belong to it?"
+            f"the model cannot compute on these data: {in_short(error)}. "
+            "Check that its config and its preprocessing belong to this model"
         ) from None
 
 
 def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
-    """Accelerate's view of devices and processes; where a flag says nothing, its own configuration decides.
+    """Return Accelerate's object for the devices and processes of the run.
+
+    Accelerate's own configuration decides what the options leave open.
 
     Raises:
-        UsageError: a device that is not there, a precision it lacks, or sharded training.
+        UsageError: The device is missing or does not have the precision, or Accelerate is configured
+            for sharded training.
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here")
     if options.device == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: torch sees no MPS device here")
-    patient = InitProcessGroupKwargs(timeout=PATIENCE)
+    timeout = InitProcessGroupKwargs(timeout=PATIENCE)
     try:
         accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision, cpu=options.device == "cpu", kwargs_handlers=[patient]
+            mixed_precision=recipe.mixed_precision, cpu=options.device == "cpu", kwargs_handlers=[timeout]
         )
     except (ValueError, ImportError) as error:
         raise UsageError(f"accelerate refuses this device and precision: {error}") from None
@@ -190,10 +209,11 @@ def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
         raise UsageError(
             f"mixed precision {accelerator.mixed_precision} is not supported: --mixed-precision {'|'.join(PRECISIONS)}"
         )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # where Accelerate leaves it out silently
-        raise UsageError("--mixed-precision fp16 is for a GPU; the CPU has bf16, or no")
+    # On a CPU, Accelerate would ignore fp16 without a message.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UsageError("--mixed-precision fp16 needs a GPU; on the CPU give bf16, or no")
     if accelerator.device.type == "cpu":
-        # a few kernels add in an order that depends on timing unless told otherwise
+        # By default a few kernels add numbers in an order that depends on timing.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         keep_freed_memory()
@@ -209,10 +229,13 @@ def open_loop(
     workspace: Workspace,
     signals: Signals,
 ) -> Loop:
-    """The loop over a model on its device. Convolutional models run channels-last where that is sound."""
+    """Move the model to its device, and return the training loop over it.
+
+    Convolutional models use the channels-last memory format if it is safe (see `channels_last`).
+    """
     model = checkpoint.model.to(accelerator.device)
-    last = channels_last(model, accelerator.device)
-    if last:
+    use_channels_last = channels_last(model, accelerator.device)
+    if use_channels_last:
         model.to(memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
@@ -227,34 +250,37 @@ def open_loop(
         hooks=Housekeeping(workspace, signals),
         workers=options.workers,
         has_batchnorm=any(isinstance(module, BatchNorm) for module in model.modules()),
-        channels_last=last,
+        channels_last=use_channels_last,
         parameters=dict(model.named_parameters(remove_duplicate=False)),
     )
 
 
 def channels_last(model: nn.Module, device: torch.device) -> bool:
-    """Is the model convolutional, and are channels-last gradients right on the device?
+    """Return whether the model is convolutional and channels-last gradients are right on the device.
 
-    On a CPU, oneDNN's strided 1x1 convolution of fewer input channels than its block (8 or 16) writes past its workspace:
-    gradients are wrong, or the process dies (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    On a CPU, the strided 1x1 convolution of oneDNN has a bug if it has fewer input channels than its
+    block size (8 or 16). It writes beyond its workspace, so that gradients are wrong or the process
+    crashes (https://github.com/uxlfoundation/oneDNN/issues/6035).
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     narrow = any(
-        set(one.kernel_size) == {1} and set(one.stride) != {1} and one.in_channels // one.groups < 16 for one in convolutions
+        set(conv.kernel_size) == {1} and set(conv.stride) != {1} and conv.in_channels // conv.groups < 16
+        for conv in convolutions
     )
     return bool(convolutions) and not (narrow and device.type == "cpu")
 
 
 def _teacher(recipe: Recipe, task: Task, model: nn.Module) -> nn.Module | None:
-    """A copy of the source to learn from, where a phase asks for it."""
+    """Return a copy of the source as the teacher, or None if no phase distills."""
     if not any(phase.distill for phase in recipe.phases):
         return None
     if not hasattr(task, "logits"):
-        raise UsageError(f"phases.*.distill: is not for {task.name}")
+        raise UsageError(f"phases.*.distill: is not available for {task.name}")
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def _wrap(run: Run) -> None:
+    """Wrap the model for several processes, and compile it if asked."""
     loop = run.loop
     if loop.world > 1:
         loop.forward = parallel(loop.model, loop.accelerator.device)
@@ -264,31 +290,34 @@ def _wrap(run: Run) -> None:
 
 
 def parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """The model for several processes; what it computes by itself stays as it is.
+    """Return the model wrapped for several processes. The model itself does not change.
 
-    By hand: `accelerator.prepare_model` puts autocast into the model's own `forward`, so that the proof of the output, which
-    is float32, would be computed in bf16 or fp16. Autocast lies around each call of the loop.
+    `accelerator.prepare_model` is not used, because it puts autocast into the model's own `forward`.
+    Then the check of the output, which needs float32, would compute in bf16 or fp16. Instead, the
+    loop uses autocast around each of its calls.
     """
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True)
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile a trifle: what torch.compile needs (a C++ compiler, Triton) would be missed in the first step otherwise.
+    """Compile a small function, to check that torch.compile finds a C++ compiler or Triton.
+
+    Without this check, the run would fail only in its first step.
 
     Raises:
-        UsageError: it cannot compile here.
+        UsageError: torch.compile does not work here.
     """
     try:
         torch.compile(lambda values: values * 2 + 1)(torch.ones(8, device=device))
-    except Exception as error:  # torch raises whatever its compilers say
+    except Exception as error:  # compilers raise errors of many types
         text = str(error).strip().splitlines()[0][:300]
         raise UsageError(
-            f"--compile: torch.compile does not work here ({text}); leave --compile out, or install that"
+            f"--compile: torch.compile does not work here ({text}); leave --compile out, or install what is missing"
         ) from None
 
 
 def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: Accelerator, options: Options) -> dict[str, Any]:
-    """What must be equal for a resumed run to end in the same bytes."""
+    """Return everything that must be equal, so that a resumed run gives the same bytes."""
     versions = environment(str(accelerator.device), accelerator.num_processes)
     data = {name: rows.fingerprint for name, rows in parts_of(task).items() if rows is not None}
     versions["dsd-refine"] = __version__
@@ -298,7 +327,7 @@ def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: A
 
 
 def _kernels(device: torch.device) -> dict[str, Any]:
-    """What chooses the order in which numbers are added: threads, the processor, and what is set for its libraries."""
+    """Return what decides the order of additions: threads, processor, and settings of math libraries."""
     on_gpu = device.type == "cuda"
     return {
         "threads (OMP_NUM_THREADS)": torch.get_num_threads(),
@@ -307,7 +336,10 @@ def _kernels(device: torch.device) -> dict[str, Any]:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as one mapping of dotted names, so that a difference can be named."""
+    """Return nested mappings and lists as one mapping with dotted names.
+
+    So a message can name the value that differs.
+    """
     if not isinstance(value, dict | list):
         return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)

@@ -1,4 +1,4 @@
-"""One phase of one arm: begin it, train it, let the holdout select, record it, save it."""
+"""One phase of one arm: begin it, train it, select weights on the holdout, record it, save it."""
 
 from __future__ import annotations
 
@@ -28,28 +28,34 @@ from dsd_refine.training.state import PhaseState, Progress
 
 
 def run_phase(run: Run, phase: Phase, state: PhaseState) -> None:
-    """Sparse: mask by |w| of the weights now held, then train under the mask. Dense: train all, restored ones from 0.
+    """Train one phase.
 
-    `state` is what `enter_phase` left; the phase's `settings` hold.
+    A sparse phase masks the weights with the smallest absolute values, then trains under the mask. A
+    dense phase trains all weights; those that were masked start from 0.
+
+    Args:
+        run: The run.
+        phase: The phase. Its `settings` must be active.
+        state: The result of `enter_phase`.
 
     Raises:
-        RunError: a loss that is not finite.
-        Interrupted: the run was asked to stop; the state is saved.
+        RunError: A loss is not finite.
+        Interrupted: The run was asked to stop. The state is saved.
     """
     loop, weights = run.loop, run.loop.parameters
     begin(run, phase, state)
     if phase.kind == "sparse" and not state.resumed:
-        state.use(masks_of(run, phase, state, 0), weights)  # paper, algorithm 1: the mask of the weights now held
+        state.use(masks_of(run, phase, state, 0), weights)  # paper, algorithm 1: the mask of the current weights
         if state.masks:
             loop.hooks.on_masked(state.place)
-    end_epoch(run, phase, state)  # a stop may have come right before its end was attended to
+    end_epoch(run, phase, state)  # the run may have been stopped just before it handled the end of an epoch
     for batches in training.batches_of_steps(loop, phase, state):
         step, stop = training.train_step(loop, phase, state, batches)  # the step, then the mask
         if training.renews_mask(phase, step.step, step.steps):
             state.use(masks_of(run, phase, state, step.step // int(phase.refresh or 1)), weights)
         state.average.step_end()
         training.count(state, step)
-        attend(run, state, step, stop)
+        after_step(run, state, step, stop)
         end_epoch(run, phase, state)
         if loop.hooks.should_save():
             save(run, state)
@@ -57,18 +63,29 @@ def run_phase(run: Run, phase: Phase, state: PhaseState) -> None:
 
 
 def begin(run: Run, phase: Phase, state: PhaseState) -> None:
-    """Optimizer, average and teacher of the phase; what it goes on from after a stop."""
+    """Prepare the optimizer, the average and the teacher of a phase, also of a resumed one."""
     if not state.resumed:
         run.loop.hooks.on_phase_begin(state.place)
     state.begin(run.loop, phase)
     run.loop.loss = distilled(run.task, run.teacher, phase.distill) if phase.distill and run.teacher else None
     if state.progress.without_gradient is None:
-        watched = follows_a_mask(phase, state)
-        state.progress.without_gradient = masking.trained_groups(run.layers, run.loop.parameters) if watched else []
+        masked_before = follows_a_mask(phase, state)
+        groups = masking.trained_groups(run.layers, run.loop.parameters) if masked_before else []
+        state.progress.without_gradient = groups
 
 
 def masks_of(run: Run, phase: Phase, state: PhaseState, refresh: int) -> Masks:
-    """The phase's mask of the weights now held; `refresh` counts from 0. None at sparsity 0."""
+    """Make the masks of a phase from the current weights.
+
+    Args:
+        run: The run.
+        phase: The phase.
+        state: Its state.
+        refresh: The number of the mask in this phase, from 0.
+
+    Returns:
+        The masks. Empty at sparsity 0.
+    """
     parameters = run.loop.parameters
     if not phase.sparsity:
         return {}
@@ -80,47 +97,58 @@ def masks_of(run: Run, phase: Phase, state: PhaseState, refresh: int) -> Masks:
     return masks
 
 
-def attend(run: Run, state: PhaseState, step: Step, stop: bool) -> None:
-    """Tell of a step; look at the first losses; stop where that was asked for.
+def after_step(run: Run, state: PhaseState, step: Step, stop: bool) -> None:
+    """Report a step to the hooks, check the first losses, and stop if asked.
+
+    Args:
+        run: The run.
+        state: The state of the phase.
+        step: The finished step.
+        stop: Whether some process was asked to stop.
 
     Raises:
-        Interrupted: some process was asked to stop; the state is saved.
+        Interrupted: The run was asked to stop. The state is saved.
     """
     run.loop.hooks.on_step(step)
     if step.step == training.EARLY:
-        warn_of_rising_losses(run, state)  # and not only at the phase's end, which may be days away
-    if stop or (run.loop.world == 1 and run.loop.stopping()):  # several processes must ask together
+        warn_of_rising_losses(run, state)  # do not wait for the end of the phase, which may take days
+    if stop or (run.loop.world == 1 and run.loop.stopping()):  # several processes must stop at the same step
         save(run, state)
         raise Interrupted(f"stopped at step {step.step} of {step.steps} of {state.place.label}; go on with --resume")
 
 
 def end_epoch(run: Run, phase: Phase, state: PhaseState) -> None:
-    """If an epoch or the phase has just ended: the average takes it in, and the holdout may select it."""
-    loop, done = run.loop, state.progress
-    ends = done.step % loop.steps_per_epoch == 0 or done.step == phase.total_steps(loop.steps_per_epoch)
-    if done.step == done.ended or not ends:
+    """If an epoch or the phase has just ended, update the average and let the holdout select.
+
+    Else do nothing.
+    """
+    loop, progress = run.loop, state.progress
+    ends = progress.step % loop.steps_per_epoch == 0 or progress.step == phase.total_steps(loop.steps_per_epoch)
+    if progress.step == progress.ended or not ends:
         return
-    epoch = math.ceil(done.step / loop.steps_per_epoch)
+    epoch = math.ceil(progress.step / loop.steps_per_epoch)
     state.average.epoch_end()
     if state.last and run.recipe.keep == "best":
-        with kept_buffers(loop.model), state.average.held() as averaged, given_back_within(run, phase, state) as returned:
+        with restored_buffers(loop.model), state.average.held() as averaged, given_back_within(run, phase, state) as returned:
             if averaged or returned:
                 reestimate(loop, state.key)
             keep_if_best(run, state, epoch, returned)
-    done.ended = done.step
+    progress.ended = progress.step
     train_mode(loop.model)
     loop.hooks.on_epoch_end(state.place, epoch)
 
 
 def swap_in_average(run: Run, phase: Phase, state: PhaseState) -> None:
-    """After the last step: the average takes the weights' place; weights that no gradient could bring back are given back.
+    """Set the final weights of a phase after its last step.
 
-    BatchNorm's statistics are computed again where these weights have seen no batch.
+    The average replaces the weights. Masked weights that had no gradient get the source's values
+    back (see `give_back`). If the model has not seen a batch with the final weights, BatchNorm's
+    statistics are computed again.
     """
     run.state.masked_only = not state.progress.step and (bool(state.masks) or run.state.masked_only)
     reason = "averaged weights" if state.average.settle() else None
     returned = give_back(run, lost_weights(run, phase, state))
-    # what another mask takes out is no longer what an earlier dense phase has given back
+    # A new mask sets weights to 0 that an earlier dense phase may have given back.
     run.state.returned = {} if phase.kind == "sparse" else {**run.state.returned, **returned}
     if returned:
         reason = "weights without a gradient given back"
@@ -130,25 +158,33 @@ def swap_in_average(run: Run, phase: Phase, state: PhaseState) -> None:
 
 
 def follows_a_mask(phase: Phase, state: PhaseState) -> bool:
-    """Is it a dense phase with a masked one before it?"""
+    """Return whether this is a dense phase after a masked one."""
     return phase.kind == "dense" and any(earlier.kind == "sparse" and earlier.sparsity for earlier in state.earlier)
 
 
 def lost_weights(run: Run, phase: Phase, state: PhaseState) -> Masks:
-    """The masked weights, 0 still, of layers and experts that had no gradient in a dense phase: they could not come back.
+    """Return the masked weights that are still 0 because their layer or expert had no gradient.
 
-    A layer that has a gradient keeps the zeros that are left in it (rule 5: from 0, one step is -lr * g, and g may be 0).
-    None before the phase has made a step at some rate: what is 0 then is what the user asked for.
+    Zeros in a layer with a gradient are left as they are (rule 5: from 0, a step is -lr * g, and g
+    may be 0). If the phase has made no step with a learning rate above 0, no weight is lost: the user
+    asked for the zeros.
+
+    Returns:
+        Parameter name -> bool tensor of its shape, True = lost.
     """
-    done = state.progress
-    if not done.without_gradient or not done.optimizer_steps or not done.lr_peak:
+    progress = state.progress
+    if not progress.without_gradient or not progress.optimizer_steps or not progress.lr_peak:
         return {}
-    return masking.never_back(run.layers, run.loop.parameters, run.start, done.without_gradient)
+    return masking.never_back(run.layers, run.loop.parameters, run.start, progress.without_gradient)
 
 
 @torch.no_grad()
 def give_back(run: Run, lost: Masks) -> dict[str, int]:
-    """Put the source's values where `lost` is True; layer name -> number of such weights."""
+    """Set the weights to the source's values where `lost` is True.
+
+    Returns:
+        Layer name -> number of such weights.
+    """
     for key, flags in lost.items():
         parameter = run.loop.parameters[key]
         parameter.copy_(torch.where(flags, run.start[key].to(parameter.device), parameter))
@@ -157,7 +193,10 @@ def give_back(run: Run, lost: Masks) -> dict[str, int]:
 
 @contextmanager
 def given_back_within(run: Run, phase: Phase, state: PhaseState) -> Iterator[dict[str, int]]:
-    """Within, the model holds what it would hold if the phase ended here (see `give_back`); later steps may still reach it."""
+    """Give lost weights back inside a `with` block, as at the end of a phase (see `give_back`).
+
+    Afterwards they are 0 again, because later steps may still train them.
+    """
     lost = lost_weights(run, phase, state)
     try:
         yield give_back(run, lost)
@@ -168,16 +207,28 @@ def given_back_within(run: Run, phase: Phase, state: PhaseState) -> Iterator[dic
 
 
 def finished_before(run: Run, arm: str, attempt: int, number: int) -> bool:
-    """Was this phase finished before the run was taken up again?"""
+    """Return whether this phase was finished before the run was resumed."""
     return run.state.at is not None and [run.arms.index(arm), attempt, number] < run.state.at
 
 
 def enter_phase(run: Run, arm: str, attempt: int, number: int, phases: Sequence[Phase]) -> PhaseState:
-    """Bring the model to where this phase of a try begins, or to where it was stopped."""
-    at = [run.arms.index(arm), attempt, number]
-    saved = run.restored(at)
+    """Load the weights with which a phase begins, or those with which it was stopped.
+
+    Args:
+        run: The run.
+        arm: The name of the arm.
+        attempt: The number of the try, from 0.
+        number: The number of the phase, from 0.
+        phases: All phases of the try.
+
+    Returns:
+        The state of the phase.
+    """
+    position = [run.arms.index(arm), attempt, number]
+    saved = run.restored(position)
     if saved:
-        run.loop.accelerator.wait_for_everyone()  # the main process's next save removes what all have read
+        # Wait, because the next save of the main process removes the file that all processes read.
+        run.loop.accelerator.wait_for_everyone()
         load_state(run.loop.model, {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")})
     elif number == 0:
         load_state(run.loop.model, run.start)
@@ -185,17 +236,26 @@ def enter_phase(run: Run, arm: str, attempt: int, number: int, phases: Sequence[
     if number == 0:
         run.state.masked_only, run.state.returned = False, {}
         if run.loss_scale is not None and not saved:
-            run.loop.accelerator.scaler.load_state_dict(run.loss_scale)  # what one arm has found out, the next must as well
-    run.state.at = at
+            # Each try starts with the same loss scale, so that no arm profits from an earlier one.
+            run.loop.accelerator.scaler.load_state_dict(run.loss_scale)
+    run.state.at = position
     return PhaseState(
-        place_of(run, at, phases), progress or Progress(), tuple(phases[:number]), last=number == len(phases) - 1,
+        place_of(run, position, phases), progress or Progress(), tuple(phases[:number]), last=number == len(phases) - 1,
         resumed=progress is not None, restored=saved if progress else {},
     )  # fmt: skip
 
 
-def place_of(run: Run, at: Sequence[int], phases: Sequence[Phase]) -> Place:
-    """Where a phase is in the whole run: all tries of all arms have phases of equal lengths."""
-    arm, attempt, number = at
+def place_of(run: Run, position: Sequence[int], phases: Sequence[Phase]) -> Place:
+    """Return where a phase is in the whole run.
+
+    All tries of all arms have phases of equal lengths, so the number of all steps is known.
+
+    Args:
+        run: The run.
+        position: The numbers of the arm, the try and the phase, each from 0.
+        phases: All phases of the try.
+    """
+    arm, attempt, number = position
     lengths = [phase.total_steps(run.loop.steps_per_epoch) for phase in phases]
     tries = len(run.tries)
     before = (arm * tries + attempt) * sum(lengths) + sum(lengths[:number])
@@ -205,8 +265,11 @@ def place_of(run: Run, at: Sequence[int], phases: Sequence[Phase]) -> Place:
 
 
 def try_seed(recipe: Recipe, arm: str, attempt: int) -> int:
-    """The seed of an arm's try. Arms with the same repeat share it; tries of a control at one repeat differ by it,
-    where those of the refined arm differ by their sparsity (rule 15: each control gets as many tries).
+    """Return the seed of a try of an arm.
+
+    A repeat (option --seeds) has the same seed in all arms. Within a repeat, the tries of the
+    refined arm differ in sparsity and share the seed. A control gets as many tries (rule 15); they
+    differ in the seed.
     """
     repeat, number = divmod(attempt, len(recipe.tried))
     seed = stable_seed(recipe.seed, repeat, "seed") if repeat else recipe.seed
@@ -214,19 +277,21 @@ def try_seed(recipe: Recipe, arm: str, attempt: int) -> int:
 
 
 def leave_phase(run: Run, phase: Phase, state: PhaseState) -> None:
-    """Give the phase's weights to what follows: averaged, checked, a candidate where they are one, recorded, saved.
+    """Finish a phase: set its final weights, check the masks, record the phase, and save.
+
+    After the last phase, its weights may become the result of the arm.
 
     Raises:
-        RunError: a masked weight that is not 0.
-        Interrupted: the run was asked to stop; the state is saved.
+        RunError: A masked weight is not 0.
+        Interrupted: The run was asked to stop. The state is saved.
     """
-    loop, done, attempt = run.loop, state.progress, state.place.attempt - 1
+    loop, progress, attempt = run.loop, state.progress, state.place.attempt - 1
     swap_in_average(run, phase, state)
     masking.check_masks(state.masks, loop.parameters)
     loop.hooks.on_phase_end(state.place)
     zeros = masking.count_zeros(run.layers, loop.parameters)
-    if state.last and (run.recipe.keep != "best" or done.step == 0):
-        keep_if_best(run, state, math.ceil(done.step / loop.steps_per_epoch), {})
+    if state.last and (run.recipe.keep != "best" or progress.step == 0):
+        keep_if_best(run, state, math.ceil(progress.step / loop.steps_per_epoch), {})
     holdout = measure_holdout(run, state, log=not state.last)
     run.state.phases.append(phase_entry(run, phase, state, zeros, holdout))
     if state.place.arm == "refined":
@@ -244,21 +309,28 @@ def leave_phase(run: Run, phase: Phase, state: PhaseState) -> None:
 
 
 def phase_entry(run: Run, phase: Phase, state: PhaseState, zeros: dict[str, int], holdout: Metrics | None) -> dict[str, object]:
-    """What report.json says of a phase."""
-    done, place = state.progress, state.place
+    """Return the entry of a phase in report.json.
+
+    `zeros` is the number of zeros in each layer at the end of the phase. `holdout` has the metrics
+    on the holdout, or None without one.
+    """
+    progress, place = state.progress, state.place
     return {
         "arm": place.arm, "attempt": place.attempt - 1, "kind": phase.kind, "sparsity": phase.sparsity,
-        "measured_sparsity": _share(run, zeros), "epochs": done.step / run.loop.steps_per_epoch,
-        "optimizer_steps": done.optimizer_steps, "samples": done.samples,
-        "lr_first": done.lr_first, "lr_peak": done.lr_peak, "lr_last": done.lr_last,
-        "loss_first": done.loss_first, "loss_last": done.loss_last, "seconds": done.seconds,
-        "samples_per_second": done.samples / done.seconds if done.seconds else None,
+        "measured_sparsity": _share(run, zeros), "epochs": progress.step / run.loop.steps_per_epoch,
+        "optimizer_steps": progress.optimizer_steps, "samples": progress.samples,
+        "lr_first": progress.lr_first, "lr_peak": progress.lr_peak, "lr_last": progress.lr_last,
+        "loss_first": progress.loss_first, "loss_last": progress.loss_last, "seconds": progress.seconds,
+        "samples_per_second": progress.samples / progress.seconds if progress.seconds else None,
         "holdout": holdout, "seed": place.seed, "batchnorm_reestimated": state.reestimated,
     }  # fmt: skip
 
 
 def next_place(run: Run, state: PhaseState) -> list[int]:
-    """The phase after this one: of the same try, of the next try, or of the next arm."""
+    """Return the position of the next phase: in the same try, the next try, or the next arm.
+
+    It is the numbers of the arm, the try and the phase, each from 0.
+    """
     arm, attempt, number = run.arms.index(state.place.arm), state.place.attempt, state.place.phase
     if not state.last:
         return [arm, attempt - 1, number]
@@ -266,12 +338,16 @@ def next_place(run: Run, state: PhaseState) -> list[int]:
 
 
 def _share(run: Run, zeros: dict[str, int]) -> float:
+    """Return the share of zeros in all layers that can be masked."""
     maskable = [layer for layer in run.layers if layer.excluded is None]
     return sum(zeros[layer.name] for layer in maskable) / sum(layer.weights for layer in maskable)
 
 
 def measure_holdout(run: Run, state: PhaseState, log: bool = True) -> Metrics | None:
-    """The holdout's metrics of the weights now held, logged."""
+    """Return the metrics of the current weights on the holdout, and log them unless `log` is False.
+
+    None: there is no holdout.
+    """
     if run.task.holdout is None:
         return None
     metrics = run.task.metrics(evaluate(run.loop, run.task.holdout, state.masks))
@@ -283,20 +359,27 @@ def measure_holdout(run: Run, state: PhaseState, log: bool = True) -> Metrics | 
 
 
 def keep_if_best(run: Run, state: PhaseState, epoch: int, returned: dict[str, int]) -> None:
-    """Keep the weights now held as the arm's result if the holdout prefers them (metric, then loss, then the earlier).
+    """Keep the current weights as the result of the arm if the holdout prefers them to the best so far.
 
-    `returned` counts the weights that have the source's values back, by layer (see `give_back`).
+    The metric decides, then the loss, then the earlier weights win.
+
+    Args:
+        run: The run.
+        state: The state of the phase.
+        epoch: The number of the epoch that has ended.
+        returned: Layer name -> number of weights that have the source's values back (see
+            `give_back`).
     """
     arm, attempt = state.place.arm, state.place.attempt - 1
     metrics, repeat = measure_holdout(run, state), str(attempt // len(run.recipe.tried))
     best = run.state.best.setdefault(arm, {})
-    held = best[repeat].holdout if repeat in best else None
-    if repeat in best and metrics is not None and held is not None and not run.prefers(metrics, held):
+    best_metrics = best[repeat].holdout if repeat in best else None
+    if repeat in best and metrics is not None and best_metrics is not None and not run.prefers(metrics, best_metrics):
         return
-    name = f"best-{arm}-{attempt}-{epoch}.safetensors"
-    run.workspace.write_tensors(name, run.loop.model.state_dict())
+    file_name = f"best-{arm}-{attempt}-{epoch}.safetensors"
+    run.workspace.write_tensors(file_name, run.loop.model.state_dict())
     best[repeat] = Selected(
-        name, attempt, epoch, run.sparsity_of(attempt), state.place.seed, metrics, {**run.state.returned, **returned}
+        file_name, attempt, epoch, run.sparsity_of(attempt), state.place.seed, metrics, {**run.state.returned, **returned}
     )
 
 
@@ -307,13 +390,16 @@ def save(run: Run, state: PhaseState) -> None:
 
 
 def model_tensors(run: Run) -> dict[str, torch.Tensor]:
-    """The model's tensors under the names that a saved state gives them."""
+    """Return the tensors of the model under their names in a saved state: "model." and the key."""
     return {f"model.{key}": value for key, value in run.loop.model.state_dict().items()}
 
 
 @contextmanager
-def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Put the buffers back as they were: a look at the averaged weights must not move the statistics of those that train."""
+def restored_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers of the model at the end of a `with` block.
+
+    So an evaluation of the averaged weights does not change the statistics of the training weights.
+    """
     before = [buffer.clone() for buffer in model.buffers()]
     try:
         yield

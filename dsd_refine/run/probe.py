@@ -1,4 +1,4 @@
-"""A few inputs with their outputs, which `verify` computes again."""
+"""Compute the model's outputs for a few inputs. `verify` computes them again and compares."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from dsd_refine.training.state import Loop
 if TYPE_CHECKING:
     from dsd_refine.checkpoint.checkpoint import Checkpoint
 
-PROBES = 2  # evaluation examples kept for `verify`, which computes each by itself
+PROBES = 2  # evaluation examples that are saved for `verify`
 
 
 def probes(loop: Loop, checkpoint: Checkpoint) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Inputs and outputs of a few evaluation examples, each by itself, so that nothing hangs on padding."""
+    """Return the inputs and the outputs of PROBES evaluation examples.
+
+    Each example is a batch of its own, so that the outputs do not depend on padding. The outputs are
+    float32 logits, computed with the weights as they are written (rounded to the files' dtypes).
+    """
     loop.model.eval()
     task, device = loop.task, loop.accelerator.device
     units = range(min(PROBES, task.eval.units))

@@ -1,4 +1,4 @@
-"""What a person sees while it runs: a bar on a terminal, a plain line every few seconds in a log."""
+"""Show progress: a bar in a terminal or a notebook, else a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ from typing import Any
 from dsd_refine.training.hooks import Hooks, Place, Step
 
 EVERY = 5.0  # seconds between lines
-# tqdm's own time left is the phase's; ours is the whole run's, and stands after the loss
+# tqdm would show the time left of the phase. We show the time left of the whole run, after the loss.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{rate_fmt}{postfix}]"
 
 
 class Display(Hooks):
-    """Progress and notes on stderr; silent if `quiet`. `clock` gives seconds."""
+    """Writes progress and news to stderr.
+
+    Args:
+        quiet: Write nothing.
+        clock: Returns the current time in seconds.
+    """
 
     def __init__(self, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self.quiet = quiet
@@ -24,7 +29,7 @@ class Display(Hooks):
         self.terminal = self.notebook or (sys.stderr is not None and sys.stderr.isatty())
         self.bar: Any = None
         self.place: Place | None = None
-        self.first: Step | None = None  # that this process heard of
+        self.first: Step | None = None  # the first step of this process, which may have resumed a run
         self.began = self.last = clock()
 
     def __enter__(self) -> Display:
@@ -34,19 +39,19 @@ class Display(Hooks):
         self._close()
 
     def say(self, text: str) -> None:
-        """One line of news."""
+        """Write one line of news."""
         if not self.quiet:
             self._close()
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
 
     def on_step(self, step: Step) -> None:
-        """One more optimizer step: move the bar, or write a line now and then."""
+        """Show that an optimizer step is done: move the bar, or write a line every few seconds."""
         if self.quiet:
             return
         now = self.clock()
         if self.first is None:
-            self.first, self.began, self.last = step, now, now  # the first step only starts the clock
+            self.first, self.began, self.last = step, now, now  # the first step only starts the measurement
         if step.place != self.place:
             self._close()
             self.place = step.place
@@ -59,7 +64,11 @@ class Display(Hooks):
             sys.stderr.flush()
 
     def _left(self, step: Step, now: float) -> str:
-        """The time that the whole run needs still, by the pace of this process; evaluations are in it as they fall."""
+        """Return the text for the time left of the whole run.
+
+        It is estimated from the time that the steps of this process took, including the evaluations
+        between them.
+        """
         if self.first is None or step.done <= self.first.done:
             return ""
         seconds = (now - self.began) / (step.done - self.first.done) * (step.place.all_steps - step.done)
@@ -83,14 +92,14 @@ class Display(Hooks):
 
 
 def headline(step: Step) -> str:
-    """Where a step is: arm, try where there are several, phase n of m and its kind."""
+    """Return where a step is: the arm, the try if there are several, the phase and its kind."""
     place = step.place
     tried = f" try {place.attempt} of {place.tries}" if place.tries > 1 else ""
     return f"{place.arm}{tried}, phase {place.phase} of {place.phases} ({place.kind})"
 
 
 def in_words(seconds: float) -> str:
-    """A length of time: `42 s`, `3 min`, `2 h 05 min`."""
+    """Return a duration as text: `42 s`, `3 min`, `2 h 05 min`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -98,5 +107,5 @@ def in_words(seconds: float) -> str:
 
 
 def in_notebook() -> bool:
-    """Does the process serve a notebook? Its kernel has loaded ipykernel before it runs a cell."""
+    """Return whether this process runs a notebook. Its kernel imports ipykernel before any cell runs."""
     return "ipykernel" in sys.modules

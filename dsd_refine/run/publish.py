@@ -1,4 +1,4 @@
-"""From a finished run to OUT: write, report, verify, rename."""
+"""Publish a finished run: write the checkpoint and the report, verify them, rename the folder to OUT."""
 
 from __future__ import annotations
 
@@ -27,10 +27,21 @@ if TYPE_CHECKING:
 
 
 def publish(run: Run, verdict: str, passed: bool) -> Report:
-    """Write the whole output beside OUT, prove it, and make it OUT by one rename. Other processes wait.
+    """Write the whole output into OUT.partial/, verify it, and make it OUT by one rename.
+
+    Only the main process writes. The others wait.
+
+    Args:
+        run: The run. Its model has the weights to publish.
+        verdict: The verdict of refined against the source.
+        passed: Whether the gate is met. If not, the weights are written into `rejected/`.
+
+    Returns:
+        The report. It is empty in all processes but the main one.
 
     Raises:
-        VerifyError: what was written is not what was evaluated; nothing is published. Interrupted: a signal came.
+        VerifyError: The written checkpoint is not the evaluated one. Nothing is published.
+        Interrupted: A signal came. Nothing is published.
     """
     accelerator, workspace = run.loop.accelerator, run.workspace
     report = Report({}, run.options.output_dir)
@@ -41,13 +52,14 @@ def publish(run: Run, verdict: str, passed: bool) -> Report:
         folder.mkdir(parents=True)
         written = run.checkpoint.write(run.loop.model, folder)
         _stop_if_asked(run)
-        own = read_card(run.checkpoint.source.folder)
-        report = Report(report_data(run, verdict, passed, written, own.warnings), run.options.output_dir)
-        _write_card(run, report, own, folder)
+        source_card = read_card(run.checkpoint.source.folder)
+        report = Report(report_data(run, verdict, passed, written, source_card.warnings), run.options.output_dir)
+        _write_card(run, report, source_card, folder)
         _write_dsd(run, report, ready)
         problems = verify(run.checkpoint, ready)
         if problems:
-            raise VerifyError("the written checkpoint failed its check, nothing was published:\n  - " + "\n  - ".join(problems))
+            lines = "\n  - ".join(problems)
+            raise VerifyError(f"the written checkpoint failed its check, nothing was published:\n  - {lines}")
         _stop_if_asked(run)
         workspace.publish()
     accelerator.wait_for_everyone()
@@ -55,36 +67,44 @@ def publish(run: Run, verdict: str, passed: bool) -> Report:
 
 
 def _stop_if_asked(run: Run) -> None:
-    """A signal while the result is written: what is saved leads back here, so nothing waits for the end."""
+    """Stop if a signal came while the result is written.
+
+    The state is saved, and a resumed run continues with writing the result.
+    """
     if run.loop.stopping():
         raise Interrupted("stopped while the result was written; go on with --resume")
 
 
-def _write_card(run: Run, report: Report, own: SourceCard, folder: Path) -> None:
-    """The model card and, for a checkpoint that passed its gate, its results in the Hub's form."""
+def _write_card(run: Run, report: Report, source_card: SourceCard, folder: Path) -> None:
+    """Write the model card and, if the gate is met, the results in the format of the Hub."""
     recipe, snippet = run.recipe.dump(), run.checkpoint.library.snippet()
-    write_text(folder / "README.md", card(report.data, own, recipe, snippet))
+    write_text(folder / "README.md", card(report.data, source_card, recipe, snippet))
     for name, text in eval_results(report.data, recipe).items() if report.data["gate"]["passed"] else ():
         write_text(folder / ".eval_results" / name, text)
 
 
 def _page(run: Run, report: Report, log: Path, rows: pa.Table) -> str:
-    """report.html. The model holds what is published; `start` is the source; `rows` are the predictions."""
+    """Return report.html.
+
+    The model has the published weights, `run.start` has the source's, and `rows` are the
+    predictions.
+    """
     attempt = str(run.selected("refined").attempt)
     pictures = run.state.histograms.get(attempt, {})
     before, after = mean_abs(run.layers, run.start), mean_abs(run.layers, run.loop.parameters)
     means = {name: (before[name], after[name]) for name in before}
-    found = examples(
+    changed_rows = examples(
         rows,
         higher_is_better=run.task.higher_is_better,
         decided=run.comparisons["refined_vs_baseline"].gained is not None,
         shown=run.options.report_images,
         content=contents_of(run.task.eval.rows, run.given.columns),
     )
-    return page(report.data, read_lines(log), pictures, run.recipe.dump(), means, found)
+    return page(report.data, read_lines(log), pictures, run.recipe.dump(), means, changed_rows)
 
 
 def _write_dsd(run: Run, report: Report, ready: Path) -> None:
+    """Write the folder dsd/: report, recipe, log, predictions, page, phases and probe."""
     dsd = ready / "dsd"
     write_text(dsd / "report.json", report.to_json())
     write_text(dsd / "recipe.yaml", run.recipe.dump())

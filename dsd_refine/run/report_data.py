@@ -1,4 +1,4 @@
-"""The fields of report.json and the rows of predictions.parquet."""
+"""Make the fields of report.json and the rows of predictions.parquet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ GATE_EXIT = 3
 
 
 def predictions(run: Run) -> pa.Table:
-    """A row per evaluation row: `row`, `target`, and per arm prediction, score and count."""
+    """Return the table of predictions.parquet, with one row for each evaluation row.
+
+    The columns are `row`, `target`, and for each arm its loss, prediction, score and count (and
+    statistics, if the metric sums statistics). With several seeds, each seed has columns too.
+    """
     part, task = run.task.eval, run.task
     rows = range(len(part.rows))
     columns: dict[str, Any] = {
@@ -34,18 +38,31 @@ def predictions(run: Run) -> pa.Table:
     }
     arms = dict(run.scores)
     if run.recipe.seeds > 1:
-        arms |= {f"{arm}_seed{number}": one for arm in run.arms for number, one in enumerate(run.seeds[arm], 1)}
+        arms |= {f"{arm}_seed{number}": scores for arm in run.arms for number, scores in enumerate(run.seeds[arm], 1)}
     for arm, scores in arms.items():
-        shown = list(scores.text or (task.shown(int(p)) if p >= 0 else None for p in scores.prediction))
+        texts = list(scores.text or (task.shown(int(p)) if p >= 0 else None for p in scores.prediction))
         columns[f"loss_{arm}"] = scores.loss
-        columns |= {f"prediction_{arm}": shown, f"score_{arm}": scores.score, f"count_{arm}": scores.count.astype(np.int64)}
+        columns |= {f"prediction_{arm}": texts, f"score_{arm}": scores.score, f"count_{arm}": scores.count.astype(np.int64)}
         if scores.stats is not None:
             columns[f"stats_{arm}"] = list(scores.stats)
     return pa.table(columns)
 
 
-def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], noted: tuple[str, ...] = ()) -> dict[str, Any]:
-    """report.json, schema 1. Every number is measured; nothing is copied from the request but what says so."""
+def report_data(
+    run: Run, verdict: str, passed: bool, written: dict[str, str], card_warnings: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Return the content of report.json, schema 1.
+
+    Every result is measured. Only fields that name the request (`argv`, `seed`, the rule of the gate)
+    are copied from it.
+
+    Args:
+        run: The finished run.
+        verdict: The verdict of refined against the source.
+        passed: Whether the gate is met.
+        written: File name -> SHA-256 of the written files.
+        card_warnings: Warnings about the model card of the source.
+    """
     source, recipe, task = run.checkpoint.source, run.recipe, run.task
     maskable = [layer for layer in run.layers if layer.excluded is None]
     selected = run.selected("refined")
@@ -54,9 +71,9 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
     first = _first_sparsity(run, selected.attempt)
     extra = dict(task.report())
     data = run.given.entry(parts_of(task))
-    said = [*run.checkpoint.warnings, *extra.pop("warnings"), *data["unused"], *run.state.baseline_warnings]
-    said += [*run.state.harm, *_warnings(run), *noted]
-    warnings = list(dict.fromkeys(said))
+    all_warnings = [*run.checkpoint.warnings, *extra.pop("warnings"), *data["unused"], *run.state.baseline_warnings]
+    all_warnings += [*run.state.harm, *_warnings(run), *card_warnings]
+    warnings = list(dict.fromkeys(all_warnings))
     device = str(run.loop.accelerator.device)
     masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
     return {
@@ -79,7 +96,7 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
         "masked_share": masked / outside,
         "maskable_share": sum(layer.weights for layer in maskable) / outside,
         "arms": {arm: task.metrics(scores) for arm, scores in run.scores.items()},
-        "comparison": {name: found.to_dict() for name, found in run.comparisons.items()},
+        "comparison": {name: result.to_dict() for name, result in run.comparisons.items()},
         "verdict": verdict,
         "gate": {"rule": recipe.gate, "passed": passed},
         "selected": {name: getattr(selected, name) for name in ("sparsity", "epoch", *(["seed"] if recipe.seeds > 1 else []))},
@@ -93,21 +110,30 @@ def report_data(run: Run, verdict: str, passed: bool, written: dict[str, str], n
 
 
 def _resolved(source: Source) -> str:
-    """Name of a repository or a release; a folder of this machine as it was given, and not the full path to it."""
+    """Return the name of a repository or a release, or a local folder as the user gave it.
+
+    The full path of a local folder does not belong into a report.
+    """
     if not Path(source.resolved).is_absolute():
         return source.resolved
-    named = Path(source.model).name not in ("", "..")  # "." has no name of its own
-    return from_home(source.model) if named else Path(source.resolved).name
+    has_name = Path(source.model).name not in ("", "..")  # the name of "." is empty
+    return from_home(source.model) if has_name else Path(source.resolved).name
 
 
 def _holdout(run: Run) -> dict[str, dict[str, float]] | None:
-    """The holdout's metrics of the source and of what it chose of each arm; None where there is no holdout."""
+    """Return the metrics on the holdout of the source and of the selected weights of each arm.
+
+    None: there is no holdout.
+    """
     baseline = run.state.source_holdout
     return {"baseline": baseline} | {arm: run.selected(arm).holdout or {} for arm in run.arms} if baseline else None
 
 
 def _cost(run: Run) -> dict[str, Any]:
-    """What training took, all arms and tries together; the energy is the whole run's, with evaluation, loading, writing."""
+    """Return the cost of training, all arms and tries together.
+
+    The energy is that of the whole run, with loading, evaluation and writing.
+    """
     phases = run.state.phases
     return {
         "seconds": sum(phase["seconds"] for phase in phases),
@@ -117,16 +143,23 @@ def _cost(run: Run) -> dict[str, Any]:
 
 
 def _rows_to_decide(run: Run, verdict: str) -> int | None:
-    found = run.comparisons["refined_vs_baseline"]
+    """Return how many evaluation rows would give a clear verdict, or None if it is clear already."""
+    comparison = run.comparisons["refined_vs_baseline"]
     if verdict != "inconclusive":
         return None
-    return rows_to_decide(found, len(run.task.eval.rows), run.margin, len(run.comparisons))
+    return rows_to_decide(comparison, len(run.task.eval.rows), run.margin, len(run.comparisons))
 
 
 def seeds_data(run: Run) -> dict[str, Any]:
-    """Over the seeds: each arm's metrics with mean and deviation, and paired differences with intervals over seeds and rows."""
-    metrics = {arm: [run.task.metrics(scores) for scores in run.seeds[arm]] for arm in run.arms}
-    arms = {arm: {name: _spread([one[name] for one in found]) for name in found[0]} for arm, found in metrics.items()}
+    """Return the results over all seeds.
+
+    Of each arm, they have the metrics with mean and standard deviation. Of refined and each other
+    arm, they have the paired difference with its interval over seeds and rows.
+    """
+    by_seed = {arm: [run.task.metrics(scores) for scores in run.seeds[arm]] for arm in run.arms}
+    arms = {
+        arm: {name: _spread([metrics[name] for metrics in of_arm]) for name in of_arm[0]} for arm, of_arm in by_seed.items()
+    }
     comparison = {}
     for other in ("baseline", *run.recipe.control):
         delta, ci95, deviation = _over_seeds(run, other)
@@ -135,6 +168,7 @@ def seeds_data(run: Run) -> dict[str, Any]:
 
 
 def _over_seeds(run: Run, other: str) -> tuple[float, tuple[float, float], float]:
+    """Return the mean difference of refined and another arm, its interval, and its deviation."""
     corpus: Corpus | None = getattr(run.task, "corpus", None)
     mine = [scores.compared(corpus) for scores in run.seeds["refined"]]
     theirs = [scores.compared(corpus) for scores in run.seeds[other]] * (len(mine) if other == "baseline" else 1)
@@ -173,24 +207,24 @@ def _first_sparsity(run: Run, attempt: int) -> float | None:
 def _warnings(run: Run) -> list[str]:
     lines = []
     if run.task.holdout is not None and len(run.tries) * len(run.arms) > 1 and len(run.task.holdout.rows) < 100:
-        lines.append(f"the holdout has only {len(run.task.holdout.rows)} rows: what it selects is partly chance")
+        lines.append(f"the holdout has only {len(run.task.holdout.rows)} rows: its choice is partly chance")
     empty = run.state.empty.get(str(run.selected("refined").attempt), {})
     if empty:
         most = max(empty, key=lambda name: empty[name][0])
         lines.append(
             f"{sum(count for count, _ in empty.values()):,} filters held only zeros at the sparse phase's end, in {len(empty)} "
-            f"layers ({most}: {empty[most][0]} of {empty[most][1]}); --exclude leaves such layers out"
+            f"layers ({most}: {empty[most][0]} of {empty[most][1]}); exclude such layers with --exclude"
         )
     return lines + _returned_warning(run) + few_maskable(run.layers)
 
 
 def _returned_warning(run: Run) -> list[str]:
-    """Masked weights of layers and experts that had no gradient in the dense phase."""
+    """Return the warning about masked weights that had no gradient in the dense phase, if any."""
     returned = run.selected("refined").returned
     if not returned:
         return []
     names = [f"{name}: {returned[name]:,}" for name in sorted(returned, key=lambda name: -returned[name])]
     return [
-        f"{sum(returned.values()):,} masked weights in {len(names)} layers got no gradient in the dense phase, as nothing of "
-        f"their layer or expert did: they could not come back from 0, and have the source's values again ({listed(names, 30)})"
+        f"{sum(returned.values()):,} masked weights in {len(names)} layers got no gradient in the dense phase, because their "
+        f"whole layer or expert got none. They could not leave 0, so they have the source's values again ({listed(names, 30)})"
     ]

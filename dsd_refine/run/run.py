@@ -1,4 +1,4 @@
-"""A run: how it is carried out, and what is open while it is."""
+"""An open run: its options, the objects that it works with, and the results so far."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dsd_refine.data.given import Given
 from dsd_refine.evidence.compare import Comparison, groups_of
 from dsd_refine.masking.layers import Layer
 from dsd_refine.recipe import Recipe
+from dsd_refine.report.rules import absolute_margin, preference
 from dsd_refine.run.state import RunState, Selected
 from dsd_refine.run.workspace import Workspace
 from dsd_refine.system import EnergyMeter
@@ -28,14 +29,32 @@ from dsd_refine.training.state import Loop
 
 @dataclass(frozen=True)
 class Options:
-    """How a run is carried out; nothing here decides its result."""
+    """How a run is carried out. No option here changes its result.
+
+    Attributes:
+        output_dir: The folder OUT, which the run writes as a whole or not at all.
+        resume: Continue from the state of a stopped run.
+        overwrite: Replace the output of an earlier run.
+        save_phases: Also write the checkpoint at the end of each phase of the refined arm.
+        save_every: Minutes between two saves of the state.
+        report_images: How many rows gained, and how many rows lost, report.html shows with their
+            content.
+        device: "auto", "cpu", "cuda" or "mps".
+        compile: Use `torch.compile` for the training forward.
+        workers: The number of processes that load data.
+        allow_pickle: Read .bin and .pth weights too.
+        argv: The command line, for the report.
+        say: Called with each line of news.
+        hooks: The caller's hooks. Only the main process calls them.
+        download: Called with the name and the bytes of a large download; returns whether to go on.
+    """
 
     output_dir: Path
     resume: bool = False
     overwrite: bool = False
     save_phases: bool = False
-    save_every: float = 10.0  # minutes
-    report_images: int = 0  # rows gained, and rows lost, whose content report.html shows
+    save_every: float = 10.0
+    report_images: int = 0
     device: str = "auto"
     compile: bool = False
     workers: int = 0
@@ -47,7 +66,11 @@ class Options:
 
 
 def default_workers(asked: int | None) -> int:
-    """Loading processes: as asked, else a few beside a GPU, none on a CPU (which they would only share)."""
+    """Return the number of processes that load data.
+
+    It is `asked` if given. Else it is a few with a GPU, and none on a CPU, because training needs
+    the same cores.
+    """
     if asked is not None:
         return asked
     return min(4, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 0
@@ -55,7 +78,29 @@ def default_workers(asked: int | None) -> int:
 
 @dataclass
 class Run:
-    """An open run: the checkpoint, the data, the loop, and what has been measured so far."""
+    """An open run: the checkpoint, the data, the loop, and what has been measured so far.
+
+    Attributes:
+        checkpoint: The source, with its model.
+        task: The task with the train, holdout and evaluation rows.
+        recipe: The recipe, with the mixed precision that Accelerate uses.
+        options: How the run is carried out.
+        loop: The training loop.
+        layers: All layers, masked or not.
+        workspace: The files of the run.
+        source_hashes: File name -> SHA-256 of the source's files.
+        start: The state dict of the source, on the CPU.
+        given: The data as they were read, before the split.
+        teacher: A copy of the source, if a phase distills.
+        meter: Measures energy. None with several processes, and in a resumed run, because nothing
+            measured its first part.
+        loss_scale: The state of the fp16 loss scaler at the beginning of each try.
+        scores: Arm -> scores on the evaluation split, of the seed that the holdout prefers.
+        seeds: Arm -> scores of each seed.
+        comparisons: Name, such as "refined_vs_baseline" -> result.
+        state: What is saved.
+        entered: Whether a phase has begun in this process.
+    """
 
     checkpoint: Checkpoint
     task: Task
@@ -68,43 +113,58 @@ class Run:
     start: dict[str, torch.Tensor]
     given: Given
     teacher: nn.Module | None = None
-    meter: EnergyMeter | None = None  # None: several processes, or a run taken up again, whose first part nothing measured
-    loss_scale: dict[str, Any] | None = None  # fp16's, as each try begins with it
+    meter: EnergyMeter | None = None
+    loss_scale: dict[str, Any] | None = None
     scores: dict[str, Scores] = field(default_factory=dict)
     seeds: dict[str, list[Scores]] = field(default_factory=dict)
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     state: RunState = field(default_factory=RunState)
-    entered: bool = False  # has a phase begun in this process?
+    entered: bool = False
 
     def save(self, tensors: dict[str, torch.Tensor] | None = None) -> None:
-        """Save the state, with the fp16 loss scale: it was found by trying, and must not be looked for again.
+        """Save the state, with the fp16 loss scale, which took many steps to find.
 
-        `tensors` belong to a phase (None: between phases).
+        Args:
+            tensors: The tensors of the current phase. None between phases.
         """
         scaler = self.loop.accelerator.scaler
         self.state.scaler = scaler.state_dict() if scaler is not None else None
         self.workspace.save(tensors, self.state.to_json())
         self.loop.hooks.save()
 
-    def restored(self, at: list[int]) -> dict[str, torch.Tensor]:
-        """The saved tensors of the phase that this process goes on from; none for a later or a new one."""
+    def restored(self, position: list[int]) -> dict[str, torch.Tensor]:
+        """Return the saved tensors of the phase that this process resumes.
+
+        For a later phase and in a new run there are none.
+
+        Args:
+            position: The numbers of the arm, the try and the phase, each from 0.
+        """
         first, self.entered = not self.entered, True
-        saved = self.workspace.state.get("tensors")
-        return self.workspace.read_tensors(saved) if first and saved and self.state.at == at else {}
+        file_name = self.workspace.state.get("tensors")
+        return self.workspace.read_tensors(file_name) if first and file_name and self.state.at == position else {}
 
     def sparsity_of(self, attempt: int) -> float | None:
-        """The sparsity of a try: the listed one, else that of the first sparse phase."""
+        """Return the sparsity of a try: the listed one, else that of the first sparse phase.
+
+        None if no phase is sparse.
+        """
         sparse = (phase.sparsity for phase in self.recipe.phases_at(self.tries[attempt]) if phase.kind == "sparse")
         return next(sparse, None)
 
     @cached_property
     def groups(self) -> np.ndarray[Any, Any] | None:
-        """The group of each evaluation row, where some have equal content and so count as one."""
+        """The group of each evaluation row, int array of shape (rows,).
+
+        Rows of equal content have one group, because they count as one observation. None if all
+        rows differ.
+        """
         digests = self.task.eval.rows.digests
         return groups_of(digests) if len(set(digests)) < len(digests) else None
 
     @property
     def arms(self) -> tuple[str, ...]:
+        """The names of the trained arms: "refined", then the controls."""
         return ("refined", *self.recipe.control)
 
     @property
@@ -114,17 +174,19 @@ class Run:
 
     @property
     def margin(self) -> float:
-        """What counts as the same: absolute for a fraction, relative to the source for a loss."""
-        if self.task.metric != "loss":
-            return self.recipe.margin
-        return self.recipe.margin * self.task.metrics(self.seeds["baseline"][0])[self.task.metric]
+        """The largest difference that counts as the same, in the unit of the metric."""
+        metric, metrics = self.task.metric, self.task.metrics(self.seeds["baseline"][0])
+        return absolute_margin(self.recipe.margin, metric, metrics[metric])
 
     def selected(self, arm: str) -> Selected:
-        """What the holdout chose of an arm."""
+        """Return the weights that the holdout chose for an arm, of all its tries and seeds."""
         return self.state.best[arm][str(self.preferred(arm))]
 
     def preferred(self, arm: str) -> int:
-        """The number of the seed whose result the holdout prefers (the first, where there is no holdout)."""
+        """Return the number of the seed whose result the holdout prefers, from 0.
+
+        Without a holdout it is the first seed.
+        """
         best = 0
         for seed in range(1, self.recipe.seeds):
             new, old = (self.state.best[arm][str(n)].holdout for n in (seed, best))
@@ -133,7 +195,7 @@ class Run:
         return best
 
     def prefers(self, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
-        """By the metric, then the loss; by the loss alone where the metric is too dear for the holdout."""
-        sign, metric = 1 if self.task.higher_is_better else -1, self.task.metric
-        mine, theirs = ((sign * found[metric] if metric in found else 0.0, -found["loss"]) for found in (new, old))
-        return mine > theirs
+        """Return whether `new` is better than `old`. Both are metrics on the holdout."""
+        task = self.task
+        new_key, old_key = (preference(metrics, task.metric, higher_is_better=task.higher_is_better) for metrics in (new, old))
+        return new_key > old_key
