@@ -121,8 +121,8 @@ def test_the_verdict_comes_first_and_everything_follows_in_order():
 def test_the_flip_table_adds_up():
     report = reports.report()
     for found in figures.flips(report):
-        assert found.kept + found.gained + found.lost + found.missed == 1000
-        assert found.kept + found.gained == round(1000 * report["arms"]["refined"]["accuracy"])
+        assert found.both_right + found.gained + found.lost + found.both_wrong == 1000
+        assert found.both_right + found.gained == round(1000 * report["arms"]["refined"]["accuracy"])
     assert [f.against for f in figures.flips(report)] == ["baseline", "dense"]
 
 
@@ -548,15 +548,15 @@ def test_ticks_are_round_and_lie_on_the_axis(values, pad):
     assert scale.low < scale.high
     ticks = scale.ticks()
     assert 1 <= len(ticks) <= 7
-    assert all(-0.1 <= tick.at <= figures.SIZE + 0.1 for tick in ticks)
-    assert all(-1e-6 <= scale.at(v) <= figures.SIZE * (1 + 1e-9) for v in values)
+    assert all(-0.1 <= tick.position <= figures.SIZE + 0.1 for tick in ticks)
+    assert all(-1e-6 <= scale.position(v) <= figures.SIZE * (1 + 1e-9) for v in values)
 
 
 @given(st.floats(1e-9, 1e6), st.floats(1.0, 1e12))
 def test_ticks_of_a_logarithmic_axis(low, ratio):
     scale = figures.Scale.over([low, low * ratio], 0.04, log=True)
     assert len(scale.ticks()) <= 5
-    assert all(-0.1 <= tick.at <= figures.SIZE + 0.1 for tick in scale.ticks())
+    assert all(-0.1 <= tick.position <= figures.SIZE + 0.1 for tick in scale.ticks())
 
 
 def test_the_margin_of_a_loss_is_a_share_of_the_source_s():
