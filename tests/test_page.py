@@ -115,15 +115,15 @@ def test_the_verdict_comes_first_and_everything_follows_in_order():
     text = " ".join(reader.text.replace("\u00a0", "~").split()).replace("~", "\u00a0")
     for said in ("Better", "+3.00", "+1.50 to +4.10", "1,000", "not-worse", "93.00\u00a0%"):
         assert said in text, said
-    assert "cannot be told from the dense control" in text
-    assert "may come from training on, not from this mask" in text
+    assert "not clearly different from the dense control" in text
+    assert "may come from the training alone, not from this mask" in text
 
 
 def test_the_flip_table_adds_up():
     report = reports.report()
     for found in figures.flips(report):
-        assert found.kept + found.gained + found.lost + found.missed == 1000
-        assert found.kept + found.gained == round(1000 * report["arms"]["refined"]["accuracy"])
+        assert found.both_right + found.gained + found.lost + found.both_wrong == 1000
+        assert found.both_right + found.gained == round(1000 * report["arms"]["refined"]["accuracy"])
     assert [f.against for f in figures.flips(report)] == ["baseline", "dense"]
 
 
@@ -200,17 +200,17 @@ def test_where_no_row_changed_it_is_said_that_nobody_knows():
     report = reports.report(verdict="inconclusive", credit="none")
     report["comparison"]["refined_vs_baseline"] = reports.comparison(0.0, -0.0038, 0.0038, 1.0, 0, 0)
     for text in (made(report), summary(Report(report, Path("out")))):
-        assert "No row changed sides: 1,000 rows are too few" in text
+        assert "No row was gained or lost: 1,000 rows are too few" in text
     report["comparison"]["refined_vs_baseline"] = reports.comparison(0.0, -0.02, 0.02, 1.0, 9, 9)
-    assert "How many rows would decide cannot be told from these." in made(report)
+    assert "These rows do not show how many would decide." in made(report)
 
 
 @pytest.mark.parametrize(
     ("p", "adjusted", "interval", "said"),
     [
-        (0.01, 0.02, (-0.001, 0.04), "The interval reaches 0; the verdict goes by p."),
-        (0.03, 0.06, (0.001, 0.04), "the verdict goes by p, which, adjusted for all comparisons, is not below 0.05"),
-        (0.06, 0.12, (0.001, 0.04), "the verdict goes by p, which is not below 0.05"),
+        (0.01, 0.02, (-0.001, 0.04), "The interval contains 0, but p decides the verdict."),
+        (0.03, 0.06, (0.001, 0.04), "p decides the verdict, and p, adjusted for all comparisons, is not below 0.05"),
+        (0.06, 0.12, (0.001, 0.04), "p decides the verdict, and p is not below 0.05"),
         (0.01, 0.02, (0.001, 0.04), None),
         (0.3, 0.6, (-0.001, 0.04), None),
     ],
@@ -219,11 +219,13 @@ def test_where_p_and_interval_differ_it_is_said_which_decides(p, adjusted, inter
     report = reports.report(credit="training")
     report["comparison"]["refined_vs_baseline"] |= {"p_value": p, "p_adjusted": adjusted, "ci95": list(interval)}
     for text in (made(report), summary(Report(report, Path("out")))):
-        assert "the verdict goes by p" in text if said else "the verdict goes by p" not in text
+        assert "p decides the verdict" in text if said else "p decides the verdict" not in text
         assert said is None or said in text
 
 
-@pytest.mark.parametrize(("rule", "said"), [("not-worse", "be it by chance"), ("non-inferior", "less than the margin below")])
+@pytest.mark.parametrize(
+    ("rule", "said"), [("not-worse", "even if only by chance"), ("non-inferior", "less than the margin below")]
+)
 def test_what_a_gate_lets_through_is_said(rule, said):
     report = reports.report(gate={"rule": rule, "passed": True})
     for text in (
@@ -278,7 +280,7 @@ def test_what_is_missing_is_left_out():
     assert ids == [name for name in SECTIONS if name not in ("flips", "examples", "weights")]
     for said in ("None", "nan", "undefined"):
         assert said not in reader.text
-    assert "the difference counts a decrease as positive" in reader.text
+    assert "a decrease is a positive difference" in reader.text
     assert "rejected/" in reader.text
     assert "holdout" not in reader.text.split("Learning curves")[1].split("Layers")[0]
 
@@ -385,15 +387,15 @@ RISING = rising_warnings("refined", [0.5] * 5 + [9.0] * 30, 0.5)
         (with_controls("better", "mask", dense=(0.01, 0.02)), "Use it: it is better than the source and than every control"),
         (with_controls("better", "training", dense=(0.5, 0.0)), "which training without this mask may give as well"),
         (with_controls("better", "training", gate=False, dense=(0.5, 0.0)), "--gate beats-control was not met"),
-        (with_controls("better", "training", dense=(0.01, -0.02)), "Train on without this mask instead"),
+        (with_controls("better", "training", dense=(0.01, -0.02)), "Train without this mask instead"),
         (with_controls("better", "unknown"), "--control dense would show"),
         (with_controls("same", "none", dense=(0.5, 0.0)), "Keep the source, unless"),
         (with_controls("worse", "none", dense=(0.5, 0.0)), "Keep the source; training has made it worse"),
         (with_controls("worse", "none", warnings=RISING, dense=(0.5, 0.0)), "lower the rate (--lr)"),
         (with_controls("worse", "none", warnings=["Try less augmentation (--set augment.crop=none)"]), "less augmentation"),
         (with_controls("inconclusive", "none", rows=5400, dense=(0.5, 0.0)), "about 4,400 more evaluation rows (5,400 in all)"),
-        (with_controls("inconclusive", "none", rows=400, dense=(0.5, 0.0)), "how many cannot be told"),
-        (with_controls("inconclusive", "none", dense=(0.5, 0.0)), "how many cannot be told"),
+        (with_controls("inconclusive", "none", rows=400, dense=(0.5, 0.0)), "these do not show how many"),
+        (with_controls("inconclusive", "none", dense=(0.5, 0.0)), "these do not show how many"),
     ],
 )
 def test_what_next_follows_from_the_evidence(report, said):
@@ -547,15 +549,15 @@ def test_ticks_are_round_and_lie_on_the_axis(values, pad):
     assert scale.low < scale.high
     ticks = scale.ticks()
     assert 1 <= len(ticks) <= 7
-    assert all(-0.1 <= tick.at <= figures.SIZE + 0.1 for tick in ticks)
-    assert all(-1e-6 <= scale.at(v) <= figures.SIZE * (1 + 1e-9) for v in values)
+    assert all(-0.1 <= tick.position <= figures.SIZE + 0.1 for tick in ticks)
+    assert all(-1e-6 <= scale.position(v) <= figures.SIZE * (1 + 1e-9) for v in values)
 
 
 @given(st.floats(1e-9, 1e6), st.floats(1.0, 1e12))
 def test_ticks_of_a_logarithmic_axis(low, ratio):
     scale = figures.Scale.over([low, low * ratio], 0.04, log=True)
     assert len(scale.ticks()) <= 5
-    assert all(-0.1 <= tick.at <= figures.SIZE + 0.1 for tick in scale.ticks())
+    assert all(-0.1 <= tick.position <= figures.SIZE + 0.1 for tick in scale.ticks())
 
 
 def test_the_margin_of_a_loss_is_a_share_of_the_source_s():

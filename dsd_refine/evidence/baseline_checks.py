@@ -20,6 +20,7 @@ from dsd_refine.evidence.confusion import Assignment, better_assignment, suspect
 from dsd_refine.evidence.paired import ALPHA
 from dsd_refine.recipe import Recipe
 from dsd_refine.report.card import evaluated_on
+from dsd_refine.report.words import AT_CHANCE
 from dsd_refine.tasks.base import ChanceBaseline, Scores, Task
 
 UNBOUNDED = ("loss", "perplexity")  # every other metric is a fraction
@@ -158,7 +159,7 @@ def _metric_of(result: CardResult, task: Task, metrics: Mapping[str, float]) -> 
 def _chance_warnings(task: Task, metrics: Mapping[str, float], margin: float) -> list[str]:
     """Warn of the first trivial predictor that the source does not beat."""
     return [
-        f"the source's {guess.metric} of {metrics[guess.metric]:.4f} cannot be told from {guess.how} ({guess.value:.4f}): "
+        f"the source's {guess.metric} of {metrics[guess.metric]:.4f} {AT_CHANCE} {guess.how} ({guess.value:.4f}): "
         "are these the data, the labels and the preprocessing that it was trained with?"
         for guess in task.chance_baselines
         if not _beats(metrics[guess.metric], guess, margin)

@@ -1,4 +1,4 @@
-"""What a run leaves for its reader: report.json, the summary, predictions.parquet, the card."""
+"""The output of a run for its reader: report.json, report.html, the summary and the model card."""
 
 from dsd_refine.report.data import data_lines
 from dsd_refine.report.report import Report, environment, summary

@@ -1,7 +1,7 @@
-"""The model card of an output: front matter merged with the source's, what was measured, then the source's own text.
+"""The model card of an output: front matter, the measured results, then the source's own card.
 
-The source's card is a stranger's: its front matter may be broken, or mean harm. What cannot be read as a plain mapping is
-left out with a warning; its text is kept as it is.
+The source's card comes from outside. Its front matter may be broken or harmful. If it cannot be read
+as a plain mapping, it is left out with a warning. The text after it is copied unchanged.
 """
 
 from __future__ import annotations
@@ -22,16 +22,22 @@ from dsd_refine.report.data import data_lines
 from dsd_refine.task_specs import TASKS
 from dsd_refine.yaml_reader import load_card_yaml
 
-LONGEST_FRONT = 1_000_000  # characters; cards with hundreds of results have a few hundred thousand
+LONGEST_FRONT = 1_000_000  # characters. Cards with hundreds of results have a few hundred thousand
 FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$\n?", re.DOTALL | re.MULTILINE)
 PAPER = "[Han et al., ICLR 2017](https://arxiv.org/abs/1607.04381)"
-LOCAL = "local:"  # before the name of data of one's own, which no data set of the Hub has
+LOCAL = "local:"  # prefix of the name of local data. No Hub data set has such a name
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "eval", "evaluation", "dev")
 
 
 @dataclass(frozen=True)
 class SourceCard:
-    """A source's README.md: its front matter as a mapping (empty if it has none that can be used), and the rest verbatim."""
+    """The README.md of a source.
+
+    Attributes:
+        front: The front matter; empty if there is none, or if it cannot be used.
+        body: The text after the front matter, unchanged.
+        warnings: What was left out, and why.
+    """
 
     front: Mapping[str, Any]
     body: str
@@ -40,7 +46,13 @@ class SourceCard:
 
 @dataclass(frozen=True)
 class DataName:
-    """What evaluation data are called: `hub` is the Hub's `org/name` (None: data of one's own), `config` its configuration."""
+    """The name of a data set.
+
+    Attributes:
+        name: The name for the reader.
+        hub: `org/name` on the Hub; None for local data.
+        config: The configuration of the Hub data set; None if none is given.
+    """
 
     name: str
     hub: str | None = None
@@ -48,42 +60,44 @@ class DataName:
 
 
 def read_card(folder: Path) -> SourceCard:
-    """The README.md of a source folder; empty where there is none."""
+    """Read the README.md of a source folder. The result is empty if there is none."""
     file = folder / "README.md"
-    if file.is_symlink() and leads_out(file, folder):  # the card is published: it may be anybody's file, a token too
+    if file.is_symlink() and leads_out(file, folder):  # the card is published, and the link may point to a secret
         return SourceCard({}, "", ("the source's README.md is a link that leads out of its folder: left out of the card",))
     try:
         text = file.read_bytes().decode("utf-8", "replace") if file.is_file() else ""
     except OSError as error:
         return SourceCard({}, "", (f"the source's README.md cannot be read ({error.strerror}): left out of the card",))
-    found = FRONT.match(text)
-    if not found:
+    match = FRONT.match(text)
+    if not match:
         return SourceCard({}, text.removeprefix("\ufeff"))
-    front, wrong = _front(found[1])
-    warnings = (f"the front matter of the source's README.md is left out of the card: {wrong}",) if wrong else ()
-    return SourceCard(front, text[found.end() :], warnings)
+    front, problem = _read_front(match[1])
+    warnings = (f"the front matter of the source's README.md is left out of the card: {problem}",) if problem else ()
+    return SourceCard(front, text[match.end() :], warnings)
 
 
-def _front(block: str) -> tuple[dict[str, Any], str | None]:
-    """(the block as a mapping that can be written again, what is wrong with it)."""
+def _read_front(block: str) -> tuple[dict[str, Any], str | None]:
+    """The front matter as a mapping that YAML can write again, and the problem if it has one."""
     try:
-        found = read_plain(block)
-        if found is None:
+        content = read_plain(block)
+        if content is None:
             return {}, None
-        if not isinstance(found, dict):
-            return {}, "it is no mapping"
-        front = {key: value for key, value in found.items() if isinstance(key, str)}
-        yaml.safe_load(_dump(front))
+        if not isinstance(content, dict):
+            return {}, "it is not a mapping"
+        front = {key: value for key, value in content.items() if isinstance(key, str)}
+        yaml.safe_load(_dump(front))  # raises if it cannot be written and read again
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         return {}, f"{' '.join(str(error).split()):.200}"
     return front, None
 
 
 def read_plain(text: str) -> Any:
-    """A stranger's YAML as `read_card` reads it.
+    """Read YAML from outside, as `read_card` reads it.
 
     Raises:
-        yaml.YAMLError, ValueError, RecursionError: it is none, has aliases, or is too long to be a card's.
+        yaml.YAMLError: The text is not YAML, or has aliases.
+        ValueError: The text is longer than LONGEST_FRONT, or a value is invalid.
+        RecursionError: The text is nested too deeply.
     """
     if len(text) > LONGEST_FRONT:
         raise ValueError(f"it has {len(text):,} characters")
@@ -95,18 +109,30 @@ def _dump(value: Any) -> str:
 
 
 def card(report: Mapping[str, Any], own: SourceCard, recipe_yaml: str, snippet: str) -> str:
-    """README.md of the output. `snippet` is Python that loads it."""
+    """Return the README.md of the output.
+
+    Args:
+        report: The content of report.json.
+        own: The source's card.
+        recipe_yaml: The recipe of the run.
+        snippet: Python code that loads the output.
+    """
     recipe = yaml.safe_load(recipe_yaml)
     front = _dump(front_matter(report, own.front, recipe))
     parts = [f"---\n{front}---\n\n{_section(report, recipe, snippet)}"]
     if own.body.strip():
-        parts.append(f"\n---\n\n*The source's own card, unchanged; its figures are the source's weights'.*\n\n{own.body}")
+        parts.append(
+            f"\n---\n\n*The source's own card, unchanged. Its results are those of the source's weights.*\n\n{own.body}"
+        )
     text = "".join(parts)
     return text.encode("utf-8", "replace").decode()
 
 
 def front_matter(report: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's metadata with ours over it. Of results, those measured here alone: the source's are of other weights."""
+    """Return the front matter: the source's, with the fields of this run over it.
+
+    The source's results are left out, because they were measured with other weights.
+    """
     source, task = report["source"], report["task"]
     front = {key: value for key, value in own.items() if key != "model-index"}
     if is_hub(source):
@@ -122,36 +148,41 @@ def front_matter(report: Mapping[str, Any], own: Mapping[str, Any], recipe: Mapp
 
 
 def _pipeline_tag(task: str) -> str | None:
-    """The Hub's name of a task; None for one that a report has from another version of this program."""
+    """The Hub's name of a task; None if this version of the program does not know the task."""
     return TASKS[task].pipeline_tag if task in TASKS else None
 
 
 def is_hub(source: Mapping[str, Any]) -> bool:
-    """Is the source a repository on the Hub (and not a directory, or an entry of torchvision's)?"""
-    named = re.fullmatch(r"[\w.-]+/[\w.-]+", source["resolved"]) is not None
-    return named and source["revision"] is not None and source["library"] != "torchvision"
+    """Return whether the source is a repository on the Hub, not a directory or a torchvision entry."""
+    has_hub_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source["resolved"]) is not None
+    return has_hub_name and source["revision"] is not None and source["library"] != "torchvision"
 
 
 def _listed(value: Any, *more: str) -> list[str]:
-    """A field that is a list of names, whatever a stranger made of it, with ours at the end."""
+    """A list of names for a field of the front matter: the usable names of `value`, then `more`."""
     items = value if isinstance(value, list) else [value]
     names = [str(item) for item in items if isinstance(item, str | int | float) and not isinstance(item, bool)]
     return list(dict.fromkeys([*names, *more]))
 
 
 def data_name(spec: Any) -> DataName:
-    """What the `data` of a recipe is called: the Hub's name, or the last part of a path (its folder's for test.csv)."""
+    """Return the name of the `data` of a recipe.
+
+    It is the Hub's name, or the last part of a path. If that part is the name of a split
+    (test.csv), it is the name of the folder.
+    """
     if not isinstance(spec, str) or not spec:
         return DataName("data of one's own")
     path = Path(spec)
-    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", spec)
-    if found and not spec.startswith(".") and not path.exists():
-        return DataName(spec, found[1], found[2])
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", spec)
+    if match and not spec.startswith(".") and not path.exists():
+        return DataName(spec, match[1], match[2])
     inner = path.stem if path.suffix else path.name
     return DataName((path.parent.name if inner.lower() in SPLITS else inner) or inner or "data of one's own")
 
 
 def evaluated_on(recipe: Mapping[str, Any]) -> DataName:
+    """Return the name of the data that a recipe evaluates on: `eval_data`, else `data`."""
     return data_name(recipe.get("eval_data") or recipe.get("data"))
 
 
@@ -169,10 +200,11 @@ def _model_index(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> Any:
 
 
 def eval_results(report: Mapping[str, Any], recipe_yaml: str) -> dict[str, str]:
-    """File name -> YAML for `.eval_results/` (https://huggingface.co/docs/hub/eval-results): the task's metric, as measured.
+    """Return the files of `.eval_results/`: file name -> YAML with the measured value of the metric.
 
-    The format wants a data set of the Hub. Data of one's own are called `local:NAME`, which is none, so that no board takes
-    a folder that happens to be called like a benchmark for that benchmark.
+    The format is https://huggingface.co/docs/hub/eval-results. It needs the name of a Hub data set.
+    Local data are named `local:NAME`, which cannot be one. Otherwise a leaderboard could take a
+    local folder for the benchmark of the same name.
     """
     data, metric = evaluated_on(yaml.safe_load(recipe_yaml)), report["metric"]["name"]
     entry = EvalResultEntry(
@@ -193,14 +225,18 @@ def _short_name(report: Mapping[str, Any]) -> str:
 def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str) -> str:
     source, data = report["source"], report["data"]
     name = code(source["resolved"] if source["revision"] else _short_name(report))
-    at = f" at {code(source['revision'])}" if source["revision"] else ""
-    rule, met = report["gate"]["rule"], report["gate"]["passed"]
-    asked = f": {words.GATES[rule]}" if rule in words.GATES else ""
-    gate = f" The gate {code(rule)} was met{asked}." if met else f" The gate {code(rule)} was not met: it was set aside."
+    revision = f" at {code(source['revision'])}" if source["revision"] else ""
+    rule, passed = report["gate"]["rule"], report["gate"]["passed"]
+    meaning = f": {words.GATES[rule]}" if rule in words.GATES else ""
+    gate = (
+        f" The gate {code(rule)} was met{meaning}."
+        if passed
+        else f" The gate {code(rule)} was not met: the checkpoint was set aside."
+    )
     lines = [
         "## Refined with dsd-refine",
         "",
-        f"Refined from {name}{at} by Dense-Sparse-Dense training ({PAPER}) on {data['train']['rows']:,} rows of "
+        f"Refined from {name}{revision} by Dense-Sparse-Dense training ({PAPER}) on {data['train']['rows']:,} rows of "
         f"{code(data_name(recipe.get('data')).name)}. Same files, names, shapes and dtypes: it loads as the source does.",
         "",
         f"**Verdict: {report['verdict']}** ({_plain(words.said(report))}).{gate}",
@@ -238,11 +274,11 @@ def _arms_table(report: Mapping[str, Any]) -> list[str]:
     names = list(arms["baseline"])
     head = [*names, *([f"{metric} over {seeds['n']} seeds"] if seeds else [])]
     rows = []
-    for arm, found in arms.items():
-        cells = [f"{found[name]:.4f}" for name in names]
+    for arm, metrics in arms.items():
+        cells = [f"{metrics[name]:.4f}" for name in names]
         if seeds:
-            spread = seeds["arms"].get(arm)
-            cells.append(f"{spread[metric]['mean']:.4f} ± {spread[metric]['deviation']:.4f}" if spread else "")
+            over_seeds = seeds["arms"].get(arm)
+            cells.append(f"{over_seeds[metric]['mean']:.4f} ± {over_seeds[metric]['deviation']:.4f}" if over_seeds else "")
         rows.append([arm, *cells])
     return _table(["arm", *head], rows)
 
@@ -250,29 +286,32 @@ def _arms_table(report: Mapping[str, Any]) -> list[str]:
 def _comparison_table(report: Mapping[str, Any]) -> list[str]:
     rows = [
         [
-            name.replace("_", " "), words.signed(found["delta"]), words.interval(found), f"{found['p_adjusted']:.3g}",
-            *("" if found[key] is None else f"{found[key]:,}" for key in ("gained", "lost")),
+            name.replace("_", " "), words.signed(result["delta"]), words.interval(result),
+            f"{result['p_adjusted']:.3g}", *("" if result[key] is None else f"{result[key]:,}" for key in ("gained", "lost")),
         ]
-        for name, found in report["comparison"].items()
+        for name, result in report["comparison"].items()
     ]  # fmt: skip
     return _table(["comparison", "difference", "95 % interval", "p, adjusted", "rows gained", "rows lost"], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [[_plain(text) for text in row] for row in (head, *rows)]
-    marks = ["---", *["---:"] * (len(head) - 1)]
-    return ["| " + " | ".join(line) + " |" for line in (lines[0], marks, *lines[1:])]
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return ["| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:])]
 
 
 def _plain(text: str) -> str:
-    """Text that is nothing but text in Markdown, also in a table."""
+    """Escape text, so that Markdown shows it as it is, also in a table."""
     for sign, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(sign, entity)
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", " ".join(text.split()))
 
 
 def code(text: str) -> str:
-    """A name from outside as a code span: no Markdown or HTML works in it, and no backtick ends it."""
+    """Return a name from outside as a Markdown code span.
+
+    Markdown and HTML in it have no effect. The fence is longer than any run of backticks in it.
+    """
     text = " ".join(text.split())
     fence = "`" * (max(map(len, re.findall(r"`+", text)), default=0) + 1)
     room = " " if text[:1] == "`" or text[-1:] == "`" or not text else ""
@@ -285,7 +324,7 @@ def _fenced(text: str, language: str) -> list[str]:
 
 
 def public_recipe(recipe: Mapping[str, Any]) -> str:
-    """The recipe without the paths of the machine that it ran on."""
+    """Return the recipe as YAML, without the paths of the machine that it ran on."""
     shown = dict(recipe)
     for key in ("data", "eval_data"):
         spec = shown.get(key)

@@ -1,4 +1,4 @@
-"""What a run took, for report.html: time, samples and energy."""
+"""The cost of a run for report.html: time, samples and energy."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from typing import Any
 
 
 def cost_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row of optimizer steps, samples and seconds for each arm (all of its tries), then one for all arms together."""
+    """Return the optimizer steps, samples and seconds: one row for each arm, then the total.
+
+    The row of an arm counts all of its tries. Without phases, there are no rows.
+    """
     arms: dict[str, dict[str, Any]] = {}
-    everything = _row("in all")
+    total = _row("in all")
     for phase in report["phases"]:
-        for row in (arms.setdefault(phase["arm"], _row(phase["arm"])), everything):
+        for row in (arms.setdefault(phase["arm"], _row(phase["arm"])), total):
             row["steps"] += phase["optimizer_steps"]
             row["samples"] += phase["samples"]
             row["seconds"] += phase["seconds"]
-    return [*arms.values(), everything] if arms else []
+    return [*arms.values(), total] if arms else []
 
 
 def _row(name: str) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def _row(name: str) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """7.5 s, 12 min 5 s, 3 h 20 min."""
+    """Return a duration as text: 7.5 s, 12 min 5 s, 3 h 20 min."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -31,6 +34,8 @@ def duration(seconds: float) -> str:
 
 
 def energy(joules: float) -> str:
-    """Joules below 3.6 kJ, else watt-hours or kilowatt-hours."""
-    hours = joules / 3600
-    return f"{joules:.0f} J" if hours < 1 else f"{hours:.1f} Wh" if hours < 1000 else f"{hours / 1000:.2f} kWh"
+    """Return an energy as text: in joules below 3.6 kJ, else in watt-hours or kilowatt-hours."""
+    watt_hours = joules / 3600
+    if watt_hours < 1:
+        return f"{joules:.0f} J"
+    return f"{watt_hours:.1f} Wh" if watt_hours < 1000 else f"{watt_hours / 1000:.2f} kWh"

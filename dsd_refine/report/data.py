@@ -1,4 +1,7 @@
-"""Which data a run uses, in words: the same lines on stderr, in the plan, in the summary, on the page and in the card."""
+"""Describe the data of a run in words.
+
+stderr, the plan, the summary, report.html and the model card show the same lines.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,21 @@ PARTS = {"train": "train", "holdout": "holdout", "eval": "evaluation"}
 
 
 def data_lines(data: Mapping[str, Any]) -> list[str]:
-    """A line each for the parts, the rule, the columns, how what was read became rows, and what is left out.
+    """Return one line for each part of the data, the rule, the columns, each note, and the data left out.
 
-    `data` is the report's entry; one of an older report, which says none of it, gives no lines.
+    Args:
+        data: The entry `data` of report.json. That of an older report may lack these fields; it gives
+            no lines.
     """
-    lines = [_part(data, source) for source in data.get("sources", ())]
+    lines = [_part_line(data, source) for source in data.get("sources", ())]
     if data.get("rule"):
         lines.append(f"rule: evaluation is {data['rule']}")
     if data.get("columns"):
-        lines.append(
-            "columns: " + "; ".join(f"{what} = {names.replace(',', ' + ')}" for what, names in data["columns"].items())
-        )
+        lines.append("columns: " + "; ".join(f"{use} = {names.replace(',', ' + ')}" for use, names in data["columns"].items()))
     return [*lines, *data.get("notes", ()), *(f"left out: {line}" for line in data.get("unused", ()))]
 
 
-def _part(data: Mapping[str, Any], source: Mapping[str, Any]) -> str:
+def _part_line(data: Mapping[str, Any], source: Mapping[str, Any]) -> str:
     skipped = len(data[source["part"]]["skipped"])
     split = (
         f", split {source['split']}" if "split" in source and not str(source["file"]).endswith(f"/{source['split']}") else ""

@@ -1,7 +1,8 @@
-"""The figures of the page as coordinates: every drawing is a box of SIZE x SIZE units that the page stretches to its width.
+"""The figures of report.html as coordinates.
 
-Stretched drawings keep their line widths (`vector-effect`), and all words stand beside them as HTML, so that they are as
-readable on a phone as on a desk. Nothing here knows a name from outside but as a text that the template escapes.
+Every drawing is a box of SIZE x SIZE units, which the page stretches to its width. The lines keep
+their width (`vector-effect`). All text stands beside the drawings as HTML, so that it is readable on
+a phone too. Names from outside are only passed on as text, which the template escapes.
 """
 
 from __future__ import annotations
@@ -16,25 +17,25 @@ from dsd_refine.report import words
 from dsd_refine.report.rules import preference
 
 SIZE = 1000
-POINTS = 500  # at most that many points a curve
-SMOOTH = 40  # the moving mean spans this part of a phase
-LAYERS = 3  # whose histograms are shown at once
-DECADES = 1.3  # a loss that spans more is drawn on a logarithmic scale
+POINTS = 500  # the most points of a curve
+SMOOTH = 40  # the moving mean spans 1 / SMOOTH of a phase
+LAYERS = 3  # layers whose histograms are shown at once
+DECADES = 1.3  # a loss that spans more powers of ten has a logarithmic axis
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A mark on an axis, `at` units from its start."""
+    """A mark on an axis, `position` units from its start."""
 
-    at: float
+    position: float
     text: str
 
 
 @dataclass(frozen=True)
 class Scale:
-    """An axis from `low` to `high` (not equal), linear or logarithmic."""
+    """An axis from `low` to `high`, linear or logarithmic. `low` and `high` must differ."""
 
     low: float
     high: float
@@ -42,25 +43,31 @@ class Scale:
 
     @classmethod
     def over(cls, values: Iterable[float], pad: float = 0.0, log: bool = False) -> Scale:
-        """An axis that holds all values, with a share of its length free at both ends."""
-        found = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+        """Return an axis that contains all finite values.
+
+        Args:
+            values: The values; above 0 if `log` is True.
+            pad: The room at both ends, as a share of the values' range.
+            log: Whether the axis is logarithmic.
+        """
+        finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
         if log:
-            found = [math.log10(value) for value in found]
-        low, high = min(found), max(found)
+            finite = [math.log10(value) for value in finite]
+        low, high = min(finite), max(finite)
         room = (high - low) * pad or (0.0 if high > low else abs(low) * 0.1 or 1.0)
         low, high = low - room, high + room
         return cls(10**low, 10**high, True) if log else cls(low, high)
 
-    def at(self, value: float) -> float:
-        """Units from the start."""
+    def position(self, value: float) -> float:
+        """Return where a value lies, in units from the start."""
         if self.log:
             return SIZE * math.log10(value / self.low) / math.log10(self.high / self.low)
         return SIZE * (value - self.low) / (self.high - self.low)
 
     def ticks(self, most: int = 5) -> list[Tick]:
-        """Round numbers within the axis."""
+        """Return marks at round numbers within the axis, about `most` of them."""
         values = _decades(self.low, self.high, most) if self.log else _round_numbers(self.low, self.high, most)
-        return [Tick(round(self.at(value), 1), f"{value:.10g}".replace("-", "−")) for value in values]
+        return [Tick(round(self.position(value), 1), f"{value:.10g}".replace("-", "−")) for value in values]
 
 
 def _round_numbers(low: float, high: float, most: int) -> list[float]:
@@ -74,43 +81,61 @@ def _round_numbers(low: float, high: float, most: int) -> list[float]:
 
 def _decades(low: float, high: float, most: int) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found: list[float] = []
-    for inside in ((1, 2, 5), (1, 3), (1,)):
-        found = [n * 10.0**p for p in powers for n in inside if low <= n * 10.0**p <= high]
-        if len(found) <= most:
-            return found
-    return found[:: math.ceil(len(found) / most)]
+    numbers: list[float] = []
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        numbers = [n * 10.0**p for p in powers for n in digits if low <= n * 10.0**p <= high]
+        if len(numbers) <= most:
+            return numbers
+    return numbers[:: math.ceil(len(numbers) / most)]
 
 
 def number(value: float) -> str:
-    """A coordinate, as short as it can be."""
+    """Return a coordinate as short text, with at most one decimal."""
     return f"{value:.1f}".removesuffix(".0")
 
 
 def line(points: Sequence[Point]) -> str:
-    """A path through the points."""
+    """Return an SVG path through the points; empty if there are none."""
     return "M" + "L".join(f"{number(x)} {number(y)}" for x, y in points) if points else ""
 
 
 def dots(points: Sequence[Point]) -> str:
-    """A path of no length at each point: with round ends, and drawn with a width that is not stretched, a dot."""
+    """Return an SVG path of length 0 at each point.
+
+    With round line ends it is drawn as a dot. The page stretches shapes, but not line widths.
+    """
     return "".join(f"M{number(x)} {number(y)}h0" for x, y in points)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A comparison as it is drawn: `low`, `point` and `high` in units, and its numbers for the words beside it."""
+    """A comparison as it is drawn.
+
+    Attributes:
+        name: The name of the other arm.
+        low: The lower end of the interval, in units.
+        point: The difference, in units.
+        high: The upper end of the interval, in units.
+        comparison: The entry of report.json, for the text beside the drawing.
+    """
 
     name: str
     low: float
     point: float
     high: float
-    found: Mapping[str, Any]
+    comparison: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Forest:
-    """Intervals over a common axis. `margin` are the two ends of what counts as the same."""
+    """Intervals over a common axis.
+
+    Attributes:
+        rows: The intervals.
+        zero: The position of 0, in units.
+        margin: The ends of the range that counts as the same, in units.
+        ticks: The marks of the axis.
+    """
 
     rows: list[Interval]
     zero: float
@@ -119,44 +144,67 @@ class Forest:
 
 
 def forest(comparisons: Mapping[str, Mapping[str, Any]], margin: float, times: float = 1.0) -> Forest:
-    """Delta and 95 % interval of each comparison, with 0 and +-margin on the axis. `times`: what its numbers count in."""
-    ends = [value for found in comparisons.values() for value in (found["delta"], *found["ci95"])]
+    """Place the difference and the 95 % interval of each comparison on an axis with 0 and +-margin.
+
+    Args:
+        comparisons: The entry `comparison` of report.json.
+        margin: Absolute, in the metric's unit.
+        times: The factor for the numbers of the axis, such as 100 for percentage points.
+    """
+    ends = [value for comparison in comparisons.values() for value in (comparison["delta"], *comparison["ci95"])]
     scale = Scale.over([times * end for end in (*ends, -1.25 * margin, 1.25 * margin, 0.0)], pad=0.06)
     rows = []
-    for name, found in comparisons.items():
-        low, point, high = (scale.at(times * end) for end in (found["ci95"][0], found["delta"], found["ci95"][1]))
-        rows.append(Interval(name.removeprefix("refined_vs_"), low, point, high, found))
-    margins = (scale.at(-times * margin), scale.at(times * margin))
-    return Forest(rows, scale.at(0), margins, scale.ticks(5))
+    for name, comparison in comparisons.items():
+        values = (comparison["ci95"][0], comparison["delta"], comparison["ci95"][1])
+        low, point, high = (scale.position(times * value) for value in values)
+        rows.append(Interval(name.removeprefix("refined_vs_"), low, point, high, comparison))
+    margins = (scale.position(-times * margin), scale.position(times * margin))
+    return Forest(rows, scale.position(0), margins, scale.ticks(5))
 
 
 @dataclass(frozen=True)
 class Flips:
-    """Evaluation rows by whether two arms are right: `kept` both, `gained` and `lost` one, `missed` none."""
+    """The numbers of evaluation rows that the refined arm and another arm have right.
+
+    Attributes:
+        against: The name of the other arm.
+        both_right: Rows that both arms have right.
+        gained: Rows that only the refined arm has right.
+        lost: Rows that only the other arm has right.
+        both_wrong: Rows that neither arm has right.
+    """
 
     against: str
-    kept: int
+    both_right: int
     gained: int
     lost: int
-    missed: int
+    both_wrong: int
 
 
 def flips(report: Mapping[str, Any]) -> list[Flips]:
-    """A table for each comparison of right and wrong rows; none for a metric that is not right or wrong a row."""
+    """Return the numbers of each comparison. There are none if the rows are not right or wrong."""
     metric, rows = report["metric"]["name"], report["data"]["eval"]["rows"]
-    found = []
-    for name, one in report["comparison"].items():
-        other = name.removeprefix("refined_vs_")
-        if one["gained"] is None or other not in report["arms"]:
+    tables = []
+    for name, comparison in report["comparison"].items():
+        other, gained, lost = name.removeprefix("refined_vs_"), comparison["gained"], comparison["lost"]
+        if gained is None or other not in report["arms"]:
             continue
         right = round(report["arms"][other][metric] * rows)
-        found.append(Flips(other, right - one["lost"], one["gained"], one["lost"], rows - right - one["gained"]))
-    return found
+        tables.append(Flips(other, right - lost, gained, lost, rows - right - gained))
+    return tables
 
 
 @dataclass
 class Track:
-    """One phase of one try, as logged: a number a step; `looks` are the holdout's (step, metrics)."""
+    """The logged values of one phase of one try.
+
+    Attributes:
+        steps: The numbers of the optimizer steps.
+        loss: The training loss of each step.
+        lr: The learning rate of each step.
+        samples: The number of samples of each step.
+        looks: The evaluations on the holdout, as (step, metrics).
+    """
 
     steps: array[float] = field(default_factory=lambda: array("d"))
     loss: array[float] = field(default_factory=lambda: array("d"))
@@ -166,6 +214,7 @@ class Track:
 
     @property
     def length(self) -> float:
+        """The last step that was logged; 0 if there is none."""
         return max([0.0, *self.steps[-1:], *(step for step, _ in self.looks)])
 
 
@@ -174,9 +223,14 @@ Tries = dict[str, dict[str, Track]]  # "refined try 2" -> "1-sparse" -> its trac
 
 @dataclass(frozen=True)
 class Curve:
-    """What is drawn of one arm: `faint` single steps, `bold` their moving mean or the values, `dots` single looks.
+    """The SVG paths of one arm.
 
-    `ring`: the look at the weights that were chosen.
+    Attributes:
+        arm: The name of the arm.
+        bold: The moving mean, or a line through the values.
+        faint: The values of the single steps.
+        dots: The evaluations on the holdout.
+        ring: The evaluation of the weights that were chosen.
     """
 
     arm: str
@@ -188,6 +242,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
+    """A drawing of one quantity, with the marks of its vertical axis."""
+
     title: str
     curves: list[Curve]
     ticks: list[Tick]
@@ -196,7 +252,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A phase on the common axis of steps."""
+    """A phase on the common axis of optimizer steps. `start` and `end` are in units."""
 
     name: str
     start: float
@@ -205,7 +261,15 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Curves:
-    """Panels over the optimizer steps of all phases, one after the other. `shown` names the try drawn of each arm."""
+    """Panels over the optimizer steps of all phases, one after the other.
+
+    Attributes:
+        panels: The panels that have values.
+        phases: The phases on the horizontal axis.
+        ticks: The marks of the horizontal axis.
+        shown: The try that is drawn, by arm.
+        tries: The number of all tries.
+    """
 
     panels: list[Panel]
     phases: list[Stretch]
@@ -215,7 +279,10 @@ class Curves:
 
 
 def read_log(lines: Iterable[Mapping[str, Any]]) -> Tries:
-    """Steps and looks at the holdout of each try and phase, without what no figure needs (a log can be millions of lines)."""
+    """Read the values of each try and phase that the figures need.
+
+    A log can have millions of lines, so everything else is dropped at once.
+    """
     tries: Tries = {}
     for entry in lines:
         if entry.get("phase") is None:
@@ -226,7 +293,7 @@ def read_log(lines: Iterable[Mapping[str, Any]]) -> Tries:
             track.steps.append(entry["step"])
             track.loss.append(_real(entry["loss"]))
             track.lr.append(_real(entry["lr"]))
-            track.samples.append(max(1.0, _real(entry.get("samples"))))  # of what is no number, 1
+            track.samples.append(max(1.0, _real(entry.get("samples"))))  # 1 if it is not a number
         elif entry.get("part") == "holdout":
             track.looks.append((float(entry["step"]), entry))
     return tries
@@ -243,28 +310,42 @@ def curves(
     source: Mapping[str, float] | None = None,
     epoch: int | None = None,
 ) -> Curves | None:
-    """Loss, holdout metric and rate over the steps; of several tries of an arm, the one that the holdout preferred.
+    """Draw the loss, the holdout metric and the learning rate over the optimizer steps.
 
-    `source`: the source's metrics on the holdout, a level line that the arms' curves begin at. `epoch`: the one of the last
-    phase that was chosen of the refined arm.
+    If an arm had several tries, the one with the best result on the holdout is drawn.
+
+    Args:
+        tries: What `read_log` returns.
+        metric: The name of the task's metric.
+        higher_is_better: False for losses and error rates.
+        source: The source's metrics on the holdout. They are drawn as a level line, and the curves of
+            the arms begin there.
+        epoch: The epoch of the refined arm's last phase whose weights were chosen.
+
+    Returns:
+        None if no steps were logged.
     """
     chosen = _preferred(tries, metric, higher_is_better)
     if not any(track.length for label in chosen.values() for track in tries[label].values()):
         return None
     arms = {arm: list(tries[label].items()) for arm, label in chosen.items()}
-    first = max(arms.values(), key=len)  # arms have the same phases; dense ones are called otherwise in a control
-    lengths = [max(tracks[i][1].length for tracks in arms.values() if i < len(tracks)) for i in range(len(first))]
+    longest = max(arms.values(), key=len)  # arms have the same phases, but a control may name them differently
+    lengths = [max(tracks[i][1].length for tracks in arms.values() if i < len(tracks)) for i in range(len(longest))]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     axis = Scale(0.0, starts[-1])
-    named = [name.replace("-", " ", 1) for name, _ in first]
-    phases = [Stretch(name, axis.at(a), axis.at(b)) for name, a, b in zip(named, starts, starts[1:], strict=False)]
-    parts = {arm: [(at, track) for at, (_, track) in zip(starts, tracks, strict=False)] for arm, tracks in arms.items()}
-    made = (_loss_panel(parts, axis), _looks_panel(parts, axis, metric, source or {}, epoch), _rate_panel(parts, axis))
-    return Curves([p for p in made if p is not None], phases, axis.ticks(5), chosen, len(tries))
+    names = [name.replace("-", " ", 1) for name, _ in longest]
+    ends = [axis.position(start) for start in starts]
+    phases = [Stretch(name, start, end) for name, start, end in zip(names, ends, ends[1:], strict=False)]
+    parts = {arm: [(start, track) for start, (_, track) in zip(starts, tracks, strict=False)] for arm, tracks in arms.items()}
+    panels = (_loss_panel(parts, axis), _holdout_panel(parts, axis, metric, source or {}, epoch), _rate_panel(parts, axis))
+    return Curves([panel for panel in panels if panel is not None], phases, axis.ticks(5), chosen, len(tries))
 
 
 def _preferred(tries: Tries, metric: str, higher_is_better: bool) -> dict[str, str]:
-    """Arm -> the label of the try whose last phase has the best look (metric, then loss, then the earlier)."""
+    """Arm -> the label of the try whose last phase has the best evaluation on the holdout.
+
+    The metric decides first, then the loss. Among equals, the earlier try is preferred.
+    """
     best: dict[str, tuple[tuple[float, float], str]] = {}
     for label, phases in tries.items():
         looks = [look for _, look in list(phases.values())[-1].looks]
@@ -287,62 +368,71 @@ def _loss_panel(parts: Parts, axis: Scale) -> Panel | None:
     scale = Scale.over(losses, pad=0.04, log=log)
     drawn = []
     for arm, tracks in parts.items():
-        share = max(20, POINTS // max(1, len(tracks)))
-        runs = [_finite(zip((at + step for step in track.steps), track.loss, strict=True)) for at, track in tracks]
+        most = max(20, POINTS // max(1, len(tracks)))
+        phases = [_finite(zip((start + step for step in track.steps), track.loss, strict=True)) for start, track in tracks]
         sizes = [[n for n, loss in zip(track.samples, track.loss, strict=True) if math.isfinite(loss)] for _, track in tracks]
-        means = [smooth(points, weights) for points, weights in zip(runs, sizes, strict=True)]
-        faint = "".join(line(_placed(thin(points, share), axis, scale)) for points in runs)
-        bold = "".join(line(_placed(thin(points, share), axis, scale)) for points in means)
+        means = [smooth(points, weights) for points, weights in zip(phases, sizes, strict=True)]
+        faint = "".join(line(_placed(thin(points, most), axis, scale)) for points in phases)
+        bold = "".join(line(_placed(thin(points, most), axis, scale)) for points in means)
         drawn.append(Curve(arm, bold, faint))
     return Panel("training loss", drawn, _upward(scale, 4), log)
 
 
-def _looks_panel(parts: Parts, axis: Scale, metric: str, source: Mapping[str, float], epoch: int | None) -> Panel | None:
-    """Every evaluation on the holdout, in per cent where the metric is a fraction."""
-    looks = {arm: [(at + step, look) for at, track in tracks for step, look in track.looks] for arm, tracks in parts.items()}
-    every = [look for found in looks.values() for _, look in found]
+def _holdout_panel(parts: Parts, axis: Scale, metric: str, source: Mapping[str, float], epoch: int | None) -> Panel | None:
+    """Every evaluation on the holdout, in percent if the metric is a fraction.
+
+    If some evaluation has no value of the metric, the loss is drawn.
+    """
+    evaluations = {
+        arm: [(start + step, metrics) for start, track in tracks for step, metrics in track.looks]
+        for arm, tracks in parts.items()
+    }
+    every = [metrics for of_arm in evaluations.values() for _, metrics in of_arm]
     if not every:
         return None
-    shown = metric if all(metric in look for look in every) else "loss"
-    times, per_cent = words.times(shown), ", %" if "%" in words.value(shown, 0.0) else ""
-    points = {arm: _finite((step, times * _real(look.get(shown))) for step, look in found) for arm, found in looks.items()}
+    shown = metric if all(metric in metrics for metrics in every) else "loss"
+    times, percent = words.times(shown), ", %" if "%" in words.value(shown, 0.0) else ""
+    points = {
+        arm: _finite((step, times * _real(metrics.get(shown))) for step, metrics in of_arm)
+        for arm, of_arm in evaluations.items()
+    }
     level = _finite((end, times * _real(source.get(shown))) for end in (axis.low, axis.high))
-    points = {arm: [*level[:1], *found] for arm, found in points.items()}  # every arm begins as the source
-    scale = Scale.over((value for found in (*points.values(), level) for _, value in found), pad=0.1)
-    placed = {arm: _placed(thin(found), axis, scale) for arm, found in points.items()}
+    points = {arm: [*level[:1], *of_arm] for arm, of_arm in points.items()}  # every arm begins as the source
+    scale = Scale.over((value for of_arm in (*points.values(), level) for _, value in of_arm), pad=0.1)
+    placed = {arm: _placed(thin(of_arm), axis, scale) for arm, of_arm in points.items()}
     chosen = _placed(_chosen(parts.get("refined", []), shown, times, epoch), axis, scale)
     rings = {"refined": dots(chosen)}
-    drawn = [Curve(arm, line(found), dots=dots(found), ring=rings.get(arm, "")) for arm, found in placed.items()]
+    drawn = [Curve(arm, line(of_arm), dots=dots(of_arm), ring=rings.get(arm, "")) for arm, of_arm in placed.items()]
     drawn += [Curve("baseline", line(_placed(level, axis, scale)))] if level else []
-    return Panel(f"holdout {words.name_of(shown)}{per_cent}", drawn, _upward(scale, 4))
+    return Panel(f"holdout {words.name_of(shown)}{percent}", drawn, _upward(scale, 4))
 
 
 def _chosen(tracks: list[tuple[float, Track]], shown: str, times: float, epoch: int | None) -> list[Point]:
-    """The last phase's look at the end of the epoch that was chosen."""
-    at, track = tracks[-1] if tracks else (0.0, Track())
-    ends = [(step, look) for step, look in track.looks if math.ceil(look.get("epoch") or 0) == epoch]
-    return _finite((at + step, times * _real(look.get(shown))) for step, look in ends[-1:])
+    """The evaluation at the end of the chosen epoch of the last phase."""
+    start, track = tracks[-1] if tracks else (0.0, Track())
+    of_epoch = [(step, metrics) for step, metrics in track.looks if math.ceil(metrics.get("epoch") or 0) == epoch]
+    return _finite((start + step, times * _real(metrics.get(shown))) for step, metrics in of_epoch[-1:])
 
 
 def _rate_panel(parts: Parts, axis: Scale) -> Panel | None:
-    """The rates are the same for all arms: those of the first are drawn."""
+    """The learning rates of the first arm. Those of the other arms are the same."""
     tracks = next(iter(parts.values()))
-    rates = [_finite(zip((at + step for step in track.steps), track.lr, strict=True)) for at, track in tracks]
+    rates = [_finite(zip((start + step for step in track.steps), track.lr, strict=True)) for start, track in tracks]
     if not any(rates):
         return None
-    scale = Scale.over([0.0, *(rate for found in rates for _, rate in found)], pad=0.04)
-    share = max(20, POINTS // len(rates))
-    path = "".join(line(_placed(thin(found, share), axis, scale)) for found in rates)
+    scale = Scale.over([0.0, *(rate for points in rates for _, rate in points)], pad=0.04)
+    most = max(20, POINTS // len(rates))
+    path = "".join(line(_placed(thin(points, most), axis, scale)) for points in rates)
     return Panel("learning rate", [Curve("rate", path)], _upward(scale, 3))
 
 
 def _upward(scale: Scale, most: int) -> list[Tick]:
-    """Ticks of a vertical axis: a drawing counts from the top."""
-    return [Tick(round(SIZE - tick.at, 1), tick.text) for tick in scale.ticks(most)]
+    """The marks of a vertical axis, in units from the top, where a drawing starts."""
+    return [Tick(round(SIZE - tick.position, 1), tick.text) for tick in scale.ticks(most)]
 
 
 def _placed(points: Sequence[Point], x: Scale, y: Scale) -> list[Point]:
-    return [(x.at(a), SIZE - y.at(b)) for a, b in points]
+    return [(x.position(a), SIZE - y.position(b)) for a, b in points]
 
 
 def _finite(points: Iterable[Point]) -> list[Point]:
@@ -350,41 +440,55 @@ def _finite(points: Iterable[Point]) -> list[Point]:
 
 
 def smooth(points: Sequence[Point], samples: Sequence[float] | None = None) -> list[Point]:
-    """The mean over as many points as a SMOOTHth of them, and at least three, around each, every sample weighing the same.
+    """Return the moving mean of the points, in which every sample has the same weight.
 
-    At the ends the points are the first or the last ones, so that no single batch, least of all a short one, shows as a jump.
+    The window has about 1 / SMOOTH of the points, and at least three. At the ends it is not shorter,
+    but shifted inwards. So no single batch shows as a jump, not even a small last one.
+
+    Args:
+        points: The (step, value) of each step.
+        samples: The number of samples of each step. None: all steps have the same weight.
     """
     weights = samples or [1.0] * len(points)
-    span = min(len(points), 2 * max(1, len(points) // (2 * SMOOTH)) + 1)
-    sums, weighed = [0.0], [0.0]
+    window = min(len(points), 2 * max(1, len(points) // (2 * SMOOTH)) + 1)
+    sums, totals = [0.0], [0.0]  # of the weighted values and of the weights, up to each point
     for (_, y), weight in zip(points, weights, strict=True):
         sums.append(sums[-1] + weight * y)
-        weighed.append(weighed[-1] + weight)
-    found = []
+        totals.append(totals[-1] + weight)
+    means = []
     for i, (x, _) in enumerate(points):
-        first = max(0, min(i - span // 2, len(points) - span))
-        found.append((x, (sums[first + span] - sums[first]) / (weighed[first + span] - weighed[first])))
-    return found
+        first = max(0, min(i - window // 2, len(points) - window))
+        means.append((x, (sums[first + window] - sums[first]) / (totals[first + window] - totals[first])))
+    return means
 
 
 def thin(points: Sequence[Point], most: int = POINTS) -> list[Point]:
-    """At most `most` points that look the same: the lowest and the highest of each of equal parts, with both ends."""
+    """Return at most `most` of the points, whose line looks the same.
+
+    They are both ends, and the lowest and the highest point of each of many equal parts.
+    """
     if len(points) <= most:
         return list(points)
     parts = max(1, (most - 2) // 2)
     inner = range(1, len(points) - 1)
-    kept = {0, len(points) - 1}
+    chosen = {0, len(points) - 1}
     for i in range(parts):
         part = inner[i * len(inner) // parts : (i + 1) * len(inner) // parts]
-        kept |= {min(part, key=lambda n: points[n][1]), max(part, key=lambda n: points[n][1])}
-    return [points[n] for n in sorted(kept)]
+        chosen |= {min(part, key=lambda n: points[n][1]), max(part, key=lambda n: points[n][1])}
+    return [points[n] for n in sorted(chosen)]
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """One moment of a layer: `area` of the weights that are not 0, `spike` of those that are exactly 0.
+    """The weights of a layer at one moment of the training.
 
-    Where one of them is higher than the drawing, `above` is its share of all weights.
+    Attributes:
+        moment: The name of the moment.
+        area: The SVG path of the weights that are not 0.
+        spike: The SVG path of the weights that are exactly 0; empty if there are none.
+        above: The share of the highest bar, if it is higher than the drawing; else None.
+        zero_share: The share of the weights that are exactly 0.
+        mean_abs: The mean of |w|.
     """
 
     moment: str
@@ -397,46 +501,65 @@ class Histogram:
 
 @dataclass(frozen=True)
 class LayerFigure:
+    """The histograms of one layer.
+
+    Attributes:
+        name: The name of the weight.
+        limit: The right end of the horizontal axis; the left end is its negative.
+        weights: The number of weights.
+        moments: One histogram for each moment, over the same axes.
+        change: The relative change of mean |w| from the first moment to the last.
+    """
+
     name: str
     limit: str
     weights: int
     moments: list[Histogram]
-    change: float  # of mean |w|, from the first moment to the last, as a share of the first
+    change: float
 
 
 def histograms(pictures: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[LayerFigure], list[LayerFigure]]:
-    """Each layer's moments side by side, in the order in which they came, over the same axes.
+    """Draw the histograms of each layer.
 
-    First the LAYERS layers whose mean |w| changed most, then the rest; in both lists in the order of `pictures`.
+    Args:
+        pictures: The histograms of each layer, in the order of the training.
+
+    Returns:
+        The LAYERS layers whose mean |w| changed most, and the other layers. Both lists have the order
+        of `pictures`.
     """
-    found = [_layer_figure(name, moments) for name, moments in pictures.items() if moments]
-    telling = sorted(found, key=lambda layer: -abs(layer.change))[:LAYERS]
-    return [layer for layer in found if layer in telling], [layer for layer in found if layer not in telling]
+    layers = [_layer_figure(name, moments) for name, moments in pictures.items() if moments]
+    most_changed = sorted(layers, key=lambda layer: -abs(layer.change))[:LAYERS]
+    return [layer for layer in layers if layer in most_changed], [layer for layer in layers if layer not in most_changed]
 
 
 def _layer_figure(name: str, pictures: Sequence[Mapping[str, Any]]) -> LayerFigure:
-    """The first moment's highest bar has two thirds of the height: what towers above it would hide all else."""
+    """Draw one layer.
+
+    The highest bar of the first moment has two thirds of the height. If the axis had room for the
+    highest bar of all moments, often the zeros, the others would be too small to see.
+    """
     first = pictures[0]
     top = 1.5 * max(1, *first["counts"])
     weights = max(1, sum(first["counts"]) + first["zeros"])
-    moments = [_histogram(one, top, weights) for one in pictures]
+    moments = [_histogram(picture, top, weights) for picture in pictures]
     change = pictures[-1]["mean_abs"] / first["mean_abs"] - 1 if first["mean_abs"] else 0.0
     return LayerFigure(name, f"{first['edges'][1]:.2g}", weights, moments, change)
 
 
-def _histogram(one: Mapping[str, Any], top: float, weights: int) -> Histogram:
-    counts, zeros = one["counts"], one["zeros"]
+def _histogram(picture: Mapping[str, Any], top: float, weights: int) -> Histogram:
+    counts, zeros = picture["counts"], picture["zeros"]
     width = SIZE / len(counts)
     area = f"M0 {SIZE}"
-    for place, count in enumerate(counts):
-        area += f"V{number(SIZE * max(0.0, 1 - count / top))}H{number((place + 1) * width)}"
+    for i, count in enumerate(counts):
+        area += f"V{number(SIZE * max(0.0, 1 - count / top))}H{number((i + 1) * width)}"
     left, height = number((SIZE - width) / 2), number(SIZE * min(1.0, zeros / top))
     spike = f"M{left} {SIZE}v-{height}h{number(width)}V{SIZE}z" if zeros else ""
     tallest = max(zeros, *counts)
     above = tallest / weights if tallest > top else None
-    return Histogram(one["moment"], f"{area}V{SIZE}z", spike, above, zeros / weights, one["mean_abs"])
+    return Histogram(picture["moment"], f"{area}V{SIZE}z", spike, above, zeros / weights, picture["mean_abs"])
 
 
 def css_arm(arm: str) -> str:
-    """The class that gives an arm its colour; a name that we do not know gets the common one."""
+    """Return the CSS class that gives an arm its colour; "other" for an unknown name."""
     return arm if arm in ("baseline", "refined", "dense", "random", "rate") else "other"

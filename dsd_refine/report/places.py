@@ -1,4 +1,4 @@
-"""Places of this machine in what is published: nobody else needs them, and they tell who ran it where."""
+"""Remove this machine's paths from published text: they would reveal the user and the machine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def from_home(text: str) -> str:
-    """The home directory as `~`; else the text as it was given."""
+    """Return the text with `~` in place of the home directory."""
     home = os.path.expanduser("~")
     return text if home in ("/", "~") else re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?=/|$)", "~", text)
 
 
 def last_part(text: str) -> str:
-    """A full path by its last part, also behind `--option=`; else the text as it was given."""
-    option, equals, place = text.rpartition("=")
-    return f"{option}{equals}{Path(place).name or place}" if Path(place).is_absolute() else text
+    """Return the last part of an absolute path, also after `--option=`. Other text stays unchanged."""
+    option, equals, path = text.rpartition("=")
+    return f"{option}{equals}{Path(path).name or path}" if Path(path).is_absolute() else text

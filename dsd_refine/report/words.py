@@ -1,4 +1,7 @@
-"""What a report says, in words: the sentences that the page and the model card share. No gain is claimed but a shown one."""
+"""The sentences that the summary, report.html and the model card share.
+
+They claim a gain only if the test shows one.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ WORDS = {
     "same": "the same as the source, within the margin",
     "inconclusive": "no clear difference from the source",
 }
-RAW = ("loss", "perplexity")  # metrics that are no fractions
+RAW = ("loss", "perplexity")  # metrics that are not fractions
 NAMES = {"wer": "word error rate", "cer": "character error rate", **{f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)}}
 
 TESTS = {
@@ -23,16 +26,17 @@ TESTS = {
 
 CONTROLS = {
     "dense": "the dense control (same rows, steps and rates, no mask)",
-    "random": "the random control (as many weights masked, drawn by chance)",
+    "random": "the random control (as many weights masked, chosen at random)",
 }
 
-# how warnings of `dsd_refine.evidence` speak of what decides what to do next
-AT_CHANCE, TOO_FAST, MILDER, LOWER_RATE = "cannot be told from", "The rate is too high", "less augmentation", "a lower --lr"
+# parts of the warnings of `dsd_refine.evidence`; the advice to the user depends on them
+AT_CHANCE, TOO_FAST = "is not clearly better than", "The rate is too high"
+MILDER, LOWER_RATE = "less augmentation", "a lower --lr"
 CREDITS = ("mask", "training", "unknown")
 SHORT = {"dense": "more training alone", "random": "training with a random mask"}
 GATES = {
-    "none": "nothing is asked",
-    "not-worse": "no worse than the source on these rows, be it by chance: the rows may not be able to tell",
+    "none": "always met",
+    "not-worse": "not worse than the source on these rows, even if only by chance",
     "non-inferior": "the 95 % interval ends less than the margin below the source",
     "better": "the verdict is better",
     "beats-control": "better than the source and than every control",
@@ -40,30 +44,33 @@ GATES = {
 
 
 def name_of(metric: str) -> str:
-    """A metric as a reader calls it."""
+    """Return the name of a metric for a reader."""
     return NAMES.get(metric, metric)
 
 
 def times(metric: str) -> float:
-    """What a metric is multiplied by where it is shown: fractions are shown as per cent or points."""
+    """Return the factor for showing a metric: 100 for fractions, which are shown in percent or points."""
     return 1.0 if metric in RAW else 100.0
 
 
 def value(metric: str, number: float) -> str:
-    """A metric's value: 98.66 % of a fraction, 31.20 of BLEU, 0.1324 of a loss."""
+    """Return a metric's value as text: 98.66 % for a fraction, 31.20 for BLEU, 0.1324 for a loss."""
     if metric in RAW:
         return f"{number:.4f}"
     return f"{100 * number:.2f}" if metric.startswith("bleu") else f"{100 * number:.2f} %"
 
 
 def signed(number: float) -> str:
-    """A difference with its sign: +0.0123; 0 has none."""
+    """Return a difference with its sign: +0.0123. Zero has no sign."""
     text = f"{number:+.4f}"
     return text if float(text) else "0.0000"
 
 
 def bare(metric: str, number: float) -> str:
-    """A difference of a metric with its sign and without its unit: +1.51 (points), or +0.0151 of a loss."""
+    """Return a difference of a metric with its sign, without its unit.
+
+    Examples: +1.51 for a fraction (in points), +0.0151 for a loss.
+    """
     if metric in RAW:
         return signed(number)
     text = f"{100 * number:+.2f}"
@@ -71,55 +78,59 @@ def bare(metric: str, number: float) -> str:
 
 
 def unit(metric: str) -> str:
-    """What differences of the metric are counted in: points (of 100), or nothing."""
+    """Return the unit of a metric's differences: " points" (percentage points), or "" for a loss."""
     return "" if metric in RAW else " points"
 
 
 def difference(metric: str, number: float) -> str:
-    """A difference with its sign and unit: +1.51 points of a fraction, +0.0123 of a loss."""
+    """Return a difference with its sign and unit: +1.51 points for a fraction, +0.0123 for a loss."""
     return bare(metric, number) + unit(metric)
 
 
 def p_words(p: float) -> str:
-    """p = 0.031, or p < 0.0001."""
+    """Return a p value as text: p = 0.031, or p < 0.0001."""
     return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
 
 
-def interval(found: Mapping[str, Any], metric: str = "loss") -> str:
-    """Both ends of a 95 % interval, in the metric's unit, which is not said."""
-    low, high = found["ci95"]
+def interval(comparison: Mapping[str, Any], metric: str = "loss") -> str:
+    """Return both ends of the 95 % interval in the metric's unit, without the unit's name."""
+    low, high = comparison["ci95"]
     return f"{bare(metric, low)} to {bare(metric, high)}"
 
 
 def said(report: Mapping[str, Any]) -> str:
-    """The headline: the verdict against the source and what was found against each control, in one sentence."""
+    """Return the headline: the verdict against the source and against each control, in one sentence."""
     verdict = report["verdict"]
-    controls = {_short(name): found for name, found in controls_of(report).items()}
-    if verdict == "better" and not controls:
+    comparisons = {_short(name): comparison for name, comparison in controls_of(report).items()}
+    if verdict == "better" and not comparisons:
         return f"{WORDS[verdict]}; without a control, it is not known whether the mask helped"
-    groups: dict[str, list[str]] = {}
-    for who, found in controls.items():
-        groups.setdefault(_clause(verdict, _relation(found)), []).append(who)
-    ordered = sorted(groups, key=lambda clause: " ,;".index(clause[0]))  # what stands behind a semicolon comes last
+    groups: dict[str, list[str]] = {}  # clause -> the controls that it names
+    for control, comparison in comparisons.items():
+        groups.setdefault(_clause(verdict, _relation(comparison)), []).append(control)
+    ordered = sorted(groups, key=lambda clause: " ,;".index(clause[0]))  # clauses after a semicolon come last
     return WORDS[verdict] + "".join(clause.format(" and ".join(groups[clause])) for clause in ordered)
 
 
 def controls_of(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Control -> the result's comparison with it."""
+    """Return the comparisons of the refined arm with the controls, by the name of the control."""
     prefix = "refined_vs_"
-    found = {name.removeprefix(prefix): one for name, one in report["comparison"].items()}
-    return {name: one for name, one in found.items() if name != "baseline"}
+    comparisons = {name.removeprefix(prefix): comparison for name, comparison in report["comparison"].items()}
+    return {name: comparison for name, comparison in comparisons.items() if name != "baseline"}
 
 
-def _relation(found: Mapping[str, Any]) -> str:
-    """How the result stands to a control: better, worse; where the test shows neither, ahead or level as measured."""
-    if found["p_adjusted"] < ALPHA:
-        return "better" if found["delta"] > 0 else "worse"
-    return "ahead" if found["delta"] > 0 else "level"
+def _relation(comparison: Mapping[str, Any]) -> str:
+    """The relation of the refined arm to a control.
+
+    "better" or "worse" if the test is significant. Otherwise "ahead" if the measured difference is
+    above 0, else "level".
+    """
+    if comparison["p_adjusted"] < ALPHA:
+        return "better" if comparison["delta"] > 0 else "worse"
+    return "ahead" if comparison["delta"] > 0 else "level"
 
 
 def _clause(verdict: str, relation: str) -> str:
-    """What the headline says of a control, or of several, whose names stand for {}."""
+    """The headline's clause on one or more controls. Their names replace {}."""
     if verdict == "better":
         return {
             "better": ", and better than {}", "worse": "; {} did better", "level": "; {} did as well",
@@ -135,30 +146,36 @@ def _short(control: str) -> str:
 
 
 def change(report: Mapping[str, Any]) -> str:
-    """Before and after, as "accuracy 96.98 % → 98.66 %, 10 more of 597 right, none lost"."""
+    """Return the values before and after, and the change.
+
+    Example: "accuracy 96.98 % → 98.66 %, 10 more of 597 right, none lost".
+    """
     metric, arms = report["metric"]["name"], report["arms"]
     before, after = (value(metric, arms[arm][metric]) for arm in ("baseline", "refined"))
     return f"{name_of(metric)} {before} → {after}, {amount(report)}"
 
 
 def amount(report: Mapping[str, Any]) -> str:
-    """How much changed: in rows where they are right or wrong; else by how much the metric is lower or higher."""
+    """Return the size of the change.
+
+    It is a number of rows if rows are right or wrong. Otherwise it says by how much the metric is
+    lower or higher.
+    """
     metric, arms = report["metric"]["name"], report["arms"]
     before, after = arms["baseline"][metric], arms["refined"][metric]
-    found = report["comparison"]["refined_vs_baseline"]
-    if found["gained"] is not None:
-        return _rows_changed(found, report["data"]["eval"]["rows"])
+    comparison = report["comparison"]["refined_vs_baseline"]
+    if comparison["gained"] is not None:
+        return _rows_changed(comparison["gained"], comparison["lost"], report["data"]["eval"]["rows"])
     if value(metric, before) == value(metric, after):
         return "no change"
-    way = "lower" if after < before else "higher"
+    direction = "lower" if after < before else "higher"
     if metric in RAW:
-        return f"{100 * abs(after / before - 1):.2g} % {way}" if before else way
-    return f"{bare(metric, abs(after - before)).lstrip('+')} points {way}"
+        return f"{100 * abs(after / before - 1):.2g} % {direction}" if before else direction
+    return f"{bare(metric, abs(after - before)).lstrip('+')} points {direction}"
 
 
-def _rows_changed(found: Mapping[str, Any], rows: int) -> str:
-    """ "10 more of 597 right, none lost"."""
-    gained, lost = found["gained"], found["lost"]
+def _rows_changed(gained: int, lost: int, rows: int) -> str:
+    """The change in rows, such as "10 more of 597 right, none lost"."""
     if gained == lost:
         return f"{gained:,} of {rows:,} rows gained and as many lost" if gained else f"the same {rows:,} rows right and wrong"
     net = f"{abs(gained - lost):,} {'more' if gained > lost else 'fewer'} of {rows:,} right"
@@ -168,24 +185,24 @@ def _rows_changed(found: Mapping[str, Any], rows: int) -> str:
 
 
 def what_next(report: Mapping[str, Any]) -> str:
-    """One sentence: what a reader does with this result. It asks for nothing that the evidence does not."""
+    """Return one sentence of advice: what to do with this result."""
     if any(AT_CHANCE in warning for warning in report["warnings"]):
-        return "Read the warning about the source first: it does no better than guessing here, so little follows from the rest."
+        return "Read the warning about the source first: it is no better than guessing here, so the other results mean little."
     match report["verdict"]:
         case "better":
             return _use(report)
         case "worse":
             return f"Keep the source; {_mended(' '.join(report['warnings']))}."
         case "same":
-            return "Keep the source, unless you want this result for another reason: they differ by less than the margin."
+            return "Keep the source, unless you want this result for another reason: the two differ by less than the margin."
     rows, used = report.get("rows_to_decide"), report["data"]["eval"]["rows"]
     if rows and rows > used:
         return f"Keep the source for now, and gather about {rows - used:,} more evaluation rows ({rows:,} in all) to decide."
-    return "Keep the source for now; more evaluation rows may decide, how many cannot be told from these."
+    return "Keep the source for now; more evaluation rows may decide, but these do not show how many."
 
 
 def _mended(warnings: str) -> str:
-    """What would be different in another try, as far as the warnings say."""
+    """The advice for another try, if the warnings give any."""
     if MILDER in warnings and TOO_FAST not in warnings:
         return "to try again, train with less augmentation or a lower rate (--lr): a warning gives the options"
     if LOWER_RATE in warnings:
@@ -194,13 +211,13 @@ def _mended(warnings: str) -> str:
 
 
 def _use(report: Mapping[str, Any]) -> str:
-    """What next, where the result is better than the source."""
-    controls = controls_of(report).values()
-    if any(_relation(found) == "worse" for found in controls):
-        return "Train on without this mask instead: a control of the same budget did better."
+    """The advice for a result that is better than the source."""
+    comparisons = controls_of(report).values()
+    if any(_relation(comparison) == "worse" for comparison in comparisons):
+        return "Train without this mask instead: a control of the same budget did better."
     gate = report["gate"]
     use = "Use it" if gate["passed"] else f"Lower the gate (--gate {gate['rule']} was not met) if you want to use it"
-    if not controls:
+    if not comparisons:
         return f"{use} for its gain over the source; --control dense would show whether the mask is needed."
     if report.get("credit") == "mask":
         return f"{use}: it is better than the source and than every control."
@@ -208,74 +225,81 @@ def _use(report: Mapping[str, Any]) -> str:
 
 
 def tone(report: Mapping[str, Any]) -> str:
-    """The class that gives the verdict its colour: a gain that is not the mask's has its own."""
+    """Return the CSS classes that give the verdict its colour.
+
+    A gain that does not come from the mask has a colour of its own.
+    """
     credit = report.get("credit")
     return f"better credit-{credit}" if report["verdict"] == "better" and credit in CREDITS else report["verdict"]
 
 
 def measured(report: Mapping[str, Any]) -> str:
-    """What was measured of the source and of the result, with the test."""
-    metric, found, arms = report["metric"]["name"], report["comparison"]["refined_vs_baseline"], report["arms"]
-    several = len(report["comparison"])
-    adjusted = f", adjusted for {several} comparisons by Holm" if several > 1 else ""
-    better = "" if report["metric"]["higher_is_better"] else " (less is better; the difference counts a decrease as positive)"
+    """Return the measured values of the source and of the result, with the difference and its test."""
+    metric, comparison, arms = report["metric"]["name"], report["comparison"]["refined_vs_baseline"], report["arms"]
+    number = len(report["comparison"])
+    adjusted = f", adjusted for {number} comparisons by Holm's method" if number > 1 else ""
+    better = "" if report["metric"]["higher_is_better"] else " (lower is better; a decrease is a positive difference)"
     before, after = (value(metric, arms[arm][metric]) for arm in ("baseline", "refined"))
     return (
-        f"On {report['data']['eval']['rows']:,} evaluation rows, which selected nothing, the source's {name_of(metric)} is "
-        f"{before} and the refined checkpoint's {after}{better}: "
-        f"a difference of {difference(metric, found['delta'])}, 95 % interval {interval(found, metric)}, "
-        f"{p_words(found['p_adjusted'])} ({TESTS.get(found['test'], found['test'])}{adjusted})."
+        f"On {report['data']['eval']['rows']:,} evaluation rows, which were not used to select anything, the source's "
+        f"{name_of(metric)} is {before} and the refined checkpoint's {after}{better}: "
+        f"a difference of {difference(metric, comparison['delta'])}, 95 % interval {interval(comparison, metric)}, "
+        f"{p_words(comparison['p_adjusted'])} ({TESTS.get(comparison['test'], comparison['test'])}{adjusted})."
     )
 
 
 def edge(report: Mapping[str, Any]) -> str | None:
-    """Which of p and interval decides, where the two do not say the same."""
-    found = report["comparison"]["refined_vs_baseline"]
-    low, high = found["ci95"]
-    if found["p_adjusted"] < ALPHA and low <= 0 <= high:
-        return "The interval reaches 0; the verdict goes by p."
-    if found["p_adjusted"] >= ALPHA and not low <= 0 <= high:
-        why = ", adjusted for all comparisons," if found["p_value"] < ALPHA else ""
-        return f"The interval leaves 0 out, but the verdict goes by p, which{why} is not below {ALPHA}."
+    """Return a sentence that says that p decides, if p and the interval disagree; else None."""
+    comparison = report["comparison"]["refined_vs_baseline"]
+    low, high = comparison["ci95"]
+    if comparison["p_adjusted"] < ALPHA and low <= 0 <= high:
+        return "The interval contains 0, but p decides the verdict."
+    if comparison["p_adjusted"] >= ALPHA and not low <= 0 <= high:
+        adjusted = ", adjusted for all comparisons," if comparison["p_value"] < ALPHA else ""
+        return f"The interval does not contain 0, but p decides the verdict, and p{adjusted} is not below {ALPHA}."
     return None
 
 
 def rows_words(report: Mapping[str, Any]) -> str | None:
-    """How many rows would decide an inconclusive comparison; that nobody knows, where no row changed."""
+    """Return how many rows would decide an inconclusive comparison, or that this is not known.
+
+    None if the verdict is another one.
+    """
     rows, used = report.get("rows_to_decide"), report["data"]["eval"]["rows"]
-    found = report["comparison"]["refined_vs_baseline"]
+    comparison = report["comparison"]["refined_vs_baseline"]
     if report["verdict"] != "inconclusive":
         return None
     if rows and rows > used:
-        return f"About {rows:,} evaluation rows would decide it, if things are as found (power 0.8)."
-    if found["gained"] == found["lost"] == 0:
-        return f"No row changed sides: {used:,} rows are too few to show that none would; how many would decide is not known."
-    return None if rows else "How many rows would decide cannot be told from these."
+        return f"About {rows:,} evaluation rows would decide it, if the true difference is the observed one (power 0.8)."
+    if comparison["gained"] == comparison["lost"] == 0:
+        return f"No row was gained or lost: {used:,} rows are too few to decide, and do not show how many would decide."
+    return None if rows else "These rows do not show how many would decide."
 
 
 def credit(report: Mapping[str, Any]) -> list[str]:
-    """Was it the mask? A sentence for each control."""
+    """Return a sentence for each control: did the mask bring the gain?"""
     gained, metric = report["verdict"] == "better", report["metric"]["name"]
     return [
-        _against(name.removeprefix("refined_vs_"), found, metric, gained)
-        for name, found in report["comparison"].items()
+        _against(name.removeprefix("refined_vs_"), comparison, metric, gained)
+        for name, comparison in report["comparison"].items()
         if name != "refined_vs_baseline"
     ]
 
 
-def _against(control: str, found: Mapping[str, Any], metric: str, gained: bool) -> str:
-    who = CONTROLS.get(control, f"the {control} control")
-    delta, ends = difference(metric, found["delta"]), interval(found, metric)
-    numbers = f"a difference of {delta} ({ends}), {p_words(found['p_adjusted'])}"
-    if found["p_adjusted"] >= ALPHA:
-        rest = " What was gained may come from training on, not from this mask." if gained else ""
-        return f"The refined checkpoint cannot be told from {who}: {numbers}.{rest}"
-    if found["delta"] < 0:
-        return f"The refined checkpoint is worse than {who}: {numbers}."
-    return f"The refined checkpoint is better than {who}: {numbers}."
+def _against(control: str, comparison: Mapping[str, Any], metric: str, gained: bool) -> str:
+    name = CONTROLS.get(control, f"the {control} control")
+    delta, ends = difference(metric, comparison["delta"]), interval(comparison, metric)
+    numbers = f"a difference of {delta} ({ends}), {p_words(comparison['p_adjusted'])}"
+    if comparison["p_adjusted"] >= ALPHA:
+        doubt = " The gain may come from the training alone, not from this mask." if gained else ""
+        return f"The refined checkpoint is not clearly different from {name}: {numbers}.{doubt}"
+    if comparison["delta"] < 0:
+        return f"The refined checkpoint is worse than {name}: {numbers}."
+    return f"The refined checkpoint is better than {name}: {numbers}."
 
 
 def gate_words(report: Mapping[str, Any]) -> str:
+    """Return the gate, its meaning and whether it was met."""
     gate = report["gate"]
-    asked = f" ({GATES[gate['rule']]})" if gate["rule"] in GATES else ""
-    return f"{gate['rule']}{asked}: {'met' if gate['passed'] else 'NOT met; the checkpoint lies under rejected/'}"
+    meaning = f" ({GATES[gate['rule']]})" if gate["rule"] in GATES else ""
+    return f"{gate['rule']}{meaning}: {'met' if gate['passed'] else 'NOT met; the checkpoint is under rejected/'}"
