@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,15 +16,13 @@ from PIL import Image
 from torch import nn
 
 from dsd_refine.compat import BatchNorm
-from dsd_refine.masking.layers import Layer, TensorSlice, find_layers
+from dsd_refine.masking.layers import Layer, find_layers
 from dsd_refine.masking.masks import Masks
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Batch, Scores
 from dsd_refine.training.hooks import Place
-from dsd_refine.training.loop import train_step
-from dsd_refine.training.state import Loop, PhaseState
-
-EMPTY = torch.empty(0, dtype=torch.int64)
+from dsd_refine.training.loop import arrived, train_step
+from dsd_refine.training.state import Loop, PhaseState, Progress
 
 
 @dataclass
@@ -37,6 +36,7 @@ class Fixed:
     name: str = "fixed"
     metric: str = "loss"
     higher_is_better: bool = False
+    draws: bool = False
     rows: range = field(default_factory=lambda: range(1 << 20))
 
     @property
@@ -85,7 +85,13 @@ def stepper(
     """The first step of a phase, over and over: `apply` is called for the mask."""
     state = PhaseState(Place("refined", 1, 1, 0, 1, 1, phase.kind, 0, 1))
     state.optimizer, state.masks, state.apply = optimizer, masks, apply
-    return lambda: train_step(loop, phase, state, batch)
+
+    def step() -> None:
+        state.progress = Progress()
+        train_step(loop, phase, state, batch)
+        deque(arrived(loop, state), maxlen=0)
+
+    return step
 
 
 def recipe_of(batch: int, steps: int, optimizer: str = "sgd", **more: Any) -> Recipe:
@@ -100,8 +106,7 @@ def phase_of(steps: int, lr: float = 1e-4) -> Phase:
 
 def layers_of(model: nn.Module, first: Sequence[str] = ()) -> list[Layer]:
     """The model's parameters as layers, as if the file held them under their own names."""
-    tensors = {n: (tuple(p.shape), [TensorSlice(n, EMPTY, EMPTY)]) for n, p in model.named_parameters(remove_duplicate=False)}
-    return find_layers(model, tensors, first=first)
+    return find_layers(model, first=first)
 
 
 def resnet50(size: int = 128, batch: int = 16) -> tuple[nn.Module, Fixed]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,5 +51,9 @@ def without_cache(forward: Callable[..., Any]) -> dict[str, bool]:
         inner = not_compiled(inner)
         inner = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner
     # the class's forward, because Accelerate replaces that of the instance
-    takes = isinstance(inner, nn.Module) and "use_cache" in inspect.signature(type(inner).forward).parameters
-    return {"use_cache": False} if takes else {}
+    return {"use_cache": False} if isinstance(inner, nn.Module) and _takes_cache(type(inner).forward) else {}
+
+
+@cache
+def _takes_cache(forward: Callable[..., Any]) -> bool:
+    return "use_cache" in inspect.signature(forward).parameters

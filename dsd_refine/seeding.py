@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -12,6 +13,17 @@ import torch
 def stable_seed(*parts: int | str) -> int:
     """Return a 63-bit seed that depends only on its parts, on every machine and in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def stable_seeds(before: Iterable[int | str], numbers: Iterable[int], last: str) -> list[int]:
+    """Return `stable_seed(*before, number, last)` of each number. What stands before the number is hashed once."""
+    begun, end = hashlib.sha256(("(" + "".join(f"{part!r}, " for part in before)).encode()), f", {last!r})"
+    seeds = []
+    for number in numbers:
+        hashed = begun.copy()
+        hashed.update(f"{number}{end}".encode())
+        seeds.append(int.from_bytes(hashed.digest()[:8], "little") >> 1)
+    return seeds
 
 
 CPU = torch.device("cpu")

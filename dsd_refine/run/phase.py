@@ -21,7 +21,7 @@ from dsd_refine.training import loop as training
 from dsd_refine.training.batchnorm import reestimate
 from dsd_refine.training.distill import distilled
 from dsd_refine.training.evaluate import evaluate
-from dsd_refine.training.hooks import Place, Step
+from dsd_refine.training.hooks import Place
 from dsd_refine.training.packing import load_state
 from dsd_refine.training.settings import train_mode
 from dsd_refine.training.state import PhaseState, Progress
@@ -50,12 +50,11 @@ def run_phase(run: Run, phase: Phase, state: PhaseState) -> None:
             loop.hooks.on_masked(state.place)
     end_epoch(run, phase, state)  # the run may have been stopped just before it handled the end of an epoch
     for batches in training.batches_of_steps(loop, phase, state):
-        step, stop = training.train_step(loop, phase, state, batches)  # the step, then the mask
-        if training.renews_mask(phase, step.step, step.steps):
-            state.use(masks_of(run, phase, state, step.step // int(phase.refresh or 1)), weights)
+        training.train_step(loop, phase, state, batches)  # the step, then the mask
+        if training.renews_mask(phase, state.progress.step, phase.total_steps(loop.steps_per_epoch)):
+            state.use(masks_of(run, phase, state, state.progress.step // int(phase.refresh or 1)), weights)
         state.average.step_end()
-        training.count(state, step)
-        after_step(run, state, step, stop)
+        after_step(run, phase, state)
         end_epoch(run, phase, state)
         if loop.hooks.should_save():
             save(run, state)
@@ -97,24 +96,33 @@ def masks_of(run: Run, phase: Phase, state: PhaseState, refresh: int) -> Masks:
     return masks
 
 
-def after_step(run: Run, state: PhaseState, step: Step, stop: bool) -> None:
-    """Report a step to the hooks, check the first losses, and stop if asked.
-
-    Args:
-        run: The run.
-        state: The state of the phase.
-        step: The finished step.
-        stop: Whether some process was asked to stop.
+def after_step(run: Run, phase: Phase, state: PhaseState) -> None:
+    """Report the steps whose losses have arrived, and stop if asked.
 
     Raises:
         Interrupted: The run was asked to stop. The state is saved.
     """
-    run.loop.hooks.on_step(step)
-    if step.step == training.EARLY:
-        warn_of_rising_losses(run, state)  # do not wait for the end of the phase, which may take days
-    if stop or (run.loop.world == 1 and run.loop.stopping()):  # several processes must stop at the same step
+    loop, step = run.loop, state.progress.step
+    report_steps(run, state)
+    if state.must_stop or (loop.world == 1 and loop.stopping()):  # several processes must stop at the same step
         save(run, state)
-        raise Interrupted(f"stopped at step {step.step} of {step.steps} of {state.place.label}; go on with --resume")
+        total = phase.total_steps(loop.steps_per_epoch)
+        raise Interrupted(f"stopped at step {step} of {total} of {state.place.label}; go on with --resume")
+
+
+def report_steps(run: Run, state: PhaseState, wait: bool = False) -> None:
+    """Report the steps whose losses have arrived to the hooks, and check the first losses.
+
+    Args:
+        run: The run.
+        state: The state of the phase. `must_stop` is set if some process was asked to stop.
+        wait: Wait for the losses of all steps.
+    """
+    for step, asked in training.arrived(run.loop, state, wait):
+        state.must_stop |= asked
+        run.loop.hooks.on_step(step)
+        if step.step == training.EARLY:
+            warn_of_rising_losses(run, state)  # do not wait for the end of the phase, which may take days
 
 
 def end_epoch(run: Run, phase: Phase, state: PhaseState) -> None:
@@ -126,6 +134,7 @@ def end_epoch(run: Run, phase: Phase, state: PhaseState) -> None:
     ends = progress.step % loop.steps_per_epoch == 0 or progress.step == phase.total_steps(loop.steps_per_epoch)
     if progress.step == progress.ended or not ends:
         return
+    report_steps(run, state, wait=True)
     epoch = math.ceil(progress.step / loop.steps_per_epoch)
     state.average.epoch_end()
     if state.last and run.recipe.keep == "best":
@@ -385,6 +394,7 @@ def keep_if_best(run: Run, state: PhaseState, epoch: int, returned: dict[str, in
 
 def save(run: Run, state: PhaseState) -> None:
     """Save the state in the middle of a phase."""
+    report_steps(run, state, wait=True)
     run.state.progress = state.progress
     run.save(model_tensors(run) | state.state_dict())
 

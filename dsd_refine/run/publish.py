@@ -108,6 +108,7 @@ def _write_dsd(run: Run, report: Report, ready: Path) -> None:
     dsd = ready / "dsd"
     write_text(dsd / "report.json", report.to_json())
     write_text(dsd / "recipe.yaml", run.recipe.dump())
+    run.workspace.write_log()
     copy_file(run.workspace.log_file, dsd / "log.jsonl")
     rows = predictions(run)
     pq.write_table(rows, dsd / "predictions.parquet")

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from dsd_refine.files import remove, replace_parts, replace_text, sha256_file, s
 from dsd_refine.run import disk as space
 
 REPORT = "dsd/report.json"
+LOG_EVERY = 1.0  # seconds in which lines of log.jsonl are gathered
 MOVING = "moving"  # this file in OUT.partial/ says: out/ is complete and verified. Without out/, it has become OUT
 KEPT = ("lock", "pid", "cache")  # files in OUT.partial/ that a new start does not remove
 # Patterns of all names that a run uses in OUT.partial/.
@@ -63,6 +65,8 @@ class Workspace:
         self.last_save = time.monotonic()
         self.unsaved = 0
         self._log_hash = hashlib.sha256()
+        self._lines: list[bytes] = []
+        self._log_written = -math.inf
 
     @property
     def ready(self) -> Path:
@@ -129,6 +133,8 @@ class Workspace:
                 self.abandon()
             raise
         finally:
+            with suppress(OSError):  # a full disk has been reported by then
+                self.write_log()
             lock.release()
 
     def _take(self, lock: filelock.BaseFileLock) -> None:
@@ -196,9 +202,17 @@ class Workspace:
             file.truncate(size)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append one line to log.jsonl and flush it."""
+        """Append one line to log.jsonl. Lines are gathered, and written at least once in LOG_EVERY seconds of logging."""
         if self.writes:
-            data = (json.dumps(line) + "\n").encode()
+            self._lines.append((json.dumps(line) + "\n").encode())
+            if time.monotonic() - self._log_written > LOG_EVERY:
+                self.write_log()
+
+    def write_log(self) -> None:
+        """Write the gathered lines to log.jsonl."""
+        data, self._log_written = b"".join(self._lines), time.monotonic()
+        self._lines.clear()
+        if data:
             with self.log_file.open("ab") as file:
                 file.write(data)
             self._log_hash.update(data)
@@ -227,7 +241,8 @@ class Workspace:
         self._sweep()
 
     def _sync_log(self) -> int:
-        """Sync the log to the disk, and return its length in bytes."""
+        """Write the gathered lines, sync the log to the disk, and return its length in bytes."""
+        self.write_log()
         with self.log_file.open("rb") as file:
             sync(file)
             return os.fstat(file.fileno()).st_size

@@ -45,10 +45,17 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         def moved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+            return {name: sent(value, device) for name, value in tensors.items()}
 
-        targets = self.targets.to(device, non_blocking=True)
+        targets = sent(self.targets, device)
         return replace(self, inputs=moved(self.inputs), targets=targets, aside=moved(self.aside))
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to the device. To a GPU it goes from pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,7 @@ class Task(Protocol):
     name: str
     metric: str
     higher_is_better: bool
+    draws: bool  # does a batch depend on the seeds of its items?
 
     @property
     def train(self) -> Part: ...

@@ -63,6 +63,7 @@ class CausalLM:
     name: str = "causal-lm"
     metric: str = "loss"
     higher_is_better: bool = False
+    draws: bool = False
     vocabulary: int = field(kw_only=True)  # tokens that the tokenizer knows
 
     @property

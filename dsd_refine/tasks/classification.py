@@ -55,6 +55,7 @@ class Classification:
     warnings: list[str] = field(default_factory=list)
     metric: str = "accuracy"
     higher_is_better: bool = True
+    draws: bool = False
 
     @property
     def chance_baselines(self) -> tuple[ChanceBaseline, ...]:

@@ -138,6 +138,7 @@ class CTCSpeech:
     name: str = "ctc-speech"
     metric: str = "wer"
     higher_is_better: bool = False
+    draws: bool = True
     chance_baselines: tuple[ChanceBaseline, ...] = (ChanceBaseline("wer", 1.0, "hearing nothing"),)
 
     def batch(self, part: SpeechPart, items: Sequence[Item]) -> Batch:

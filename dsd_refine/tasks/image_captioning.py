@@ -81,6 +81,7 @@ class ImageCaptioning:
     name: str = "image-captioning"
     metric: str = "bleu4"
     higher_is_better: bool = True
+    draws: bool = True
 
     @property
     def chance_baselines(self) -> tuple[ChanceBaseline, ...]:

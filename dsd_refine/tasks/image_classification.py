@@ -25,6 +25,7 @@ class ImageClassification(Classification):
     """`image-classification` for models of all three libraries."""
 
     name = "image-classification"
+    draws = True
     preprocessing: Preprocessing
     augment: Augment
     image_column: str

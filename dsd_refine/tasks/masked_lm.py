@@ -88,6 +88,7 @@ class MaskedLM(CausalLM):
     """
 
     name: str = "masked-lm"
+    draws: bool = True
     masking: Masking = field(kw_only=True)
 
     def refuse_foresight(self, forward: Forward, device: torch.device) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dsd_refine.seeding import stable_seed
+from dsd_refine.seeding import stable_seed, stable_seeds
 from dsd_refine.tasks.base import Batch, Item, Task
 from dsd_refine.training.state import Key, Loop, micro_batches
 
@@ -65,14 +65,15 @@ class BatchPlan(Sampler[tuple[list[Item], bool]]):
                 epoch = step // per_epoch
                 order = epoch_order(self.key, epoch, units)
             number = step % per_epoch
-            yield [(order[np.asarray(m)], epoch) for m in micro[number * size : (number + 1) * size]]
+            yield [(order[m.start : m.stop], epoch) for m in micro[number * size : (number + 1) * size]]
 
     def _items_of_process(self, micro: np.ndarray[Any, Any], epoch: int) -> tuple[list[Item], bool]:
         """The items that this process loads of a micro-batch, and whether they count in the loss."""
         loop, rank = self.loop, self.loop.accelerator.process_index
         own_rows = shares(micro, loop.recipe.batch_size, loop.world, loop.has_batchnorm)[rank]
-        rows = own_rows if len(own_rows) else micro[:2]
-        return [(int(u), stable_seed(*self.key, epoch, int(u), "augment")) for u in rows], bool(len(own_rows))
+        units = (own_rows if len(own_rows) else micro[:2]).tolist()
+        seeds = stable_seeds((*self.key, epoch), units, "augment") if loop.task.draws else [None] * len(units)
+        return list(zip(units, seeds, strict=True)), bool(len(own_rows))
 
     def __iter__(self) -> Iterator[tuple[list[Item], bool]]:
         for group in self.groups():

@@ -51,7 +51,7 @@ def failing(loop: Loop, part: Any, items: Sequence[Item], compute: Compute[Any])
 
 def _fails(loop: Loop, batch: Batch, compute: Compute[Any]) -> bool:
     try:
-        with torch.no_grad(), loop.accelerator.autocast():
+        with torch.no_grad(), loop.autocast():
             compute(loop.model, batch.to(loop.accelerator.device))
     except Exception as error:
         if is_of_the_machine(error):

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast, gather_object
 
 from dsd_refine.errors import Interrupted, RunError
 from dsd_refine.masking.masks import Masks, check_masks
-from dsd_refine.seeding import stable_seed
+from dsd_refine.seeding import stable_seeds
 from dsd_refine.tasks.base import Item, Score, Scores
 from dsd_refine.training.batches import epoch_order, loader
 from dsd_refine.training.blame import computed
@@ -63,7 +63,7 @@ def scored(loop: Loop, part: Any, items: Sequence[Item]) -> list[tuple[int, Scor
     own_scores: list[tuple[int, Score]] = []
     with exact(), loop.as_written(loop.model):
         for group, batch in zip(groups, loader(loop, part, plan), strict=True):
-            with loop.accelerator.autocast():
+            with loop.autocast():
                 scores = computed(loop, part, loop.model, on_device(loop, batch), loop.task.score)
             own_scores += zip(group, scores, strict=True)
             _stop_if_asked(loop)
@@ -77,7 +77,8 @@ def scored(loop: Loop, part: Any, items: Sequence[Item]) -> list[tuple[int, Scor
 def first_items(loop: Loop, key: Key, most: int) -> list[Item]:
     """The first `most` items that a phase trains on, each with the seed of its augmentation."""
     units = loop.task.train.units
-    return [(int(u), stable_seed(*key, 0, int(u), "augment")) for u in epoch_order(key, 0, units)[:most]]
+    first = epoch_order(key, 0, units)[:most].tolist()
+    return list(zip(first, stable_seeds((*key, 0), first, "augment"), strict=True))
 
 
 def _stop_if_asked(loop: Loop) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from dsd_refine.training.blame import computed
 from dsd_refine.training.hooks import Step
 from dsd_refine.training.optimizer import learning_rate, set_rate
 from dsd_refine.training.settings import train_mode
-from dsd_refine.training.state import Loop, PhaseState, on_device
+from dsd_refine.training.state import Loop, Pending, PhaseState, on_device
 
 EARLY = 25  # the losses of the first steps are stored, to see whether training damages the model at its beginning
+LATE = 4  # steps of a GPU whose losses are not waited for
 
 
 def batches_of_steps(loop: Loop, phase: Phase, state: PhaseState) -> Iterator[list[Batch]]:
@@ -41,25 +43,18 @@ def batches_of_steps(loop: Loop, phase: Phase, state: PhaseState) -> Iterator[li
     state.optimizer.zero_grad()
 
 
-def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) -> tuple[Step, bool]:
+def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) -> None:
     """Make one optimizer step, then apply the mask (paper, section 3 and algorithm 1).
 
     The loss is the sum over the step's real targets divided by their number. It does not depend on
-    how the targets are divided into micro-batches and processes.
+    how the targets are divided into micro-batches and processes. `arrived` hands the finished step out.
 
     Args:
         group: the step's micro-batches of this process.
-
-    Returns:
-        the finished step, and whether one of several processes was asked to stop during it (always
-        False with a single process).
-
-    Raises:
-        RunError: the loss is not finite; the message names the step.
     """
     step, total = state.progress.step + 1, phase.total_steps(loop.steps_per_epoch)
     rate = set_rate(state.optimizer, learning_rate(phase, step, total))
-    targets, samples = _counts(loop, group)
+    counts, weight = _counts(loop, group)
     # Not at the end of the step: then the memory would return to the system, and the next step would have to
     # get it again page by page.
     state.optimizer.zero_grad()
@@ -67,10 +62,9 @@ def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) 
     for number, batch in enumerate(group):
         seed_all(stable_seed(*state.key, step, number, loop.accelerator.process_index, "dropout"), loss_sum.device)
         with _sync_on_last(loop, number == len(group) - 1):
-            with loop.accelerator.autocast():
+            with loop.autocast():
                 loss = computed(loop, loop.task.train, loop.forward, on_device(loop, batch), loop.loss or loop.task.loss)
-            weight = loop.world / max(1, targets) if batch.count else 0.0  # processes average their gradients
-            loop.accelerator.backward(loss * weight)
+            _scaled(loop, loss * (weight if batch.count else 0.0)).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach() * bool(batch.count)
     # Before a new mask by magnitude, one step is made without the mask: masked weights get a value from their
     # gradient, and the new mask may leave them in.
@@ -79,14 +73,41 @@ def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) 
     state.optimizer.step()
     if not is_unmasked:
         state.apply()
-    mean, stop = _over_processes(loop, loss_sum, targets)
-    if not math.isfinite(mean):
-        label = state.place.label
-        raise RunError(f"{label}: the loss of step {step} of {total} is {mean}; try a lower --lr, or --max-grad-norm")
-    finished = Step(
-        state.place, step, total, step / loop.steps_per_epoch, rate, mean, samples, bool(state.optimizer.step_was_skipped)
-    )
-    return finished, stop
+    skipped = bool(getattr(state.optimizer, "step_was_skipped", False))
+    made = Step(state.place, step, total, step / loop.steps_per_epoch, rate, math.nan, 0, skipped)
+    state.pending.append(_sent_home(loop, made, loss_sum, counts))
+    _count(state, made)
+
+
+def arrived(loop: Loop, state: PhaseState, wait: bool = False) -> Iterator[tuple[Step, bool]]:
+    """Yield the finished steps whose loss is known, in order.
+
+    A CPU knows it at once. Of a GPU, the newest LATE steps stay out, so that nobody waits for the
+    device: it works on them while the host prepares the next ones.
+
+    Args:
+        wait: wait for all steps that are made.
+
+    Yields:
+        the step, and whether one of several processes was asked to stop during it (always False with a
+        single process).
+
+    Raises:
+        RunError: a loss is not finite; the message names the step.
+    """
+    while len(state.pending) > (0 if wait or loop.accelerator.device.type == "cpu" else LATE):
+        made, sums, counts, copied = state.pending.popleft()
+        if copied is not None:
+            copied.synchronize()
+        loss_sum, stops = sums.tolist() if loop.world > 1 else (float(sums), 0.0)
+        targets, samples = (int(number) for number in counts)
+        mean = loss_sum / max(1, targets)
+        if not math.isfinite(mean):
+            text = f"the loss of step {made.step} of {made.steps} is {mean}; try a lower --lr, or --max-grad-norm"
+            raise RunError(f"{state.place.label}: {text}")
+        made = replace(made, loss=mean, samples=samples)
+        _know(state, made)
+        yield made, stops > 0
 
 
 def renews_mask(phase: Phase, step: int, total: int) -> bool:
@@ -117,32 +138,57 @@ def _prepare_gradients(loop: Loop, phase: Phase, state: PhaseState, is_unmasked:
         nn.utils.clip_grad_norm_(loop.model.parameters(), clip)
 
 
-def _counts(loop: Loop, group: list[Batch]) -> tuple[int, int]:
-    """The numbers of real targets and of samples of a step, over all processes."""
-    targets, samples = sum(b.count for b in group), sum(len(b.targets) for b in group if b.count)
-    if loop.world > 1:
-        sums = torch.tensor([targets, samples], device=loop.accelerator.device)
-        targets, samples = loop.accelerator.reduce(sums, "sum").tolist()
-    return targets, samples
+def _scaled(loop: Loop, loss: torch.Tensor) -> torch.Tensor:
+    """The loss multiplied by the loss scale, if there is one (fp16)."""
+    scaler = loop.accelerator.scaler
+    scaled: torch.Tensor = loss if scaler is None else scaler.scale(loss)
+    return scaled
 
 
-def _over_processes(loop: Loop, loss_sum: torch.Tensor, targets: int) -> tuple[float, bool]:
-    """The step's mean loss, and whether one of several processes was asked to stop."""
+def _counts(loop: Loop, group: list[Batch]) -> tuple[Sequence[int] | torch.Tensor, float | torch.Tensor]:
+    """The numbers of real targets and of samples of a step, over all processes, and the weight of a loss in its mean."""
+    numbers = (sum(b.count for b in group), sum(len(b.targets) for b in group if b.count))
     if loop.world == 1:
-        return float(loss_sum) / max(1, targets), False
-    sums = torch.stack([loss_sum, torch.tensor(float(loop.stopping()), device=loss_sum.device)])
-    total_loss, stops = loop.accelerator.reduce(sums, "sum").tolist()
-    return total_loss / max(1, targets), stops > 0
+        return numbers, 1.0 / max(1, numbers[0])
+    counts = loop.accelerator.reduce(torch.tensor(numbers, device=loop.accelerator.device), "sum")
+    return counts, loop.world / counts[0].clamp(min=1)  # processes average their gradients
 
 
-def count(state: PhaseState, step: Step) -> None:
-    """Add a finished step to the phase's progress. Its time starts when its batches begin to load."""
+def _sent_home(loop: Loop, made: Step, loss_sum: torch.Tensor, counts: Sequence[int] | torch.Tensor) -> Pending:
+    """Add up the step's loss over all processes, and begin to copy it to the host."""
+    sums = loss_sum
+    if loop.world > 1:
+        stopping = torch.tensor(float(loop.stopping()), device=loss_sum.device)
+        sums = loop.accelerator.reduce(torch.stack([loss_sum, stopping]), "sum")
+    if sums.device.type != "cuda":
+        return Pending(made, sums, counts, None)
+    sums, counts = _copied(sums), _copied(counts) if isinstance(counts, torch.Tensor) else counts
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return Pending(made, sums, counts, event)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory of the host. It has the values once the device has reached this point."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _count(state: PhaseState, step: Step) -> None:
+    """Add a step that is made to the phase's progress. Its time starts when its batches begin to load."""
     progress = state.progress
     if progress.step == 0:
-        progress.lr_first, progress.loss_first = step.lr, step.loss
-    progress.step, progress.lr_last, progress.loss_last = step.step, step.lr, step.loss
-    progress.early += [step.loss] if step.step <= EARLY else []
+        progress.lr_first = step.lr
+    progress.step, progress.lr_last = step.step, step.lr
     progress.lr_peak = max(progress.lr_peak or 0.0, step.lr)
     progress.optimizer_steps += not step.skipped
-    progress.samples += step.samples
     progress.seconds += time.perf_counter() - state.started
+
+
+def _know(state: PhaseState, step: Step) -> None:
+    """Add what is known of a step once its loss has arrived."""
+    progress = state.progress
+    if step.step == 1:
+        progress.loss_first = step.loss
+    progress.loss_last = step.loss
+    progress.early += [step.loss] if step.step <= EARLY else []
+    progress.samples += step.samples

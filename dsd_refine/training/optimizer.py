@@ -33,13 +33,14 @@ def learning_rate(phase: Phase, step: int, total: int) -> float:
     return phase.lr * curves[phase.schedule]
 
 
-def make_optimizer(loop: Loop, phase: Phase) -> AcceleratedOptimizer:
+def make_optimizer(loop: Loop, phase: Phase) -> torch.optim.Optimizer:
     """Make a new optimizer for a phase: SGD (no Nesterov) or AdamW, without weight decay on 1-D parameters.
 
     The optimizer is fused: it goes over the weights once and not four to ten times, also on a CPU. It
     is not fused with a loss scale, where a fused optimizer skips steps and does not report it.
-    `AcceleratedOptimizer` is used directly, because `accelerator.prepare` would keep the optimizer of
-    every phase, with its state, in memory until the end of the run.
+    Only a loss scale needs Accelerate's wrapper, which costs time in every step. It is used directly,
+    because `accelerator.prepare` would keep the optimizer of every phase, with its state, in memory
+    until the end of the run.
     """
     recipe = loop.recipe
     trained = [p for p in loop.model.parameters() if p.requires_grad]
@@ -54,10 +55,10 @@ def make_optimizer(loop: Loop, phase: Phase) -> AcceleratedOptimizer:
         optimizer = torch.optim.AdamW(groups, lr=phase.lr, fused=scaler is None)
     else:
         optimizer = torch.optim.SGD(groups, lr=phase.lr, momentum=recipe.momentum, fused=scaler is None)
-    return AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    return optimizer if scaler is None else AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
 
 
-def set_rate(optimizer: AcceleratedOptimizer, rate: float) -> float:
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
     """Set the learning rate of every parameter group, and return it."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from dsd_refine.masking.layers import Layer
@@ -18,7 +18,7 @@ from dsd_refine.masking.masks import Masks, masker
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Batch, Forward, Task
 from dsd_refine.training.average import Average
-from dsd_refine.training.hooks import Hooks, Place
+from dsd_refine.training.hooks import Hooks, Place, Step
 from dsd_refine.training.optimizer import make_optimizer
 from dsd_refine.training.packing import pack_masks, pack_optimizer, unpack_masks, unpack_optimizer
 
@@ -54,6 +54,11 @@ class Loop:
     def stopping(self) -> bool:
         """Has this process been asked to stop?"""
         return self.hooks.should_stop()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the model computes: with a mixed precision, Accelerate's autocast."""
+        context: AbstractContextManager[Any] = nullcontext()
+        return context if self.accelerator.mixed_precision == "no" else self.accelerator.autocast()
 
     @property
     def world(self) -> int:
@@ -92,6 +97,20 @@ class Key(NamedTuple):
     phase: int
 
 
+class Pending(NamedTuple):
+    """A finished step, and the tensors that are still to be fetched from the device.
+
+    `sums` is the summed loss; with several processes also how many of them were asked to stop.
+    `counts` are the numbers of targets and of samples. `copied` is an event of the GPU: once it is
+    reached, both are in the host's memory. None if they are there already.
+    """
+
+    step: Step
+    sums: torch.Tensor
+    counts: Sequence[int] | torch.Tensor
+    copied: torch.cuda.Event | None
+
+
 @dataclass
 class PhaseState:
     """The state of a running phase.
@@ -110,10 +129,12 @@ class PhaseState:
     masks: Masks = field(default_factory=dict)
     stash: dict[str, torch.Tensor] = field(default_factory=dict)
     average: Average = field(init=False)
-    optimizer: AcceleratedOptimizer = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
     started: float = 0.0  # when the current step began to load its batches, in seconds of `time.perf_counter`
     reestimated: str | None = None  # why BatchNorm's statistics were computed again at the end of the phase
     apply: Callable[[], None] = field(default=lambda: None, init=False)  # sets the masked weights to 0
+    must_stop: bool = field(default=False, init=False)  # was one of several processes asked to stop?
+    pending: deque[Pending] = field(default_factory=deque, init=False)  # finished steps whose losses are not fetched yet
 
     @property
     def key(self) -> Key:
@@ -165,7 +186,8 @@ def micro_count(units: int, size: int, has_batchnorm: bool) -> int:
 
 def on_device(loop: Loop, batch: Batch) -> Batch:
     """Move a batch to the accelerator. With `loop.channels_last`, its 4-D inputs get that memory format."""
-    batch = batch.to(loop.accelerator.device)
+    if loop.accelerator.device.type != "cpu":
+        batch = batch.to(loop.accelerator.device)
     if loop.channels_last:
         inputs = {n: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in batch.inputs.items()}
         batch = replace(batch, inputs=inputs)

@@ -50,6 +50,7 @@ class Brightness:
     name: str = "brightness"
     metric: str = "loss"
     higher_is_better: bool = False
+    draws: bool = True
     chance_baselines: tuple[ChanceBaseline, ...] = ()
 
     def batch(self, part: ImagePart, items: Sequence[Item]) -> Batch:

@@ -12,7 +12,7 @@ from dsd_refine.masking.masks import apply_masks, make_masks
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Batch, Score
 from dsd_refine.training.hooks import Hooks, Place
-from dsd_refine.training.loop import batches_of_steps, count, renews_mask, train_step
+from dsd_refine.training.loop import arrived, batches_of_steps, renews_mask, train_step
 from dsd_refine.training.state import Loop, PhaseState, Progress
 
 
@@ -27,7 +27,7 @@ class Rows:
 class Numbers:
     """Rows of floats with a class each, in memory."""
 
-    name, metric, higher_is_better = "numbers", "accuracy", True
+    name, metric, higher_is_better, draws = "numbers", "accuracy", True, False
 
     def __init__(self, rows=20, width=6, shape=None):
         generator = torch.Generator().manual_seed(0)
@@ -91,12 +91,12 @@ def run(loop, masks=None, done=None, remask=None, **phase):
     state.begin(loop, phase)
     state.use(masks or {}, loop.parameters)
     for batches in batches_of_steps(loop, phase, state):
-        step, _ = train_step(loop, phase, state, batches)
-        if renews_mask(phase, step.step, step.steps):
-            masks.update(remask(step.step // phase.refresh))
+        train_step(loop, phase, state, batches)
+        if renews_mask(phase, state.progress.step, phase.steps):
+            masks.update(remask(state.progress.step // phase.refresh))
             state.use(masks, loop.parameters)
-        count(state, step)
-        loop.hooks.on_step(step)
+        for step, _ in arrived(loop, state):
+            loop.hooks.on_step(step)
     return state.progress
 
 
