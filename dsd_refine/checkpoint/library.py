@@ -23,19 +23,29 @@ class Library(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Return the name of the library, e.g. `timm`."""
+        ...
 
     @property
-    def folder(self) -> Path: ...
+    def folder(self) -> Path:
+        """Return the folder of the checkpoint."""
+        ...
 
     @property
-    def task(self) -> str: ...
+    def task(self) -> str:
+        """Return the key of `TASKS` for the task that the model is opened for."""
+        ...
 
     @property
-    def config(self) -> Any: ...
+    def config(self) -> Any:
+        """Return the library's own config object, or None if the library has none."""
+        ...
 
     @property
-    def trust_remote_code(self) -> bool: ...
+    def trust_remote_code(self) -> bool:
+        """Return whether Python code from the folder may be run."""
+        ...
 
     @property
     def names(self) -> list[str]:

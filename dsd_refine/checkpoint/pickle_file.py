@@ -44,12 +44,15 @@ class PickleFile(WeightFile):
     notes: tuple[str, ...] = ()
 
     def raw(self, entry: Entry) -> Bytes:
+        """Return the bytes of a tensor, as a uint8 array. They are copied only if necessary."""
         return np.frombuffer(memory(self.held[entry.name]), dtype=np.uint8)
 
     def tensor(self, entry: Entry) -> torch.Tensor:
+        """Return a copy of a tensor of the pickle."""
         return self.held[entry.name].clone()
 
     def mapped(self) -> dict[str, torch.Tensor]:
+        """Return all tensors by name. They share the memory of `held`."""
         return dict(self.held)
 
 

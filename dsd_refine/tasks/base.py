@@ -44,6 +44,8 @@ class Batch:
     items: tuple[Item, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
+        """A copy of the batch with `inputs`, `targets` and `aside` on the device."""
+
         def moved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: sent(value, device) for name, value in tensors.items()}
 
@@ -158,12 +160,18 @@ class Part(Protocol):
     """
 
     @property
-    def rows(self) -> Rows: ...
+    def rows(self) -> Rows:
+        """The usable rows of this part, in the order of its scores."""
+        ...
 
     @property
-    def units(self) -> int: ...
+    def units(self) -> int:
+        """The number of units (examples). Units are numbered from 0."""
+        ...
 
-    def row_of(self, unit: int) -> int: ...
+    def row_of(self, unit: int) -> int:
+        """The index in `rows` of the row that the unit belongs to."""
+        ...
 
 
 class Task(Protocol):
@@ -177,13 +185,19 @@ class Task(Protocol):
     draws: bool  # does a batch depend on the seeds of its items?
 
     @property
-    def train(self) -> Part: ...
+    def train(self) -> Part:
+        """The part that the model is trained on."""
+        ...
 
     @property
-    def holdout(self) -> Part | None: ...
+    def holdout(self) -> Part | None:
+        """The part that selects between tries and epochs; None if there is no holdout."""
+        ...
 
     @property
-    def eval(self) -> Part: ...
+    def eval(self) -> Part:
+        """The part that the arms are compared on."""
+        ...
 
     @property
     def chance_baselines(self) -> Sequence[ChanceBaseline]:

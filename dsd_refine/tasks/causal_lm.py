@@ -43,9 +43,11 @@ class WindowedPart:
 
     @property
     def units(self) -> int:
+        """The number of windows of all documents."""
         return len(self.row)
 
     def row_of(self, unit: int) -> int:
+        """The index of the document that the window was cut from."""
         return int(self.row[unit])
 
 
@@ -68,9 +70,15 @@ class CausalLM:
 
     @property
     def chance_baselines(self) -> tuple[ChanceBaseline, ...]:
+        """The loss of a predictor that gives every token of the tokenizer the same probability."""
         return (uniform_baseline(self.vocabulary),)
 
     def batch(self, part: WindowedPart, items: Sequence[Item]) -> Batch:
+        """Pad the windows to the longest one; each position predicts the token after it.
+
+        `input_ids`, `attention_mask` and the targets are int64 of shape windows x longest window. The
+        targets of the last token and of the padding are IGNORED. The seeds of the items are not used.
+        """
         windows = [torch.as_tensor(part.tokens[part.start[u] : part.stop[u]].astype(np.int64)) for u, _ in items]
         ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)  # what fills is masked by length, never by id
         mask = torch.arange(ids.shape[1])[None, :] < torch.tensor([len(w) for w in windows])[:, None]
@@ -89,9 +97,11 @@ class CausalLM:
         refuse_foresight(self.name, lambda inputs: logits_of(forward, inputs), windows, ("input_ids", "attention_mask"))
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """The sum of -log p(target) over the batch's targets, a float32 scalar."""
         return self._nll(forward, batch).sum()
 
     def score(self, forward: Forward, batch: Batch) -> list[Score]:
+        """For each window, the sum of -log p(target), as both score and loss, and its number of targets."""
         sums = self._nll(forward, batch).double().sum(1).tolist()
         counts = (batch.targets != IGNORED).sum(1).tolist()
         return [Score(s, c, s) for s, c in zip(sums, counts, strict=True)]
@@ -102,16 +112,20 @@ class CausalLM:
         return flat.reshape(batch.targets.shape)
 
     def metrics(self, scores: Scores) -> dict[str, float]:
+        """The mean loss per target token, and the perplexity exp(loss), where the loss is cut at 700."""
         loss = ratio(scores.score, scores.count)
         return {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0)))}
 
     def target(self, part: WindowedPart, row: int) -> str | None:
+        """None: a document has no label beside its own text."""
         return None
 
     def shown(self, prediction: int) -> str | None:
+        """None: this task predicts no class."""
         return None
 
     def report(self) -> Mapping[str, Any]:
+        """No labels, and the warnings about the documents."""
         return {"labels": None, "warnings": self.warnings}
 
 

@@ -38,9 +38,11 @@ class LabelledPart:
 
     @property
     def units(self) -> int:
+        """The number of rows: each row is one unit."""
         return len(self.rows)
 
     def row_of(self, unit: int) -> int:
+        """The unit itself, because each row is one unit."""
         return unit
 
 
@@ -59,6 +61,10 @@ class Classification:
 
     @property
     def chance_baselines(self) -> tuple[ChanceBaseline, ...]:
+        """The accuracy of guessing, and of always predicting the most frequent evaluation class.
+
+        The first is 1 / number of the model's classes.
+        """
         classes, rows = len(self.labels.model), len(self.eval.ids)
         counts = np.bincount(self.eval.ids, minlength=classes)
         most = int(counts.argmax())
@@ -73,11 +79,19 @@ class Classification:
         return logits_of(forward, batch.inputs)
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """The summed cross-entropy of the rows, a float32 scalar.
+
+        The loss of each auxiliary head of the model is added with the weight of that head.
+        """
         heads = weighted_logits(forward, batch.inputs)
         losses = [weight * F.cross_entropy(logits, batch.targets, reduction="sum") for weight, logits in heads]
         return torch.stack(losses).sum()
 
     def score(self, forward: Forward, batch: Batch) -> list[Score]:
+        """For each row: 1 if the class with the largest logit is its label, else 0, with the count 1.
+
+        The loss is the cross-entropy of the main head alone, and the prediction is the class id.
+        """
         logits = self.logits(forward, batch)
         losses = F.cross_entropy(logits, batch.targets, reduction="none").tolist()
         predictions = logits.argmax(-1)
@@ -85,15 +99,22 @@ class Classification:
         return [Score(float(h), 1, n, p) for h, n, p in zip(hits, losses, predictions.tolist(), strict=True)]
 
     def metrics(self, scores: Scores) -> dict[str, float]:
+        """The share of rows whose predicted class is right, and the mean cross-entropy per row."""
         return {"accuracy": ratio(scores.score, scores.count), "loss": ratio(scores.loss, scores.count)}
 
     def target(self, part: LabelledPart, row: int) -> str | None:
+        """The model's name of the class that the row is labelled with."""
         return self.labels.model[int(part.ids[row])]
 
     def shown(self, prediction: int) -> str | None:
+        """The model's name of the class with this id."""
         return self.labels.model[prediction]
 
     def report(self) -> Mapping[str, Any]:
+        """The matching of labels and the warnings.
+
+        `labels` has the names of the model's classes, those of the data, and the rule that matched them.
+        """
         labels = {"model": list(self.labels.model), "data": list(self.labels.data), "rule": self.labels.rule}
         return {"labels": labels, "warnings": [*self.warnings, *self.labels.warnings]}
 

@@ -112,9 +112,11 @@ class SpeechPart:
 
     @property
     def units(self) -> int:
+        """The number of rows: each clip is one unit."""
         return len(self.rows)
 
     def row_of(self, unit: int) -> int:
+        """The unit itself, because each row is one clip."""
         return unit
 
 
@@ -142,6 +144,13 @@ class CTCSpeech:
     chance_baselines: tuple[ChanceBaseline, ...] = (ChanceBaseline("wer", 1.0, "hearing nothing"),)
 
     def batch(self, part: SpeechPart, items: Sequence[Item]) -> Batch:
+        """Decode and resample the clips, compute their features, and pad them to the longest clip.
+
+        If all items have a seed, SpecAugment's masks `mask_time_indices` (bool, clips x frames) are
+        added, where the model takes them. The targets are the label ids (int64, clips x most labels),
+        padded with IGNORED. `aside` has three int64 vectors with one entry per clip: the `length` of its
+        input, the `hidden` frames that SpecAugment may mask, and the `frames` of the logits.
+        """
         clips = [part.clips[unit] for unit, _ in items]
         inputs = {self.extractor.name: self.extractor.padded([self._features(part, unit) for unit, _ in items])}
         length, hidden, frames = torch.tensor([(c.length, c.hidden, c.frames) for c in clips]).T
@@ -161,6 +170,7 @@ class CTCSpeech:
         return self.extractor.features(resample(samples, rate, self.extractor.rate))
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """The sum of the clips' CTC losses, a float32 scalar."""
         return torch.cat([self._nll(logits, batch, rows) for rows, logits in self._logits_of_rows(forward, batch)]).sum()
 
     def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
@@ -170,6 +180,10 @@ class CTCSpeech:
         return torch.cat(parts)
 
     def score(self, forward: Forward, batch: Batch) -> list[Score]:
+        """For each clip, the word and character edits of its greedy transcript, and its CTC loss.
+
+        The predicted text is the best label of each frame, decoded with CTC's rule.
+        """
         scores: dict[int, Score] = {}
         for rows, logits in self._logits_of_rows(forward, batch):
             best, losses = logits.argmax(-1).cpu(), self._nll(logits, batch, rows).double().tolist()
@@ -204,17 +218,24 @@ class CTCSpeech:
             return F.ctc_loss(logs, targets[real], frames, real.sum(1), blank=self.decoder.blank, reduction="none")
 
     def metrics(self, scores: Scores) -> dict[str, float]:
+        """Word error rate, character error rate, and the CTC loss per label.
+
+        The error rates are edits divided by the words (characters) of the references, over all rows.
+        """
         edits, characters, labels = (scores.stats if scores.stats is not None else np.zeros((1, 3))).T
         rates = {"wer": ratio(scores.score, scores.count), "cer": ratio(edits, characters)}
         return rates | {"loss": ratio(scores.loss, labels)}
 
     def target(self, part: SpeechPart, row: int) -> str | None:
+        """The transcript of the row."""
         return part.rows.texts[row][0]
 
     def shown(self, prediction: int) -> str | None:
+        """None: this task predicts texts, not classes."""
         return None
 
     def report(self) -> Mapping[str, Any]:
+        """No labels, the settings of the feature extraction, and the warnings about the clips."""
         preprocessing = {
             "feature_extractor": type(self.extractor.extractor).__name__, "sampling_rate": self.extractor.rate,
             "resampling": "scipy.signal.resample_poly", "attention_mask": self.extractor.masked,

@@ -49,9 +49,11 @@ class CaptionPart:
 
     @property
     def units(self) -> int:
+        """The number of captions of all images."""
         return len(self.tokens)
 
     def row_of(self, unit: int) -> int:
+        """The index of the image that the caption describes."""
         return int(self.row[unit])
 
     def leads(self, unit: int) -> bool:
@@ -85,10 +87,18 @@ class ImageCaptioning:
 
     @property
     def chance_baselines(self) -> tuple[ChanceBaseline, ...]:
+        """The loss of a uniform guess among the tokenizer's tokens, and the BLEU-4 of empty captions, 0."""
         empty = ChanceBaseline("bleu4", 0.0, "writing nothing", higher_is_better=True)
         return (uniform_baseline(len(self.generator.tokenizer)), empty)
 
     def batch(self, part: CaptionPart, items: Sequence[Item]) -> Batch:
+        """Decode the images and pad the captions to the longest one; each position predicts the next token.
+
+        The images have the shape captions x C x H x W. The tokens without the last one, their mask and the
+        targets are int64 of shape captions x (longest caption - 1); padding has the target IGNORED.
+        `aside["final"]` (bool, one per caption) is True where a caption is to be generated: for the
+        first caption of each image of the evaluation part.
+        """
         rows, table = [part.row_of(unit) for unit, _ in items], part.rows.table
         raws = (raw_bytes(table, self.image_column, int(part.rows.numbers[row])) for row in rows)
         images = [pixels(raw, self.preprocessing, self.augment, seed) for raw, (_, seed) in zip(raws, items, strict=True)]
@@ -113,6 +123,7 @@ class ImageCaptioning:
         refuse_foresight(self.name, logits, windows, names)
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
+        """The sum of -log p(token) over all tokens after each caption's start, a float32 scalar."""
         return self._nll(forward, batch).sum()
 
     def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
@@ -129,6 +140,10 @@ class ImageCaptioning:
         return flat.reshape(batch.targets.shape)
 
     def score(self, forward: Forward, batch: Batch) -> list[Score]:
+        """For each caption the summed -log p of its tokens; for an image's first one also BLEU's sums.
+
+        These need a generated caption, which only the evaluation part has. See `row_score`.
+        """
         losses = self._nll(forward, batch).double().sum(1).tolist()
         targets = (batch.targets != IGNORED).sum(1).tolist()
         final = batch.aside["final"]
@@ -139,6 +154,10 @@ class ImageCaptioning:
         return [row_score(*values) for values in zip(batch.texts, texts, losses, targets, strict=True)]
 
     def metrics(self, scores: Scores) -> dict[str, float]:
+        """BLEU-4 to BLEU-1 of the whole corpus, and the mean loss per token.
+
+        Without generated captions (the holdout) there is only the loss.
+        """
         stats = scores.stats if scores.stats is not None else np.zeros((1, BLEU_STATS + 1))
         loss = {"loss": ratio(scores.loss, stats[:, -1])}
         if scores.text is None:
@@ -155,9 +174,14 @@ class ImageCaptioning:
         return "\n".join(part.rows.texts[row])
 
     def shown(self, prediction: int) -> str | None:
+        """None: this task predicts texts, not classes."""
         return None
 
     def report(self) -> Mapping[str, Any]:
+        """No labels, the warnings, and the preprocessing of images with the way captions are generated.
+
+        The latter is greedy decoding, its limit in tokens, and sacrebleu's signature.
+        """
         counts = (len(references) for references in self.eval.rows.texts)
         writing = {"decoding": "greedy", "max_new_tokens": self.generator.max_new_tokens, "bleu": bleu_signature(counts)}
         return {"labels": None, "preprocessing": {**self.preprocessing.shown, **writing}, "warnings": self.warnings}

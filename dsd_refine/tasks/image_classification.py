@@ -31,9 +31,14 @@ class ImageClassification(Classification):
     image_column: str
 
     def report(self) -> Mapping[str, Any]:
+        """As in `Classification`, and the preprocessing of the images."""
         return {**super().report(), "preprocessing": self.preprocessing.shown}
 
     def batch(self, part: LabelledPart, items: Sequence[Item]) -> Batch:
+        """Decode the images, prepare them as the checkpoint does, and augment those with a seed.
+
+        The input has the shape images x C x H x W. The targets are int64 class ids, one per image.
+        """
         pixels = torch.stack([self._pixels(part, unit, seed) for unit, seed in items])
         targets = torch.as_tensor(part.ids[[unit for unit, _ in items]])
         return Batch({self.preprocessing.input_name: pixels}, targets, len(items))

@@ -97,6 +97,12 @@ class MaskedLM(CausalLM):
         """
 
     def batch(self, part: WindowedPart, items: Sequence[Item]) -> Batch:
+        """Draw tokens of each window as targets, hide most of them, and pad to the longest window.
+
+        `input_ids`, `attention_mask` and the targets are int64 of shape windows x longest window. The
+        targets are the true ids of the drawn tokens, and IGNORED elsewhere. An item's seed decides
+        the draw. Without a seed, the content of the row and the window's number in it decide.
+        """
         pairs = [self._hidden(part, unit, seed) for unit, seed in items]
         ids, targets = (
             torch.nn.utils.rnn.pad_sequence([torch.from_numpy(ids) for ids in column], batch_first=True, padding_value=filler)

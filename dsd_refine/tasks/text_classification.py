@@ -42,6 +42,12 @@ class TextClassification(Classification):
         return tokenized(self.tokenizer, *texts, truncation=True, max_length=self.max_length)
 
     def batch(self, part: LabelledPart, items: Sequence[Item]) -> Batch:
+        """Tokenize the rows and pad them to the longest one, on the side that `fit_padding` chose.
+
+        Each of the tokenizer's outputs (`input_ids`, `attention_mask`, …) is an int64 input of shape
+        rows x longest row. The targets are int64 class ids, one per row. The seeds of the items are
+        not used.
+        """
         fills = {"input_ids": self.pad, "token_type_ids": int(getattr(self.tokenizer, "pad_token_type_id", 0) or 0)}
         side = "left" if self.left else "right"
         inputs = {

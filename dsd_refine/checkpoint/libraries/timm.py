@@ -72,9 +72,15 @@ class TimmLibrary:
 
     @property
     def names(self) -> list[str]:
+        """Return the name of the timm architecture alone."""
         return [self.architecture]
 
     def build_meta(self) -> torch.nn.Module:
+        """Build the model of `config.json` on the meta device with `timm.create_model`.
+
+        Raises:
+            CheckpointError: timm cannot build it.
+        """
         with _building(self), torch.device("meta"):
             model: torch.nn.Module = timm.create_model(
                 self.architecture, pretrained=False, pretrained_cfg=self._source_free(), **self.args
@@ -119,10 +125,12 @@ class TimmLibrary:
         return timm_preprocessing(model)
 
     def snippet(self) -> str:
+        """Return Python code that loads the folder with `timm.create_model("local-dir:…")`."""
         where = '"local-dir:path/to/this/folder"'
         return f'import timm\n\nmodel = timm.create_model({where}, pretrained=True)  # or "hf-hub:owner/name"'
 
     def warnings(self, model: torch.nn.Module) -> list[str]:
+        """Return no warnings: there are none about timm models."""
         return []
 
 

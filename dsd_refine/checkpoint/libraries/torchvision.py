@@ -83,9 +83,15 @@ class TorchvisionLibrary:
 
     @property
     def names(self) -> list[str]:
+        """Return the name of the torchvision architecture alone."""
         return [self.architecture]
 
     def build_meta(self) -> torch.nn.Module:
+        """Build the model of `config.json` on the meta device with `torchvision.models.get_model`.
+
+        Raises:
+            CheckpointError: torchvision cannot build it.
+        """
         with _building(self), init_empty_weights():  # torch.device("meta") would break RegNet, which computes its widths
             return self._built()
 
@@ -138,6 +144,10 @@ class TorchvisionLibrary:
         return []
 
     def snippet(self) -> str:
+        """Return Python code that builds the model with `get_model` and loads `model.safetensors`.
+
+        For DenseNet and MNASNet, the code also converts the state dict to what the model loads.
+        """
         named = {**({} if self.num_classes == 1000 else {"num_classes": self.num_classes}), **self.args}
         call = ", ".join([repr(self.architecture).replace("'", '"'), *(f"{name}={value!r}" for name, value in named.items())])
         lines = ["import torchvision", "from safetensors.torch import load_file", "", 'state = load_file("model.safetensors")']

@@ -77,9 +77,15 @@ class TransformersLibrary:
 
     @property
     def names(self) -> list[str]:
+        """Return the model type and the class names in `architectures` of the config."""
         return [str(self.config.model_type), *(self.config.architectures or [])]
 
     def build_meta(self) -> torch.nn.Module:
+        """Build the task's auto class from the config on the meta device, with tied weights tied.
+
+        Raises:
+            CheckpointError: transformers cannot build it.
+        """
         auto = getattr(transformers, TASKS[self.task].auto_class)
         with _building(self), torch.device("meta"):
             model: torch.nn.Module = auto.from_config(self._config(), trust_remote_code=self.trust_remote_code)
@@ -119,6 +125,14 @@ class TransformersLibrary:
         return model
 
     def label_names(self) -> tuple[list[list[str]] | None, int]:
+        """Return the class names of the config, and its `num_labels`.
+
+        The names are those of `id2label`, or of `label2id` if `id2label` has placeholders (LABEL_0).
+        They are None if neither has names.
+
+        Raises:
+            CheckpointError: A name is not a text, or the two disagree.
+        """
         return _class_names(self.config), int(self.config.num_labels)
 
     def preprocessing(self, model: torch.nn.Module) -> Preprocessing:
@@ -128,6 +142,7 @@ class TransformersLibrary:
         return processor_preprocessing(self.folder, self.config, self.trust_remote_code)
 
     def snippet(self) -> str:
+        """Return Python code that loads the model and its processor with `from_pretrained`."""
         model, inputs = TASKS[self.task].auto_class, TASKS[self.task].processor
         return (
             f'from transformers import {model}, {inputs}\n\nplace = "path/to/this/folder"  # or "owner/name"\n'

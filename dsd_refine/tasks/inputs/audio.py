@@ -191,6 +191,7 @@ def _ignores_padding(model: torch.nn.Module, extractor: FeatureExtractor, frames
 
 
 def count_frames(lengths: Lengths, values: torch.Tensor) -> int:
+    """The number of output frames that `lengths` gives for the features of one clip (length first)."""
     return int(lengths(torch.tensor([len(values)]))[0])
 
 
