@@ -215,7 +215,7 @@ def test_an_output_that_is_not_empty_is_refused(refused, made, tmp_path):
     out.mkdir()
     (out / "thesis.txt").write_text("precious")
     assert "is not empty" in refused(*picture_run(made, out))
-    assert "no report of ours" in refused(*picture_run(made, out, "--overwrite"))
+    assert "no report of dsd-refine" in refused(*picture_run(made, out, "--overwrite"))
     assert hashes(out).keys() == {"thesis.txt"}
     shutil.rmtree(out)
     out.write_text("a file")
