@@ -43,7 +43,7 @@ def picture_run(made, out, *more):
         (["--task", "ctc-speech"], r"no class that does ctc-speech with bert"),
         (["--task", "poetry"], r"not a task; known are"),
         (["--control", "none", "--gate", "beats-control"], r"needs a control"),
-        (["--control", "none", "--control", "dense"], r"goes alone"),
+        (["--control", "none", "--control", "dense"], r"cannot be combined"),
         (["--holdout", "0"], r"use keep: last"),
         (["--holdout", "0", "--keep", "last", "--sparsity", "0.2,0.3"], r"use keep: last and one sparsity"),
         (["--max-length", "33"], r"only 32 positions"),
