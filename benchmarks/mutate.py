@@ -167,8 +167,8 @@ MUTATIONS = [
     Mutation(
         "the dense control trains fewer steps",
         "method.py",
-        "phase.model_copy(update=free) for phase in phases)",
-        "phase.model_copy(update=free) for phase in phases[1:])",
+        "phase.model_copy(update=without_mask) for phase in phases)",
+        "phase.model_copy(update=without_mask) for phase in phases[1:])",
         "test_run.py::test_arms_share_rates_rows_and_steps",
     ),
     Mutation(

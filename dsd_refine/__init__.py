@@ -1,6 +1,7 @@
 """Refine a released checkpoint with Dense-Sparse-Dense training (Han et al., ICLR 2017), and say whether it helped.
 
-The names below are the public ones; they load on first use, so that importing the package costs nothing.
+The names in `__all__` are public. Each is imported when it is first used, so that `import dsd_refine`
+is fast.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ERRORS = ("CheckpointError", "DataError", "DsdError", "Interrupted", "RecipeError", "RunError", "UsageError", "VerifyError")
-_HOME = {
+_MODULES = {  # public name -> the module that defines it
     **dict.fromkeys(("apply_masks", "compare", "make_masks", "plan", "refine", "verify"), "api"),
     **dict.fromkeys(("Augment", "Phase", "Recipe"), "recipe"),
     **dict.fromkeys(("Hooks", "Step"), "training.hooks"),
@@ -64,8 +65,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"dsd_refine.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"dsd_refine.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'dsd_refine' has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""`python -m dsd_refine` is the command."""
+"""Run the command with `python -m dsd_refine`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which recipe a run follows: the given one, else the one that matches the model, with flags laid over it."""
+"""Choose the recipe of a run: the given one, else the one that matches the model, changed by the flags."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ if TYPE_CHECKING:
 
 
 def choose_recipe(library: Library, given: Mapping[str, Any], say: Callable[[str], None]) -> Recipe:
-    """The recipe named, else the one that matches the model, else the task's; with `sets` and flags laid over it.
+    """Return the recipe of a run.
+
+    It is the given recipe, else the shipped one that matches the model, else the default of the task.
+    `sets` and then the flags change its fields.
 
     Args:
-        library: the adapter of the opened source; its names and its task choose.
-        given: the options by name. `recipe`: a name, a file or a `Recipe`; `sets`: texts `a.b=v`;
-            every other one that is a field of a recipe, or a flag for phases, is laid over it.
-        say: takes one line of news.
+        library: The adapter of the opened source. Its names and its task decide which recipe matches.
+        given: The given options by name. `recipe`: a name, a file or a `Recipe`. `sets`: texts
+            `a.b=v`. Every other option that is a field of a recipe or a flag for phases changes it.
+        say: Called with one line of news.
 
     Raises:
-        UsageError: options that do not go together. RecipeError: fields that do not validate.
+        UsageError: Options contradict each other.
+        RecipeError: The recipe is not valid.
     """
     raw, name, why = _raw_recipe(library, given.get("recipe"))
     if given.get("phases") is not None:
@@ -34,7 +38,7 @@ def choose_recipe(library: Library, given: Mapping[str, Any], say: Callable[[str
     control = flags.get("control")
     if isinstance(control, tuple | list) and "none" in control:
         if len(control) > 1:
-            raise UsageError("--control none goes alone")
+            raise UsageError("--control none cannot be combined with another --control")
         flags["control"] = []
     if isinstance(flags.get("expect"), tuple):
         flags["expect"] = _expectations(flags["expect"])
@@ -51,7 +55,7 @@ def choose_recipe(library: Library, given: Mapping[str, Any], say: Callable[[str
 
 
 def _raw_recipe(library: Library, wanted: str | Path | Recipe | None) -> tuple[dict[str, Any], str, str]:
-    """The fields, the name for messages, and why this one was chosen."""
+    """Return the fields of the recipe, its name for messages, and why it was chosen."""
     if isinstance(wanted, Recipe):
         return wanted.model_dump(mode="json", exclude_none=True), wanted.name, "given"
     if wanted:
@@ -62,13 +66,17 @@ def _raw_recipe(library: Library, wanted: str | Path | Recipe | None) -> tuple[d
 
 
 def _plain_phases(phases: object) -> object:
-    """Phases as a recipe file has them; what is no list of phases stays, and is refused with the other mistakes."""
+    """Return phases in the form of a recipe file.
+
+    A value that is not a list is returned as it is; the validation refuses it.
+    """
     if not isinstance(phases, list | tuple):
         return phases
     return [phase.model_dump(mode="json", exclude_none=True) if isinstance(phase, Phase) else phase for phase in phases]
 
 
 def _expectations(texts: Sequence[str]) -> dict[str, float] | None:
+    """Return metric -> value from texts METRIC=VALUE, or None if there are none."""
     values = {}
     for text in texts:
         metric, _, value = text.partition("=")

@@ -46,9 +46,8 @@ def not_compiled(model: Any) -> Any:
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     """Return the parameters that the module itself registers, by attribute.
 
-    None: registered, without a value.
-
-    `named_parameters(recurse=False)` leaves out those without a value. If it goes: that.
+    A parameter without a value is None. `named_parameters(recurse=False)` leaves these out. If
+    `_parameters` goes: use that.
     """
     return module._parameters
 
@@ -88,10 +87,10 @@ def default_config(configs: dict[str, dict[str, Any]]) -> str | None:
 
 
 def accelerate_states() -> list[dict[str, Any]]:
-    """The dicts in which Accelerate keeps the state of the process.
+    """Return the dicts in which Accelerate keeps the state of the process.
 
-    Accelerate has no public way to put a state aside and back. Without these dicts, two calls in one
-    process would have to agree in device and precision.
+    Accelerate has no public way to save and restore this state. If they go: two calls in one process
+    must use the same device and precision.
     """
     from accelerate.state import AcceleratorState, GradientState, PartialState
 

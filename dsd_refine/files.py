@@ -90,12 +90,10 @@ def leads_out(path: Path, folder: Path) -> bool:
 
 
 def _blobs(root: str) -> list[str]:
-    """The folder `…/blobs` that belongs to a snapshot `…/snapshots/COMMIT`; nothing for other
-    folders.
-    """
-    place, _ = os.path.split(root)
-    above, name = os.path.split(place)
-    return [os.path.join(above, "blobs")] if name == "snapshots" else []
+    """Return the folder `…/blobs` of a snapshot `…/snapshots/COMMIT`; an empty list for other folders."""
+    parent, _ = os.path.split(root)
+    repository, name = os.path.split(parent)
+    return [os.path.join(repository, "blobs")] if name == "snapshots" else []
 
 
 def remove(path: Path) -> None:

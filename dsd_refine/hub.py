@@ -68,12 +68,10 @@ def _from_http(error: BaseException) -> bool:
 
 
 def _reason(repo: str, error: Exception) -> str | None:
-    """The message for an error if the Hub has answered or the cache cannot be written.
+    """Return the message for an error if the Hub has answered or the cache cannot be written.
 
-    None: neither.
-
-    A snapshot that fails because of the Hub's answer says "not in the cache", and the answer is its
-    cause.
+    Else return None. The error of a failed snapshot only says "not in the cache", so the answer of
+    the Hub is looked for in its causes.
 
     Raises:
         OSError: The disk of the cache is full.
@@ -90,7 +88,7 @@ def _reason(repo: str, error: Exception) -> str | None:
     if status in (401, 403):
         return f"{repo}: the Hub refuses access ({status}): log in with `hf auth login`, or let your token read it"
     if status == 404:
-        return f"{repo}: the Hub answered 404: one of its files is not there"
+        return f"{repo}: the Hub answered 404: one of its files is missing"
     return None if status is None else f"{repo}: the Hub answered {status}; try again later"
 
 
@@ -107,15 +105,15 @@ def _with_retries(call: Callable[[], T]) -> T:
         try:
             return call()
         except Exception as error:
-            asked = _seconds_to_wait(error)
-            if asked is None:
+            requested = _seconds_to_wait(error)
+            if requested is None:
                 raise
-            time.sleep(asked or wait)
+            time.sleep(requested or wait)
     return call()
 
 
 def _seconds_to_wait(error: Exception) -> float | None:
-    """The seconds that the Hub asks us to wait; 0 if it does not say.
+    """Return the seconds that the Hub asks us to wait; 0 if it does not say.
 
     None: another try would be of no use.
     """
@@ -125,17 +123,15 @@ def _seconds_to_wait(error: Exception) -> float | None:
     status = getattr(response, "status_code", 0)
     if response is None or (status != 429 and status < 500):
         return None
-    asked = response.headers.get("Retry-After", "")
-    return min(int(asked), LONGEST_WAIT) if asked.isdecimal() else 0
+    retry_after = response.headers.get("Retry-After", "")
+    return min(int(retry_after), LONGEST_WAIT) if retry_after.isdecimal() else 0
 
 
 def check_blobs(repo: str, files: Iterable[Path]) -> None:
     """Check cached files against the SHA-256 that the Hub gave for them.
 
-    The cache names large files by it.
-
-    The library does not check them. A wrong file is removed from the cache, so that the next try
-    downloads it again.
+    The cache uses the hash as the name of a large file, but the library does not check it. A wrong
+    file is removed from the cache, so that the next try downloads it again.
 
     Raises:
         CheckpointError: A file is wrong.
@@ -143,8 +139,8 @@ def check_blobs(repo: str, files: Iterable[Path]) -> None:
     for path in files:
         blob = path.resolve()
         if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name) and sha256_file(blob) != blob.name:
-            for wrong in {blob, path}:
-                wrong.unlink(missing_ok=True)
+            for wrong_file in {blob, path}:
+                wrong_file.unlink(missing_ok=True)
             raise CheckpointError(
                 f"{repo}: {path.name} is not what the Hub says it is (wrong checksum); it was removed from the cache, try again"
             )
@@ -153,8 +149,8 @@ def check_blobs(repo: str, files: Iterable[Path]) -> None:
 def _unreachable(repo: str, what: str) -> CheckpointError:
     from huggingface_hub import is_offline_mode
 
-    how = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the Hub cannot be reached"
+    reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the Hub cannot be reached"
     return CheckpointError(
-        f"{repo}: {how} and the {what} is not in the cache. Give a local directory instead, or fetch it where there is "
+        f"{repo}: {reason} and the {what} is not in the cache. Give a local directory instead, or fetch it where there is "
         f"a network (`hf download {repo}`) and bring the cache (HF_HOME); HF_ENDPOINT names another server"
     )

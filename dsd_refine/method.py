@@ -1,6 +1,7 @@
-"""The method: Dense-Sparse-Dense training (Han et al., ICLR 2017) of a released checkpoint, beside its control.
+"""The method: Dense-Sparse-Dense training (Han et al., ICLR 2017) of a released checkpoint, and of its controls.
 
-The source is the finished first Dense phase. `refine` reads top to bottom; what it calls is one step each.
+The source is the result of the first Dense phase. `refine` shows the whole method from top to bottom;
+each function that it calls is one step of it.
 """
 
 from __future__ import annotations
@@ -19,13 +20,25 @@ from dsd_refine.training.settings import settings
 
 
 def refine(source: Source, library: Library, recipe: Recipe, options: Options) -> Report:
-    """Refine a checkpoint: Sparse, then re-Dense, each control beside it; select on the holdout, judge on the evaluation.
+    """Refine a checkpoint: train the refined arm (Sparse, then re-Dense) and each control.
 
-    Writes `options.output_dir` as a whole or not at all. The report's `exit_code` is 0, or 3 where the gate is not met.
+    The holdout selects the weights of each arm, and the evaluation split judges them. The output
+    directory is written as a whole or not at all.
+
+    Args:
+        source: The checkpoint to refine.
+        library: The adapter of the library that loads it.
+        recipe: Everything that decides the result.
+        options: How the run is carried out.
+
+    Returns:
+        The report. Its `exit_code` is 0, or 3 if the gate is not met.
 
     Raises:
-        UsageError: model, data or options cannot be used; nothing was trained.
-        Interrupted, RunError, VerifyError: as `dsd_refine.errors` says.
+        UsageError: The model, the data or the options cannot be used. Nothing was trained.
+        Interrupted: A signal or a hook stopped the run. The state is saved.
+        RunError: The run failed after it had begun.
+        VerifyError: The written checkpoint is not the evaluated one. Nothing was published.
     """
     with opened(source, library, recipe, options) as run:
         score_arm(run, "baseline")
@@ -44,7 +57,7 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
             for seed in range(recipe.seeds):
                 load_selected(run, arm, seed)
                 score_arm(run, arm, seed)
-        run.teacher = None  # what loads the output, to prove it, needs the room
+        run.teacher = None  # free its memory, because the check loads the written output
         compare_arms(run)
         warn_of_harm(run)
         load_selected(run, "refined", run.preferred("refined"))
@@ -52,23 +65,30 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
 
 
 def arm_phases(arm: str, recipe: Recipe, sparsity: float | None) -> tuple[Phase, ...]:
-    """The phases of one try of an arm: the recipe's, with the masks taken out (dense) or drawn at random (random).
+    """Return the phases of one try of an arm.
 
-    With `keep: sparse` they end with the last sparse phase, whose weights are the result.
+    They are the recipe's phases. The control "dense" has them without masks, and the control "random"
+    with random masks. With `keep: sparse` they end with the last sparse phase, because its weights
+    are the result.
+
+    Args:
+        arm: "refined", "dense" or "random".
+        recipe: The recipe.
+        sparsity: The sparsity of the try, one of `recipe.tried`. None: the phases' own.
     """
     phases = recipe.phases_at(sparsity)
     if recipe.keep == "sparse":
         phases = phases[: max(i for i, phase in enumerate(phases) if phase.kind == "sparse") + 1]
     if arm == "dense":
-        free = {"kind": "dense", "sparsity": None, "refresh": None, "criterion": "magnitude"}
-        return tuple(phase.model_copy(update=free) for phase in phases)
+        without_mask = {"kind": "dense", "sparsity": None, "refresh": None, "criterion": "magnitude"}
+        return tuple(phase.model_copy(update=without_mask) for phase in phases)
     if arm == "random":
         return tuple(p.model_copy(update={"criterion": "random"}) if p.kind == "sparse" else p for p in phases)
     return phases
 
 
 def finish(run: Run) -> Report:
-    """Verdict and gate; then write, verify and publish."""
-    said = verdict(run.comparisons["refined_vs_baseline"], run.margin)
+    """Decide the verdict and the gate; then write, verify and publish the result."""
+    result = verdict(run.comparisons["refined_vs_baseline"], run.margin)
     passed_gate = gate_passed(run.recipe.gate, run.comparisons, run.margin, run.recipe.control)
-    return publish(run, said, passed_gate)
+    return publish(run, result, passed_gate)

@@ -1,4 +1,4 @@
-"""The state of the process that a call may change and must give back: for the Python API, whose caller owns the process."""
+"""Restore the state of the process after a call of the Python API, because the process belongs to the caller."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from dsd_refine.quiet import LIBRARIES
 
 @contextmanager
 def as_found() -> Iterator[None]:
-    """Afterwards, also after an error, the process is as it was.
+    """Restore the state of the process at the end of a `with` block, also after an error.
 
-    That is: torch's deterministic mode, threads, default dtype and gradient mode; the random generators of python, numpy and
-    torch; environment variables; loggers' levels and warning filters; progress bars; Accelerate's state. Within, Accelerate
-    starts without a state, so that a call may have another device or precision than the one before.
+    The state is: torch's deterministic mode, threads, default dtype and gradient mode; the random
+    generators of python, numpy and torch; environment variables; levels of loggers and filters of
+    warnings; progress bars; the state of Accelerate. Inside the block, Accelerate starts without a
+    state, so that a call may use another device or precision than the call before.
     """
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        for kept in (_torch_modes, _random_generators, _environment, _loggers, _progress_bars, _accelerate):
-            stack.enter_context(kept())
+        for restored in (_torch_modes, _random_generators, _environment, _loggers, _progress_bars, _accelerate):
+            stack.enter_context(restored())
         yield
 
 
@@ -83,7 +84,7 @@ def _loggers() -> Iterator[None]:
 
 @contextmanager
 def _progress_bars() -> Iterator[None]:
-    """datasets' own bars are off within; the Hub's are where a download shows them, off a terminal not at all."""
+    """Switch off the progress bars of datasets. The Hub shows its own bars, but only in a terminal."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     shown = not are_progress_bars_disabled()
@@ -97,7 +98,7 @@ def _progress_bars() -> Iterator[None]:
 
 @contextmanager
 def _accelerate() -> Iterator[None]:
-    """Accelerate keeps its state in dicts that all its objects share."""
+    """Empty the dicts in which all objects of Accelerate share their state, and restore them later."""
     shared = accelerate_states()
     before = [dict(state) for state in shared]
     for state in shared:
@@ -105,6 +106,6 @@ def _accelerate() -> Iterator[None]:
     try:
         yield
     finally:
-        for state, kept in zip(shared, before, strict=True):
+        for state, saved in zip(shared, before, strict=True):
             state.clear()
-            state.update(kept)
+            state.update(saved)

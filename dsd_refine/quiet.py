@@ -1,4 +1,4 @@
-"""Quiet libraries: errors only. Light: this is called before they are imported."""
+"""Let libraries report only errors. This module imports none of them, because it is used before they are."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ LIBRARIES = ("timm", "datasets", "transformers", "huggingface_hub", "accelerate"
 
 
 def quiet_libraries() -> None:
-    """Let the libraries say errors only, and show no warning of theirs."""
+    """Let the libraries log only errors, and hide all warnings."""
     for name in LIBRARIES:
-        level = logging.CRITICAL if name == "datasets" else logging.ERROR  # datasets raises what it logs
+        level = logging.CRITICAL if name == "datasets" else logging.ERROR  # datasets also raises the errors that it logs
         logging.getLogger(name).setLevel(level)
     warnings.simplefilter("ignore")

@@ -1,6 +1,7 @@
-"""A recipe: a list of phases and everything else that decides a result. Frozen, validated, written back out.
+"""A recipe: a list of phases and everything else that decides a result.
 
-Light on purpose: a mistake in a recipe is said before anything heavy is imported.
+It is immutable, validated, and can be written as YAML. This module imports nothing heavy, so that a
+mistake in a recipe shows at once.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ Rate = Annotated[float, Field(ge=0)]
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
-# beyond these no run ends: a slip of the finger, or a file from a stranger
+# No run with more steps would end. A larger number is a typing error.
 Count = Annotated[int, Field(ge=0, le=10**9)]
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the range of torch's generators
 
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
-MOST_MISTAKES = 9  # lines that are shown: who made more reads the file anew
-LONGEST_RECIPE = 100_000  # characters; the loader is slow, and no real recipe is longer
+MOST_MISTAKES = 9  # mistakes that a message lists; the others are counted
+LONGEST_RECIPE = 100_000  # characters; the YAML loader is slow, and no real recipe is longer
 
 
 class Strict(BaseModel):
-    """Unknown keys are refused, values are not coerced (`"0.3"` is no number), nothing changes after validation."""
+    """A model that refuses unknown keys, does not convert values (`"0.3"` is no number), and is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -48,23 +49,40 @@ Kind = TypeVar("Kind", bound=Strict)
 
 
 class Distill(Strict):
-    """Learn from the source as it was, too: (1 - weight) * task loss + weight * T^2 * KL(source || model) at temperature T."""
+    """Distillation: the model also learns from the outputs of the source.
+
+    The loss is (1 - weight) * task loss + weight * T^2 * KL(source || model) at temperature T.
+    """
 
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
     temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Phase(Strict):
-    """One stretch of training with its own optimizer: `sparse` under a mask, or `dense` without.
+    """One phase of training, with its own optimizer: `sparse` under a mask, or `dense` without a mask.
 
-    Lengths are durations, in `epochs` (max(1, ceil(epochs * steps per epoch)) steps) or in optimizer `steps`; 0 is allowed.
-    `sparsity` is the share of zeros per layer (paper, section 3).
-    `refresh` makes the mask anew: `once` (the paper), `every step`, `every N steps`. By magnitude, the step before it is an
-    unmasked one, so that a masked weight can come back by its gradient (iterative hard thresholding, Jin et al. 2016); by
-    chance, the masked weights return as they were and others go (DropConnect, Wan et al. 2013).
-    `average`: the phase gives the mean of its epochs' ends (`swa`, Izmailov et al. 2018) or a moving one of its steps (`ema`).
-    `dropout` sets the rate of every dropout that the model was built with (`dsd_refine.dropout`; stochastic depth is none);
-    `frozen` names parameters, as in model or file, that are neither trained nor masked.
+    Attributes:
+        kind: "sparse" or "dense".
+        epochs: The length in epochs: max(1, ceil(epochs * steps per epoch)) steps. 0 is allowed.
+        steps: The length in optimizer steps, instead of `epochs`. 0 is allowed.
+        lr: The peak learning rate.
+        schedule: How the learning rate falls.
+        warmup_steps: The number of steps in which the learning rate rises.
+        sparsity: The share of zeros in each layer (paper, section 3). Only for a sparse phase.
+        criterion: "magnitude" masks the smallest absolute values, "random" draws by chance.
+        refresh: When a new mask is made: `once` (the paper), `every step`, `every N steps`. With
+            magnitude, the step before a new mask is made without a mask, so that a masked weight can
+            return by its gradient (iterative hard thresholding, Jin et al. 2016). With random, the
+            masked weights get their old values back, and others are masked (DropConnect, Wan et al.
+            2013).
+        average: "swa" gives the mean of the weights at the ends of the epochs (Izmailov et al. 2018),
+            "ema" a moving average over the steps.
+        ema_decay: The decay of the moving average.
+        distill: Learn from the source too.
+        dropout: The rate of every dropout layer of the model (see `dsd_refine.training.dropout`).
+            Stochastic depth does not count as dropout.
+        frozen: Globs of parameters that are neither trained nor masked, by their names in the model or
+            in the file.
     """
 
     kind: Literal["sparse", "dense"]
@@ -87,10 +105,10 @@ class Phase(Strict):
     def _refresh_words(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        found = re.fullmatch(r"every (?:(\d+) )?steps?", value)
-        if value != "once" and not found:
+        match = re.fullmatch(r"every (?:(\d+) )?steps?", value)
+        if value != "once" and not match:
             raise ValueError("refresh is `once`, `every step` or `every N steps`")
-        return int(found[1] or 1) if found else None
+        return int(match[1] or 1) if match else None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -105,7 +123,7 @@ class Phase(Strict):
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps of this phase, given the optimizer steps of one epoch."""
+        """Return the number of optimizer steps of this phase, from that of one epoch."""
         if self.steps is not None:
             return self.steps
         if not self.epochs:
@@ -114,7 +132,7 @@ class Phase(Strict):
 
 
 class Augment(Strict):
-    """Train-time augmentation of images, on top of the checkpoint's own preprocessing."""
+    """The augmentation of images in training, in addition to the checkpoint's own preprocessing."""
 
     crop: Literal["none", "random-resized"] = "none"
     scale: Annotated[tuple[Rate, Rate], Field(strict=False)] = (0.35, 1.0)
@@ -128,16 +146,17 @@ def _has_list(phase: Any) -> bool:
 
 
 class Recipe(Strict):
-    """Everything that decides a result. `dsd/recipe.yaml` of an output is one of these, and repeats the run.
+    """Everything that decides a result. The file dsd/recipe.yaml of an output repeats its run.
 
-    `sparsities` are tried one by one in the one sparse phase, and the holdout picks; a file may also write
-    them as a list in that phase.
-    `weights_key` says which of the sets of weights in one pickle is the model.
-    `label_names` are the names of integer labels, in order, in place of the data's own: a list, or `imagenet-1k`.
-    `label_map` says which class of the model (its name, or its number where it has none) a label of the data is;
-    null leaves its rows out.
-    `encoding` is that of text files without a byte order mark.
-    `eval_split` and `holdout_split` name the splits of the data that evaluate and select.
+    `sparsities` are tried one after the other in the only sparse phase, and the holdout selects one.
+    In a file they may also be a list in that phase.
+    `weights_key` names the set of weights to use, if a pickle has several.
+    `label_names` are the names of integer labels, in order: a list, or `imagenet-1k`. They replace the
+    names in the data.
+    `label_map` maps labels of the data to classes of the model (by name, or by number if the model has
+    no names). null leaves out the rows of a label.
+    `encoding` is the encoding of text files without a byte order mark.
+    `eval_split` and `holdout_split` name the splits of the data for evaluation and selection.
     """
 
     name: str = "recipe"
@@ -188,10 +207,10 @@ class Recipe(Strict):
     @classmethod
     def _known_encoding(cls, value: str) -> str:
         try:
-            "x".encode(value)  # of text: hex and the like are none
+            "x".encode(value)  # must be an encoding of text, unlike hex
             return codecs.lookup(value).name
         except (LookupError, UnicodeError):
-            raise ValueError("no encoding that is known; such as utf-8, latin-1, cp1252, utf-16") from None
+            raise ValueError("not a known encoding; known are for example utf-8, latin-1, cp1252, utf-16") from None
 
     @field_validator("label_names", mode="before")
     @classmethod
@@ -208,7 +227,9 @@ class Recipe(Strict):
             raise ValueError("expected a mapping of the data's labels to the model's classes, such as {neg: NEGATIVE}")
         odd = next((name for name in value.values() if not isinstance(name, str | int | None) or isinstance(name, bool)), None)
         if odd is not None:
-            raise ValueError(f"the class {odd!r:.40} is no text; put it into quotes, as YAML reads yes, no and dates as others")
+            raise ValueError(
+                f"the class {odd!r:.40} is not text; put it into quotes (YAML reads yes, no and dates as other types)"
+            )
         return {label: None if name is None else str(name) for label, name in value.items()}
 
     @model_validator(mode="before")
@@ -233,7 +254,7 @@ class Recipe(Strict):
         if self.keep == "sparse" and not sparse:
             raise ValueError("keep: sparse needs a sparse phase")
         if self.holdout == 0 and (self.keep == "best" or len(self.tried) > 1):
-            raise ValueError("holdout 0 leaves nothing to select by: use keep: last and one sparsity")
+            raise ValueError("holdout 0 leaves no rows for the selection: use keep: last and one sparsity")
         if self.gate == "beats-control" and not self.control:
             raise ValueError("gate beats-control needs a control")
         if len(set(self.control)) != len(self.control):
@@ -242,17 +263,21 @@ class Recipe(Strict):
 
     @property
     def tried(self) -> tuple[float | None, ...]:
-        """What is tried: the listed sparsities, or (None,) where every phase has its own single one."""
+        """The sparsities to try, or (None,) if every phase has only its own."""
         return self.sparsities or (None,)
 
     def phases_at(self, sparsity: float | None) -> tuple[Phase, ...]:
-        """The phases of one try. `sparsity` is one of `tried`: a listed one takes the place of the sparse phase's own."""
+        """Return the phases of one try.
+
+        Args:
+            sparsity: One of `tried`. It replaces the sparsity of the sparse phase, unless it is None.
+        """
         if sparsity is None:
             return self.phases
         return tuple(p.model_copy(update={"sparsity": sparsity}) if p.kind == "sparse" else p for p in self.phases)
 
     def dump(self) -> str:
-        """YAML that `load_recipe` reads back to an equal recipe."""
+        """Return the recipe as YAML. `read_recipe` and `validate` make an equal recipe of it."""
         fields = self.model_dump(mode="json", exclude_none=True)
         if tried := fields.pop("sparsities"):
             next(phase for phase in fields["phases"] if phase["kind"] == "sparse")["sparsity"] = tried
@@ -260,10 +285,10 @@ class Recipe(Strict):
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """A YAML mapping as a dict.
+    """Read a YAML mapping as a dict. `where` is the name of the text in messages.
 
     Raises:
-        RecipeError: not YAML, not a mapping, a key twice, or an alias.
+        RecipeError: The text is not YAML or not a mapping, or has a key twice, or an alias.
     """
     if len(text) > LONGEST_RECIPE:
         raise RecipeError(f"{where}: has {len(text):,} characters; a recipe has a few dozen lines")
@@ -277,10 +302,12 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The raw fields of a recipe file; relative data paths count from the file's own folder.
+    """Return the fields of a recipe file, not validated.
+
+    Relative paths of data are relative to the folder of the file.
 
     Raises:
-        RecipeError: the file cannot be read or is not a YAML mapping.
+        RecipeError: The file cannot be read or is not a YAML mapping.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -297,7 +324,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def match_recipe(model_names: list[str], task: str) -> tuple[Path, str]:
-    """The shipped recipe for a model: the one of its task whose `models` globs match, else the task's; and the reason."""
+    """Return the file of the shipped recipe for a model, and why it was chosen.
+
+    It is the recipe of the task whose `models` globs match a name of the model, else the default of
+    the task.
+    """
     for path in shipped().values():
         raw = read_recipe(path)
         globs = raw.get("models") or [] if raw.get("task") == task else []
@@ -308,19 +339,20 @@ def match_recipe(model_names: list[str], task: str) -> tuple[Path, str]:
 
 
 def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """A raw mapping as a Recipe.
+    """Validate a mapping as a Recipe. `where` is its name in messages.
 
     Raises:
-        RecipeError: lists every mistake, with the nearest known key beside an unknown one.
+        RecipeError: There are mistakes. The message lists them, and for an unknown key the nearest
+            known one.
     """
     return validated(Recipe, raw, where)
 
 
 def validated(model: type[Kind], raw: Mapping[str, Any], where: str) -> Kind:
-    """A raw mapping as a strict model, with `validate`'s messages.
+    """Validate a mapping as `model`, with the messages of `validate`.
 
     Raises:
-        RecipeError: lists every mistake.
+        RecipeError: There are mistakes. The message lists them.
     """
     try:
         return model.model_validate(dict(raw))
@@ -336,7 +368,7 @@ def _mistakes(error: ValidationError) -> Iterator[str]:
     for item in errors:
         if _is_echo(item, errors):
             continue
-        # pydantic names the branch of a union in the path ("float", "tuple[...]"): noise to whoever wrote the recipe
+        # pydantic puts the branch of a union ("float", "tuple[...]") into the path. It does not help the reader.
         loc = [str(part) for part in item["loc"] if re.fullmatch(r"\d+|[a-z_]+\w*", str(part)) and part not in _UNIONS]
         place = ".".join(loc)
         if item["type"] == "extra_forbidden":
@@ -353,7 +385,11 @@ _UNIONS = {"float", "int", "str", "tuple"}
 
 
 def _is_echo(item: Any, errors: list[Any]) -> bool:
-    """Does this line only repeat another: the union's other branch, or a list that is short since its items failed?"""
+    """Return whether an error only repeats another one.
+
+    It may be about the other branch of a union, or about a list that is too short because its items
+    are wrong.
+    """
     if item["type"] == "too_short":
         return any(other["loc"][: len(item["loc"])] == item["loc"] for other in errors if other is not item)
     is_list = isinstance(item["input"], list | tuple)
@@ -370,10 +406,12 @@ def _nearest(loc: tuple[int | str, ...]) -> str:
 
 
 def set_field(raw: dict[str, Any], assignment: str) -> None:
-    """Apply one `--set a.b=v` in place; `v` is read as YAML, list items go by number (`phases.0.lr=0.1`).
+    """Apply one `--set a.b=v` in place.
+
+    `v` is read as YAML. Items of lists are named by their number (`phases.0.lr=0.1`).
 
     Raises:
-        RecipeError: no `=`, or a path that leads through something that is not there.
+        RecipeError: The text has no `=`, or a field on the path does not exist.
     """
     path, equals, text = assignment.partition("=")
     keys = path.strip().split(".")
@@ -396,7 +434,7 @@ def _item(place: Any, key: str, assignment: str, create: bool) -> Any:
         return place[_index(place, key, assignment)]
     if isinstance(place, dict):
         return place.setdefault(key, {}) if create else place[key]
-    raise RecipeError(f"--set {assignment}: nothing called {key!r} there")
+    raise RecipeError(f"--set {assignment}: there is no field {key!r}")
 
 
 def _index(items: list[Any], key: str, assignment: str) -> int:
@@ -406,16 +444,20 @@ def _index(items: list[Any], key: str, assignment: str) -> int:
 
 
 def apply_flags(raw: dict[str, Any], flags: Mapping[str, Any]) -> None:
-    """Apply command-line flags in place. Phase flags reach every phase of their kind.
+    """Apply command-line flags in place. Flags for phases apply to every phase of their kind.
 
-    `--lr` without `--dense-lr` sets the dense phases to a tenth of it (paper, section 3: re-Dense runs at 1/10).
+    `--lr` without `--dense-lr` sets the dense phases to a tenth of it (paper, section 3).
+
+    Raises:
+        RecipeError: Both epochs and steps are given for the same kind of phase.
     """
     flags = {key: value for key, value in flags.items() if value is not None and not (isinstance(value, tuple) and not value)}
     for kind in ("sparse", "dense"):
         if f"{kind}_epochs" in flags and f"{kind}_steps" in flags:
             raise RecipeError(f"--{kind}-epochs and --{kind}-steps: give one of them")
     lr = flags.get("lr")
-    dense_lr = flags.get("dense_lr", lr / 10 if isinstance(lr, int | float) else None)  # what is no number is refused below
+    # An `lr` that is not a number is refused by the validation.
+    dense_lr = flags.get("dense_lr", lr / 10 if isinstance(lr, int | float) else None)
     by_kind: dict[str, dict[str, Any]] = {
         "sparse": {"lr": flags.get("lr"), "sparsity": flags.get("sparsity")},
         "dense": {"lr": dense_lr},
@@ -430,7 +472,7 @@ def apply_flags(raw: dict[str, Any], flags: Mapping[str, Any]) -> None:
     phases = raw.get("phases")
     for phase in phases if isinstance(phases, list) else []:
         named = phase.get("kind") if isinstance(phase, dict) else None
-        if isinstance(named, str) and named in by_kind:  # what else stands there is refused by the schema
+        if isinstance(named, str) and named in by_kind:  # the validation refuses other kinds
             _update(phase, by_kind[named])
     plain = set(Recipe.model_fields) - {"phases"}
     raw.update({key: value for key, value in flags.items() if key in plain})
@@ -448,21 +490,21 @@ def _update(phase: dict[str, Any], fields: Mapping[str, Any]) -> None:
 
 
 def recipes_folder() -> Path:
-    """Where the shipped recipes lie: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the shipped recipes: in the installed package, or beside it in a checkout."""
     inside = Path(__file__).parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
 def shipped() -> dict[str, Path]:
-    """Name -> file of every shipped recipe, sorted by name."""
+    """Return name -> file of every shipped recipe, sorted by name."""
     return {path.stem: path for path in sorted(recipes_folder().rglob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by shipped name or by path.
+    """Return the file of a recipe that is given by its shipped name or its path.
 
     Raises:
-        RecipeError: neither a shipped name nor a file.
+        RecipeError: There is neither a shipped recipe nor a file of this name.
     """
     known = shipped()
     if name in known:

@@ -16,8 +16,9 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
-POWERCAP = Path("/sys/class/powercap")  # Linux: a counter for each CPU package (RAPL), of Intel's and of AMD's
-SAMPLED = 60.0  # seconds between two readings; a counter of 262 kJ would need 4 kW to go round in that time
+POWERCAP = Path("/sys/class/powercap")  # Linux: an energy counter for each CPU package (RAPL), Intel and AMD
+# Seconds between two readings. A counter of 262 kJ wraps around in this time only above 4 kW.
+SAMPLED = 60.0
 
 NEVER = 2**31 - 1
 HIGHEST = 32 << 20  # bytes, the highest value that glibc accepts for M_MMAP_THRESHOLD on 64 bits (mallopt(3))
@@ -54,20 +55,26 @@ def one_thread() -> Iterator[None]:
 
 
 class EnergyCounter(NamedTuple):
-    """`read` gives joules since some moment; behind `span` joules the counter begins at 0 again (inf: it never does)."""
+    """A counter of energy.
+
+    Attributes:
+        read: Returns the joules since some moment.
+        span: After so many joules the counter wraps around to 0. Infinite: it never does.
+    """
 
     read: Callable[[], float]
     span: float
 
 
 def energy_counters(device: torch.device, powercap: Path = POWERCAP) -> list[EnergyCounter]:
-    """The GPU's total energy counter (through NVML, where pynvml is installed) or those of the CPU packages.
+    """Return the energy counter of the GPU (NVML, needs pynvml), or those of the CPU packages.
 
-    Empty where there is none, or none that this user may read.
+    The list is empty if there is no counter, or if this user may not read it.
     """
     try:
         return [_gpu_counter(device)] if device.type == "cuda" else _cpu_counters(powercap)
-    except Exception:  # pynvml is missing, or has errors of its own for an old GPU, a MIG slice, a missing driver
+    # pynvml may be missing. It has its own errors for an old GPU, a MIG slice or a missing driver.
+    except Exception:
         return []
 
 
@@ -77,30 +84,38 @@ def _gpu_counter(device: torch.device) -> EnergyCounter:
     number = torch.cuda.current_device() if device.index is None else device.index
     handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(number).uuid}")
     counter = EnergyCounter(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, math.inf)
-    counter.read()  # a GPU older than Volta has none
+    counter.read()  # fails here if the GPU has no counter (older than Volta)
     return counter
 
 
 def _cpu_counters(powercap: Path) -> list[EnergyCounter]:
-    """One for each package. Its parts (cores, memory) and the whole board (psys) would be counted twice."""
+    """Return one counter for each CPU package.
+
+    Counters of its parts (cores, memory) and of the whole board (psys) are left out, because they
+    would count the same energy twice.
+    """
 
     def joules(file: Path) -> float:
         return int(file.read_text()) / 1e6
 
     zones = [zone for zone in sorted(powercap.glob("intel-rapl:*")) if (zone / "name").read_text().startswith("package")]
-    found = [
+    counters = [
         EnergyCounter(lambda file=zone / "energy_uj": joules(file), joules(zone / "max_energy_range_uj"))  # type: ignore[misc]
         for zone in zones
     ]
-    for counter in found:
-        counter.read()  # on most systems the administrator alone may
-    return found
+    for counter in counters:
+        counter.read()  # fails here if only the administrator may read it, as on most systems
+    return counters
 
 
 class EnergyMeter:
-    """Energy used since `with` began, by everything on the device: other programs on it are not told apart.
+    """Measures the energy used by the device inside a `with` block, including that of other programs.
 
-    A CPU package's counter begins at 0 again after minutes of work, so a thread reads it every SAMPLED seconds.
+    The counter of a CPU package wraps around after minutes of work, so a thread reads it regularly.
+
+    Args:
+        counters: The counters of the device.
+        sampled: Seconds between two readings.
     """
 
     def __init__(self, counters: Sequence[EnergyCounter], sampled: float = SAMPLED) -> None:
@@ -123,13 +138,13 @@ class EnergyMeter:
             self.joules()
 
     def joules(self) -> float | None:
-        """What was used so far; None where that is not known."""
+        """Return the joules used so far, or None if they are not known."""
         with self._lock:
             try:
                 now = [counter.read() for counter in self.counters]
-            except Exception:  # what could be read at first cannot be any more
+            except Exception:  # a counter that was readable at first is not any more
                 now = [math.nan] * len(self.counters)
             for counter, before, after in zip(self.counters, self._last, now, strict=True):
-                self._used += (after - before) % counter.span  # inf, where a counter that never wraps went back
+                self._used += (after - before) % counter.span  # infinite if a counter that never wraps went back
             self._last = now
             return self._used if math.isfinite(self._used) else None

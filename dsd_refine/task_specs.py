@@ -1,7 +1,7 @@
-"""The tasks: one entry each. What asks which tasks there are, or how they differ, reads it here.
+"""The tasks, one entry each: which there are, and how they differ.
 
-Light on purpose: `--help` and a recipe's schema need it, and import no torch.
-`docs/adding-a-task.md` says how to add one.
+This module does not import torch, because `--help` and recipes need it. `docs/adding-a-task.md` says
+how to add a task.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What differs from one task to another and can be said without its code.
+    """The properties of a task that are known without its code.
 
-    Its default recipe is the shipped recipe of its name, `recipes/NAME.yaml`.
+    The default recipe of a task is the shipped recipe of its name, `recipes/NAME.yaml`.
 
     Attributes:
-        name: as in `--task`, recipe and report.
-        opener: `module:function` that makes the task of its data, called as `prepare_task` does.
-        columns: the kinds of column that it reads, the content first (`tasks.registry.KINDS`).
-        auto_class: transformers' class that builds and loads its models.
-        model_list: transformers' list of such models, `MODEL_FOR_…_MAPPING_NAMES` in lower case
-            with hyphens.
-        endings: endings of class names in a config's `architectures` that tell the task.
-        processor: transformers' class that prepares the inputs, for the model card.
-        pipeline_tag: the Hub's name of the task.
-        default_length: tokens of a text where neither `--max-length` nor the checkpoint has a
-            limit; None: it cuts none.
-        model_types: the only families of transformers that it is for; empty: all of the list.
-        libraries: the libraries whose models do it.
+        name: Its name in `--task`, in recipes and in reports.
+        opener: `module:function` that makes the task from its data. `prepare_task` calls it.
+        columns: The kinds of columns that it reads, the content first (`tasks.registry.KINDS`).
+        auto_class: The class of transformers that builds and loads its models.
+        model_list: The list of such models in transformers: the middle of
+            `MODEL_FOR_…_MAPPING_NAMES`, in lower case with hyphens.
+        endings: If a class name in a config's `architectures` ends so, the model is for this task.
+        processor: The class of transformers that prepares the inputs, for the model card.
+        pipeline_tag: The name of the task on the Hub.
+        default_length: The most tokens of a text, if neither `--max-length` nor the checkpoint sets
+            a limit. None: texts are not cut.
+        model_types: The only model types of transformers that it supports. Empty: all of the list.
+        libraries: The libraries that have models for it.
     """
 
     name: str
@@ -45,13 +45,15 @@ class TaskSpec:
 
     @property
     def has_classes(self) -> bool:
-        """Does a row have a label, which is one of the model's classes?"""
+        """Whether each row has a label, which is one of the model's classes."""
         return "label" in self.columns
 
     @property
     def sees_signal(self) -> bool:
-        """Do pixels or sound go in? The first layer that sees them is not masked; of tokens it is
-        an embedding.
+        """Whether the input is pixels or sound.
+
+        Then the first layer is not masked. For tokens, the first layer is an embedding, which is not
+        masked anyway.
         """
         return "image" in self.columns or "audio" in self.columns
 
@@ -120,8 +122,8 @@ _ALL = (
         endings=("GitForCausalLM", "VisionEncoderDecoderModel", "ForConditionalGeneration"),
         processor="AutoProcessor",
         pipeline_tag="image-to-text",
-        default_length=20,  # as transformers generates where nothing is said
-        model_types=("vision-encoder-decoder", "blip", "git"),  # of many, those whose training on captions is known here
+        default_length=20,  # the default of transformers' generation
+        model_types=("vision-encoder-decoder", "blip", "git"),  # we know how to train these on captions
     ),
 )
 

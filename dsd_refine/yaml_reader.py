@@ -17,6 +17,7 @@ class _NoAliases(yaml.SafeLoader):
     """SafeLoader that refuses aliases."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose a node, and raise YAMLError if it is an alias."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it uses aliases (*name), which are not allowed")
         return super().compose_node(parent, index)
@@ -26,12 +27,13 @@ class _RecipeLoader(_NoAliases):
     """Refuses duplicate keys, and reads 1e-4 as a number, as YAML 1.2 does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping, and raise YAMLError if a key is not text or is there twice."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if not isinstance(key, str):
                 raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} is not text; put it into quotes")
             if keys.count(key) > 1:
-                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} stands twice")
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {key!r} is there twice")
         return super().construct_mapping(node, deep=deep)
 
 

@@ -43,7 +43,7 @@ def picture_run(made, out, *more):
         (["--task", "ctc-speech"], r"no class that does ctc-speech with bert"),
         (["--task", "poetry"], r"not a task; known are"),
         (["--control", "none", "--gate", "beats-control"], r"needs a control"),
-        (["--control", "none", "--control", "dense"], r"goes alone"),
+        (["--control", "none", "--control", "dense"], r"cannot be combined"),
         (["--holdout", "0"], r"use keep: last"),
         (["--holdout", "0", "--keep", "last", "--sparsity", "0.2,0.3"], r"use keep: last and one sparsity"),
         (["--max-length", "33"], r"only 32 positions"),
@@ -215,7 +215,7 @@ def test_an_output_that_is_not_empty_is_refused(refused, made, tmp_path):
     out.mkdir()
     (out / "thesis.txt").write_text("precious")
     assert "is not empty" in refused(*picture_run(made, out))
-    assert "no report of ours" in refused(*picture_run(made, out, "--overwrite"))
+    assert "no report of dsd-refine" in refused(*picture_run(made, out, "--overwrite"))
     assert hashes(out).keys() == {"thesis.txt"}
     shutil.rmtree(out)
     out.write_text("a file")

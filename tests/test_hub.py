@@ -64,7 +64,7 @@ def fetched(server, name):
         ({"faults": {WEIGHTS: [403]}, "after": {"X-Error-Code": "GatedRepo"}}, "it is gated"),
         ({"answers": {"org/tiny": (418, {})}}, "the Hub answered 418"),
         ({"model": "org/tiny@nope"}, "the Hub has no such revision of it"),
-        ({"faults": {WEIGHTS: [404]}, "after": {"X-Error-Code": "EntryNotFound"}}, "one of its files is not there"),
+        ({"faults": {WEIGHTS: [404]}, "after": {"X-Error-Code": "EntryNotFound"}}, "one of its files is missing"),
         ({"faults": {WEIGHTS: ["changed"]}}, "model.safetensors is not what the Hub says it is (wrong checksum)"),
     ],
 )

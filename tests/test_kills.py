@@ -231,7 +231,7 @@ def test_two_at_once_on_one_output(child, refused, made, tmp_path):
     for how in ("--resume", "--overwrite"):
         message = refused(*pictures(made, tmp_path / "out", how))
         assert first.ended_within(0) is None  # it waited for nothing: the first is in its step yet
-        assert f"another run (process {first.pid}) is at work there" in message
+        assert f"another run (process {first.pid}) uses this folder" in message
     first.kill(signal.SIGKILL)
     first.wait()
     last = child(*pictures(made, tmp_path / "out", "--resume"))

@@ -108,7 +108,7 @@ def test_the_lock_of_a_dead_process_does_not_block(workspace):
     ("made", "options", "says"),
     [
         ({"out/x": "theirs"}, {}, "is not empty"),
-        ({"out/x": "theirs"}, {"overwrite": True}, "no report of ours"),
+        ({"out/x": "theirs"}, {"overwrite": True}, "no report of dsd-refine"),
         ({"out": "a file"}, {}, "is a file"),
         ({"out": "a file"}, {"overwrite": True}, "is a file"),
         ({"out.partial/state.json": "{}"}, {}, "unfinished run"),
@@ -147,7 +147,7 @@ def test_a_file_named_like_our_report_makes_nothing_ours(tmp_path):
     (tmp_path / "out/dsd").mkdir(parents=True)
     (tmp_path / "out/dsd/report.json").write_text("{}")
     (tmp_path / "out/thesis.txt").write_text("years")
-    with pytest.raises(UsageError, match="no report of ours"):
+    with pytest.raises(UsageError, match="no report of dsd-refine"):
         Workspace(tmp_path / "out").check_target(tmp_path / "source", resume=False, overwrite=True)
 
 
@@ -155,7 +155,7 @@ def test_a_file_named_like_our_report_makes_nothing_ours(tmp_path):
 def test_a_partial_that_is_not_ours_is_not_touched(tmp_path, options):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial/thesis.txt").write_text("years")
-    with pytest.raises(UsageError, match=r"'thesis.txt', which is not ours"):
+    with pytest.raises(UsageError, match=r"'thesis.txt', which is not from dsd-refine"):
         Workspace(tmp_path / "out").check_target(tmp_path / "source", **{"resume": False, "overwrite": False, **options})
     assert (tmp_path / "out.partial/thesis.txt").read_text() == "years"
 

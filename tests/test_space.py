@@ -150,7 +150,7 @@ def test_a_run_that_cannot_end_for_lack_of_room_is_not_begun(made, small_disk, t
     place = small_disk("8m")
     code, said = ended(command(*pictures(made, place / "out")), tmp_path)
     assert code == 2, said
-    assert "a run needs about" in said
+    assert "the run needs about" in said
     assert f"{place}/out.partial" in said
     assert "are free" in said
     assert not list(place.iterdir())
@@ -183,7 +183,7 @@ def test_room_that_an_earlier_start_holds_counts(tmp_path, monkeypatch):
     (tmp_path / "state").write_bytes(bytes(1000))
     monkeypatch.setattr(space, "free_bytes", lambda place: 500)
     space.check_room(tmp_path, 1500)
-    with pytest.raises(UsageError, match=r"needs about 1\.5 kB there while it goes, 500 bytes are free"):
+    with pytest.raises(UsageError, match=r"needs about 1\.5 kB there, 500 bytes are free"):
         space.check_room(tmp_path, 1501)
 
 

@@ -1,4 +1,7 @@
-"""The command: arguments to a recipe, errors to exit codes. Nothing heavy is imported before a verb needs it."""
+"""The command: it turns arguments into a recipe, and errors into exit codes.
+
+A heavy library is imported only when a verb needs it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ from dsd_refine.run.signals import Signals
 from dsd_refine.task_specs import TASKS
 
 BUG = 1
-# quiet libraries, no bars of theirs, nothing sent anywhere: set before any of them is imported
+# Libraries shall print only errors, show no progress bars and send nothing. They read these variables
+# when they are imported.
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -50,6 +54,11 @@ class DefaultRun(click.Group):
     """A group whose default verb is `run`: `dsd-refine resnet50 …` is `dsd-refine run resnet50 …`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Insert the verb `run` if the first argument is not a verb.
+
+        It may be a misspelled verb. Then the nearest verb is stored in `ctx.meta`, for the message of
+        a later error.
+        """
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
             ctx.meta[NEAREST_VERB] = nearest_verb(args[0], [*self.commands])
             args = ["run", *args]
@@ -153,12 +162,13 @@ def plan(model: str, **given: Any) -> int:
     source = find_source(model, weights=given["measure"], allow_pickle=given["allow_pickle"])
     library = open_library(source, given["task"], given["trust_remote_code"])
     recipe = choose_recipe(library, given, Display().say)
-    found = make_plan(source, library, recipe, allow_pickle=given["allow_pickle"])
+    planned = make_plan(source, library, recipe, allow_pickle=given["allow_pickle"])
     if given["measure"]:
         from dsd_refine.planning.measure import add_measured, measure
 
-        found = add_measured(found, measure(source, library, recipe, given["device"], given["allow_pickle"]))
-    _result(json.dumps(found, indent=1, ensure_ascii=False) if given["as_json"] else plan_text(found, layers=given["layers"]))
+        planned = add_measured(planned, measure(source, library, recipe, given["device"], given["allow_pickle"]))
+    as_json = given["as_json"]
+    _result(json.dumps(planned, indent=1, ensure_ascii=False) if as_json else plan_text(planned, layers=given["layers"]))
     return 0
 
 
@@ -191,9 +201,14 @@ def verify(
 
 
 class Recipes(click.Group):
-    """`recipes` and `recipes show NAME`; `recipes NAME` is answered with the latter."""
+    """The verbs `recipes` and `recipes show NAME`. For `recipes NAME` it suggests the second."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb below `recipes`.
+
+        Raises:
+            click.UsageError: There is no such verb. The message says what to type instead.
+        """
         if args[0] not in self.commands:
             close = nearest(args[0], [*self.commands])
             raise click.UsageError(f"did you mean `recipes {close or f'show {args[0]}'}`?", ctx)
@@ -245,18 +260,18 @@ def _check_task(given: dict[str, Any]) -> None:
 
 
 def _finished(out: Path, given: dict[str, Any], display: Any) -> bool:
-    """With --resume, a finished run says so and changes nothing."""
+    """Return whether --resume is given for a finished run. Then say so; nothing is changed."""
     report = out / "dsd/report.json"
     if not given["resume"] or not report.is_file():
         return False
-    note = f"{out}: this run is finished already; nothing to resume"
+    note = f"{out}: this run is finished already; there is nothing to resume"
     if out.with_name(out.name + ".partial").is_dir():
         from dsd_refine.run.workspace import Workspace
 
         if not Workspace(out, writes=_is_main()).settle():
             if given["overwrite"]:
                 return False
-            note += f". {out}.partial holds an unfinished run that is to replace it: --resume --overwrite goes on with that"
+            note += f". {out}.partial has an unfinished run that will replace it: go on with --resume --overwrite"
     display.say(note)
     if given["as_json"] and _is_main():
         _result(report.read_text(encoding="utf-8").rstrip("\n"))
@@ -264,6 +279,11 @@ def _finished(out: Path, given: dict[str, Any], display: Any) -> bool:
 
 
 def _asker(yes: bool) -> Callable[[str, int], bool]:
+    """Return a function that asks the user whether to download `size` bytes.
+
+    With --yes it answers yes, and without a terminal no, without asking.
+    """
+
     def ask(name: str, size: int) -> bool:
         if yes or not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
             return yes
@@ -273,6 +293,7 @@ def _asker(yes: bool) -> Callable[[str, int], bool]:
 
 
 def _is_main() -> bool:
+    """Return whether this is the main process of the run, by the variable that launchers set."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -280,15 +301,22 @@ _STDOUT: list[TextIO] = []
 
 
 def _result(text: str) -> None:
-    """The result goes to the real stdout; everything else, libraries' prints included, goes to stderr."""
+    """Write the result to the real stdout. All other output goes to stderr, also that of libraries."""
     out = _STDOUT[-1] if _STDOUT else sys.stdout
-    encoding = out.encoding or "utf-8"  # a name out of a file may have characters that it has not
+    encoding = out.encoding or "utf-8"  # names in files may have characters that this encoding does not have
     out.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     out.flush()
 
 
 def main(args: list[str] | None = None) -> None:
-    """The console script. Ends the process with the exit code of the contract."""
+    """Run the command, and end the process with its exit code.
+
+    Args:
+        args: The arguments. None: those of the process.
+
+    Raises:
+        SystemExit: Always, with the exit code.
+    """
     fill_streams()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -298,7 +326,7 @@ def main(args: list[str] | None = None) -> None:
     if message and (_is_main() or code in (BUG, RunError.exit_code)):
         click.echo(message, err=True)
     if code and "WORLD_SIZE" in os.environ and _is_main():
-        click.echo(f"dsd-refine: exit code {code}", err=True)  # launchers replace it by their own
+        click.echo(f"dsd-refine: exit code {code}", err=True)  # launchers end with an exit code of their own
     sys.stdout = _STDOUT.pop()
     sys.exit(code)
 
@@ -308,12 +336,16 @@ def _shows_help() -> bool:
 
 
 def _lost_another(error: Exception) -> bool:
-    """Is this what is left to say when another process of the run is gone? (gloo's and the store's words, NCCL's types)"""
+    """Return whether an error only says that another process of the run has ended.
+
+    It is known by the type of the error (NCCL and the store) or by its text (gloo).
+    """
     distributed = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
     return "WORLD_SIZE" in os.environ and (distributed or "gloo" in str(error))
 
 
 def _guarded(args: list[str] | None) -> tuple[int, str]:
+    """Run the command. Return its exit code, and the message if it failed."""
     try:
         with Signals():
             return int(cli.main(args, prog_name="dsd-refine", standalone_mode=False) or 0), ""
@@ -327,7 +359,10 @@ def _guarded(args: list[str] | None) -> tuple[int, str]:
         return error.exit_code, f"Error: {error}"
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
-            return RunError.exit_code, f"Error: {error.filename or 'disk'}: {error.strerror}; go on with --resume when cured"
+            return (
+                RunError.exit_code,
+                f"Error: {error.filename or 'disk'}: {error.strerror}; correct this, then go on with --resume",
+            )
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             return UsageError.exit_code, f"Error: {error.filename!s:.200}: {error.strerror}"
         return BUG, traceback.format_exc()

@@ -1,4 +1,7 @@
-"""The options of the verbs, in groups, and how `--help` shows them. Light: `--help` imports click and little else."""
+"""The options of the verbs, in groups, and how `--help` shows them.
+
+This module imports little more than click, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from dsd_refine.task_specs import TASKS
 
 NEAREST_VERB = "dsd_refine.nearest_verb"  # key of click's `ctx.meta`: the verb that the first word may have meant
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-GATE_HELP = "; ".join(f"{rule}: {what}" for rule, what in GATES.items()) + "."
+GATE_HELP = "; ".join(f"{rule}: {meaning}" for rule, meaning in GATES.items()) + "."
 
 
 class GroupedOption(click.Option):
@@ -25,9 +28,10 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose `--help` has its options in groups; what it does not know, it answers with the option to use."""
+    """A command that shows its options in groups, and answers an unknown option with the one to use."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options for `--help`, each group under its heading."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -38,6 +42,11 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(records)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments.
+
+        Raises:
+            click.UsageError: They are wrong. The message first says what to type instead.
+        """
         known = _options(self, ctx)
         if message := one_dash(args, known):
             raise click.UsageError(message, ctx)
@@ -48,7 +57,7 @@ class GroupedCommand(click.Command):
 
 
 def _answer(error: click.UsageError, ctx: click.Context, known: list[str]) -> str:
-    """What is wrong with the arguments, with the suggestion first: the verb before the option."""
+    """Return the message for wrong arguments. It begins with a suggestion: of a verb, else of an option."""
     unknown = error.option_name if isinstance(error, click.NoSuchOption) else None
     if verb := ctx.meta.get(NEAREST_VERB):
         return f"did you mean `{verb}`? {f'{unknown}: no such option' if unknown else error.format_message()}"
@@ -60,18 +69,23 @@ def _options(command: click.Command, ctx: click.Context) -> list[str]:
 
 
 def _options_elsewhere(ctx: click.Context) -> dict[str, list[str]]:
-    """The options of the other verbs, by verb."""
+    """Return the options of the other verbs, by verb."""
     group = ctx.parent.command if ctx.parent else None
     others = group.commands if isinstance(group, click.Group) else {}
     return {name: _options(other, ctx) for name, other in others.items() if other is not ctx.command}
 
 
 class Shares(click.ParamType):  # type: ignore[type-arg]
-    """`0.3` or `0.25,0.3,0.5`."""
+    """The type of --sparsity: one number (`0.3`) or several (`0.25,0.3,0.5`)."""
 
     name = "S[,S…]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the text as a float, or as a tuple of floats if it has several.
+
+        Raises:
+            click.BadParameter: The text has something else than numbers, or a number is out of range.
+        """
         try:
             shares = tuple(float(part) for part in str(value).split(","))
         except ValueError:
@@ -82,7 +96,7 @@ class Shares(click.ParamType):  # type: ignore[type-arg]
 
 
 def in_group(name: str, *options: tuple[tuple[str, ...], dict[str, Any]]) -> Decorator:
-    """A decorator that adds options under one heading, in this order."""
+    """Return a decorator that adds options to a command, under the heading `name`, in this order."""
 
     def apply(function: Callable[..., Any]) -> Callable[..., Any]:
         for names, more in reversed(options):
@@ -93,12 +107,12 @@ def in_group(name: str, *options: tuple[tuple[str, ...], dict[str, Any]]) -> Dec
 
 
 def option(*names: str, **more: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """An option for `in_group`."""
+    """Return an option for `in_group`, from the arguments of `click.option`."""
     return names, more
 
 
 def together(*decorators: Decorator) -> Decorator:
-    """Several decorators as one, the first on top."""
+    """Return one decorator that applies several. The first is the outermost one."""
 
     def apply(function: Callable[..., Any]) -> Callable[..., Any]:
         for decorator in reversed(decorators):

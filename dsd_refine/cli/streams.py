@@ -1,4 +1,4 @@
-"""The standard streams where whoever started the process has closed them, as `2>&-`, some daemons and pythonw do."""
+"""Replace closed standard streams. The shell's `2>&-`, some daemons and pythonw close them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import sys
 
 
 def fill_streams() -> None:
-    """Lead what is closed of the descriptors 0 to 2, and what Python has None for, to nowhere.
+    """Open the null device for each of the descriptors 0 to 2 that is closed, and for streams that are None.
 
-    Else the next file to be opened gets the number, and what a library says on its standard error is written into it.
+    Otherwise the next opened file would get the free number, and libraries would write their messages
+    into it.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is `number`
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

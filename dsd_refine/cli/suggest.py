@@ -1,4 +1,4 @@
-"""What to type instead: names that people know from other tools, and slips of the finger."""
+"""Suggest what to type instead, for names that other tools use and for typing errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from types import MappingProxyType
 
-# timm's train.py, transformers' Trainer, accelerate, torchvision's references, pruning tools
+# Options of other tools (timm, transformers' Trainer, accelerate, torchvision, pruning tools) -> ours
 ELSEWHERE = {
     "--learning-rate": "--lr",
     "--base-lr": "--lr",
@@ -95,7 +95,7 @@ ELSEWHERE = {
 }
 
 
-# words that people try as a verb -> the verb that does it
+# words that people may try as a verb -> our verb
 OTHER_VERBS = {
     "help": "--help",
     "version": "--version",
@@ -109,12 +109,12 @@ OTHER_VERBS = {
 
 
 def suggestion(name: str, known: Sequence[str], elsewhere: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
-    """The answer to an unknown option: the option to use first.
+    """Return the message for an unknown option. It says which option to use.
 
     Args:
-        name: the option as it was typed.
-        known: the options of the verb.
-        elsewhere: the options of the other verbs, by verb.
+        name: The option as it was typed.
+        known: The options of the verb.
+        elsewhere: The options of the other verbs, by verb.
     """
     plain = name.replace("_", "-")
     if plain in known:
@@ -128,14 +128,15 @@ def suggestion(name: str, known: Sequence[str], elsewhere: Mapping[str, Sequence
 
 
 def _all_known(use: str, known: Sequence[str]) -> bool:
-    """Does the verb have every option that a suggestion names?"""
+    """Return whether the verb has every option that a suggestion names."""
     return all(word in known for word in use.split() if word.startswith("-"))
 
 
 def one_dash(args: Sequence[str], known: Sequence[str]) -> str | None:
-    """The message for a long option that was typed with one dash, as `-lr`; None where there is none.
+    """Return the message for a long option that was typed with one dash, such as `-lr`.
 
-    Without it `-output-dir=x` would be read as `-o utput-dir=x`.
+    Without this check, click would read `-output-dir=x` as `-o utput-dir=x`. None: there is no such
+    option in `args`.
     """
     for arg in takewhile(lambda arg: arg != "--", args):
         name = arg.partition("=")[0]
@@ -145,13 +146,16 @@ def one_dash(args: Sequence[str], known: Sequence[str]) -> str | None:
 
 
 def nearest_verb(word: str, verbs: Sequence[str]) -> str | None:
-    """The verb that a word may have meant; None where it is an option or there is a file of that name."""
+    """Return the verb that a word may mean.
+
+    None: no verb is near, or the word is an option, or a file has this name.
+    """
     if word.startswith("-") or os.path.exists(word):
         return None
     return OTHER_VERBS.get(word) or nearest(word, verbs)
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The known name that a slip of the finger may have meant."""
+    """Return the known name that is nearest to a misspelled one, or None if none is near."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return close[0] if close else None

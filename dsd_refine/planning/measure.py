@@ -1,4 +1,4 @@
-"""`plan --measure`: a few real steps at the real batch size, for peak memory and the time of a whole run."""
+"""`plan --measure`: train a few real steps to measure peak memory and estimate the time of a whole run."""
 
 from __future__ import annotations
 
@@ -26,19 +26,30 @@ from dsd_refine.training.evaluate import evaluate
 from dsd_refine.training.hooks import Hooks, Step
 from dsd_refine.training.settings import settings
 
-STEPS = 4  # of each phase; the first one warms up and is not counted
+STEPS = 4  # steps of each phase; the first one is a warm-up and is not timed
 PART = 4  # micro-batches that are evaluated
 
 
 def measure(source: Source, library: Library, recipe: Recipe, device: str, allow_pickle: bool) -> dict[str, str]:
-    """Train STEPS steps of each phase and evaluate a few batches, beside any output; nothing of it is kept.
+    """Train STEPS steps of each phase and evaluate a few batches, in a temporary folder.
+
+    Args:
+        source: The checkpoint.
+        library: The adapter of its library.
+        recipe: The recipe.
+        device: "auto", "cpu", "cuda" or "mps".
+        allow_pickle: Read .bin and .pth weights too.
+
+    Returns:
+        The lines for the totals of the plan, by name: "measured", "peak memory" and "whole run".
 
     Raises:
-        UsageError: as a run would.
+        UsageError: A run would raise it too.
+        Interrupted: A signal came.
     """
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
-        options = Options(output_dir=Path(place) / "out", device=device, allow_pickle=allow_pickle, hooks=(clock,))
+        options = Options(output_dir=Path(folder) / "out", device=device, allow_pickle=allow_pickle, hooks=(clock,))
         with opened(source, library, recipe, options) as run:
             phases = arm_phases("refined", recipe, recipe.tried[0])
             steps = _by_phase(run, clock, phases)
@@ -54,36 +65,45 @@ def measure(source: Source, library: Library, recipe: Recipe, device: str, allow
 
 
 class Clock(Hooks):
-    """Notes when each step has ended, in seconds of `time.perf_counter`."""
+    """Records when each step ended.
+
+    Attributes:
+        ended: The times, in seconds of `time.perf_counter`.
+    """
 
     def __init__(self) -> None:
         self.ended: list[float] = []
 
     def on_step(self, step: Step) -> None:
+        """Record the time, after the GPU has finished the step."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ended.append(time.perf_counter())
 
 
 def _by_phase(run: Run, clock: Clock, phases: Sequence[Phase]) -> list[float]:
-    """Seconds a step of each phase; 0 for one without steps. Phases that cost the same are measured once."""
+    """Return the seconds of one step of each phase; 0 for a phase without steps.
+
+    Phases that differ only in length and learning rate are measured once.
+    """
     known: dict[Phase, float] = {}
-    found = []
+    seconds = []
     for number, phase in enumerate(phases):
         if not phase.total_steps(run.loop.steps_per_epoch):
-            found.append(0.0)
+            seconds.append(0.0)
             continue
         short = phase.model_copy(update={"epochs": None, "steps": STEPS, "warmup_steps": 0, "schedule": "constant", "lr": 0.0})
         if short not in known:
             known[short] = _step_seconds(run, clock, number, (*phases[:number], short))
-        found.append(known[short])
-    return found
+        seconds.append(known[short])
+    return seconds
 
 
 def _step_seconds(run: Run, clock: Clock, number: int, phases: Sequence[Phase]) -> float:
-    """Median seconds of the phase's steps, which are made as in a run."""
+    """Train a phase as a run does, and return the median of the seconds of its steps."""
     clock.ended.clear()
-    state = replace(enter_phase(run, "refined", 0, number, phases), last=False)  # no end of an epoch is a candidate
+    # With last=False, the holdout does not select at the end of an epoch.
+    state = replace(enter_phase(run, "refined", 0, number, phases), last=False)
     with settings(run.loop.model, phases[number], run.checkpoint.filled):
         run_phase(run, phases[number], state)
     run.loop.loss = None
@@ -91,7 +111,7 @@ def _step_seconds(run: Run, clock: Clock, number: int, phases: Sequence[Phase]) 
 
 
 def _row_seconds(run: Run) -> float:
-    """Seconds a unit of evaluation, over a few batches."""
+    """Evaluate a few batches, and return the seconds for each unit (row)."""
     part = run.task.eval
     units = min(part.units, PART * run.recipe.batch_size)
     started = time.perf_counter()
@@ -100,16 +120,26 @@ def _row_seconds(run: Run) -> float:
 
 
 def whole_run(run: Run, steps: Sequence[float], row: float) -> float:
-    """Seconds of all arms, tries and seeds, and the final evaluations: `steps` a step of each phase, `row` a row evaluated."""
+    """Return the estimated seconds of a whole run: all arms, tries and seeds, and all evaluations.
+
+    Args:
+        run: The run.
+        steps: The seconds of one step of each phase.
+        row: The seconds for the evaluation of one row.
+    """
     recipe = run.recipe
     tries = [arm_phases(arm, recipe, sparsity) for arm in run.arms for sparsity in run.tries]
     rows = run.task.eval.units * (1 + len(run.arms) * recipe.seeds)
-    rows += run.task.holdout.units if run.task.holdout else 0  # the source's, once
+    rows += run.task.holdout.units if run.task.holdout else 0  # the source is evaluated on the holdout once
     return sum(_try_seconds(run, phases, steps, row) for phases in tries) + rows * row
 
 
 def _try_seconds(run: Run, phases: Sequence[Phase], steps: Sequence[float], row: float) -> float:
-    """The steps of a try; the holdout after each phase and at each end that is a candidate; BatchNorm's looks at the rows."""
+    """Return the estimated seconds of one try.
+
+    They are for the steps, for evaluations on the holdout (after each phase and each epoch whose
+    weights may be selected), and for passes over the training rows for BatchNorm.
+    """
     loop, best = run.loop, run.recipe.keep == "best"
     lengths = [phase.total_steps(loop.steps_per_epoch) for phase in phases]
     ends = max(1, -(-lengths[-1] // loop.steps_per_epoch)) if best else 1
@@ -124,11 +154,11 @@ def _on_gpu(run: Run) -> bool:
 
 
 def peak_memory(run: Run) -> int:
-    """Bytes: of the device where there is one, else the most that this process has held."""
+    """Return the peak memory in bytes: that of the GPU, or without one that of this process."""
     if _on_gpu(run):
         return int(torch.cuda.max_memory_allocated())
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held if sys.platform == "darwin" else held * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS gives bytes, Linux kibibytes
 
 
 def _clock(seconds: float) -> str:
@@ -137,6 +167,6 @@ def _clock(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def add_measured(plan: dict[str, Any], found: dict[str, str]) -> dict[str, Any]:
-    """The plan with what was measured among its totals."""
-    return {**plan, "totals": {**plan["totals"], **found}}
+def add_measured(plan: dict[str, Any], measurements: dict[str, str]) -> dict[str, Any]:
+    """Return the plan with the result of `measure` added to its totals."""
+    return {**plan, "totals": {**plan["totals"], **measurements}}

@@ -1,4 +1,4 @@
-"""What a run would do, found without weights: the model on the meta device, the files' headers, the rows' number."""
+"""Plan a run without weights: from the model on the meta device, the files' headers and the data."""
 
 from __future__ import annotations
 
@@ -23,21 +23,32 @@ from dsd_refine.training.state import micro_batches
 
 
 def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle: bool = False) -> dict[str, Any]:
-    """Every layer with its masked counts (one a sparsity) or its reason, totals, steps, memory, disk, and a run's warnings.
+    """Return what a run would do.
+
+    Args:
+        source: The checkpoint. Its weights are not needed.
+        library: The adapter of its library.
+        recipe: The recipe.
+        allow_pickle: Read .bin and .pth weights too.
+
+    Returns:
+        What `dsd-refine plan --json` prints: every layer with its number of masked weights (one for
+        each sparsity) or with the reason why it is not masked; totals, steps, memory and disk; and
+        the warnings that a run would give.
 
     Raises:
-        UsageError: as a run would, for what can be seen without weights.
+        UsageError: A run would raise it too, for a reason that can be seen without weights.
     """
-    absent = _not_here(recipe)
+    missing_data = _why_no_data(recipe)
     with tempfile.TemporaryDirectory() as cache:
-        given = look_at_data(recipe, library.task, library, Path(cache), lambda *_: False) if not absent else None
+        given = look_at_data(recipe, library.task, library, Path(cache), lambda *_: False) if not missing_data else None
         checkpoint = open_shapes(source, library, allow_pickle=allow_pickle, weights_key=recipe.weights_key)
         check_settings(checkpoint.model, recipe, checkpoint.filled)
         layers = open_layers(checkpoint, recipe, [])
         task = prepare_task(recipe, library.task, library, checkpoint.model, given) if given else None
         data = given.entry(parts_of(task)) if given and task else None
-    said = dict(task.report()) if task else {"warnings": []}
-    warnings = [*checkpoint.warnings, *said["warnings"], *(data["unused"] if data else [])]
+    task_report = dict(task.report()) if task else {"warnings": []}
+    warnings = [*checkpoint.warnings, *task_report["warnings"], *(data["unused"] if data else [])]
     shares = [_first_sparsity(recipe, tried) for tried in recipe.tried]
     rows = [
         {
@@ -50,9 +61,9 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
         "model": source.model, "resolved": source.resolved, "revision": source.revision, "library": source.library,
         "task": library.task, "recipe": recipe.name, "layers": rows,
         "totals": _totals(checkpoint, layers, rows, shares)
-        | (_steps(checkpoint, recipe, task) if task else {"steps": f"not known{absent}"})
+        | (_steps(checkpoint, recipe, task) if task else {"steps": f"not known{missing_data}"})
         | _sizes(checkpoint, layers, recipe),
-        "labels": said.get("labels"), "data": data, "warnings": [*dict.fromkeys([*warnings, *few_maskable(layers)])],
+        "labels": task_report.get("labels"), "data": data, "warnings": [*dict.fromkeys([*warnings, *few_maskable(layers)])],
     }  # fmt: skip
 
 
@@ -65,34 +76,34 @@ def _totals(
 ) -> dict[str, Any]:
     parameters = sum(layer.weights for layer in layers if not (layer.excluded or "").startswith("the same storage"))
     maskable = sum(layer.weights for layer in layers if layer.excluded is None)
-    found: dict[str, Any] = {"parameters": f"{parameters:,}", "maskable": f"{maskable:,} ({maskable / parameters:.1%})"}
+    totals: dict[str, Any] = {"parameters": f"{parameters:,}", "maskable": f"{maskable:,} ({maskable / parameters:.1%})"}
     for number, share in enumerate(share for share in shares if share is not None):
         masked = sum(row["masked"][number] for row in rows)
-        found[f"masked at {share:g}"] = f"{masked:,} ({masked / maskable:.1%} of the maskable)"
-    return found
+        totals[f"masked at {share:g}"] = f"{masked:,} ({masked / maskable:.1%} of the maskable)"
+    return totals
 
 
-def _not_here(recipe: Recipe) -> str:
-    """Why the data cannot be looked at; nothing where they can, or where it is to be said that there are none."""
+def _why_no_data(recipe: Recipe) -> str:
+    """Return why the data cannot be read for a plan; an empty text if they can be read."""
     if recipe.data is None:
         return ": no data given (--data)"
-    fetched = [spec for spec in (recipe.data, recipe.eval_data) if spec and is_on_hub(spec)]
-    return f" before {' and '.join(fetched)} is fetched" if fetched else ""
+    on_hub = [spec for spec in (recipe.data, recipe.eval_data) if spec and is_on_hub(spec)]
+    return f" before {' and '.join(on_hub)} is fetched" if on_hub else ""
 
 
 def _steps(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> dict[str, str]:
-    """Optimizer steps per phase."""
+    """Return the lines about rows and optimizer steps, by name."""
     holdout = len(task.holdout.rows) if task.holdout else 0
-    found = {"rows": f"{len(task.train.rows):,} train, {holdout:,} holdout, {len(task.eval.rows):,} evaluation"}
+    lines = {"rows": f"{len(task.train.rows):,} train, {holdout:,} holdout, {len(task.eval.rows):,} evaluation"}
     batchnorm = any(isinstance(module, BatchNorm) for module in checkpoint.model.modules())
     micro = len(micro_batches(task.train.units, recipe.batch_size, batchnorm))
     per_epoch = -(-micro // recipe.gradient_accumulation_steps)
     for number, phase in enumerate(recipe.phases, 1):
-        found[f"{number}-{phase.kind}"] = _phase(phase, per_epoch)
+        lines[f"{number}-{phase.kind}"] = _phase(phase, per_epoch)
     names = ("refined", *recipe.control)
     tries = [(arm, tried) for arm in names for tried in recipe.tried * recipe.seeds]
     total = sum(phase.total_steps(per_epoch) for arm, tried in tries for phase in arm_phases(arm, recipe, tried))
-    return found | {"in all": f"{total:,} steps: {len(tries)} runs of the phases ({', '.join(names)})"}
+    return lines | {"in all": f"{total:,} steps: {len(tries)} runs of the phases ({', '.join(names)})"}
 
 
 def _phase(phase: Phase, per_epoch: int) -> str:
@@ -100,30 +111,38 @@ def _phase(phase: Phase, per_epoch: int) -> str:
 
 
 def _sizes(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe) -> dict[str, str]:
-    """Memory of the largest phase, and disk."""
+    """Return the lines about the memory of the largest phase and about the disk."""
     memory = max(memory_of(checkpoint, layers, recipe, phase, last=phase is recipe.phases[-1]) for phase in recipe.phases)
-    disk = space.of_run(checkpoint, layers, recipe)  # what a run looks for before it begins
+    disk = space.of_run(checkpoint, layers, recipe)  # a run checks the same number before it begins
     return {"memory": f"{memory / 1e9:.2f} GB and the activations", "disk": f"{disk / 1e9:.2f} GB at most while running"}
 
 
 def memory_of(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe, phase: Phase, *, last: bool) -> int:
-    """Bytes that a phase holds beside the activations, all in float32 but for the masks.
+    """Return the bytes that a phase needs, without the activations.
 
-    The weights, the source's, a teacher; of what trains gradients and optimizer state; a mean; masks and what a random mask
-    puts aside. Saving takes no more. The last phase is evaluated with all of it there: rounded weights are a copy, and so are
-    those that a mean stands in for.
+    Everything is float32, except the masks. It is the weights, the source's weights and a teacher;
+    gradients and optimizer state of the trained weights; an average; masks, and the values that a
+    random mask sets aside. A save needs no more. In the last phase, an evaluation adds copies: of
+    weights that are rounded to the dtypes of the files, and of weights that the average replaces.
+
+    Args:
+        checkpoint: The source.
+        layers: Its layers.
+        recipe: The recipe.
+        phase: The phase.
+        last: Whether it is the last phase.
     """
     own = [layer for layer in layers if not (layer.excluded or "").startswith("the same storage")]
     weights = sum(layer.weights for layer in own)
-    frozen = frozen_names(checkpoint.model, phase.frozen, checkpoint.filled)
-    still = sum(layer.weights for layer in own if all(tensor_slice.key in frozen for tensor_slice in layer.slices))
+    frozen_keys = frozen_names(checkpoint.model, phase.frozen, checkpoint.filled)
+    frozen = sum(layer.weights for layer in own if all(tensor_slice.key in frozen_keys for tensor_slice in layer.slices))
     floats = (2 + int(any(each.distill for each in recipe.phases))) * weights
-    floats += (1 + space.optimizer_tensors(recipe)) * (weights - still)
-    floats += weights - still if phase.average != "none" else 0
+    floats += (1 + space.optimizer_tensors(recipe)) * (weights - frozen)
+    floats += weights - frozen if phase.average != "none" else 0
     if last and recipe.keep == "best":
         halves = {entry.name for _, entry in checkpoint.layout.where.values() if entry.dtype.itemsize < space.FLOAT}
         floats += sum(layer.weights for layer in own if layer.name in halves)
-        floats += weights - still if phase.average != "none" else 0
+        floats += weights - frozen if phase.average != "none" else 0
     maskable = sum(layer.weights for layer in layers if layer.excluded is None) if phase.kind == "sparse" else 0
     random = phase.refresh and (phase.criterion == "random" or "random" in recipe.control)
     floats += round(maskable * (_first_sparsity(recipe, max(recipe.tried, key=lambda s: s or 0.0)) or 0.0)) if random else 0

@@ -1,4 +1,4 @@
-"""A plan as text: the summary first, the layers where they are asked for."""
+"""Show a plan as text."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from dsd_refine.report.data import data_lines
 
 
 def plan_text(plan: Mapping[str, Any], layers: bool = False) -> str:
-    """What `plan` prints: weights, steps, memory, disk and time; then data, labels, warnings; then the layers.
+    """Return what `plan` prints: weights, steps, memory, disk, time, data, labels, warnings, layers.
 
     Args:
-        plan: what `make_plan` gave.
-        layers: show each layer with its masked weights or its reason; else only how many there are of each kind.
+        plan: The result of `make_plan`.
+        layers: Show each layer with its number of masked weights, or with the reason why it has none.
+            Else show only how many layers are masked, and how many are not for each reason.
     """
     totals = plan["totals"] | ({} if "whole run" in plan["totals"] else {"time": "not measured; --measure trains a few steps"})
     lines = [f"{plan['model']} · {plan['task']} · recipe {plan['recipe']}", ""]
@@ -27,7 +28,7 @@ def plan_text(plan: Mapping[str, Any], layers: bool = False) -> str:
 
 
 def _counts(layers: list[Mapping[str, Any]]) -> list[str]:
-    """How many layers are masked, and how many not for each reason."""
+    """Return lines that say how many layers are masked, and how many are not for each reason."""
     reasons = Counter(layer["excluded"].partition(": ")[0] for layer in layers if layer["excluded"] is not None)
     masked = len(layers) - reasons.total()
     return [
@@ -40,7 +41,7 @@ def _table(layers: list[Mapping[str, Any]]) -> list[str]:
     width = max((len(layer["name"]) for layer in layers), default=0)
     lines = []
     for layer in layers:
-        what = layer["excluded"] or " ".join(f"{count:,}" for count in layer["masked"])
+        masked = layer["excluded"] or " ".join(f"{count:,}" for count in layer["masked"])
         shape = "x".join(map(str, layer["shape"]))
-        lines.append(f"  {layer['name'].ljust(width)}  {shape:>18}  {layer['weights']:>12,}  {what}")
+        lines.append(f"  {layer['name'].ljust(width)}  {shape:>18}  {layer['weights']:>12,}  {masked}")
     return lines

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FLOAT = 4  # bytes of a float32
 SLACK = 1 << 20  # bytes for the log, the scores and the report
-UNSAVED = 3  # so many new tensor files make a save due, because only a save removes the old ones
+UNSAVED = 3  # after so many new tensor files the state is saved, because only a save removes old files
 
 
 def optimizer_tensors(recipe: Recipe) -> int:
@@ -35,7 +35,7 @@ def of_run(checkpoint: Checkpoint, layers: Sequence[Layer], recipe: Recipe, *, s
         checkpoint: The source.
         layers: Its layers.
         recipe: The recipe.
-        save_phases: The checkpoint of each phase is written too.
+        save_phases: Whether the checkpoint of each phase is written too.
     """
     weights = FLOAT * sum(value.numel() for value in checkpoint.model.state_dict().values())
     averages = int(any(phase.average != "none" for phase in recipe.phases))
@@ -49,7 +49,7 @@ def of_run(checkpoint: Checkpoint, layers: Sequence[Layer], recipe: Recipe, *, s
 
 
 def _output(checkpoint: Checkpoint) -> int:
-    """The bytes of one written checkpoint."""
+    """Return the bytes of one written checkpoint."""
     tensors = sum(entry.end - entry.begin for file in checkpoint.layout.files for entry in file.entries)
     names = checkpoint.source.side_files(set(checkpoint.weight_files))[0]
     return tensors + sum((checkpoint.source.folder / name).stat().st_size for name in names)
@@ -63,10 +63,10 @@ def check_room(place: Path, need: int) -> None:
     Raises:
         UsageError: There is not enough room.
     """
-    held = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    reusable = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     free = free_bytes(place)
-    if need > free + held:
+    if need > free + reusable:
         raise UsageError(
-            f"{place}: a run needs about {in_words(need)} there while it goes, {in_words(free)} are free; "
-            "make room, or give an --output-dir where there is more"
+            f"{place}: the run needs about {in_words(need)} there, {in_words(free)} are free; "
+            "make room, or give an --output-dir on a disk with more room"
         )

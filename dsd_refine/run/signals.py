@@ -1,5 +1,9 @@
-"""SIGTERM and SIGINT: before the first step they end the run at once, then at the next step or batch; a second one ends it
-there and then. Nothing heavy is imported here: the command holds this while the libraries are loaded.
+"""Handle SIGTERM and SIGINT.
+
+Before the first step a signal ends the run at once. Later it ends the run at the next step or batch,
+after a save. A second signal ends the process at once.
+
+This module imports nothing heavy, because the command uses it while the libraries are imported.
 """
 
 from __future__ import annotations
@@ -11,10 +15,14 @@ from typing import Any
 
 
 class Signals:
-    """Within, a signal raises KeyboardInterrupt until `wait()` is called; after that it only sets `asked`.
+    """Handles signals inside a `with` block.
 
-    KeyboardInterrupt passes every `except Exception` on its way. Outside the main thread, where Python takes no signals,
-    nothing is done.
+    A signal raises KeyboardInterrupt until `wait()` is called. After that it only sets `asked`.
+    `except Exception` does not catch KeyboardInterrupt. Outside the main thread nothing is done,
+    because Python handles signals only there.
+
+    Attributes:
+        asked: Whether a signal has come.
     """
 
     def __init__(self) -> None:
@@ -25,7 +33,8 @@ class Signals:
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) is not None:  # None: set by other than Python, which could not be given back
+                # None: the handler was not set by Python, so we could not restore it.
+                if signal.getsignal(number) is not None:
                     self._before[number] = signal.signal(number, self._ask)
         return self
 
@@ -34,10 +43,11 @@ class Signals:
             signal.signal(number, handler)
 
     def wait(self) -> None:
-        """From here on there is something to finish and to save: whoever works asks `asked`.
+        """Let later signals only set `asked`, because from now on there is a state to save.
 
         Raises:
-            KeyboardInterrupt: a signal came before, in a destructor, where Python only prints what is raised.
+            KeyboardInterrupt: A signal has come already, during a destructor. Python only prints
+                exceptions that are raised there.
         """
         if self.asked:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What a run has found out so far, as it is saved: JSON, beside the tensors that it names."""
+"""The state of a run that is saved as JSON, beside the tensor files that it names."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from typing import Any
 from dsd_refine.training.state import Progress
 
 Metrics = dict[str, float]
-Place = list[int]  # of the next phase: number of the arm, of the try, of the phase, each from 0
+Place = list[int]  # the next phase: the numbers of its arm, its try and the phase itself, each from 0
 
 
 @dataclass
 class Selected:
-    """The weights that the holdout prefers of an arm and a seed: where they are, and what they are.
+    """The weights that the holdout prefers, of one arm and one seed.
 
-    `file` is in OUT.partial/; `returned` counts, by layer, the weights that have the source's values back.
+    Attributes:
+        file: The name of their file in OUT.partial/.
+        attempt: The number of the try that they are from, from 0.
+        epoch: The number of the epoch of the last phase that they are from.
+        sparsity: The sparsity of the try. None if no phase is sparse.
+        seed: The seed of the try.
+        holdout: Their metrics on the holdout. None without a holdout.
+        returned: Layer name -> number of weights that have the source's values back.
     """
 
     file: str
@@ -30,25 +37,28 @@ class Selected:
 
 @dataclass
 class RunState:
-    """Everything of a run that a stop must keep, but for tensors. Keys of inner mappings are texts, as in JSON.
+    """Everything that a stopped run must keep, except tensors.
+
+    The keys of inner mappings are texts, as in JSON.
 
     Attributes:
-        at: the phase that comes next, or that runs; None before the first.
-        progress: how far the phase at `at` is; None between phases.
-        phases: the entries of the report, with `attempt`, the number of the try.
-        best: arm -> number of the seed -> what the holdout chose.
-        judged: the arms (and seeds) whose scores on the evaluation split are saved.
-        looked: whether the source was tried on holdout and training rows.
-        source_holdout: its metrics there; None without a holdout.
-        source_loss: its mean loss on the first training rows, as training shows them.
-        baseline_warnings: what is odd about the source on these data.
-        harm: warnings that training makes the weights worse.
-        histograms: number of the try -> layer -> weight histograms of the refined arm.
-        zeros: number of the try -> layer -> weights that were 0 at the end of its first sparse phase.
-        empty: the same for filters: layer -> (filters of zeros alone, filters).
-        returned: layer -> masked weights that had no gradient in a dense phase and were given back.
-        masked_only: no step has followed the mask of this try.
-        scaler: the fp16 loss scale, which was found by trying.
+        at: The phase that runs now or comes next. None before the first phase.
+        progress: How far the phase `at` is. None between phases.
+        phases: The entries of phases in the report, each with `attempt`, the number of the try.
+        best: Arm -> number of the seed -> the weights that the holdout chose.
+        judged: The arms (and seeds) whose scores on the evaluation split are saved.
+        looked: Whether the source was scored on holdout and training rows.
+        source_holdout: The source's metrics on the holdout. None without a holdout.
+        source_loss: The source's mean loss on the first training rows, in training form.
+        baseline_warnings: Warnings about the source on these data.
+        harm: Warnings that training makes the weights worse.
+        histograms: Number of the try -> layer -> weight histograms of the refined arm.
+        zeros: Number of the try -> layer -> number of zeros at the end of its first sparse phase.
+        empty: Number of the try -> layer -> (number of filters with only zeros, number of filters).
+        returned: Layer -> number of masked weights that had no gradient in a dense phase and have the
+            source's values again.
+        masked_only: Whether no optimizer step has followed the mask of this try.
+        scaler: The state of the fp16 loss scaler.
     """
 
     at: Place | None = None
@@ -69,12 +79,12 @@ class RunState:
     scaler: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As a mapping that JSON can hold."""
+        """Return the state as a mapping that JSON can store."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> RunState:
-        """What `to_json` gave; an empty mapping is a new run."""
+        """Return the state from the mapping of `to_json`. An empty mapping gives the state of a new run."""
         state = cls(**saved)
         if saved.get("progress") is not None:
             state.progress = Progress(**saved["progress"])

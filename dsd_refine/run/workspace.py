@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,26 @@ from dsd_refine.run import disk as space
 
 REPORT = "dsd/report.json"
 LOG_EVERY = 1.0  # seconds in which lines of log.jsonl are gathered
-MOVING = "moving"  # this file in OUT.partial/ says: out/ is complete and verified. Without out/, it has become OUT
+# If this file is in OUT.partial/, out/ is complete and verified. If out/ is then missing, it was
+# already renamed to OUT.
+MOVING = "moving"
 KEPT = ("lock", "pid", "cache")  # files in OUT.partial/ that a new start does not remove
 # Patterns of all names that a run uses in OUT.partial/.
 OURS = ("lock", "pid", "cache", MOVING, "out", "replaced", "phases", "log.jsonl", "state*", "best-*", "scores-*", "*.tmp")
 SWEPT = ("state-*.safetensors", "best-*.safetensors")
+CHANGED = "it has changed since it was saved"
 
 
 class Workspace:
     """OUT and its sibling OUT.partial/.
 
-    `state` is the JSON part of the saved state, empty in a new run. `need` is the number of bytes
-    that the run needs on the disk.
+    Attributes:
+        state: The JSON part of the saved state, empty in a new run.
+        need: The number of bytes that the run needs on the disk.
 
     Args:
         out: The output directory.
-        writes: This process writes. Of several processes, only the main one does.
+        writes: Whether this process writes. Of several processes, only the main one does.
         save_every: Minutes between two saves.
 
     Raises:
@@ -97,7 +102,9 @@ class Workspace:
             if not overwrite:
                 raise UsageError(f"{self.out}: is not empty; give another --output-dir, or --overwrite")
             if not self.finished():
-                raise UsageError(f"{self.out}: holds no report of ours, so --overwrite will not remove it; remove it yourself")
+                raise UsageError(
+                    f"{self.out}: has no report of dsd-refine, so --overwrite will not remove it; remove it yourself"
+                )
         elif self.out.exists() and not out.is_dir():
             raise UsageError(f"{self.out}: is a file; give another --output-dir")
         if os.path.ismount(out):
@@ -109,11 +116,11 @@ class Workspace:
         """Refuse an OUT.partial/ with files that no run wrote, because runs empty and remove this
         folder.
         """
-        found = sorted(path.name for path in self.partial.iterdir()) if self.partial.is_dir() else []
-        strange = [name for name in found if not any(fnmatchcase(name, pattern) for pattern in OURS)]
+        names = sorted(path.name for path in self.partial.iterdir()) if self.partial.is_dir() else []
+        strange = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in OURS)]
         if strange or (self.partial.exists() and not self.partial.is_dir()):
-            what = f"holds {strange[0]!r}, which is" if strange else "is"
-            raise UsageError(f"{self.partial}: {what} not ours; move it, or give another --output-dir")
+            problem = f"has the file {strange[0]!r}, which is" if strange else "is"
+            raise UsageError(f"{self.partial}: {problem} not from dsd-refine; move it, or give another --output-dir")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -143,13 +150,13 @@ class Workspace:
             lock.acquire(timeout=0)
             (self.partial / "pid").write_text(f"{os.getpid()}\n")
         except filelock.Timeout:
-            raise UsageError(f"{self.partial}: another run{self._holder()} is at work there") from None
+            raise UsageError(f"{self.partial}: another run{self._holder()} uses this folder") from None
         except OSError as error:
             raise UsageError(f"{self.partial}: cannot be written: {error.strerror or error}") from None
         # Another run may have ended, and removed OUT.partial/ with the lock, before or after we
         # took the lock.
         if not (self.partial / "lock").is_file() or (self.finished() and not self.overwrite):
-            raise UsageError(f"{self.out}: another run has just ended there; look at it, then try again")
+            raise UsageError(f"{self.out}: another run has just ended there; look at its output, then try again")
         shutil.rmtree(self.partial / "cache", ignore_errors=True)  # it is never synced, so its files may be incomplete
 
     def _holder(self) -> str:
@@ -198,7 +205,7 @@ class Workspace:
             file.seek(0)
             self._log_hash = hashlib.sha256(file.read(size))
             if self._log_hash.hexdigest() != self.state.get("log_sha256", hashlib.sha256().hexdigest()):
-                raise _unusable(self.log_file, ValueError("it is not what was saved"))
+                raise _unusable(self.log_file, ValueError(CHANGED))
             file.truncate(size)
 
     def log(self, line: dict[str, Any]) -> None:
@@ -222,7 +229,12 @@ class Workspace:
         return time.monotonic() - self.last_save > self.save_every or self.unsaved >= space.UNSAVED
 
     def save(self, tensors: dict[str, torch.Tensor] | None, run: dict[str, Any] | None = None) -> None:
-        """Save `state` and its tensors. Between phases it has none (None). `run` is what the run itself keeps."""
+        """Save the state.
+
+        Args:
+            tensors: The tensors of the current phase. None between phases.
+            run: The JSON form of `RunState`.
+        """
         self.last_save = time.monotonic()
         self.state["run"] = run or {}
         if self.writes:
@@ -269,7 +281,7 @@ class Workspace:
             # which mapping needs.
             ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
             head, entries = build_header(ordered, {})
-            parts = (part for made in ([head], map(memory, ordered.values())) for part in made)
+            parts: Iterator[bytes | memoryview] = chain([head], map(memory, ordered.values()))
             size = max((entry.end for entry in entries), default=len(head))
             self.state.setdefault("files", {})[name] = replace_parts(self.partial / name, parts, size)
 
@@ -282,7 +294,7 @@ class Workspace:
         path, digest = self.partial / Path(name).name, self.state.get("files", {}).get(name)
         try:
             if digest is not None and sha256_file(path) != digest:
-                raise ValueError("it is not what was saved")
+                raise ValueError(CHANGED)
             return load_file(path)
         except Exception as error:  # safetensors has its own errors for a broken file
             raise _unusable(path, error) from None
@@ -303,8 +315,8 @@ class Workspace:
             os.replace(self.ready, self.out)
         except OSError as error:
             raise RunError(
-                f"{self.out}: cannot be put in its place: {error.strerror or error}. The result waits in {self.partial}: "
-                "make room for it there, then go on with --resume"
+                f"{self.out}: the result cannot be moved there: {error.strerror or error}. It is still in {self.partial}. "
+                f"Remove or move what is in {self.out}, then go on with --resume"
             ) from None
         sync_folder(self.out.parent)
         self.discard()
@@ -350,7 +362,7 @@ def _read_state(file: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(state, dict) or state.pop("sha256", None) != _digest(state):
-            raise ValueError("it is not what was saved")
+            raise ValueError(CHANGED)
     except (OSError, ValueError, RecursionError) as error:
         raise _unusable(file, error) from None
     return state
