@@ -254,8 +254,8 @@ MUTATIONS = [
     Mutation(
         "the bootstrap is not widened for few rows",
         "evidence/compare.py",
-        "wide = math.sqrt((free + 1) / free)",
-        "wide = 1.0",
+        "widening = math.sqrt((degrees + 1) / degrees)",
+        "widening = 1.0",
         "test_statistics.py::test_the_interval_of_few_rows_is_widened_to_student_s",
     ),
     Mutation(

@@ -602,7 +602,7 @@ def test_the_three_layers_that_changed_most_are_shown_the_rest_is_folded():
     assert [layer.name for layer in rest] == ["b", "d"]
     text = made(pictures=pictures)
     assert text.index("<code>e</code>") < text.index("2 more layers") < text.index("<code>b</code>")
-    assert "of the 5 layers recorded, those whose mean |w| changed most" in Reader(text).text
+    assert "Of the 5 recorded layers, those whose mean |w| changed most" in Reader(text).text
 
 
 def test_controls_share_the_axis_and_phases_are_told_apart():

@@ -25,7 +25,7 @@ def test_an_expected_figure_that_is_not_reached_stops_the_run(refused, command, 
     args = [made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *SHORT, "--quiet"]
     message = refused(*args, "--expect", "accuracy=0.98")
     assert "accuracy=0.98" in message
-    assert "preprocessing or the labels" in message.replace("\n", " ")
+    assert "preprocessing, the labels or the rows" in message.replace("\n", " ")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
     baseline = command(*args, "--json")

@@ -61,8 +61,8 @@ def check_baseline(
         if not near(metrics[metric], expected, task, metric, recipe.margin):
             raise UsageError(
                 f"--expect {metric}={expected:g}: the source reaches {metrics[metric]:.4f} on these "
-                f"{len(task.eval.rows):,} rows, not within the margin of {recipe.margin:g}. Probably the preprocessing or "
-                "the labels differ from those that it was measured with, or the rows do; nothing was trained"
+                f"{len(task.eval.rows):,} rows, not within the margin of {recipe.margin:g}. The preprocessing, the labels or "
+                "the rows are probably other ones than in that measurement; nothing was trained"
             )
     return [*assigned, *_card_warnings(task, metrics, recipe, source), *_chance_warnings(task, metrics, recipe.margin)]
 
@@ -112,7 +112,7 @@ def _assignment_message(labels: LabelMap, better: Assignment, rows: int) -> str:
 
     used, fits = {k: k for k in texts}, {k: better.classes[k] for k in texts}
     text = (
-        f"the labels are probably not the classes that they are taken for. Used ({labels.rule}): {pairs(used)}; "
+        f"the labels are probably assigned to wrong classes. Used ({labels.rule}): {pairs(used)}; "
         f"{better.used:.1%} of {rows:,} rows are right. Another assignment fits the source's answers far better: "
         f"{pairs(fits)}; {better.accuracy:.1%} are right"
     )

@@ -198,12 +198,12 @@ def _of_draws(delta: float, deltas: Array, changed: int, unseen: float) -> Compa
     interval contains 0. If m < FEWEST_CHANGED, draws cannot show what one more changed row would
     do. Then the interval reaches at least `unseen` to both sides.
     """
-    free = max(changed, 2) - 1
-    wide = math.sqrt((free + 1) / free)
-    share = norm.sf(wide * student.isf(ALPHA / 2, free))
+    degrees = max(changed, 2) - 1  # of freedom
+    widening = math.sqrt((degrees + 1) / degrees)
+    share = norm.sf(widening * student.isf(ALPHA / 2, degrees))
     low, high = (float(end) for end in np.quantile(deltas, [share, 1 - share]))
     tail = min(int((deltas <= 0).sum()), int((deltas >= 0).sum()))
-    p_value = float(2 * student.sf(norm.isf((tail + 1) / (DRAWS + 1)) / wide, free))
+    p_value = float(2 * student.sf(norm.isf((tail + 1) / (DRAWS + 1)) / widening, degrees))
     p_value = min(1.0, max(p_value, 2.0 ** (1 - changed)))
     if changed < FEWEST_CHANGED:
         low, high = min(low, delta - unseen), max(high, delta + unseen)

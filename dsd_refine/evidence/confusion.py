@@ -76,9 +76,9 @@ def suspected(targets: Array, predictions: Array, classes: int) -> Assignment | 
     moved = np.flatnonzero(fitted != np.arange(classes))
     if accuracy - used < GAIN:
         return None
-    right = np.bincount(targets[fitted[targets] == predictions], minlength=classes)
-    kept = np.bincount(targets[targets == predictions], minlength=classes)
-    agreeing = float((right[moved] >= kept[moved]).mean())
+    fitted_right = np.bincount(targets[fitted[targets] == predictions], minlength=classes)
+    used_right = np.bincount(targets[targets == predictions], minlength=classes)
+    agreeing = float((fitted_right[moved] >= used_right[moved]).mean())
     return Assignment(tuple(map(int, fitted)), accuracy, used) if agreeing >= AGREEING else None
 
 
@@ -93,7 +93,7 @@ def _rank_within(targets: Array) -> Array:
 
 def _fitted(targets: Array, predictions: Array, classes: int) -> Array:
     """The assignment with most rows right. Among equals, the one that moves the fewest labels."""
-    occurring = np.union1d(targets, predictions)  # other classes stay: a head may have many more than the rows use
+    occurring = np.union1d(targets, predictions)  # other classes stay, because a head may have many classes that no row has
     size = len(occurring)
     rows, columns = np.searchsorted(occurring, targets), np.searchsorted(occurring, predictions)
     table = np.bincount(rows * size + columns, minlength=size * size).reshape(size, size) + np.eye(size) / (2 * size)

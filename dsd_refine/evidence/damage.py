@@ -40,8 +40,8 @@ def view_warnings(task: Task, plain: Sequence[Score], seen: Sequence[Score], rec
         return []
     milder = _milder(recipe, task)
     return [
-        f"as training shows them, the source's {guess.metric} on {len(plain):,} training rows is {after.mean():.4f}; with the "
-        f"preprocessing of evaluation it is {before.mean():.4f}. Training on such rows may destroy what the source knows; "
+        f"with the preprocessing of training, the source's {guess.metric} on {len(plain):,} training rows is "
+        f"{after.mean():.4f}; with that of evaluation it is {before.mean():.4f}. Training may destroy what the source knows; "
         f"{f'try {milder}' if milder else 'is the preprocessing of training right?'}"
     ]
 
@@ -79,9 +79,9 @@ def rising_warnings(label: str, losses: Sequence[float], source: float, *, maske
     late, limit = np.array(losses[5:]), max(2 * first, first + 1)
     if len(late) < FEWEST_SEEN or binomtest(int((late > limit).sum()), len(late), 0.5, alternative="greater").pvalue > RARE:
         return []
-    whose = "that of step 1, just masked," if first > source else "the source's on such rows"
+    reference = "that of step 1, just after masking, is" if first > source else "the source's loss on such rows is"
     return [
-        f"{label}: the training loss of steps 6 to {len(losses)} is {np.median(late):.4f} (the median), {whose} {first:.4f}. "
+        f"{label}: the median training loss of steps 6 to {len(losses)} is {np.median(late):.4f}, {reference} {first:.4f}. "
         "The rate is too high: give a lower --lr, or --warmup-steps"
     ]
 
@@ -91,7 +91,7 @@ def harm_warnings(
     recipe: Recipe,
     where: str,
     metrics: Mapping[str, Mapping[str, float]],
-    surely: Callable[[str], bool],
+    is_significant: Callable[[str], bool],
 ) -> list[str]:
     """Warn if all arms end below the source.
 
@@ -100,19 +100,16 @@ def harm_warnings(
         recipe: Names what the user can change.
         where: What the rows are called in the warning.
         metrics: The metrics by arm, `baseline` among them.
-        surely: `surely(arm)` says whether the arm's difference is more than chance.
+        is_significant: Returns whether the difference between an arm and the source is more than
+            chance. Takes the name of the arm.
     """
     base, metric = metrics["baseline"], task.metric if task.metric in metrics["baseline"] else "loss"
     sign = 1 if task.higher_is_better and metric == task.metric else -1
     arms = [arm for arm in metrics if arm != "baseline"]
-    if not all(sign * (metrics[arm][metric] - base[metric]) < 0 and surely(arm) for arm in arms):
+    if not all(sign * (metrics[arm][metric] - base[metric]) < 0 and is_significant(arm) for arm in arms):
         return []
     ends = ", ".join(f"{arm} {metrics[arm][metric]:.4f}" for arm in arms)
-    why = (
-        "it is the training that does harm, with a mask or without"
-        if "dense" in arms
-        else "the training does harm, or the mask"
-    )
+    why = "the training does harm, with a mask and without one" if "dense" in arms else "the training or the mask does harm"
     options = ("a lower --lr", "fewer epochs", "" if "dense" in arms else "a lower --sparsity", _milder(recipe, task))
     remedies = [option for option in options if option]
     return [
@@ -130,15 +127,16 @@ def _milder(recipe: Recipe, task: Task) -> str:
     return f"less augmentation ({' '.join(options)})" if options else ""
 
 
-def clearly_worse(mine: Mapping[str, float], base: Mapping[str, float], task: Task, recipe: Recipe, rows: int | None) -> bool:
-    """Return whether an arm's metrics (`mine`) are worse than the source's by more than two
-    standard errors.
+def clearly_worse(
+    arm_metrics: Mapping[str, float], source_metrics: Mapping[str, float], task: Task, recipe: Recipe, rows: int | None
+) -> bool:
+    """Return whether an arm is worse than the source by more than two standard errors.
 
     The standard error is that of a difference of shares of `rows` rows. It is not known for a
-    metric that is no share of rows (`rows` is None, or a loss): the result is False then.
+    metric that is not a share of rows (`rows` is None, or a loss): the result is False then.
     """
-    metric = task.metric if task.metric in base else "loss"
-    value, source = mine[metric], base[metric]
+    metric = task.metric if task.metric in source_metrics else "loss"
+    value, source = arm_metrics[metric], source_metrics[metric]
     if rows is None or metric in UNBOUNDED:
         return False
     return source - value > 2 * math.sqrt((value * (1 - value) + source * (1 - source)) / rows)

@@ -115,9 +115,10 @@ def _bootstrap_chances(observed: Comparison, rows: int, margin: float, compariso
     delta, deviation, share = abs(observed.delta), observed.error * math.sqrt(rows), observed.changed / rows
 
     def clears(distance: float, count: int, alpha: float) -> float:
-        free = max(1.0, count * share - 1)
-        limit = student.isf(alpha / 2, free)
-        return float(norm.cdf((distance * math.sqrt(count) / deviation - limit) / math.sqrt(1 + limit**2 / (2 * free))))
+        degrees = max(1.0, count * share - 1)  # of freedom
+        limit = student.isf(alpha / 2, degrees)
+        spread = math.sqrt(1 + limit**2 / (2 * degrees))
+        return float(norm.cdf((distance * math.sqrt(count) / deviation - limit) / spread))
 
     def enough(count: int) -> float:
         return float(binom.sf(FEWEST_CHANGED - 1, count, share))

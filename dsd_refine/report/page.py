@@ -1,7 +1,7 @@
-"""report.html: one file that needs nothing but itself. No script, no request: its own policy forbids both.
+"""report.html: a single file without scripts and without requests. Its own policy forbids both.
 
-What is drawn and said is made here and in `figures` and `words`; the template places it. Everything in it is escaped by
-Jinja, since names of models, classes, files and arguments come from outside.
+`figures` makes the drawings and `words` the sentences; the template places them. Jinja escapes all
+values, because names of models, classes, files and arguments come from outside.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dsd_refine.report.examples import Examples
 from dsd_refine.report.places import last_part
 from dsd_refine.report.rules import absolute_margin
 
-SHOWN_ROWS = 20  # skipped rows and class names that are listed; the rest is counted
+SHOWN_ROWS = 20  # the most skipped rows, and class names, that are listed. The rest is counted
 EXPLAINED = {
     "start": "the source",
     "pruned": "just masked",
@@ -45,19 +45,23 @@ def page(
     means: Means | None = None,
     rows: Examples | None = None,
 ) -> str:
-    """report.html of a run. Equal inputs give equal text.
+    """Return the text of report.html. Equal inputs give equal text.
 
-    `report` is report.json, `log` the lines of log.jsonl (read once, as they come), `pictures` the histograms of
-    `dsd_refine.masking.histograms` by layer name, `means` each layer's mean |w| in the source and in the result, `rows`
-    the rows gained and lost.
+    Args:
+        report: The content of report.json.
+        log: The entries of log.jsonl. They are read once, in order.
+        pictures: The histograms of `dsd_refine.masking.histograms`, by layer name.
+        recipe_yaml: The recipe of the run.
+        means: The mean |w| of each layer in the source and in the result, by layer name.
+        rows: The evaluation rows gained and lost.
     """
     recipe = _recipe(recipe_yaml)
     metric = report["metric"]
     margin = absolute_margin(float(recipe.get("margin") or 0.0), metric["name"], report["arms"]["baseline"][metric["name"]])
     source = (report.get("holdout") or {}).get("baseline")
     epoch = report["selected"]["epoch"]
-    drawn = figures.curves(figures.read_log(log), metric["name"], metric["higher_is_better"], source, epoch)
-    telling, others = figures.histograms(pictures)
+    curves = figures.curves(figures.read_log(log), metric["name"], metric["higher_is_better"], source, epoch)
+    top_layers, other_layers = figures.histograms(pictures)
     text = _template().render(
         report=report,
         name=_name(report),
@@ -67,11 +71,11 @@ def page(
         forest=figures.forest(report["comparison"], margin, words.times(metric["name"])),
         spread=_spread_forest(report, margin),
         flips=figures.flips(report),
-        curves=drawn,
+        curves=curves,
         rows=rows,
         cost=cost.cost_rows(report),
-        telling=telling,
-        others=others,
+        top_layers=top_layers,
+        other_layers=other_layers,
         layers=_layers(report, means or {}),
         reasons=Counter(layer["excluded"] for layer in report["layers"] if layer["excluded"]),
         parts=_parts(report),
@@ -81,11 +85,11 @@ def page(
         recipe_yaml=public_recipe(recipe) if recipe else recipe_yaml,
         environment=report["environment"],
     )
-    return text.encode("utf-8", "replace").decode()  # a file name may hold what is no Unicode
+    return text.encode("utf-8", "replace").decode()  # a file name may contain bytes that are not valid Unicode
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a log.jsonl, one at a time."""
+    """Yield the entries of a log.jsonl, one after the other."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             if line.strip():
@@ -106,7 +110,7 @@ def _template() -> Template:
         "bare": lambda number, metric: _typeset(words.bare(metric, number)),
         "value": lambda number, metric: _typeset(words.value(metric, number)),
         "p": lambda value: _typeset(words.p_words(value)),
-        "interval": lambda found, metric: _typeset(words.interval(found, metric)),
+        "interval": lambda comparison, metric: _typeset(words.interval(comparison, metric)),
         "called": words.name_of,
         "duration": cost.duration,
         "joules": cost.energy,
@@ -124,12 +128,12 @@ def _template() -> Template:
 
 
 def _recipe(text: str) -> Mapping[str, Any]:
-    found = yaml.safe_load(text)
-    return found if isinstance(found, dict) else {}
+    recipe = yaml.safe_load(text)
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def _name(report: Mapping[str, Any]) -> str:
-    """The source as a title: a directory by its last part, anything else as it was meant."""
+    """The title: the source's name on the Hub, or the last part of its directory."""
     source = report["source"]
     return str(source["resolved"]) if source["revision"] else Path(source["resolved"]).name or str(source["model"])
 
@@ -141,7 +145,7 @@ def _spread_forest(report: Mapping[str, Any], margin: float) -> figures.Forest |
 
 
 def _layers(report: Mapping[str, Any], means: Means) -> list[dict[str, Any]]:
-    """The layer table's rows: report.json's entry with its means and their relative change."""
+    """The rows of the layer table: the entries of report.json, with the means and their change."""
     rows = []
     for layer in report["layers"]:
         before, after = means.get(layer["name"], (None, None))
@@ -156,7 +160,7 @@ def _parts(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _labels(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The class names of a model that has any, the first few of them, and the rule that matched them."""
+    """The first class names, their number, and the rule that matched them; None without names."""
     labels = report.get("labels")
     if not labels or not labels.get("model"):
         return None
@@ -165,13 +169,13 @@ def _labels(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _typeset(text: str) -> str:
-    """Our own sentences with real minus signs, and with numbers kept together with what belongs to them."""
+    """Replace hyphens by minus signs, and put no-break spaces into "p = 0.03" and "5 %"."""
     text = re.sub(r"(?<![\w-])-(?=\d)", "−", text)
-    return re.sub(r"(?<=\bp) ([=<]) |(?<=\d) (?=%)", lambda found: f"\u00a0{found[1]}\u00a0" if found[1] else "\u00a0", text)
+    return re.sub(r"(?<=\bp) ([=<]) |(?<=\d) (?=%)", lambda match: f"\u00a0{match[1]}\u00a0" if match[1] else "\u00a0", text)
 
 
 def _share(value: float) -> str:
-    """A share as per cent, with as many digits as tell it from 0 and from all."""
+    """A share in percent, with enough digits to show that it is not 0 % or 100 %."""
     text = f"{100 * value:.1f}"
     if value in (0, 1):
         return f"{value:.0%}".replace("%", " %")
