@@ -103,8 +103,8 @@ MUTATIONS = [
     Mutation(
         "each micro-batch weighs the same",
         "training/loop.py",
-        "loop.world / max(1, targets) if batch.count",
-        "loop.world / (len(group) * batch.count) if batch.count",
+        "weight if batch.count",
+        "1.0 / (len(group) * batch.count) if batch.count",
         "test_train.py::test_a_step_does_not_depend_on_how_its_rows_are_split",
     ),
     Mutation(
@@ -138,8 +138,8 @@ MUTATIONS = [
     Mutation(
         "every epoch has the same augmentation",
         "training/batches.py",
-        'stable_seed(*self.key, epoch, int(u), "augment")',
-        'stable_seed(*self.key, 0, int(u), "augment")',
+        'stable_seeds((*self.key, epoch), units, "augment")',
+        'stable_seeds((*self.key, 0), units, "augment")',
         "test_train.py::test_augmentation_differs_by_row_and_epoch_and_repeats_with_the_phase",
     ),
     Mutation(

@@ -16,6 +16,7 @@ from dsd_refine.errors import RunError
 from dsd_refine.masking.layers import find_layers
 from dsd_refine.masking.masks import apply_masks, make_masks
 from dsd_refine.recipe import Phase
+from dsd_refine.seeding import stable_seed, stable_seeds
 from dsd_refine.training.batches import epoch_order, shares
 from dsd_refine.training.evaluate import evaluate, unreached
 from dsd_refine.training.optimizer import learning_rate, make_optimizer
@@ -203,12 +204,25 @@ class Watched(Numbers):
 def test_augmentation_differs_by_row_and_epoch_and_repeats_with_the_phase():
     tasks = [Watched(), Watched()]
     for task in tasks:
+        task.draws = True
         run(loop_of(mlp(), task), steps=None, epochs=3)
     assert tasks[0].seeds == tasks[1].seeds
     assert {len(each) for each in tasks[0].seeds.values()} == {3}
     drawn = [seed for each in tasks[0].seeds.values() for seed in each]
     assert len(set(drawn)) == 12 * 3
     assert None not in drawn
+
+
+def test_a_task_that_draws_nothing_is_given_no_seeds():
+    task = Watched()
+    run(loop_of(mlp(), task), steps=None, epochs=1)
+    assert {seed for each in task.seeds.values() for seed in each} == {None}
+
+
+@pytest.mark.parametrize("number", [0, 7, 10**9])
+def test_seeds_made_together_are_those_made_one_by_one(number):
+    assert stable_seeds((3, 1, 0), [number, 5], "augment") == [stable_seed(3, 1, 0, n, "augment") for n in (number, 5)]
+    assert stable_seeds(("a",), [number], "b") == [stable_seed("a", number, "b")]
 
 
 def test_evaluation_uses_the_weights_as_written_and_augments_nothing():
