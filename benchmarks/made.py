@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class Fixed:
     name: str = "fixed"
     metric: str = "loss"
     higher_is_better: bool = False
-    draws: bool = False
+    draws: ClassVar[bool] = False
     rows: range = field(default_factory=lambda: range(1 << 20))
 
     @property

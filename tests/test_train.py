@@ -1,5 +1,7 @@
 """The loop: schedules, shares, step-then-mask, loss weighting, and what evaluation leaves alone."""
 
+import dataclasses
+import importlib
 import math
 from contextlib import contextmanager, nullcontext
 
@@ -17,6 +19,7 @@ from dsd_refine.masking.layers import find_layers
 from dsd_refine.masking.masks import apply_masks, make_masks
 from dsd_refine.recipe import Phase
 from dsd_refine.seeding import stable_seed, stable_seeds
+from dsd_refine.task_specs import TASKS
 from dsd_refine.training.batches import epoch_order, shares
 from dsd_refine.training.evaluate import evaluate, unreached
 from dsd_refine.training.optimizer import learning_rate, make_optimizer
@@ -300,3 +303,12 @@ def test_what_the_loss_does_not_reach_is_found_without_a_trace():
     loop = loop_of(model)
     assert unreached(loop) == ["spare.weight", "spare.bias"]
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("task", [*TASKS])
+def test_tasks_that_augment_or_hide_say_that_they_draw(task):
+    """A class whose `draws` a dataclass field of its base had replaced trained without augmentation, and nobody saw it."""
+    opener = importlib.import_module(f"dsd_refine.tasks.{TASKS[task].name.replace('-', '_')}")
+    (made,) = [kind for kind in vars(opener).values() if isinstance(kind, type) and getattr(kind, "name", None) == task]
+    assert "draws" not in {field.name for field in dataclasses.fields(made)}
+    assert made.draws is (task not in ("text-classification", "causal-lm"))

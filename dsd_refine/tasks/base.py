@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -182,7 +182,7 @@ class Task(Protocol):
     name: str
     metric: str
     higher_is_better: bool
-    draws: bool  # does a batch depend on the seeds of its items?
+    draws: ClassVar[bool]  # does a batch depend on the seeds of its items?
 
     @property
     def train(self) -> Part:

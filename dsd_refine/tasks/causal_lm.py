@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class CausalLM:
     name: str = "causal-lm"
     metric: str = "loss"
     higher_is_better: bool = False
-    draws: bool = False
+    draws: ClassVar[bool] = False
     vocabulary: int = field(kw_only=True)  # tokens that the tokenizer knows
 
     @property

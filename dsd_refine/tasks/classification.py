@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ class Classification:
     warnings: list[str] = field(default_factory=list)
     metric: str = "accuracy"
     higher_is_better: bool = True
-    draws: bool = False
+    draws: ClassVar[bool] = False
 
     @property
     def chance_baselines(self) -> tuple[ChanceBaseline, ...]:

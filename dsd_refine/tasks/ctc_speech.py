@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -140,7 +140,7 @@ class CTCSpeech:
     name: str = "ctc-speech"
     metric: str = "wer"
     higher_is_better: bool = False
-    draws: bool = True
+    draws: ClassVar[bool] = True
     chance_baselines: tuple[ChanceBaseline, ...] = (ChanceBaseline("wer", 1.0, "hearing nothing"),)
 
     def batch(self, part: SpeechPart, items: Sequence[Item]) -> Batch:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -83,7 +83,7 @@ class ImageCaptioning:
     name: str = "image-captioning"
     metric: str = "bleu4"
     higher_is_better: bool = True
-    draws: bool = True
+    draws: ClassVar[bool] = True
 
     @property
     def chance_baselines(self) -> tuple[ChanceBaseline, ...]:

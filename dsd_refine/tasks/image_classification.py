@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
@@ -25,7 +25,7 @@ class ImageClassification(Classification):
     """`image-classification` for models of all three libraries."""
 
     name = "image-classification"
-    draws = True
+    draws: ClassVar[bool] = True
     preprocessing: Preprocessing
     augment: Augment
     image_column: str

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class MaskedLM(CausalLM):
     """
 
     name: str = "masked-lm"
-    draws: bool = True
+    draws: ClassVar[bool] = True
     masking: Masking = field(kw_only=True)
 
     def refuse_foresight(self, forward: Forward, device: torch.device) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from dsd_refine.training.blame import computed
 from dsd_refine.training.hooks import Step
 from dsd_refine.training.optimizer import learning_rate, set_rate
 from dsd_refine.training.settings import train_mode
-from dsd_refine.training.state import Loop, Pending, PhaseState, on_device
+from dsd_refine.training.state import Counts, Loop, Pending, PhaseState, on_device
 
 EARLY = 25  # the losses of the first steps are stored, to see whether training damages the model at its beginning
 LATE = 4  # steps of a GPU whose losses are not waited for
@@ -58,14 +57,14 @@ def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) 
     # Not at the end of the step: then the memory would return to the system, and the next step would have to
     # get it again page by page.
     state.optimizer.zero_grad()
-    loss_sum = torch.zeros((), device=loop.accelerator.device)
+    device, losses = loop.accelerator.device, []
     for number, batch in enumerate(group):
-        seed_all(stable_seed(*state.key, step, number, loop.accelerator.process_index, "dropout"), loss_sum.device)
+        seed_all(stable_seed(*state.key, step, number, loop.accelerator.process_index, "dropout"), device)
         with _sync_on_last(loop, number == len(group) - 1):
             with loop.autocast():
                 loss = computed(loop, loop.task.train, loop.forward, on_device(loop, batch), loop.loss or loop.task.loss)
             _scaled(loop, loss * (weight if batch.count else 0.0)).backward()  # type: ignore[no-untyped-call]
-        loss_sum += loss.detach() * bool(batch.count)
+        losses += [loss.detach()] if batch.count else []
     # Before a new mask by magnitude, one step is made without the mask: masked weights get a value from their
     # gradient, and the new mask may leave them in.
     is_unmasked = renews_mask(phase, step, total) and phase.criterion == "magnitude"
@@ -74,9 +73,9 @@ def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) 
     if not is_unmasked:
         state.apply()
     skipped = bool(getattr(state.optimizer, "step_was_skipped", False))
-    made = Step(state.place, step, total, step / loop.steps_per_epoch, rate, math.nan, 0, skipped)
-    state.pending.append(_sent_home(loop, made, loss_sum, counts))
-    _count(state, made)
+    loss_sum = sum(losses[1:], losses[0]) if losses else torch.zeros((), device=device)
+    state.pending.append(Pending(step, total, rate, skipped, *_sent_home(loop, loss_sum, counts)))
+    _count(state, step, rate, skipped)
 
 
 def arrived(loop: Loop, state: PhaseState, wait: bool = False) -> Iterator[tuple[Step, bool]]:
@@ -96,18 +95,19 @@ def arrived(loop: Loop, state: PhaseState, wait: bool = False) -> Iterator[tuple
         RunError: a loss is not finite; the message names the step.
     """
     while len(state.pending) > (0 if wait or loop.accelerator.device.type == "cpu" else LATE):
-        made, sums, counts, copied = state.pending.popleft()
-        if copied is not None:
-            copied.synchronize()
-        loss_sum, stops = sums.tolist() if loop.world > 1 else (float(sums), 0.0)
-        targets, samples = (int(number) for number in counts)
+        made = state.pending.popleft()
+        if made.copied is not None:
+            made.copied.synchronize()
+        loss_sum, stops = made.sums.tolist() if loop.world > 1 else (float(made.sums), 0.0)
+        targets, samples = (int(number) for number in made.counts)
         mean = loss_sum / max(1, targets)
         if not math.isfinite(mean):
-            text = f"the loss of step {made.step} of {made.steps} is {mean}; try a lower --lr, or --max-grad-norm"
+            text = f"the loss of step {made.step} of {made.total} is {mean}; try a lower --lr, or --max-grad-norm"
             raise RunError(f"{state.place.label}: {text}")
-        made = replace(made, loss=mean, samples=samples)
-        _know(state, made)
-        yield made, stops > 0
+        epoch = made.step / loop.steps_per_epoch
+        step = Step(state.place, made.step, made.total, epoch, made.lr, mean, samples, made.skipped)
+        _know(state, step)
+        yield step, stops > 0
 
 
 def renews_mask(phase: Phase, step: int, total: int) -> bool:
@@ -145,7 +145,7 @@ def _scaled(loop: Loop, loss: torch.Tensor) -> torch.Tensor:
     return scaled
 
 
-def _counts(loop: Loop, group: list[Batch]) -> tuple[Sequence[int] | torch.Tensor, float | torch.Tensor]:
+def _counts(loop: Loop, group: list[Batch]) -> tuple[Counts, float | torch.Tensor]:
     """The numbers of real targets and of samples of a step, over all processes, and the weight of a loss in its mean."""
     numbers = (sum(b.count for b in group), sum(len(b.targets) for b in group if b.count))
     if loop.world == 1:
@@ -154,18 +154,18 @@ def _counts(loop: Loop, group: list[Batch]) -> tuple[Sequence[int] | torch.Tenso
     return counts, loop.world / counts[0].clamp(min=1)  # processes average their gradients
 
 
-def _sent_home(loop: Loop, made: Step, loss_sum: torch.Tensor, counts: Sequence[int] | torch.Tensor) -> Pending:
-    """Add up the step's loss over all processes, and begin to copy it to the host."""
+def _sent_home(loop: Loop, loss_sum: torch.Tensor, counts: Counts) -> tuple[torch.Tensor, Counts, torch.cuda.Event | None]:
+    """Add up the step's loss over all processes, and begin to copy it to the host. For the end of `Pending`."""
     sums = loss_sum
     if loop.world > 1:
         stopping = torch.tensor(float(loop.stopping()), device=loss_sum.device)
         sums = loop.accelerator.reduce(torch.stack([loss_sum, stopping]), "sum")
     if sums.device.type != "cuda":
-        return Pending(made, sums, counts, None)
+        return sums, counts, None
     sums, counts = _copied(sums), _copied(counts) if isinstance(counts, torch.Tensor) else counts
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
-    return Pending(made, sums, counts, event)
+    return sums, counts, event
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -173,14 +173,14 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def _count(state: PhaseState, step: Step) -> None:
+def _count(state: PhaseState, step: int, lr: float, skipped: bool) -> None:
     """Add a step that is made to the phase's progress. Its time starts when its batches begin to load."""
     progress = state.progress
-    if progress.step == 0:
-        progress.lr_first = step.lr
-    progress.step, progress.lr_last = step.step, step.lr
-    progress.lr_peak = max(progress.lr_peak or 0.0, step.lr)
-    progress.optimizer_steps += not step.skipped
+    if step == 1:
+        progress.lr_first = lr
+    progress.step, progress.lr_last = step, lr
+    progress.lr_peak = max(progress.lr_peak or 0.0, lr)
+    progress.optimizer_steps += not skipped
     progress.seconds += time.perf_counter() - state.started
 
 

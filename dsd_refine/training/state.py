@@ -18,7 +18,7 @@ from dsd_refine.masking.masks import Masks, masker
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Batch, Forward, Task
 from dsd_refine.training.average import Average
-from dsd_refine.training.hooks import Hooks, Place, Step
+from dsd_refine.training.hooks import Hooks, Place
 from dsd_refine.training.optimizer import make_optimizer
 from dsd_refine.training.packing import pack_masks, pack_optimizer, unpack_masks, unpack_optimizer
 
@@ -97,17 +97,23 @@ class Key(NamedTuple):
     phase: int
 
 
+Counts = Sequence[int] | torch.Tensor  # the numbers of targets and of samples of a step
+
+
 class Pending(NamedTuple):
-    """A finished step, and the tensors that are still to be fetched from the device.
+    """Step number `step` of `total`, which is made, and what is still to be fetched from the device.
 
     `sums` is the summed loss; with several processes also how many of them were asked to stop.
-    `counts` are the numbers of targets and of samples. `copied` is an event of the GPU: once it is
-    reached, both are in the host's memory. None if they are there already.
+    `copied` is an event of the GPU: once it is reached, `sums` and `counts` are in the host's memory.
+    None if they are there already.
     """
 
-    step: Step
+    step: int
+    total: int
+    lr: float
+    skipped: bool
     sums: torch.Tensor
-    counts: Sequence[int] | torch.Tensor
+    counts: Counts
     copied: torch.cuda.Event | None
 
 

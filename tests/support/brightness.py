@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
@@ -50,7 +50,7 @@ class Brightness:
     name: str = "brightness"
     metric: str = "loss"
     higher_is_better: bool = False
-    draws: bool = True
+    draws: ClassVar[bool] = True
     chance_baselines: tuple[ChanceBaseline, ...] = ()
 
     def batch(self, part: ImagePart, items: Sequence[Item]) -> Batch:
