@@ -56,6 +56,7 @@ class NonRecipeOptions(Strict):
     overwrite: bool | None = None
     save_phases: bool | None = None
     save_every: Annotated[float, Field(ge=0)] | None = None  # minutes
+    cache_gb: Annotated[float, Field(ge=0)] | None = None
     report_images: Annotated[int, Field(ge=0, le=100)] | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] | None = None
     compile: bool | None = None
@@ -78,7 +79,17 @@ PHASE_OPTIONS = (
     "schedule",
     "warmup_steps",
 )
-RUN_OPTIONS = ("resume", "overwrite", "save_phases", "save_every", "report_images", "device", "compile", "allow_pickle")
+RUN_OPTIONS = (
+    "resume",
+    "overwrite",
+    "save_phases",
+    "save_every",
+    "cache_gb",
+    "report_images",
+    "device",
+    "compile",
+    "allow_pickle",
+)
 # Fields that are lists of names. A caller may give one name without a list.
 NAMES = ("models", "include", "exclude", "control")
 

@@ -1,7 +1,6 @@
 """What a run does no more often than it must: imports, loads, decodings, evaluations. Times are benchmarks' (benchmarks/)."""
 
 import ctypes
-import json
 import platform
 from collections import Counter
 from pathlib import Path
@@ -17,7 +16,6 @@ from dsd_refine.recipe import Recipe
 from dsd_refine.run import open as opening
 from dsd_refine.run.run import Options
 from dsd_refine.system import keep_freed_memory
-from dsd_refine.tasks.inputs import images
 
 EPOCHS = ("--sparse-epochs", "2", "--dense-epochs", "1", "--gate", "none", "--device", "cpu", "--quiet", "--batch-size", "8")
 
@@ -33,27 +31,6 @@ def test_a_task_does_not_import_the_other_library(made, tmp_path, model, data, a
     done = process("-c", code, made / model, "--data", made / data, "-o", tmp_path / "out", *SHORT, "--gate", "none", "--quiet")
     assert done.returncode == 0, done.stderr
     assert "imported []" in done.stderr
-
-
-def test_a_picture_is_decoded_once_an_epoch_and_arm_at_most(command, made, tmp_path, monkeypatch):
-    """And once more when the rows are looked through, and twice when the source is tried on the first ones."""
-    seen: Counter[bytes] = Counter()
-    decode = images.decode
-
-    def counted(raw, channels):
-        seen[raw] += 1
-        return decode(raw, channels)
-
-    monkeypatch.setattr(images, "decode", counted)
-    found = command(made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *EPOCHS, "--control", "dense")
-    assert found.code == 0, found.err
-    data = json.loads((tmp_path / "out/dsd/report.json").read_text())["data"]
-    files = {path.read_bytes() for path in (made / "pictures/train").rglob("*.png")}
-    taken = sorted(seen[raw] for raw in files)
-    assert len(taken) == data["train"]["rows"] + data["holdout"]["rows"]
-    # rows, arms x epochs, as training shows them and as evaluation does; the first look at gradients, one row tried for that
-    assert taken[-1] <= 1 + 2 * 3 + 2 + 4
-    assert sum(taken) <= len(taken) * (1 + 2 * 3 + 2) + 4 + 2
 
 
 def test_the_source_is_loaded_once_whatever_the_arms(command, made, tmp_path, monkeypatch):

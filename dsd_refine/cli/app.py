@@ -65,7 +65,17 @@ class DefaultRun(click.Group):
         return super().parse_args(ctx, args)
 
 
-PASSED_ON = ("resume", "overwrite", "save_phases", "save_every", "report_images", "device", "compile", "allow_pickle")
+PASSED_ON = (
+    "resume",
+    "overwrite",
+    "save_phases",
+    "save_every",
+    "cache_gb",
+    "report_images",
+    "device",
+    "compile",
+    "allow_pickle",
+)
 
 
 @click.group(cls=DefaultRun, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

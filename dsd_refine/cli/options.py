@@ -186,6 +186,8 @@ RUN_OPTIONS = together(
         option("--resume", is_flag=True, help="Go on with a stopped run."),
         option("--overwrite", is_flag=True, help="Replace an output of ours."),
         option("--save-every", type=click.FloatRange(min=0), default=10, metavar="MINUTES", help="Save within phases (10)."),
+        option("--cache-gb", type=click.FloatRange(min=0), metavar="GB",
+               help="Most disk space for decoded pictures or sounds, which saves time (a quarter of what is free)."),
         option("--save-phases", is_flag=True, help="Also write each phase's end of the refined arm."),
         option("--report-images", type=click.IntRange(0, 100), default=0, metavar="N",
                help="report.html shows N rows gained and N lost with their content (0)."),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 
+from dsd_refine.data.decoded import DecodedRows
 from dsd_refine.errors import DataError
 
 # The names of splits that `datasets` knows
@@ -35,6 +36,7 @@ class Table:
         data: The name of DATA, for the user.
         split: The split's name, if there are splits.
         option: The option that named the split, if one did.
+        decoded: The decoded content of the rows, as far as it is held.
     """
 
     rows: datasets.Dataset
@@ -46,6 +48,7 @@ class Table:
     data: str = ""
     split: str = ""
     option: str = ""
+    decoded: DecodedRows | None = None
 
     def name(self, row: int) -> str | int:
         """Return the name of a row for the user: a file's name, or the row's number."""

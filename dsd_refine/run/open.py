@@ -21,6 +21,7 @@ from dsd_refine.checkpoint.library import Library
 from dsd_refine.checkpoint.source import Source
 from dsd_refine.checkpoint.verify import check_plain
 from dsd_refine.compat import BatchNorm
+from dsd_refine.data.decoded import Store
 from dsd_refine.errors import DsdError, UsageError, is_full_memory
 from dsd_refine.files import is_full, no_room
 from dsd_refine.masking.checkpoint_layers import open_layers
@@ -108,7 +109,9 @@ def _open(
 ) -> Run:
     # The data come before the weights, so that mistakes in the data show at once.
     with accelerator.main_process_first():
-        given = look_at_data(recipe, library.task, library, workspace.partial / "cache", options.download)
+        cache = workspace.partial / "cache"
+        store = Store(cache / "decoded", options.cache_bytes, writes=accelerator.is_main_process)
+        given = look_at_data(recipe, library.task, library, cache, options.download, store)
     seed_all(recipe.seed, accelerator.device)
     checkpoint = open_checkpoint(source, library, allow_pickle=options.allow_pickle, weights_key=recipe.weights_key)
     model = checkpoint.model

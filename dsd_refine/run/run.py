@@ -37,6 +37,9 @@ class Options:
         overwrite: Replace the output of an earlier run.
         save_phases: Also write the checkpoint at the end of each phase of the refined arm.
         save_every: Minutes between two saves of the state.
+        cache_gb: The most gigabytes of decoded pictures or sounds that the run holds on the disk of
+            OUT. None: a quarter of what is free there. 0: none; each row is decoded whenever it is
+            used.
         report_images: How many rows gained, and how many rows lost, report.html shows with their
             content.
         device: "auto", "cpu", "cuda" or "mps".
@@ -54,6 +57,7 @@ class Options:
     overwrite: bool = False
     save_phases: bool = False
     save_every: float = 10.0
+    cache_gb: float | None = None
     report_images: int = 0
     device: str = "auto"
     compile: bool = False
@@ -63,6 +67,11 @@ class Options:
     say: Callable[[str], None] = lambda text: None
     hooks: tuple[Hooks, ...] = ()
     download: Callable[[str, int], bool] = lambda name, size: False
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """The most bytes of decoded rows; None: to be found out."""
+        return None if self.cache_gb is None else int(1e9 * self.cache_gb)
 
 
 def default_workers(asked: int | None) -> int:

@@ -30,6 +30,7 @@ from dsd_refine.tasks.classification import overlap_warning, skip_warnings
 from dsd_refine.tasks.inputs.audio import (
     FeatureExtractor,
     Lengths,
+    Samples,
     SpecAugment,
     count_frames,
     decode,
@@ -166,8 +167,11 @@ class CTCSpeech:
         return Batch(inputs, targets, sum(map(len, labels)), aside, texts)
 
     def _features(self, part: SpeechPart, unit: int) -> torch.Tensor:
-        samples, rate = decode(raw_bytes(part.rows.table, self.audio_column, int(part.rows.numbers[unit])))
-        return self.extractor.features(resample(samples, rate, self.extractor.rate))
+        table, row = part.rows.table, int(part.rows.numbers[unit])
+        held = table.decoded.get(row) if table.decoded is not None else None
+        if held is not None:
+            return self.extractor.features(np.frombuffer(bytearray(held[0]), dtype=np.float32))
+        return self.extractor.features(resample(*decode(raw_bytes(table, self.audio_column, row)), self.extractor.rate))
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """The sum of the clips' CTC losses, a float32 scalar."""
@@ -320,25 +324,31 @@ def _examine(
             return Examined(b"", reason=reason), None
         try:
             raw = raw_bytes(table, audio, row)
-            clip = _clip(raw, labels, extractor, decoder, lengths)
+            samples = resample(*decode(raw), extractor.rate)
+            clip = _clip(samples, labels, extractor, decoder, lengths)
         except OSError as error:
             return Examined(b"", reason=f"unreadable file ({error.strerror or error})"), None
         except (DataError, TypeError) as error:
             return Examined(b"", reason=str(error) if isinstance(error, DataError) else "no audio"), None
+        if table.decoded is not None:
+            table.decoded.put(row, samples.tobytes(), len(samples), 0)
         return Examined(hashlib.sha256(raw).digest(), texts=(said[row],)), clip
 
     return in_threads(examine_row, len(texts))
 
 
 def _clip(
-    raw: bytes, labels: list[int | None], extractor: FeatureExtractor, decoder: CtcDecoder, lengths: tuple[Lengths, Lengths]
+    samples: Samples,
+    labels: list[int | None],
+    extractor: FeatureExtractor,
+    decoder: CtcDecoder,
+    lengths: tuple[Lengths, Lengths],
 ) -> Clip:
     """Raises DataError where the row cannot be trained on, with the reason."""
-    samples, rate = decode(raw)
     problem = decoder.problem(labels)
     if problem:
         raise DataError(problem)
-    values = extractor.features(resample(samples, rate, extractor.rate))
+    values = extractor.features(samples)
     if not bool(values.isfinite().all()):
         raise DataError("its features are not finite")
     frames, hidden = (count_frames(count, values) for count in lengths)

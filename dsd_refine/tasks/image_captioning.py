@@ -19,7 +19,7 @@ from dsd_refine.checkpoint.preprocessing import Preprocessing
 from dsd_refine.data.columns import CAPTION, IMAGE, column
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Rows, divide, use_rows
-from dsd_refine.data.tables import in_threads, raw_bytes, undecoded
+from dsd_refine.data.tables import in_threads, undecoded
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.task_specs import TASKS
@@ -28,7 +28,7 @@ from dsd_refine.tasks.causal_lm import uniform_baseline
 from dsd_refine.tasks.causality import WINDOWS, refuse_foresight
 from dsd_refine.tasks.classification import overlap_warning, skip_warnings
 from dsd_refine.tasks.inputs.captioner import CaptionGenerator, open_caption_generator
-from dsd_refine.tasks.inputs.images import Seen, examine_picture, look_warnings, pixels
+from dsd_refine.tasks.inputs.images import Seen, examine_picture, look_warnings, picture, pixels
 from dsd_refine.tasks.inputs.tokens import beyond_warnings, load_tokenizer, or_reason
 
 ORDERS = 4  # BLEU counts n-grams of 1 to 4 words
@@ -100,8 +100,10 @@ class ImageCaptioning:
         first caption of each image of the evaluation part.
         """
         rows, table = [part.row_of(unit) for unit, _ in items], part.rows.table
-        raws = (raw_bytes(table, self.image_column, int(part.rows.numbers[row])) for row in rows)
-        images = [pixels(raw, self.preprocessing, self.augment, seed) for raw, (_, seed) in zip(raws, items, strict=True)]
+        images = []
+        for row, (_, seed) in zip(rows, items, strict=True):
+            image = picture(table, self.image_column, int(part.rows.numbers[row]), self.preprocessing.channels)
+            images.append(pixels(image, self.preprocessing, self.augment, seed))
         tokens = [torch.from_numpy(part.tokens[unit]) for unit, _ in items]
         padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)  # what fills is masked by length, never by id
         real = torch.arange(1, padded.shape[1]) < torch.tensor([[len(ids)] for ids in tokens])

@@ -13,12 +13,12 @@ from dsd_refine.checkpoint.preprocessing import Preprocessing
 from dsd_refine.data.columns import IMAGE, LABEL, column
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined
-from dsd_refine.data.tables import in_threads, raw_bytes, undecoded
+from dsd_refine.data.tables import in_threads, undecoded
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.tasks.base import Batch, Item, Tables
 from dsd_refine.tasks.classification import Classification, LabelledPart, labelled_parts, overlap_warning, skip_warnings
-from dsd_refine.tasks.inputs.images import Seen, examine_picture, look_warnings, pixels
+from dsd_refine.tasks.inputs.images import Seen, examine_picture, look_warnings, picture, pixels
 
 
 class ImageClassification(Classification):
@@ -44,9 +44,10 @@ class ImageClassification(Classification):
         return Batch({self.preprocessing.input_name: pixels}, targets, len(items))
 
     def _pixels(self, part: LabelledPart, unit: int, seed: int | None) -> torch.Tensor:
-        raw = raw_bytes(part.rows.table, self.image_column, int(part.rows.numbers[unit]))
+        table, row = part.rows.table, int(part.rows.numbers[unit])
         try:
-            return pixels(raw, self.preprocessing, self.augment, seed)
+            image = picture(table, self.image_column, row, self.preprocessing.channels)
+            return pixels(image, self.preprocessing, self.augment, seed)
         except DataError as error:  # it was readable when the run began
             raise DataError(f"{part.rows.name(unit)}: {error}") from None
 

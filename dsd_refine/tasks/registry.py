@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from dsd_refine.checkpoint.library import Library
 from dsd_refine.data.columns import AUDIO, CAPTION, DOCUMENT, IMAGE, LABEL, TEXT, TRANSCRIPT, Kind
+from dsd_refine.data.decoded import Store
 from dsd_refine.data.given import Given, read_given
 from dsd_refine.data.imagenet import synsets
-from dsd_refine.data.reading import named
+from dsd_refine.data.reading import Table, named
 from dsd_refine.data.splits import Rows
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Recipe
@@ -23,6 +25,8 @@ from dsd_refine.task_specs import TASKS, TaskSpec
 from dsd_refine.tasks.base import Task
 
 Download = Callable[[str, int], bool]
+
+T = TypeVar("T", dict[str, Table], dict[str, Table] | None)
 
 KINDS: dict[str, Kind] = {
     "image": IMAGE,
@@ -35,9 +39,16 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def look_at_data(recipe: Recipe, name: str, library: Library, cache: Path, download: Download) -> Given:
+def look_at_data(
+    recipe: Recipe, name: str, library: Library, cache: Path, download: Download, store: Store | None = None
+) -> Given:
     """What can be known of the recipe's data before the weights are touched: splits, columns,
     labels.
+
+    Args:
+        cache: A folder for what `datasets` reads.
+        download: Whether a data set of so many bytes may be fetched.
+        store: Where decoded pictures and sounds are to be held.
 
     Raises:
         DataError: no data given, or data that do not fit the task or the classes of the
@@ -56,9 +67,18 @@ def look_at_data(recipe: Recipe, name: str, library: Library, cache: Path, downl
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
     evaluation = None if given.evaluation is None else named(given.evaluation, classes)
     given = replace(given, tables=named(given.tables, classes), evaluation=evaluation)
+    if store is not None and spec.sees_signal:
+        given = replace(given, tables=_held(given.tables, store), evaluation=_held(given.evaluation, store))
     if spec.has_classes:
         _check_labels(given, recipe, spec, library)
     return given
+
+
+def _held(tables: T, store: Store) -> T:
+    """The tables (or None) with a place for the decoded content of their rows."""
+    if tables is None:
+        return tables
+    return {name: replace(table, decoded=store.rows(len(table.rows))) for name, table in tables.items()}
 
 
 def _refuse_useless(recipe: Recipe, spec: TaskSpec, kinds: Sequence[Kind]) -> None:

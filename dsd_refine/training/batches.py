@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +16,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dsd_refine.seeding import stable_seed, stable_seeds
 from dsd_refine.tasks.base import Batch, Item, Task
 from dsd_refine.training.state import Key, Loop, micro_batches
+
+T = TypeVar("T")
+
+SLOW = 0.002  # seconds that a batch takes to make, from which a thread pays
 
 
 def shares(micro: Any, size: int, world: int, has_batchnorm: bool) -> list[Any]:
@@ -80,28 +86,53 @@ class BatchPlan(Sampler[tuple[list[Item], bool]]):
             yield from (self._items_of_process(rows, epoch) for rows, epoch in group)
 
 
-class _Loader(Dataset[Batch]):
-    """Makes one whole batch per index, in this process or in a worker process."""
+class _Batches(Dataset[Batch]):
+    """Makes one whole batch per entry of a plan, in this process or in a worker process."""
 
     def __init__(self, task: Task, part: Any) -> None:
         self.task, self.part = task, part
 
-    def __getitem__(self, items_and_weight: Any) -> Batch:
-        items, is_counted = items_and_weight
+    def __getitem__(self, entry: Any) -> Batch:
+        items, is_counted = entry
         batch = replace(self.task.batch(self.part, items), items=tuple(items))
         return batch if is_counted else replace(batch, count=0)
 
 
-def loader(loop: Loop, part: Any, plan: Any) -> DataLoader[Batch]:
-    """A DataLoader that makes one `Batch` of `part` for each entry of `plan`.
+def loader(loop: Loop, part: Any, plan: Any) -> Iterator[Batch]:
+    """Make one `Batch` of `part` for each entry of `plan`, before it is asked for.
+
+    With `loop.workers` other processes make the batches; else a thread of this one.
 
     Args:
         part: a part of the loop's task.
         plan: an iterable of pairs (items of the batch, whether the batch counts in the loss). A batch
             that does not count has `count` 0.
     """
+    batches = _Batches(loop.task, part)
+    if not loop.workers:
+        return one_ahead(batches[entry] for entry in plan)
     # The DataLoader draws a seed for its workers. With a generator of its own this draw does not
     # advance the generator that training uses.
-    return DataLoader(
-        _Loader(loop.task, part), batch_size=None, sampler=plan, num_workers=loop.workers, generator=torch.Generator()
-    )
+    own = torch.Generator()
+    return iter(DataLoader(batches, batch_size=None, sampler=plan, num_workers=loop.workers, generator=own))
+
+
+def one_ahead(batches: Iterator[T]) -> Iterator[T]:
+    """Yield the batches. While one is used, a thread makes the next, if making one takes longer than SLOW.
+
+    A task draws from generators of its own, so it does not matter when a batch is made.
+    """
+    began = time.perf_counter()
+    for number, batch in enumerate(batches):
+        is_slow = time.perf_counter() - began > SLOW
+        yield batch
+        if number and is_slow:  # not after the first, which opens files and fills caches
+            break
+        began = time.perf_counter()
+    else:
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        waiting = thread.submit(next, batches, None)
+        while (ready := waiting.result()) is not None:
+            waiting = thread.submit(next, batches, None)
+            yield ready

@@ -21,7 +21,7 @@ from dsd_refine.data.tables import raw_bytes, undecoded
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.tasks.base import Batch, ChanceBaseline, Forward, Item, Score, Scores, Tables, ratio
-from dsd_refine.tasks.inputs.images import pixels
+from dsd_refine.tasks.inputs.images import picture, pixels
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Brightness:
 
     def batch(self, part: ImagePart, items: Sequence[Item]) -> Batch:
         rows = [(int(part.rows.numbers[unit]), seed) for unit, seed in items]
-        raws = [(raw_bytes(part.rows.table, self.image_column, row), seed) for row, seed in rows]
+        raws = [(picture(part.rows.table, self.image_column, row, self.preprocessing.channels), seed) for row, seed in rows]
         images = torch.stack([pixels(raw, self.preprocessing, Augment(), seed) for raw, seed in raws])
         return Batch({self.preprocessing.input_name: images}, images.mean((1, 2, 3)), len(items))
 

@@ -21,7 +21,6 @@ import torch
 from dsd_refine.data.tables import in_words
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.forward import logits_of
-from dsd_refine.seeding import seed_all
 from dsd_refine.tasks.inputs.padding import same_but_for_rounding
 
 # silence compresses well, and a sample a second would be resampled to thousands: a small file may
@@ -130,13 +129,20 @@ class SpecAugment:
     least: int
 
     def draw(self, frames: int, seed: int) -> torch.Tensor:
-        """Frames to mask, bool. A clip shorter than one mask has none."""
-        from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
+        """Frames to mask, bool. A clip shorter than one mask has none.
 
+        The same masks as transformers' wav2vec2 draws after this seed, but from a generator of its
+        own: the model uses numpy's and torch's at the same time.
+        """
+        masked = torch.zeros(frames, dtype=torch.bool)
         if frames < self.length:
-            return torch.zeros(frames, dtype=torch.bool)
-        seed_all(seed)
-        return torch.from_numpy(_compute_mask_indices((1, frames), self.share, self.length, min_masks=self.least)[0])
+            return masked
+        draw = np.random.RandomState(seed % 2**32)
+        masks = max(int(self.share * frames / self.length + draw.rand()), self.least)
+        masks = min(masks, frames // self.length)
+        for start in draw.choice(frames - self.length + 1, masks, replace=False) if masks else ():
+            masked[start : start + self.length] = True
+        return masked
 
 
 def open_feature_extractor(folder: Path, model: torch.nn.Module, trust_remote_code: bool = False) -> FeatureExtractor:
