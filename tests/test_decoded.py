@@ -163,3 +163,17 @@ def test_batches_come_in_order_and_once_and_errors_where_they_belong(slow, monke
         for number in one_ahead(failing()):
             got.append(number)
     assert got == [0, 1, 2, 3]
+
+
+def test_texts_are_tokenized_once(command, made, tmp_path, monkeypatch):
+    """When the rows are looked through; a run that holds nothing tokenizes them in each epoch and arm."""
+    from dsd_refine.tasks import text_classification
+
+    calls, tokenized = [], text_classification.tokenized
+    monkeypatch.setattr(text_classification, "tokenized", lambda *given, **how: calls.append(1) or tokenized(*given, **how))
+    args = (made / "bert", "--data", made / "texts.csv", *SHORT, "--quiet")
+    assert command(*args, "-o", tmp_path / "held").code == 0
+    assert not calls
+    assert command(*args, "-o", tmp_path / "again", "--cache-gb", "0").code == 0
+    assert calls
+    same(tmp_path / "held", tmp_path / "again")

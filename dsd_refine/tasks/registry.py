@@ -26,6 +26,8 @@ from dsd_refine.tasks.base import Task
 
 Download = Callable[[str, int], bool]
 
+HELD = {"image", "audio", "text"}  # content that takes time to decode; documents are tokenized once anyway
+
 T = TypeVar("T", dict[str, Table], dict[str, Table] | None)
 
 KINDS: dict[str, Kind] = {
@@ -67,7 +69,7 @@ def look_at_data(
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
     evaluation = None if given.evaluation is None else named(given.evaluation, classes)
     given = replace(given, tables=named(given.tables, classes), evaluation=evaluation)
-    if store is not None and spec.sees_signal:
+    if store is not None and HELD & set(spec.columns):
         given = replace(given, tables=_held(given.tables, store), evaluation=_held(given.evaluation, store))
     if spec.has_classes:
         _check_labels(given, recipe, spec, library)

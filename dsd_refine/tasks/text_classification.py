@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from dsd_refine.checkpoint.library import Library
@@ -23,6 +24,8 @@ from dsd_refine.tasks.inputs.padding import same_but_for_rounding
 from dsd_refine.tasks.inputs.texts import no_text, open_text_inputs, text_digest
 from dsd_refine.tasks.inputs.tokens import Doubled, Unknown, beyond_warnings, ids_or_reasons, tokenized
 
+OUTPUTS = ("input_ids", "token_type_ids", "attention_mask")  # what tokenizers make of a row
+
 
 class TextClassification(Classification):
     """`text-classification` for transformers models."""
@@ -36,8 +39,12 @@ class TextClassification(Classification):
     left: bool = False
 
     def encode(self, part: LabelledPart, units: Sequence[int]) -> dict[str, list[list[int]]]:
-        """The tokenizer's output for rows, each without padding."""
-        rows = part.rows.table.rows[[int(part.rows.numbers[unit]) for unit in units]]
+        """The tokenizer's output for rows, each without padding: as it is held, or made again."""
+        table, numbers = part.rows.table, [int(part.rows.numbers[unit]) for unit in units]
+        held = [encoding_of(table, number) for number in numbers]
+        if None not in held:
+            return {name: [encoding[name] for encoding in held if encoding] for name in held[0] or ()}
+        rows = table.rows[numbers]
         texts = [[str(text) for text in rows[name]] for name in self.columns]
         return tokenized(self.tokenizer, *texts, truncation=True, max_length=self.max_length)
 
@@ -163,7 +170,7 @@ def prepare_texts(
     examiner = _Examiner(tokenizer, max_length, size, ends)
 
     def examine(table: Table, labels: list[str | None]) -> list[Examined]:
-        return examiner.examine(row_blocks(table, [column(table, name, TEXT) for name in columns]), labels)
+        return examiner.examine(table, row_blocks(table, [column(table, name, TEXT) for name in columns]), labels)
 
     matched, parts, divided = labelled_parts(
         tables, evaluation, label, examine, aliases, classes, recipe.holdout, recipe.label_map
@@ -182,24 +189,32 @@ class _Examiner:
         self.tokenizer, self.max_length, self.size, self.ends = tokenizer, max_length, size, ends
         self.doubled, self.unknown, self.longer = Doubled(tokenizer), Unknown(tokenizer), 0
 
-    def examine(self, blocks: Iterable[list[tuple[Any, ...]]], labels: Sequence[str | None]) -> list[Examined]:
+    def examine(self, table: Table, blocks: Iterable[list[tuple[Any, ...]]], labels: Sequence[str | None]) -> list[Examined]:
         """What each row of a table is; a block of rows is tokenized at a time."""
         examined: list[Examined] = []
         counts: dict[int, int] = {}  # of `ends`, in each row that can be used
         left = iter(labels)
         for rows in blocks:
             block = [_examine(texts, label) for texts, label in zip(rows, left, strict=False)]
-            self._read(rows, block, counts, len(examined))
+            self._read(table, rows, block, counts, len(examined))
             examined += block
         for number, reason in _uneven(counts, self.tokenizer, self.ends).items():
             examined[number] = replace(examined[number], reason=reason)
         return examined
 
-    def _read(self, rows: list[tuple[Any, ...]], block: list[Examined], counts: dict[int, int], start: int) -> None:
+    def _read(
+        self, table: Table, rows: list[tuple[Any, ...]], block: list[Examined], counts: dict[int, int], start: int
+    ) -> None:
         good = [number for number, row in enumerate(block) if row.reason is None]
         cut: set[int] = set()
         read = ids_or_reasons(
-            self.tokenizer, [rows[number] for number in good], cut, size=self.size, truncation=True, max_length=self.max_length
+            self.tokenizer,
+            [rows[number] for number in good],
+            cut,
+            lambda number, encoding: hold_encoding(table, start + good[number], encoding),
+            size=self.size,
+            truncation=True,
+            max_length=self.max_length,
         )
         self.longer += len(cut)
         for number, (ids, problem) in zip(good, read, strict=True):
@@ -218,6 +233,27 @@ class _Examiner:
                 "is not read (--max-length)"
             )
         return lines
+
+
+def hold_encoding(table: Table, row: int, encoding: Mapping[str, Sequence[int]]) -> None:
+    """Hold the tokenizer's outputs for a row, as int32, if they are equally long and their names are the usual ones."""
+    lengths = {len(values) for values in encoding.values()}
+    if table.decoded is not None and len(lengths) == 1 and set(encoding) <= set(OUTPUTS):
+        names = [name for name in OUTPUTS if name in encoding]
+        flags = sum(1 << OUTPUTS.index(name) for name in names)
+        values = np.array([encoding[name] for name in names], dtype=np.int32)
+        table.decoded.put(row, values.tobytes(), flags, values.shape[1])
+
+
+def encoding_of(table: Table, row: int) -> dict[str, list[int]] | None:
+    """Return the outputs that `hold_encoding` held for a row, or None."""
+    held = table.decoded.get(row) if table.decoded is not None else None
+    if held is None:
+        return None
+    content, flags, length = held
+    names = [name for number, name in enumerate(OUTPUTS) if flags >> number & 1]
+    values = np.frombuffer(content, dtype=np.int32).reshape(len(names), length).tolist()
+    return dict(zip(names, values, strict=True))
 
 
 def answer_end(config: Any) -> int | None:

@@ -139,12 +139,17 @@ def or_reason(read: Callable[..., T], *texts: Any) -> tuple[T | None, str | None
 
 
 def ids_or_reasons(
-    tokenizer: Any, rows: Sequence[Sequence[str]], cut: set[int] | None = None, **options: Any
+    tokenizer: Any,
+    rows: Sequence[Sequence[str]],
+    cut: set[int] | None = None,
+    keep: Callable[[int, dict[str, list[int]]], None] = lambda number, encoded: None,
+    **options: Any,
 ) -> list[tuple[list[int] | None, str | None]]:
     """(ids, None) of each row of one or more texts, or (None, why it cannot be used).
 
     Where a block of rows fails, its rows are read one by one. Rows longer than `max_length` are
-    added to `cut`.
+    added to `cut`. `keep` is called with the number of each row that can be used and all that the
+    tokenizer makes of it.
     """
     read = partial(_encoded, tokenizer, **options)
     answers: list[tuple[list[int] | None, str | None]] = []
@@ -154,12 +159,16 @@ def ids_or_reasons(
         if together is not None:
             if cut is not None:
                 cut |= {start + number for number in _cut(tokenizer, together, block, options)}
-            answers += [(ids, None) for ids in together["input_ids"]]
+            for number, ids in enumerate(together["input_ids"]):
+                keep(start + number, {name: values[number] for name, values in together.items()})
+                answers.append((ids, None))
             continue
         for number, row in enumerate(block):
             alone, reason = or_reason(read, *row)
             if alone is not None and cut is not None and _cut(tokenizer, alone, [row], options):
                 cut.add(start + number)
+            if alone is not None:
+                keep(start + number, dict(alone))
             answers.append((None if alone is None else alone["input_ids"], reason))
     return answers
 
