@@ -130,7 +130,7 @@ def test_the_flip_table_adds_up():
 def test_no_gain_is_claimed_that_is_not_shown():
     for verdict in ("same", "inconclusive", "worse"):
         report = reports.report(verdict=verdict)
-        said = " ".join([words.said(report), words.measured(report), *words.credit(report)])
+        said = " ".join([words.headline(report), words.measured(report), *words.credit(report)])
         assert "better than the source" not in said
         assert "gained" not in said
     report = reports.report()
@@ -173,7 +173,7 @@ def test_whose_doing_a_gain_is_stands_in_the_headline_s_sentence(report, sentenc
     """On the page, in the terminal and in the card; and only the mask's own gain is green."""
     page_, told = Reader(made(report)), summary(Report(report, Path("out")))
     written = card(report, SourceCard({}, ""), reports.recipe(), "import timm")
-    for text in (words.said(report), page_.text.replace("Better than", "better than"), told, written):
+    for text in (words.headline(report), page_.text.replace("Better than", "better than"), told, written):
         assert sentence in text
     classes = page_.all("section", id="verdict")[0]["class"].split()
     assert classes == ["verdict", "better", f"credit-{report['credit']}"]
@@ -423,10 +423,10 @@ def test_a_source_that_only_guesses_is_spoken_of_first(command, tmp_path):
 @pytest.mark.parametrize("verdict", ["worse", "same", "inconclusive"])
 def test_a_headline_without_a_gain_says_how_it_stands_to_the_controls(verdict):
     for p, delta, said in ((0.01, 0.02, "better than more training"), (0.01, -0.02, "worse than more training")):
-        headline = words.said(with_controls(verdict, "none", dense=(p, delta)))
+        headline = words.headline(with_controls(verdict, "none", dense=(p, delta)))
         assert headline.startswith(words.WORDS[verdict])
         assert said in headline
-    headline = words.said(with_controls(verdict, "none", dense=(0.5, 0.02), random=(0.01, -0.02)))
+    headline = words.headline(with_controls(verdict, "none", dense=(0.5, 0.02), random=(0.01, -0.02)))
     assert "no clear difference" in headline
     assert "worse than training with a random mask" in headline
     assert "better" not in headline

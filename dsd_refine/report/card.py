@@ -239,7 +239,7 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str)
         f"Refined from {name}{revision} by Dense-Sparse-Dense training ({PAPER}) on {data['train']['rows']:,} rows of "
         f"{code(data_name(recipe.get('data')).name)}. Same files, names, shapes and dtypes: it loads as the source does.",
         "",
-        f"**Verdict: {report['verdict']}** ({_plain(words.said(report))}).{gate}",
+        f"**Verdict: {report['verdict']}** ({_plain(words.headline(report))}).{gate}",
         "",
         _plain(" ".join(text for text in (words.measured(report), words.edge(report), words.rows_words(report)) if text)),
         *(f"\n{_plain(sentence)}" for sentence in words.credit(report)),

@@ -203,19 +203,19 @@ class Track:
         loss: The training loss of each step.
         lr: The learning rate of each step.
         samples: The number of samples of each step.
-        looks: The evaluations on the holdout, as (step, metrics).
+        evaluations: The evaluations on the holdout, as (step, metrics).
     """
 
     steps: array[float] = field(default_factory=lambda: array("d"))
     loss: array[float] = field(default_factory=lambda: array("d"))
     lr: array[float] = field(default_factory=lambda: array("d"))
     samples: array[float] = field(default_factory=lambda: array("d"))
-    looks: list[tuple[float, Mapping[str, Any]]] = field(default_factory=list)
+    evaluations: list[tuple[float, Mapping[str, Any]]] = field(default_factory=list)
 
     @property
     def length(self) -> float:
         """The last step that was logged; 0 if there is none."""
-        return max([0.0, *self.steps[-1:], *(step for step, _ in self.looks)])
+        return max([0.0, *self.steps[-1:], *(step for step, _ in self.evaluations)])
 
 
 Tries = dict[str, dict[str, Track]]  # "refined try 2" -> "1-sparse" -> its track
@@ -295,7 +295,7 @@ def read_log(lines: Iterable[Mapping[str, Any]]) -> Tries:
             track.lr.append(_real(entry["lr"]))
             track.samples.append(max(1.0, _real(entry.get("samples"))))  # 1 if it is not a number
         elif entry.get("part") == "holdout":
-            track.looks.append((float(entry["step"]), entry))
+            track.evaluations.append((float(entry["step"]), entry))
     return tries
 
 
@@ -348,7 +348,7 @@ def _preferred(tries: Tries, metric: str, higher_is_better: bool) -> dict[str, s
     """
     best: dict[str, tuple[tuple[float, float], str]] = {}
     for label, phases in tries.items():
-        looks = [look for _, look in list(phases.values())[-1].looks]
+        looks = [look for _, look in list(phases.values())[-1].evaluations]
         keys = (preference(look, metric, higher_is_better=higher_is_better) for look in looks)
         value = max(keys, default=(-math.inf, -math.inf))
         arm = label.split(" try ")[0]
@@ -384,7 +384,7 @@ def _holdout_panel(parts: Parts, axis: Scale, metric: str, source: Mapping[str, 
     If some evaluation has no value of the metric, the loss is drawn.
     """
     evaluations = {
-        arm: [(start + step, metrics) for start, track in tracks for step, metrics in track.looks]
+        arm: [(start + step, metrics) for start, track in tracks for step, metrics in track.evaluations]
         for arm, tracks in parts.items()
     }
     every = [metrics for of_arm in evaluations.values() for _, metrics in of_arm]
@@ -410,7 +410,7 @@ def _holdout_panel(parts: Parts, axis: Scale, metric: str, source: Mapping[str, 
 def _chosen(tracks: list[tuple[float, Track]], shown: str, times: float, epoch: int | None) -> list[Point]:
     """The evaluation at the end of the chosen epoch of the last phase."""
     start, track = tracks[-1] if tracks else (0.0, Track())
-    of_epoch = [(step, metrics) for step, metrics in track.looks if math.ceil(metrics.get("epoch") or 0) == epoch]
+    of_epoch = [(step, metrics) for step, metrics in track.evaluations if math.ceil(metrics.get("epoch") or 0) == epoch]
     return _finite((start + step, times * _real(metrics.get(shown))) for step, metrics in of_epoch[-1:])
 
 

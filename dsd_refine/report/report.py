@@ -218,7 +218,7 @@ def summary(report: Report) -> str:
     chosen = f"sparsity {selected['sparsity']:g}" if selected["sparsity"] is not None else "no sparse phase"
     lines += [
         "",
-        f"  verdict   {data['verdict']}: {words.said(data)}",
+        f"  verdict   {data['verdict']}: {words.headline(data)}",
         *(f"            {sentence}" for sentence in (words.edge(data), words.rows_words(data)) if sentence),
         f"  selected  {chosen}, epoch {selected['epoch']} of the last phase",
         f"  gate      {words.gate_words(data)}",

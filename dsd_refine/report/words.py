@@ -98,7 +98,7 @@ def interval(comparison: Mapping[str, Any], metric: str = "loss") -> str:
     return f"{bare(metric, low)} to {bare(metric, high)}"
 
 
-def said(report: Mapping[str, Any]) -> str:
+def headline(report: Mapping[str, Any]) -> str:
     """Return the headline: the verdict against the source and against each control, in one sentence."""
     verdict = report["verdict"]
     comparisons = {_short(name): comparison for name, comparison in controls_of(report).items()}
