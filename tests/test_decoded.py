@@ -177,3 +177,12 @@ def test_texts_are_tokenized_once(command, made, tmp_path, monkeypatch):
     assert command(*args, "-o", tmp_path / "again", "--cache-gb", "0").code == 0
     assert calls
     same(tmp_path / "held", tmp_path / "again")
+
+
+def test_a_cache_that_is_too_small_is_said_and_a_plan_tells_of_it(command, made, tmp_path):
+    args = (made / "timm", "--data", made / "pictures", *SHORT)
+    small = command(*args, "-o", tmp_path / "small", "--cache-gb", "0.000001")
+    assert small.err.count("cache: it holds a part of the rows") == 1
+    assert "cache:" not in command(*args, "-o", tmp_path / "large").err
+    assert "25% of the disk space that is free (--cache-gb)" in command("plan", made / "timm", "--data", made / "pictures").out
+    assert "--cache-gb" not in command("plan", made / "gpt2", "--data", made / "documents.txt").out

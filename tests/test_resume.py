@@ -277,3 +277,26 @@ def test_resume_with_other_kernels_is_refused(command, refused, made, tmp_path, 
         stop_after(patch, 3)
         assert command(*args).code == 4
     assert said in refused(*args, *change(monkeypatch), "--resume")
+
+
+@pytest.mark.parametrize("at", [1, 5, 9, 12, ALL])
+def test_losses_that_are_not_waited_for_change_nothing(command, made, undisturbed, tmp_path, monkeypatch, at):
+    """As on a GPU, whose losses come some steps late: the same log, stops and bytes."""
+    monkeypatch.setattr("dsd_refine.training.loop.lag", lambda device: 3)
+    args = arguments(made, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        stop_after(patch, at)
+        assert command(*args).code == 4
+    done = [json.loads(line) for line in (tmp_path / "out.partial/log.jsonl").read_text().splitlines()]
+    assert sum(line["event"] == "step" for line in done) == at
+    assert command(*args, "--resume").code == 0
+    same(tmp_path / "out", undisturbed)
+
+
+def test_a_loss_that_is_not_finite_is_found_though_it_comes_late(command, made, tmp_path, monkeypatch):
+    args = (*arguments(made, tmp_path / "out"), "--lr", "1e30")
+    at_once = command(*args)
+    monkeypatch.setattr("dsd_refine.training.loop.lag", lambda device: 3)
+    late = command(*args, "--overwrite")
+    assert (late.code, at_once.code) == (5, 5)
+    assert late.err.splitlines()[-1] == at_once.err.splitlines()[-1]

@@ -10,6 +10,7 @@ from dsd_refine.checkpoint.checkpoint import Checkpoint, open_shapes
 from dsd_refine.checkpoint.library import Library
 from dsd_refine.checkpoint.source import Source
 from dsd_refine.compat import BatchNorm
+from dsd_refine.data.decoded import SHARE
 from dsd_refine.data.splits import is_on_hub
 from dsd_refine.masking.checkpoint_layers import few_maskable, frozen_names, open_layers
 from dsd_refine.masking.layers import Layer
@@ -17,7 +18,7 @@ from dsd_refine.method import arm_phases
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.run import disk as space
 from dsd_refine.tasks.base import Task
-from dsd_refine.tasks.registry import look_at_data, parts_of, prepare_task
+from dsd_refine.tasks.registry import is_held, look_at_data, parts_of, prepare_task
 from dsd_refine.training.settings import check_settings
 from dsd_refine.training.state import micro_batches
 
@@ -114,7 +115,10 @@ def _sizes(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe) -> dict[
     """Return the lines about the memory of the largest phase and about the disk."""
     memory = max(memory_of(checkpoint, layers, recipe, phase, last=phase is recipe.phases[-1]) for phase in recipe.phases)
     disk = space.of_run(checkpoint, layers, recipe)  # a run checks the same number before it begins
-    return {"memory": f"{memory / 1e9:.2f} GB and the activations", "disk": f"{disk / 1e9:.2f} GB at most while running"}
+    lines = {"memory": f"{memory / 1e9:.2f} GB and the activations", "disk": f"{disk / 1e9:.2f} GB at most while running"}
+    if is_held(checkpoint.library.task):
+        lines["cache"] = f"decoded rows in at most {SHARE:.0%} of the disk space that is free (--cache-gb)"
+    return lines
 
 
 def memory_of(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe, phase: Phase, *, last: bool) -> int:

@@ -119,6 +119,8 @@ def _open(
         task = prepare_task(recipe, library.task, library, model, given)
     for line in data_lines(given.entry(parts_of(task))):
         options.say(f"data: {line}")
+    if store.budget.full:
+        options.say("cache: it holds a part of the rows; the others are decoded whenever they are used (--cache-gb)")
     loop = open_loop(checkpoint, task, recipe, options, accelerator, workspace, signals)
     without_gradient = first_look(loop)
     if accelerator.is_main_process:

@@ -69,11 +69,16 @@ def look_at_data(
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
     evaluation = None if given.evaluation is None else named(given.evaluation, classes)
     given = replace(given, tables=named(given.tables, classes), evaluation=evaluation)
-    if store is not None and HELD & set(spec.columns):
+    if store is not None and is_held(name):
         given = replace(given, tables=_held(given.tables, store), evaluation=_held(given.evaluation, store))
     if spec.has_classes:
         _check_labels(given, recipe, spec, library)
     return given
+
+
+def is_held(task: str) -> bool:
+    """Return whether a run of the task holds the decoded content of its rows on the disk."""
+    return bool(HELD & set(TASKS[task].columns))
 
 
 def _held(tables: T, store: Store) -> T:

@@ -94,7 +94,7 @@ def arrived(loop: Loop, state: PhaseState, wait: bool = False) -> Iterator[tuple
     Raises:
         RunError: a loss is not finite; the message names the step.
     """
-    while len(state.pending) > (0 if wait or loop.accelerator.device.type == "cpu" else LATE):
+    while len(state.pending) > (0 if wait else lag(loop.accelerator.device)):
         made = state.pending.popleft()
         if made.copied is not None:
             made.copied.synchronize()
@@ -108,6 +108,11 @@ def arrived(loop: Loop, state: PhaseState, wait: bool = False) -> Iterator[tuple
         step = Step(state.place, made.step, made.total, epoch, made.lr, mean, samples, made.skipped)
         _know(state, step)
         yield step, stops > 0
+
+
+def lag(device: torch.device) -> int:
+    """Return how many of the newest steps are not waited for."""
+    return 0 if device.type == "cpu" else LATE
 
 
 def renews_mask(phase: Phase, step: int, total: int) -> bool:
