@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from dsd_refine.training.state import Key, Loop, micro_batches
 T = TypeVar("T")
 
 SLOW = 0.002  # seconds that a batch takes to make, from which a thread pays
+TIMED = 4  # batches whose making is timed
 
 
 def shares(micro: Any, size: int, world: int, has_batchnorm: bool) -> list[Any]:
@@ -120,13 +122,14 @@ def loader(loop: Loop, part: Any, plan: Any) -> Iterator[Batch]:
 def one_ahead(batches: Iterator[T]) -> Iterator[T]:
     """Yield the batches. While one is used, a thread makes the next, if making one takes longer than SLOW.
 
-    A task draws from generators of its own, so it does not matter when a batch is made.
+    A task draws from generators of its own, so it does not matter when a batch is made. Of the first
+    batches the fastest counts: the very first opens files, and another process may delay any of them.
     """
-    began = time.perf_counter()
+    fastest, began = math.inf, time.perf_counter()
     for number, batch in enumerate(batches):
-        is_slow = time.perf_counter() - began > SLOW
+        fastest = min(fastest, time.perf_counter() - began)
         yield batch
-        if number and is_slow:  # not after the first, which opens files and fills caches
+        if number == TIMED - 1 and fastest > SLOW:
             break
         began = time.perf_counter()
     else:
