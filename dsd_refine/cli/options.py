@@ -173,6 +173,9 @@ RECIPE_OPTIONS = together(
         option("--control", type=click.Choice(["dense", "random", "none"]), multiple=True, help="Same-budget arms (dense)."),
         option("--gate", type=click.Choice(list(GATES)), help="What exit code 0 requires (not-worse). " + GATE_HELP),
         option("--margin", type=float, metavar="M", help="What counts as the same (0.005)."),
+        option("--publish", type=click.Choice(["refined", "best"]),
+               help="Whose weights the output has: the refined arm's, or of all arms and the source those that the holdout "
+               "prefers (refined)."),
         option("--seed", type=int, metavar="N", help="Of order, augmentation, dropout and random masks (0)."),
         option("--seeds", type=int, metavar="N", help="Repeat every arm with this many seeds; the holdout picks (1)."),
         option("--expect", multiple=True, metavar="METRIC=VALUE", help="Stop unless the source reaches this."),
