@@ -159,6 +159,8 @@ class Recipe(Strict):
     `eval_split` and `holdout_split` name the splits of the data for evaluation and selection.
     `publish` says whose weights the output has: `refined`, or `best`, the arm that the holdout prefers. With `best`
     the source itself is a candidate.
+    `patience` stops a hopeless try after so many evaluations on the holdout in a row (see
+    `dsd_refine.run.lost`). None: no try is stopped.
     """
 
     name: str = "recipe"
@@ -186,6 +188,7 @@ class Recipe(Strict):
     gate: Literal["none", "not-worse", "non-inferior", "better", "beats-control"] = "not-worse"
     margin: Annotated[float, Field(ge=0)] = 0.005
     publish: Literal["refined", "best"] = "refined"
+    patience: Positive | None = None
     seed: Seed = 0
     seeds: Annotated[int, Field(gt=0, le=1000)] = 1
     expect: dict[str, float] = {}
@@ -260,6 +263,8 @@ class Recipe(Strict):
             raise ValueError("holdout 0 leaves no rows for the selection: use keep: last and one sparsity")
         if self.holdout == 0 and self.publish == "best":
             raise ValueError("publish: best needs a holdout that chooses: give --holdout F, such as 0.1")
+        if self.holdout == 0 and self.patience:
+            raise ValueError("patience needs a holdout that shows what is hopeless: give --holdout F, such as 0.1")
         if self.gate == "beats-control" and not self.control:
             raise ValueError("gate beats-control needs a control")
         if len(set(self.control)) != len(self.control):

@@ -167,6 +167,8 @@ RECIPE_OPTIONS = together(
         option("--batch-size", type=int, metavar="N", help="Rows of a batch, per process (recipe; 32)."),
         option("--gradient-accumulation-steps", type=int, metavar="N", help="Batches of an optimizer step (1)."),
         option("--max-grad-norm", type=float, metavar="X", help="Clip the norm over all gradients (off)."),
+        option("--patience", type=int, metavar="N", help="Stop a try that is worse than the source on the holdout, beyond its "
+               "noise, N times in a row while the rate falls (off)."),
     ),
     in_group(
         "Arms and judgement",

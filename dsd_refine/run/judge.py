@@ -9,6 +9,7 @@ from dsd_refine.evidence.baseline_checks import check_baseline
 from dsd_refine.evidence.compare import Comparison, compare, holm
 from dsd_refine.evidence.damage import clearly_worse, harm_warnings, rising_warnings, view_warnings
 from dsd_refine.evidence.paired import ALPHA
+from dsd_refine.run.lost import remember_source
 from dsd_refine.run.run import Run
 from dsd_refine.tasks.base import Item, Score, Scores
 from dsd_refine.training.evaluate import evaluate, first_items, scored
@@ -96,7 +97,9 @@ def look_at_source(run: Run) -> None:
         return
     loop, task, state = run.loop, run.task, run.state
     if task.holdout is not None:
-        state.source_holdout = task.metrics(evaluate(loop, task.holdout))
+        scores = evaluate(loop, task.holdout)
+        state.source_holdout = task.metrics(scores)
+        remember_source(run, scores)
         place = {"arm": "baseline", "phase": None, "step": None, "epoch": None}
         run.workspace.log({"event": "evaluation", **place, "part": "holdout", **state.source_holdout})
     steps = run.recipe.phases_at(run.tries[0])[0].total_steps(loop.steps_per_epoch)

@@ -98,6 +98,7 @@ def report_data(
         "arms": {arm: task.metrics(scores) for arm, scores in run.scores.items()},
         "comparison": {name: result.to_dict() for name, result in run.comparisons.items()},
         "verdict": verdict,
+        "lost": run.state.lost,
         "published": run.published,
         "published_name": published_name(run),
         "gate": {"rule": recipe.gate, "passed": passed},
@@ -229,6 +230,10 @@ def _warnings(run: Run) -> list[str]:
             f"{sum(count for count, _ in empty.values()):,} filters held only zeros at the sparse phase's end, in {len(empty)} "
             f"layers ({most}: {empty[most][0]} of {empty[most][1]}); exclude such layers with --exclude"
         )
+    lines += [
+        f"{lost['arm']} try {lost['try']} was lost in {lost['phase']}, step {lost['step']}: {lost['reason']}"
+        for lost in run.state.lost
+    ]
     return lines + _returned_warning(run) + few_maskable(run.layers)
 
 

@@ -100,6 +100,7 @@ class Run:
         comparisons: Name, such as "refined_vs_baseline" -> result.
         state: What is saved.
         entered: Whether a phase has begun in this process.
+        source_scores: The source's scores on the holdout, if `patience` needs them.
     """
 
     checkpoint: Checkpoint
@@ -120,6 +121,7 @@ class Run:
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     state: RunState = field(default_factory=RunState)
     entered: bool = False
+    source_scores: Scores | None = None
 
     def save(self, tensors: dict[str, torch.Tensor] | None = None) -> None:
         """Save the state, with the fp16 loss scale, which took many steps to find.
