@@ -11,7 +11,7 @@ from dsd_refine.checkpoint.source import Source
 from dsd_refine.evidence.compare import gate_passed, verdict
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report.report import Report
-from dsd_refine.run.judge import compare_arms, load_selected, look_at_source, score_arm, warn_of_harm
+from dsd_refine.run.judge import compare_arms, load_published, load_selected, look_at_source, score_arm, warn_of_harm
 from dsd_refine.run.open import opened
 from dsd_refine.run.phase import enter_phase, finished_before, leave_phase, run_phase
 from dsd_refine.run.publish import publish
@@ -60,7 +60,7 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
         run.teacher = None  # free its memory, because the check loads the written output
         compare_arms(run)
         warn_of_harm(run)
-        load_selected(run, "refined", run.preferred("refined"))
+        load_published(run)
         return finish(run)
 
 
@@ -89,6 +89,6 @@ def arm_phases(arm: str, recipe: Recipe, sparsity: float | None) -> tuple[Phase,
 
 def finish(run: Run) -> Report:
     """Decide the verdict and the gate; then write, verify and publish the result."""
-    result = verdict(run.comparisons["refined_vs_baseline"], run.margin)
-    passed_gate = gate_passed(run.recipe.gate, run.comparisons, run.margin, run.recipe.control)
+    result = verdict(run.result, run.margin)
+    passed_gate = gate_passed(run.recipe.gate, run.comparisons, run.margin, run.recipe.control, run.published)
     return publish(run, result, passed_gate)

@@ -157,6 +157,10 @@ class Recipe(Strict):
     no names). null leaves out the rows of a label.
     `encoding` is the encoding of text files without a byte order mark.
     `eval_split` and `holdout_split` name the splits of the data for evaluation and selection.
+    `publish` says whose weights the output has: `refined`, or `best`, the arm that the holdout prefers. With `best`
+    the source itself is a candidate.
+    `patience` stops a hopeless try after so many evaluations on the holdout in a row (see
+    `dsd_refine.run.lost`). None: no try is stopped.
     """
 
     name: str = "recipe"
@@ -183,6 +187,8 @@ class Recipe(Strict):
     keep: Literal["best", "last", "sparse"] = "best"
     gate: Literal["none", "not-worse", "non-inferior", "better", "beats-control"] = "not-worse"
     margin: Annotated[float, Field(ge=0)] = 0.005
+    publish: Literal["refined", "best"] = "refined"
+    patience: Positive | None = None
     seed: Seed = 0
     seeds: Annotated[int, Field(gt=0, le=1000)] = 1
     expect: dict[str, float] = {}
@@ -255,6 +261,10 @@ class Recipe(Strict):
             raise ValueError("keep: sparse needs a sparse phase")
         if self.holdout == 0 and (self.keep == "best" or len(self.tried) > 1):
             raise ValueError("holdout 0 leaves no rows for the selection: use keep: last and one sparsity")
+        if self.holdout == 0 and self.publish == "best":
+            raise ValueError("publish: best needs a holdout that chooses: give --holdout F, such as 0.1")
+        if self.holdout == 0 and self.patience:
+            raise ValueError("patience needs a holdout that shows what is hopeless: give --holdout F, such as 0.1")
         if self.gate == "beats-control" and not self.control:
             raise ValueError("gate beats-control needs a control")
         if len(set(self.control)) != len(self.control):
@@ -279,6 +289,8 @@ class Recipe(Strict):
     def dump(self) -> str:
         """Return the recipe as YAML. `read_recipe` and `validate` make an equal recipe of it."""
         fields = self.model_dump(mode="json", exclude_none=True)
+        if self.publish == Recipe.model_fields["publish"].default:
+            del fields["publish"]
         if tried := fields.pop("sparsities"):
             next(phase for phase in fields["phases"] if phase["kind"] == "sparse")["sparsity"] = tried
         return dump_recipe_yaml(fields)

@@ -167,12 +167,17 @@ RECIPE_OPTIONS = together(
         option("--batch-size", type=int, metavar="N", help="Rows of a batch, per process (recipe; 32)."),
         option("--gradient-accumulation-steps", type=int, metavar="N", help="Batches of an optimizer step (1)."),
         option("--max-grad-norm", type=float, metavar="X", help="Clip the norm over all gradients (off)."),
+        option("--patience", type=int, metavar="N", help="Stop a try that is worse than the source on the holdout, beyond its "
+               "noise, N times in a row while the rate falls (off)."),
     ),
     in_group(
         "Arms and judgement",
         option("--control", type=click.Choice(["dense", "random", "none"]), multiple=True, help="Same-budget arms (dense)."),
         option("--gate", type=click.Choice(list(GATES)), help="What exit code 0 requires (not-worse). " + GATE_HELP),
         option("--margin", type=float, metavar="M", help="What counts as the same (0.005)."),
+        option("--publish", type=click.Choice(["refined", "best"]),
+               help="Whose weights the output has: the refined arm's, or of all arms and the source those that the holdout "
+               "prefers (refined)."),
         option("--seed", type=int, metavar="N", help="Of order, augmentation, dropout and random masks (0)."),
         option("--seeds", type=int, metavar="N", help="Repeat every arm with this many seeds; the holdout picks (1)."),
         option("--expect", multiple=True, metavar="METRIC=VALUE", help="Stop unless the source reaches this."),

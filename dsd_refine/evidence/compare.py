@@ -58,6 +58,9 @@ class Comparison:
         return {name: getattr(self, name) for name in REPORTED} | {"ci95": list(self.ci95)}
 
 
+UNCHANGED = Comparison(0.0, (0.0, 0.0), 1.0, 1.0, None, None, "same-weights")  # the source with itself
+
+
 def groups_of(contents: Iterable[bytes]) -> Array:
     """Return the number of each row's group, from 0. Rows with equal content form one group."""
     numbers: dict[bytes, int] = {}
@@ -304,27 +307,35 @@ def verdict(comparison: Comparison, margin: float) -> str:
     return "same" if -margin <= comparison.ci95[0] and comparison.ci95[1] <= margin else "inconclusive"
 
 
-def gate_passed(rule: str, comparisons: Mapping[str, Comparison], margin: float, controls: Sequence[str]) -> bool:
+def with_source(comparisons: Mapping[str, Comparison], arm: str = "refined") -> Comparison:
+    """Return the comparison of an arm with the source. For "baseline", the source itself, it is UNCHANGED."""
+    return UNCHANGED if arm == "baseline" else comparisons[f"{arm}_vs_baseline"]
+
+
+def gate_passed(
+    rule: str, comparisons: Mapping[str, Comparison], margin: float, controls: Sequence[str], published: str = "refined"
+) -> bool:
     """Return whether the gate is met.
 
     Args:
         rule: "none": always met. "not-worse": delta >= 0 on these rows, even if by chance.
             "non-inferior": the interval lies above -margin. "better": the verdict is better.
             "beats-control": the verdict is better, and the refined arm is better than every
-            control.
+            control. A published control or source cannot meet it.
         comparisons: By name, such as `refined_vs_baseline`, with `p_adjusted`.
         margin: Absolute, in the metric's unit.
         controls: Names of the control arms.
+        published: The arm whose weights are published; "baseline": the source.
     """
-    against_source = comparisons["refined_vs_baseline"]
+    result = with_source(comparisons, published)
     if rule == "none":
         return True
     if rule == "not-worse":
-        return against_source.delta >= 0
+        return result.delta >= 0
     if rule == "non-inferior":
-        return against_source.ci95[0] > -margin
-    better = verdict(against_source, margin) == "better"
-    return better and (rule == "better" or beats_all(comparisons, controls))
+        return result.ci95[0] > -margin
+    better = verdict(result, margin) == "better"
+    return better and (rule == "better" or (published == "refined" and beats_all(comparisons, controls)))
 
 
 def beats_all(comparisons: Mapping[str, Comparison], controls: Sequence[str]) -> bool:
@@ -333,14 +344,14 @@ def beats_all(comparisons: Mapping[str, Comparison], controls: Sequence[str]) ->
     return all(other.p_adjusted < ALPHA and other.delta > 0 for other in others)
 
 
-def credit(of_verdict: str, comparisons: Mapping[str, Comparison], controls: Sequence[str]) -> str:
+def credit(of_verdict: str, comparisons: Mapping[str, Comparison], controls: Sequence[str], published: str = "refined") -> str:
     """Return what made the result better.
 
-    "mask": it is better than every control too. "training": it is not better than every control.
+    "mask": the refined arm is published, and is better than every control too. "training": else.
     "unknown": no control was run. "none": the verdict is not better.
     """
     if of_verdict != "better":
         return "none"
     if not controls:
         return "unknown"
-    return "mask" if beats_all(comparisons, controls) else "training"
+    return "mask" if published == "refined" and beats_all(comparisons, controls) else "training"

@@ -11,11 +11,12 @@ from scipy.stats import binomtest
 
 from dsd_refine.evidence.baseline_checks import UNBOUNDED
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks.base import ChanceBaseline, Score, Task
+from dsd_refine.tasks.base import ChanceBaseline, Score, Scores, Task
 
 FEWEST_SEEN = 20  # with fewer rows or steps there is no warning
 ERRORS = 3.0  # standard errors that a loss of accuracy must exceed
 RARE = 0.001  # the level of the sign test
+NOISE = 2.0  # standard errors that count as the noise of a holdout
 
 
 def view_warnings(task: Task, plain: Sequence[Score], seen: Sequence[Score], recipe: Recipe) -> list[str]:
@@ -127,10 +128,27 @@ def _milder(recipe: Recipe, task: Task) -> str:
     return f"less augmentation ({' '.join(options)})" if options else ""
 
 
+def below_noise(arm: Scores, source: Scores, *, higher_is_better: bool, by_loss: bool) -> bool:
+    """Return whether an arm lies below the source by more than the noise of the rows.
+
+    The noise is NOISE standard errors of the mean difference of the same rows.
+
+    Args:
+        arm: The scores of the arm, of each row.
+        source: The scores of the source on the same rows.
+        higher_is_better: False for losses and error rates.
+        by_loss: Compare the losses, because the metric is no mean of rows (BLEU).
+    """
+    sign = 1 if higher_is_better else -1
+    ahead = source.loss - arm.loss if by_loss else sign * (arm.score - source.score)
+    error = float(ahead.std(ddof=1)) * math.sqrt(len(ahead)) if len(ahead) > 1 else math.inf
+    return bool(ahead.sum() < -NOISE * error)
+
+
 def clearly_worse(
     arm_metrics: Mapping[str, float], source_metrics: Mapping[str, float], task: Task, recipe: Recipe, rows: int | None
 ) -> bool:
-    """Return whether an arm is worse than the source by more than two standard errors.
+    """Return whether an arm is worse than the source by more than NOISE standard errors.
 
     The standard error is that of a difference of shares of `rows` rows. It is not known for a
     metric that is not a share of rows (`rows` is None, or a loss): the result is False then.
@@ -139,4 +157,4 @@ def clearly_worse(
     value, source = arm_metrics[metric], source_metrics[metric]
     if rows is None or metric in UNBOUNDED:
         return False
-    return source - value > 2 * math.sqrt((value * (1 - value) + source * (1 - source)) / rows)
+    return source - value > NOISE * math.sqrt((value * (1 - value) + source * (1 - source)) / rows)

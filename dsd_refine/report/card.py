@@ -19,6 +19,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from dsd_refine.files import leads_out
 from dsd_refine.report import words
 from dsd_refine.report.data import data_lines
+from dsd_refine.report.published import arm_of, true_name
 from dsd_refine.task_specs import TASKS
 from dsd_refine.yaml_reader import load_card_yaml
 
@@ -187,14 +188,14 @@ def evaluated_on(recipe: Mapping[str, Any]) -> DataName:
 
 
 def _model_index(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> Any:
-    """The refined arm's metrics on the evaluation rows, as the Hub's `model-index`."""
+    """The published arm's metrics on the evaluation rows, as the Hub's `model-index`."""
     data, task = evaluated_on(recipe), report["task"]
     results = [
         EvalResult(
             task_type=_pipeline_tag(task) or task, dataset_type=data.hub or data.name, dataset_name=data.name,
             dataset_config=data.config, metric_type=metric, metric_value=value,
         )
-        for metric, value in report["arms"]["refined"].items()
+        for metric, value in report["arms"][arm_of(report)].items()
     ]  # fmt: skip
     return eval_results_to_model_index(f"{_short_name(report)}-dsd", results)
 
@@ -210,7 +211,7 @@ def eval_results(report: Mapping[str, Any], recipe_yaml: str) -> dict[str, str]:
     entry = EvalResultEntry(
         dataset_id=data.hub or f"{LOCAL}{data.name}",
         task_id=data.config or "default",
-        value=report["arms"]["refined"][metric],
+        value=report["arms"][arm_of(report)][metric],
         notes=f"{metric} on {report['data']['eval']['rows']} rows, measured by dsd-refine",
     )
     name = re.sub(r"[^\w.-]+", "-", data.hub or data.name).strip("-.") or "data"
@@ -236,7 +237,7 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str)
     lines = [
         "## Refined with dsd-refine",
         "",
-        f"Refined from {name}{revision} by Dense-Sparse-Dense training ({PAPER}) on {data['train']['rows']:,} rows of "
+        f"{_origin(report, name + revision)} on {data['train']['rows']:,} rows of "
         f"{code(data_name(recipe.get('data')).name)}. Same files, names, shapes and dtypes: it loads as the source does.",
         "",
         f"**Verdict: {report['verdict']}** ({_plain(words.headline(report))}).{gate}",
@@ -262,6 +263,15 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str)
         "",
     ]
     return "\n".join(lines)
+
+
+def _origin(report: Mapping[str, Any], source: str) -> str:
+    """How the published weights were made, as the beginning of a sentence about the data."""
+    if arm_of(report) == "refined":
+        return f"Refined from {source} by Dense-Sparse-Dense training ({PAPER})"
+    if arm_of(report) == "baseline":
+        return f"The weights of {source}, unchanged: no arm of Dense-Sparse-Dense training ({PAPER}) was preferred to them"
+    return f"Trained on from {source} ({_plain(true_name(report))}), as a control of Dense-Sparse-Dense training ({PAPER}),"
 
 
 def _data_section(data: Mapping[str, Any]) -> list[str]:

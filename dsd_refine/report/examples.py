@@ -82,7 +82,13 @@ ContentOf = Callable[[int], Content | None]
 
 
 def examples(
-    predictions: pa.Table, *, higher_is_better: bool, decided: bool, shown: int = 0, content: ContentOf | None = None
+    predictions: pa.Table,
+    *,
+    higher_is_better: bool,
+    decided: bool,
+    shown: int = 0,
+    content: ContentOf | None = None,
+    arm: str = "refined",
 ) -> Examples:
     """Choose some of the rows gained and lost.
 
@@ -96,15 +102,16 @@ def examples(
         shown: How many rows of each kind are listed with their content. 0: at most MOST of each
             kind are listed, without content.
         content: Returns the content of a row.
+        arm: The arm that is compared with the source.
     """
     sign = 1.0 if higher_is_better else -1.0
-    change = sign * (_row_metric(predictions, "refined") - _row_metric(predictions, "baseline"))
+    change = sign * (_row_metric(predictions, arm) - _row_metric(predictions, "baseline"))
     most = shown or MOST
     by_direction = []
     for direction in (1.0, -1.0):
         rows = np.flatnonzero(direction * change > 0)
         chosen = _spread(rows, most) if decided else rows[np.argsort(-direction * change[rows], kind="stable")][:most]
-        by_direction.append((len(rows), [_example(predictions, int(row), content if shown else None) for row in chosen]))
+        by_direction.append((len(rows), [_example(predictions, int(row), content if shown else None, arm) for row in chosen]))
     (all_gained, gained), (all_lost, lost) = by_direction
     return Examples(gained, lost, all_gained, all_lost, decided)
 
@@ -120,8 +127,8 @@ def _spread(rows: np.ndarray[Any, Any], most: int) -> np.ndarray[Any, Any]:
     return rows if len(rows) <= most else rows[np.arange(most) * len(rows) // most]
 
 
-def _example(predictions: pa.Table, row: int, content: ContentOf | None) -> Example:
-    """Describe one row.
+def _example(predictions: pa.Table, row: int, content: ContentOf | None, result: str) -> Example:
+    """Describe one row. `result` is the arm that is compared with the source.
 
     A language model's row has no prediction. It shows its own value of the metric.
     """
@@ -135,7 +142,7 @@ def _example(predictions: pa.Table, row: int, content: ContentOf | None) -> Exam
         row=excerpt(str(predictions["row"][row].as_py())),
         target=None if target is None else excerpt(str(target)),
         before=answer("baseline"),
-        after=answer("refined"),
+        after=answer(result),
         content=content(row) if content else None,
     )
 

@@ -117,6 +117,7 @@ class Interval:
         point: The difference, in units.
         high: The upper end of the interval, in units.
         comparison: The entry of report.json, for the text beside the drawing.
+        arm: The name of the arm that is compared with the other one.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Interval:
     point: float
     high: float
     comparison: Mapping[str, Any]
+    arm: str = "refined"
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def forest(comparisons: Mapping[str, Mapping[str, Any]], margin: float, times: f
     for name, comparison in comparisons.items():
         values = (comparison["ci95"][0], comparison["delta"], comparison["ci95"][1])
         low, point, high = (scale.position(times * value) for value in values)
-        rows.append(Interval(name.removeprefix("refined_vs_"), low, point, high, comparison))
+        arm, other = name.split("_vs_")
+        rows.append(Interval(other, low, point, high, comparison, arm))
     margins = (scale.position(-times * margin), scale.position(times * margin))
     return Forest(rows, scale.position(0), margins, scale.ticks(5))
 
@@ -172,6 +175,7 @@ class Flips:
         gained: Rows that only the refined arm has right.
         lost: Rows that only the other arm has right.
         both_wrong: Rows that neither arm has right.
+        arm: The name of the arm that is compared with the other one.
     """
 
     against: str
@@ -179,6 +183,7 @@ class Flips:
     gained: int
     lost: int
     both_wrong: int
+    arm: str = "refined"
 
 
 def flips(report: Mapping[str, Any]) -> list[Flips]:
@@ -186,11 +191,11 @@ def flips(report: Mapping[str, Any]) -> list[Flips]:
     metric, rows = report["metric"]["name"], report["data"]["eval"]["rows"]
     tables = []
     for name, comparison in report["comparison"].items():
-        other, gained, lost = name.removeprefix("refined_vs_"), comparison["gained"], comparison["lost"]
+        (arm, other), gained, lost = name.split("_vs_"), comparison["gained"], comparison["lost"]
         if gained is None or other not in report["arms"]:
             continue
         right = round(report["arms"][other][metric] * rows)
-        tables.append(Flips(other, right - lost, gained, lost, rows - right - gained))
+        tables.append(Flips(other, right - lost, gained, lost, rows - right - gained, arm))
     return tables
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from dsd_refine.report import cost, figures, words
+from dsd_refine.report import cost, figures, published, words
 from dsd_refine.report.card import public_recipe
 from dsd_refine.report.data import data_lines
 from dsd_refine.report.examples import Examples
@@ -66,7 +66,9 @@ def page(
         report=report,
         name=_name(report),
         metric=metric["name"],
-        main=report["comparison"]["refined_vs_baseline"],
+        main=published.comparison_of(report),
+        published=published.arm_of(report),
+        result=published.result_of(report),
         margin=margin,
         forest=figures.forest(report["comparison"], margin, words.times(metric["name"])),
         spread=_spread_forest(report, margin),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dsd_refine.errors import UsageError
 from dsd_refine.report import words
 from dsd_refine.report.data import data_lines
+from dsd_refine.report.published import arm_of, true_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,8 +92,13 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The result of refined compared with the source: better | worse | same | inconclusive."""
+        """The result of the published arm compared with the source: better | worse | same | inconclusive."""
         return str(self.data["verdict"])
+
+    @property
+    def published(self) -> str:
+        """The arm whose weights the output has. "baseline" is the source (only with `publish: best`)."""
+        return arm_of(self.data)
 
     @property
     def credit(self) -> str:
@@ -133,7 +139,10 @@ class Report:
 
     @property
     def comparison(self) -> dict[str, Compared]:
-        """Name of the other arm (baseline, dense, ...) -> the comparison of refined with it."""
+        """Name of the other arm (baseline, dense, ...) -> the comparison of refined with it.
+
+        If a control is published, its comparison with the source is there too, as `dense_vs_baseline`.
+        """
         names = [field.name for field in fields(Compared)]
         return {
             name.removeprefix("refined_vs_"): Compared(**{key: values[key] for key in names} | {"ci95": tuple(values["ci95"])})
@@ -178,7 +187,7 @@ class Report:
             raise UsageError(f"{file}: cannot be read ({error!s:.100})") from None
 
     def __repr__(self) -> str:
-        change = self.comparison.get("baseline")
+        change = self.comparison.get("baseline" if self.published == "refined" else f"{self.published}_vs_baseline")
         metric = self.data["metric"]["name"]
         shown = f", {metric} {change.delta:+.4f} [{change.ci95[0]:+.4f}, {change.ci95[1]:+.4f}]" if change else ""
         return f"<Report of {self.output}: {self.verdict}, credit: {self.credit}{shown}>"
@@ -221,6 +230,7 @@ def summary(report: Report) -> str:
         f"  verdict   {data['verdict']}: {words.headline(data)}",
         *(f"            {sentence}" for sentence in (words.edge(data), words.rows_words(data)) if sentence),
         f"  selected  {chosen}, epoch {selected['epoch']} of the last phase",
+        *([f"  published {arm_of(data)}: {true_name(data)}"] if arm_of(data) != "refined" else []),
         f"  gate      {words.gate_words(data)}",
         f"  output    {report.output}",
         *(f"  data      {line}" for line in data_lines({**data["data"], "unused": ()})),

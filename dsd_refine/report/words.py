@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dsd_refine.report.published import arm_of, comparison_of, result_of, true_name
+
 ALPHA = 0.05
 WORDS = {
     "better": "better than the source",
@@ -99,8 +101,15 @@ def interval(comparison: Mapping[str, Any], metric: str = "loss") -> str:
 
 
 def headline(report: Mapping[str, Any]) -> str:
-    """Return the headline: the verdict against the source and against each control, in one sentence."""
-    verdict = report["verdict"]
+    """Return the headline: the verdict against the source and against each control, in one sentence.
+
+    If another arm than the refined one is published, the headline begins with its true name.
+    """
+    verdict, arm = report["verdict"], arm_of(report)
+    if arm == "baseline":
+        return "the source itself: the holdout prefers it to every trained arm"
+    if arm != "refined":
+        return f"{true_name(report)}: {WORDS[verdict]}"
     comparisons = {_short(name): comparison for name, comparison in controls_of(report).items()}
     if verdict == "better" and not comparisons:
         return f"{WORDS[verdict]}; without a control, it is not known whether the mask helped"
@@ -113,9 +122,8 @@ def headline(report: Mapping[str, Any]) -> str:
 
 def controls_of(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the comparisons of the refined arm with the controls, by the name of the control."""
-    prefix = "refined_vs_"
-    comparisons = {name.removeprefix(prefix): comparison for name, comparison in report["comparison"].items()}
-    return {name: comparison for name, comparison in comparisons.items() if name != "baseline"}
+    pairs = ((name.split("_vs_"), comparison) for name, comparison in report["comparison"].items())
+    return {other: comparison for (arm, other), comparison in pairs if arm == "refined" and other != "baseline"}
 
 
 def _relation(comparison: Mapping[str, Any]) -> str:
@@ -151,7 +159,7 @@ def change(report: Mapping[str, Any]) -> str:
     Example: "accuracy 96.98 % → 98.66 %, 10 more of 597 right, none lost".
     """
     metric, arms = report["metric"]["name"], report["arms"]
-    before, after = (value(metric, arms[arm][metric]) for arm in ("baseline", "refined"))
+    before, after = (value(metric, arms[arm][metric]) for arm in ("baseline", arm_of(report)))
     return f"{name_of(metric)} {before} → {after}, {amount(report)}"
 
 
@@ -162,8 +170,10 @@ def amount(report: Mapping[str, Any]) -> str:
     lower or higher.
     """
     metric, arms = report["metric"]["name"], report["arms"]
-    before, after = arms["baseline"][metric], arms["refined"][metric]
-    comparison = report["comparison"]["refined_vs_baseline"]
+    before, after = arms["baseline"][metric], arms[arm_of(report)][metric]
+    comparison = comparison_of(report)
+    if arm_of(report) == "baseline":
+        return "the same weights"
     if comparison["gained"] is not None:
         return _rows_changed(comparison["gained"], comparison["lost"], report["data"]["eval"]["rows"])
     if value(metric, before) == value(metric, after):
@@ -188,6 +198,8 @@ def what_next(report: Mapping[str, Any]) -> str:
     """Return one sentence of advice: what to do with this result."""
     if any(AT_CHANCE in warning for warning in report["warnings"]):
         return "Read the warning about the source first: it is no better than guessing here, so the other results mean little."
+    if arm_of(report) == "baseline":
+        return "Keep the source: the output has its weights, because no arm was better on the holdout."
     match report["verdict"]:
         case "better":
             return _use(report)
@@ -213,10 +225,12 @@ def _mended(warnings: str) -> str:
 def _use(report: Mapping[str, Any]) -> str:
     """The advice for a result that is better than the source."""
     comparisons = controls_of(report).values()
-    if any(_relation(comparison) == "worse" for comparison in comparisons):
+    if arm_of(report) == "refined" and any(_relation(comparison) == "worse" for comparison in comparisons):
         return "Train without this mask instead: a control of the same budget did better."
     gate = report["gate"]
     use = "Use it" if gate["passed"] else f"Lower the gate (--gate {gate['rule']} was not met) if you want to use it"
+    if arm_of(report) != "refined":
+        return f"{use} for its gain over the source. The holdout chose it: {true_name(report)}."
     if not comparisons:
         return f"{use} for its gain over the source; --control dense would show whether the mask is needed."
     if report.get("credit") == "mask":
@@ -235,22 +249,28 @@ def tone(report: Mapping[str, Any]) -> str:
 
 def measured(report: Mapping[str, Any]) -> str:
     """Return the measured values of the source and of the result, with the difference and its test."""
-    metric, comparison, arms = report["metric"]["name"], report["comparison"]["refined_vs_baseline"], report["arms"]
+    metric, comparison, arms = report["metric"]["name"], comparison_of(report), report["arms"]
     number = len(report["comparison"])
     adjusted = f", adjusted for {number} comparisons by Holm's method" if number > 1 else ""
     better = "" if report["metric"]["higher_is_better"] else " (lower is better; a decrease is a positive difference)"
-    before, after = (value(metric, arms[arm][metric]) for arm in ("baseline", "refined"))
+    before, after = (value(metric, arms[arm][metric]) for arm in ("baseline", arm_of(report)))
+    rows = f"On {report['data']['eval']['rows']:,} evaluation rows, which were not used to select anything"
+    if arm_of(report) == "baseline":
+        return f"{rows}, the source's {name_of(metric)} is {before}{better}. The output has the same weights."
     return (
-        f"On {report['data']['eval']['rows']:,} evaluation rows, which were not used to select anything, the source's "
-        f"{name_of(metric)} is {before} and the refined checkpoint's {after}{better}: "
+        f"{rows}, the source's {name_of(metric)} is {before} and {_possessive(result_of(report))} {after}{better}: "
         f"a difference of {difference(metric, comparison['delta'])}, 95 % interval {interval(comparison, metric)}, "
         f"{p_words(comparison['p_adjusted'])} ({TESTS.get(comparison['test'], comparison['test'])}{adjusted})."
     )
 
 
+def _possessive(noun: str) -> str:
+    return f"that of {noun}" if noun.endswith(")") else f"{noun}'s"
+
+
 def edge(report: Mapping[str, Any]) -> str | None:
     """Return a sentence that says that p decides, if p and the interval disagree; else None."""
-    comparison = report["comparison"]["refined_vs_baseline"]
+    comparison = comparison_of(report)
     low, high = comparison["ci95"]
     if comparison["p_adjusted"] < ALPHA and low <= 0 <= high:
         return "The interval contains 0, but p decides the verdict."
@@ -266,7 +286,7 @@ def rows_words(report: Mapping[str, Any]) -> str | None:
     None if the verdict is another one.
     """
     rows, used = report.get("rows_to_decide"), report["data"]["eval"]["rows"]
-    comparison = report["comparison"]["refined_vs_baseline"]
+    comparison = comparison_of(report)
     if report["verdict"] != "inconclusive":
         return None
     if rows and rows > used:
@@ -278,24 +298,22 @@ def rows_words(report: Mapping[str, Any]) -> str | None:
 
 def credit(report: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each control: did the mask bring the gain?"""
-    gained, metric = report["verdict"] == "better", report["metric"]["name"]
-    return [
-        _against(name.removeprefix("refined_vs_"), comparison, metric, gained)
-        for name, comparison in report["comparison"].items()
-        if name != "refined_vs_baseline"
-    ]
+    metric, is_published = report["metric"]["name"], arm_of(report) == "refined"
+    gained = report["verdict"] == "better" and is_published
+    subject = "The refined checkpoint" if is_published else "The refined arm"
+    return [_against(subject, name, comparison, metric, gained) for name, comparison in controls_of(report).items()]
 
 
-def _against(control: str, comparison: Mapping[str, Any], metric: str, gained: bool) -> str:
+def _against(subject: str, control: str, comparison: Mapping[str, Any], metric: str, gained: bool) -> str:
     name = CONTROLS.get(control, f"the {control} control")
     delta, ends = difference(metric, comparison["delta"]), interval(comparison, metric)
     numbers = f"a difference of {delta} ({ends}), {p_words(comparison['p_adjusted'])}"
     if comparison["p_adjusted"] >= ALPHA:
         doubt = " The gain may come from the training alone, not from this mask." if gained else ""
-        return f"The refined checkpoint is not clearly different from {name}: {numbers}.{doubt}"
+        return f"{subject} is not clearly different from {name}: {numbers}.{doubt}"
     if comparison["delta"] < 0:
-        return f"The refined checkpoint is worse than {name}: {numbers}."
-    return f"The refined checkpoint is better than {name}: {numbers}."
+        return f"{subject} is worse than {name}: {numbers}."
+    return f"{subject} is better than {name}: {numbers}."
 
 
 def gate_words(report: Mapping[str, Any]) -> str:

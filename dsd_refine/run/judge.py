@@ -9,6 +9,7 @@ from dsd_refine.evidence.baseline_checks import check_baseline
 from dsd_refine.evidence.compare import Comparison, compare, holm
 from dsd_refine.evidence.damage import clearly_worse, harm_warnings, rising_warnings, view_warnings
 from dsd_refine.evidence.paired import ALPHA
+from dsd_refine.run.lost import remember_source
 from dsd_refine.run.run import Run
 from dsd_refine.tasks.base import Item, Score, Scores
 from dsd_refine.training.evaluate import evaluate, first_items, scored
@@ -19,6 +20,14 @@ MOST_LOOKED_AT = 256  # the most training rows that the source is scored on
 # So many of those rows are checked for augmentation. One is not enough, because augmentation may
 # leave a row unchanged by chance.
 SAMPLED = 16
+
+
+def load_published(run: Run) -> None:
+    """Load the weights that are published: those of an arm, or the source's."""
+    if run.published == "baseline":
+        load_state(run.loop.model, run.start)
+    else:
+        load_selected(run, run.published, run.preferred(run.published))
 
 
 def load_selected(run: Run, arm: str, seed: int) -> None:
@@ -88,7 +97,9 @@ def look_at_source(run: Run) -> None:
         return
     loop, task, state = run.loop, run.task, run.state
     if task.holdout is not None:
-        state.source_holdout = task.metrics(evaluate(loop, task.holdout))
+        scores = evaluate(loop, task.holdout)
+        state.source_holdout = task.metrics(scores)
+        remember_source(run, scores)
         place = {"arm": "baseline", "phase": None, "step": None, "epoch": None}
         run.workspace.log({"event": "evaluation", **place, "part": "holdout", **state.source_holdout})
     steps = run.recipe.phases_at(run.tries[0])[0].total_steps(loop.steps_per_epoch)
@@ -145,10 +156,13 @@ def warn_of_harm(run: Run) -> None:
 
 def against_source(run: Run, arm: str) -> Comparison:
     """Compare an arm with the source on the evaluation split."""
-    if arm == "refined":
-        return run.comparisons["refined_vs_baseline"]
+    return run.comparisons.get(f"{arm}_vs_baseline") or compared(run, arm, "baseline")
+
+
+def compared(run: Run, arm: str, other: str) -> Comparison:
+    """Compare two arms on the evaluation split."""
     corpus, scores = getattr(run.task, "corpus", None), run.scores
-    mine, theirs = (scores[each].compared(corpus) for each in (arm, "baseline"))
+    mine, theirs = (scores[each].compared(corpus) for each in (arm, other))
     return compare(
         mine, theirs, scores[arm].count,
         higher_is_better=run.task.higher_is_better, seed=run.recipe.seed, corpus=corpus, groups=run.groups,
@@ -158,16 +172,11 @@ def against_source(run: Run, arm: str) -> Comparison:
 def compare_arms(run: Run) -> None:
     """Compare the refined arm with the source and with each control, with Holm's correction over all.
 
-    Of each arm, the seed that the holdout prefers is compared. Fills `run.scores` and
-    `run.comparisons`.
+    If a control is published, it is compared with the source too. Of each arm, the seed that the
+    holdout prefers is compared. Fills `run.scores` and `run.comparisons`.
     """
     run.scores = {"baseline": run.seeds["baseline"][0]}
     run.scores |= {arm: run.seeds[arm][run.preferred(arm)] for arm in run.arms}
-    for other in ("baseline", *run.recipe.control):
-        mine, theirs = run.scores["refined"], run.scores[other]
-        corpus = getattr(run.task, "corpus", None)
-        run.comparisons[f"refined_vs_{other}"] = compare(
-            mine.compared(corpus), theirs.compared(corpus), mine.count,
-            higher_is_better=run.task.higher_is_better, seed=run.recipe.seed, corpus=corpus, groups=run.groups,
-        )  # fmt: skip
-    run.comparisons = holm(run.comparisons)
+    pairs = [("refined", other) for other in ("baseline", *run.recipe.control)]
+    pairs += [(run.published, "baseline")] if run.published in run.recipe.control else []
+    run.comparisons = holm({f"{arm}_vs_{other}": compared(run, arm, other) for arm, other in pairs})

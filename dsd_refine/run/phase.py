@@ -14,9 +14,11 @@ from dsd_refine.masking import masks as masking
 from dsd_refine.masking.masks import Masks
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.run.judge import warn_of_rising_losses
+from dsd_refine.run.lost import give_up_if_hopeless
 from dsd_refine.run.run import Run
 from dsd_refine.run.state import Metrics, Selected
 from dsd_refine.seeding import stable_seed
+from dsd_refine.tasks.base import Batch, Scores
 from dsd_refine.training import loop as training
 from dsd_refine.training.batchnorm import reestimate
 from dsd_refine.training.distill import distilled
@@ -49,7 +51,7 @@ def run_phase(run: Run, phase: Phase, state: PhaseState) -> None:
         if state.masks:
             loop.hooks.on_masked(state.place)
     end_epoch(run, phase, state)  # the run may have been stopped just before it handled the end of an epoch
-    for batches in training.batches_of_steps(loop, phase, state):
+    for batches in steps_left(run, phase, state):
         training.train_step(loop, phase, state, batches)  # the step, then the mask
         if training.renews_mask(phase, state.progress.step, phase.total_steps(loop.steps_per_epoch)):
             state.use(masks_of(run, phase, state, state.progress.step // int(phase.refresh or 1)), weights)
@@ -59,6 +61,14 @@ def run_phase(run: Run, phase: Phase, state: PhaseState) -> None:
         if loop.hooks.should_save():
             save(run, state)
     warn_of_rising_losses(run, state)
+
+
+def steps_left(run: Run, phase: Phase, state: PhaseState) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of each step that is left, until the try is lost."""
+    for batches in () if state.lost else training.batches_of_steps(run.loop, phase, state):
+        yield batches
+        if state.lost:
+            return
 
 
 def begin(run: Run, phase: Phase, state: PhaseState) -> None:
@@ -141,7 +151,9 @@ def end_epoch(run: Run, phase: Phase, state: PhaseState) -> None:
         with restored_buffers(loop.model), state.average.held() as averaged, given_back_within(run, phase, state) as returned:
             if averaged or returned:
                 reestimate(loop, state.key)
-            keep_if_best(run, state, epoch, returned)
+            scores = score_holdout(run, state)
+            keep_if_best(run, state, epoch, returned, scores)
+            give_up_if_hopeless(run, state, scores)
     progress.ended = progress.step
     train_mode(loop.model)
     loop.hooks.on_epoch_end(state.place, epoch)
@@ -243,7 +255,7 @@ def enter_phase(run: Run, arm: str, attempt: int, number: int, phases: Sequence[
         load_state(run.loop.model, run.start)
     progress = run.state.progress if saved else None
     if number == 0:
-        run.state.masked_only, run.state.returned = False, {}
+        run.state.masked_only, run.state.returned, run.state.below = False, {}, 0
         if run.loss_scale is not None and not saved:
             # Each try starts with the same loss scale, so that no arm profits from an earlier one.
             run.loop.accelerator.scaler.load_state_dict(run.loss_scale)
@@ -299,9 +311,14 @@ def leave_phase(run: Run, phase: Phase, state: PhaseState) -> None:
     masking.check_masks(state.masks, loop.parameters)
     loop.hooks.on_phase_end(state.place)
     zeros = masking.count_zeros(run.layers, loop.parameters)
-    if state.last and (run.recipe.keep != "best" or progress.step == 0):
-        keep_if_best(run, state, math.ceil(progress.step / loop.steps_per_epoch), {})
-    holdout = measure_holdout(run, state, log=not state.last)
+    is_kept_here = state.last and (run.recipe.keep != "best" or progress.step == 0)
+    scores = score_holdout(run, state, log=is_kept_here or not state.last)
+    if not state.last:
+        give_up_if_hopeless(run, state, scores)
+    if is_kept_here or (state.lost and not state.last):
+        keep_if_best(run, state, math.ceil(progress.step / loop.steps_per_epoch), {}, scores)
+    state.last |= state.lost is not None
+    holdout = run.task.metrics(scores) if scores else None
     run.state.phases.append(phase_entry(run, phase, state, zeros, holdout))
     if state.place.arm == "refined":
         if phase.kind == "sparse":
@@ -352,22 +369,22 @@ def _share(run: Run, zeros: dict[str, int]) -> float:
     return sum(zeros[layer.name] for layer in maskable) / sum(layer.weights for layer in maskable)
 
 
-def measure_holdout(run: Run, state: PhaseState, log: bool = True) -> Metrics | None:
-    """Return the metrics of the current weights on the holdout, and log them unless `log` is False.
+def score_holdout(run: Run, state: PhaseState, log: bool = True) -> Scores | None:
+    """Score the current weights on the holdout, and log the metrics unless `log` is False.
 
     None: there is no holdout.
     """
     if run.task.holdout is None:
         return None
-    metrics = run.task.metrics(evaluate(run.loop, run.task.holdout, state.masks))
+    scores = evaluate(run.loop, run.task.holdout, state.masks)
     if log:
         step = state.progress.step
         place = {"step": step, "epoch": step / run.loop.steps_per_epoch, "part": "holdout"}
-        run.workspace.log({"event": "evaluation", **state.place.logged, **place, **metrics})
-    return metrics
+        run.workspace.log({"event": "evaluation", **state.place.logged, **place, **run.task.metrics(scores)})
+    return scores
 
 
-def keep_if_best(run: Run, state: PhaseState, epoch: int, returned: dict[str, int]) -> None:
+def keep_if_best(run: Run, state: PhaseState, epoch: int, returned: dict[str, int], scores: Scores | None) -> None:
     """Keep the current weights as the result of the arm if the holdout prefers them to the best so far.
 
     The metric decides, then the loss, then the earlier weights win.
@@ -378,9 +395,10 @@ def keep_if_best(run: Run, state: PhaseState, epoch: int, returned: dict[str, in
         epoch: The number of the epoch that has ended.
         returned: Layer name -> number of weights that have the source's values back (see
             `give_back`).
+        scores: The scores of the current weights on the holdout. None without a holdout.
     """
     arm, attempt = state.place.arm, state.place.attempt - 1
-    metrics, repeat = measure_holdout(run, state), str(attempt // len(run.recipe.tried))
+    metrics, repeat = run.task.metrics(scores) if scores else None, str(attempt // len(run.recipe.tried))
     best = run.state.best.setdefault(arm, {})
     best_metrics = best[repeat].holdout if repeat in best else None
     if repeat in best and metrics is not None and best_metrics is not None and not run.prefers(metrics, best_metrics):

@@ -33,7 +33,7 @@ def publish(run: Run, verdict: str, passed: bool) -> Report:
 
     Args:
         run: The run. Its model has the weights to publish.
-        verdict: The verdict of refined against the source.
+        verdict: The verdict of the published arm against the source.
         passed: Whether the gate is met. If not, the weights are written into `rejected/`.
 
     Returns:
@@ -95,6 +95,7 @@ def _page(run: Run, report: Report, log: Path, rows: pa.Table) -> str:
     means = {name: (before[name], after[name]) for name in before}
     changed_rows = examples(
         rows,
+        arm=run.published,
         higher_is_better=run.task.higher_is_better,
         decided=run.comparisons["refined_vs_baseline"].gained is not None,
         shown=run.options.report_images,

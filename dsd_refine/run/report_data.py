@@ -58,7 +58,7 @@ def report_data(
 
     Args:
         run: The finished run.
-        verdict: The verdict of refined against the source.
+        verdict: The verdict of the published arm against the source.
         passed: Whether the gate is met.
         written: File name -> SHA-256 of the written files.
         card_warnings: Warnings about the model card of the source.
@@ -98,10 +98,13 @@ def report_data(
         "arms": {arm: task.metrics(scores) for arm, scores in run.scores.items()},
         "comparison": {name: result.to_dict() for name, result in run.comparisons.items()},
         "verdict": verdict,
+        "lost": run.state.lost,
+        "published": run.published,
+        "published_name": published_name(run),
         "gate": {"rule": recipe.gate, "passed": passed},
         "selected": {name: getattr(selected, name) for name in ("sparsity", "epoch", *(["seed"] if recipe.seeds > 1 else []))},
         "warnings": [from_home(warning) for warning in warnings],
-        "credit": credit(verdict, run.comparisons, recipe.control),
+        "credit": credit(verdict, run.comparisons, recipe.control, run.published),
         "rows_to_decide": _rows_to_decide(run, verdict),
         "seeds": seeds_data(run) if recipe.seeds > 1 else None,
         "holdout": _holdout(run),
@@ -129,6 +132,18 @@ def _holdout(run: Run) -> dict[str, dict[str, float]] | None:
     return {"baseline": baseline} | {arm: run.selected(arm).holdout or {} for arm in run.arms} if baseline else None
 
 
+def published_name(run: Run) -> str:
+    """Return what the published arm did, such as "SWA, no mask" or "DSD, 30 % masked"."""
+    arm = run.published
+    if arm == "baseline":
+        return "the source itself"
+    phases = run.recipe.phases_at(run.tries[run.selected(arm).attempt])
+    masked = " and ".join(f"{100 * phase.sparsity:.3g} %" for phase in phases if phase.sparsity is not None)
+    mask = {"refined": f"{masked} masked", "random": f"{masked} masked at random"}.get(arm, "no mask") if masked else "no mask"
+    average = {"swa": "SWA, ", "ema": "EMA, "}.get(phases[-1].average, "" if mask == "no mask" else "DSD, ")
+    return f"{average or 'more training, '}{'distilled, ' if any(phase.distill for phase in phases) else ''}{mask}"
+
+
 def _cost(run: Run) -> dict[str, Any]:
     """Return the cost of training, all arms and tries together.
 
@@ -144,7 +159,7 @@ def _cost(run: Run) -> dict[str, Any]:
 
 def _rows_to_decide(run: Run, verdict: str) -> int | None:
     """Return how many evaluation rows would give a clear verdict, or None if it is clear already."""
-    comparison = run.comparisons["refined_vs_baseline"]
+    comparison = run.result
     if verdict != "inconclusive":
         return None
     return rows_to_decide(comparison, len(run.task.eval.rows), run.margin, len(run.comparisons))
@@ -153,29 +168,29 @@ def _rows_to_decide(run: Run, verdict: str) -> int | None:
 def seeds_data(run: Run) -> dict[str, Any]:
     """Return the results over all seeds.
 
-    Of each arm, they have the metrics with mean and standard deviation. Of refined and each other
-    arm, they have the paired difference with its interval over seeds and rows.
+    Of each arm, they have the metrics with mean and standard deviation. Of each pair of arms that is
+    compared, they have the paired difference with its interval over seeds and rows.
     """
     by_seed = {arm: [run.task.metrics(scores) for scores in run.seeds[arm]] for arm in run.arms}
     arms = {
         arm: {name: _spread([metrics[name] for metrics in of_arm]) for name in of_arm[0]} for arm, of_arm in by_seed.items()
     }
     comparison = {}
-    for other in ("baseline", *run.recipe.control):
-        delta, ci95, deviation = _over_seeds(run, other)
-        comparison[f"refined_vs_{other}"] = {"delta": delta, "ci95": list(ci95), "deviation": deviation}
+    for name in run.comparisons:
+        delta, ci95, deviation = _over_seeds(run, *name.split("_vs_"))
+        comparison[name] = {"delta": delta, "ci95": list(ci95), "deviation": deviation}
     return {"n": run.recipe.seeds, "arms": arms, "comparison": comparison}
 
 
-def _over_seeds(run: Run, other: str) -> tuple[float, tuple[float, float], float]:
-    """Return the mean difference of refined and another arm, its interval, and its deviation."""
+def _over_seeds(run: Run, arm: str, other: str) -> tuple[float, tuple[float, float], float]:
+    """Return the mean difference of two arms, its interval, and its deviation."""
     corpus: Corpus | None = getattr(run.task, "corpus", None)
-    mine = [scores.compared(corpus) for scores in run.seeds["refined"]]
+    mine = [scores.compared(corpus) for scores in run.seeds[arm]]
     theirs = [scores.compared(corpus) for scores in run.seeds[other]] * (len(mine) if other == "baseline" else 1)
     better, seed = run.task.higher_is_better, run.recipe.seed
     if corpus is not None:
         return corpus_over_seeds(mine, theirs, corpus, higher_is_better=better, seed=seed, groups=run.groups)
-    return over_seeds(mine, theirs, run.scores["refined"].count, higher_is_better=better, seed=seed, groups=run.groups)
+    return over_seeds(mine, theirs, run.scores[arm].count, higher_is_better=better, seed=seed, groups=run.groups)
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
@@ -215,6 +230,10 @@ def _warnings(run: Run) -> list[str]:
             f"{sum(count for count, _ in empty.values()):,} filters held only zeros at the sparse phase's end, in {len(empty)} "
             f"layers ({most}: {empty[most][0]} of {empty[most][1]}); exclude such layers with --exclude"
         )
+    lines += [
+        f"{lost['arm']} try {lost['try']} was lost in {lost['phase']}, step {lost['step']}: {lost['reason']}"
+        for lost in run.state.lost
+    ]
     return lines + _returned_warning(run) + few_maskable(run.layers)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from dsd_refine.checkpoint.checkpoint import Checkpoint
 from dsd_refine.data.given import Given
-from dsd_refine.evidence.compare import Comparison, groups_of
+from dsd_refine.evidence.compare import Comparison, groups_of, with_source
 from dsd_refine.masking.layers import Layer
 from dsd_refine.recipe import Recipe
 from dsd_refine.report.rules import absolute_margin, preference
@@ -109,6 +109,7 @@ class Run:
         comparisons: Name, such as "refined_vs_baseline" -> result.
         state: What is saved.
         entered: Whether a phase has begun in this process.
+        source_scores: The source's scores on the holdout, if `patience` needs them.
     """
 
     checkpoint: Checkpoint
@@ -129,6 +130,7 @@ class Run:
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     state: RunState = field(default_factory=RunState)
     entered: bool = False
+    source_scores: Scores | None = None
 
     def save(self, tensors: dict[str, torch.Tensor] | None = None) -> None:
         """Save the state, with the fp16 loss scale, which took many steps to find.
@@ -202,6 +204,27 @@ class Run:
             if new is not None and old is not None and self.prefers(new, old):
                 best = seed
         return best
+
+    @cached_property
+    def published(self) -> str:
+        """The arm whose weights are published; "baseline" if it is the source. All tries must be finished.
+
+        With `publish: best` it is the one that the holdout prefers. Among equals it is the source, then
+        the refined arm.
+        """
+        arm, metrics = "baseline", self.state.source_holdout
+        if self.recipe.publish == "refined" or metrics is None:
+            return "refined"
+        for other in self.arms:
+            new = self.selected(other).holdout
+            if new is not None and self.prefers(new, metrics):
+                arm, metrics = other, new
+        return arm
+
+    @property
+    def result(self) -> Comparison:
+        """The comparison of the published arm with the source."""
+        return with_source(self.comparisons, self.published)
 
     def prefers(self, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
         """Return whether `new` is better than `old`. Both are metrics on the holdout."""

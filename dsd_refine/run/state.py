@@ -57,6 +57,8 @@ class RunState:
         empty: Number of the try -> layer -> (number of filters with only zeros, number of filters).
         returned: Layer -> number of masked weights that had no gradient in a dense phase and have the
             source's values again.
+        below: How many evaluations on the holdout in a row have shown this try clearly below the source.
+        lost: The tries that were lost: arm, attempt, seed, phase, step, loss and reason.
         masked_only: Whether no optimizer step has followed the mask of this try.
         scaler: The state of the fp16 loss scaler.
     """
@@ -75,6 +77,8 @@ class RunState:
     zeros: dict[str, dict[str, int]] = field(default_factory=dict)
     empty: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     returned: dict[str, int] = field(default_factory=dict)
+    below: int = 0
+    lost: list[dict[str, Any]] = field(default_factory=list)
     masked_only: bool = False
     scaler: dict[str, Any] | None = None
 

@@ -139,6 +139,7 @@ class PhaseState:
     started: float = 0.0  # when the current step began to load its batches, in seconds of `time.perf_counter`
     reestimated: str | None = None  # why BatchNorm's statistics were computed again at the end of the phase
     apply: Callable[[], None] = field(default=lambda: None, init=False)  # sets the masked weights to 0
+    lost: str | None = field(default=None, init=False)  # why the try is lost: it ends here
     must_stop: bool = field(default=False, init=False)  # was one of several processes asked to stop?
     pending: deque[Pending] = field(default_factory=deque, init=False)  # finished steps whose losses are not fetched yet
 
