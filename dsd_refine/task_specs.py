@@ -29,6 +29,7 @@ class TaskSpec:
             a limit. None: texts are not cut.
         model_types: The only model types of transformers that it supports. Empty: all of the list.
         libraries: The libraries that have models for it.
+        fields: The fields of recipes that it uses, of those that only some tasks use (`OWN_FIELDS`).
     """
 
     name: str
@@ -42,6 +43,7 @@ class TaskSpec:
     default_length: int | None = None
     model_types: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ("transformers",)
+    fields: tuple[str, ...] = ()
 
     @property
     def has_classes(self) -> bool:
@@ -57,6 +59,9 @@ class TaskSpec:
         """
         return "image" in self.columns or "audio" in self.columns
 
+
+# Fields of recipes that only some tasks use. A task without a field refuses a recipe that sets it.
+OWN_FIELDS = ("documents", "join", "stride", "loss_on", "metric")
 
 _ALL = (
     TaskSpec(
@@ -84,13 +89,14 @@ _ALL = (
     TaskSpec(
         name="causal-lm",
         opener="dsd_refine.tasks.causal_lm:open_task",
-        columns=("document",),
+        columns=("dialogue",),
         auto_class="AutoModelForCausalLM",
         model_list="causal-lm",
         endings=("ForCausalLM", "LMHeadModel", "ModelWithLMHead"),
         processor="AutoTokenizer",
         pipeline_tag="text-generation",
         default_length=1024,
+        fields=("documents", "join", "stride", "loss_on"),
     ),
     TaskSpec(
         name="masked-lm",
@@ -102,6 +108,7 @@ _ALL = (
         processor="AutoTokenizer",
         pipeline_tag="fill-mask",
         default_length=512,
+        fields=("documents", "join"),
     ),
     TaskSpec(
         name="ctc-speech",

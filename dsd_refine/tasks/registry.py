@@ -12,14 +12,16 @@ from pathlib import Path
 import torch
 
 from dsd_refine.checkpoint.library import Library
-from dsd_refine.data.columns import AUDIO, CAPTION, DOCUMENT, IMAGE, LABEL, TEXT, TRANSCRIPT, Kind
+from dsd_refine.data.columns import AUDIO, CAPTION, DIALOGUE, DOCUMENT, IMAGE, LABEL, TEXT, TRANSCRIPT, Kind
+from dsd_refine.data.conversations import is_conversation
 from dsd_refine.data.given import Given, read_given
 from dsd_refine.data.imagenet import synsets
+from dsd_refine.data.joining import join_rows
 from dsd_refine.data.reading import named
 from dsd_refine.data.splits import Rows
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Recipe
-from dsd_refine.task_specs import TASKS, TaskSpec
+from dsd_refine.task_specs import OWN_FIELDS, TASKS, TaskSpec
 from dsd_refine.tasks.base import Task
 
 Download = Callable[[str, int], bool]
@@ -30,6 +32,7 @@ KINDS: dict[str, Kind] = {
     "label": LABEL,
     "text": TEXT,
     "document": DOCUMENT,
+    "dialogue": DIALOGUE,
     "transcript": TRANSCRIPT,
     "caption": CAPTION,
 }
@@ -52,7 +55,12 @@ def look_at_data(recipe: Recipe, name: str, library: Library, cache: Path, downl
     _refuse_useless(recipe, spec, kinds)
     asked = {kind.what: getattr(recipe, f"{kind.what}_column") for kind in kinds}
     splits = recipe.eval_split, recipe.holdout_split
-    given = read_given(recipe.data, recipe.eval_data, splits, kinds, asked, cache, download, recipe.encoding)
+    beside = (recipe.join,) if recipe.join else ()
+    given = read_given(
+        recipe.data, recipe.eval_data, splits, kinds, asked, cache, download, recipe.encoding, recipe.documents, beside
+    )
+    if recipe.join:
+        given = _joined(given, recipe)
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
     evaluation = None if given.evaluation is None else named(given.evaluation, classes)
     given = replace(given, tables=named(given.tables, classes), evaluation=evaluation)
@@ -61,11 +69,34 @@ def look_at_data(recipe: Recipe, name: str, library: Library, cache: Path, downl
     return given
 
 
+def _joined(given: Given, recipe: Recipe) -> Given:
+    """The data with documents in place of rows, as the recipe's `join` says.
+
+    Raises:
+        DataError: the rows are conversations, or as `join_rows` says.
+    """
+    assert recipe.join is not None
+    by, between, names = recipe.join, recipe.join_with, given.columns["text"]
+    if is_conversation(given.tables["train"], names):
+        raise DataError("join: is of rows that are texts, and these are conversations: leave it out")
+    joined = [
+        {role: join_rows(table, names[0], by, between) for role, table in tables.items()}
+        for tables in (given.tables, given.evaluation or {})
+    ]
+    note = f"rows are joined to documents (join: {by}): " + ", ".join(
+        f"{len(table.rows)} of {role}" for tables in joined for role, table in tables.items()
+    )
+    return replace(given, tables=joined[0], evaluation=joined[1] or None, notes=(*given.notes, note))
+
+
 def _refuse_useless(recipe: Recipe, spec: TaskSpec, kinds: Sequence[Kind]) -> None:
     """Raises DataError for an option that the task has no use for: whoever gives it expects
     something of it.
     """
     used = [kind.what for kind in kinds]
+    for name in OWN_FIELDS:
+        if getattr(recipe, name) is not None and name not in spec.fields:
+            raise DataError(f"{name}: {spec.name} has no use for it: leave it out")
     for kind in (IMAGE, AUDIO, LABEL, TEXT):
         if kind.what not in used and getattr(recipe, f"{kind.what}_column") is not None:
             raise DataError(f"{kind.flag}: {spec.name} reads columns of {' and '.join(used)}, and no {kind.what}: leave it out")
