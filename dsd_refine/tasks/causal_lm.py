@@ -141,8 +141,8 @@ def prepare_documents(
     # the first token of a window is no target: a last window of one token has none
     if recipe.stride is not None and recipe.stride >= max_length:
         raise DataError(
-            f"--stride {recipe.stride}: windows hold {max_length} tokens, so the first one of each would have no context: give a "
-            "smaller number"
+            f"--stride {recipe.stride}: windows hold {max_length} tokens, so the first one of each would have no context: "
+            "give a smaller number"
         )
     parts, warnings = cut_documents(
         recipe, tables, evaluation, tokenizer, max_length, _document, lambda ids: len(ids) > 1, size

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dsd_refine.checkpoint.library import Library
-from dsd_refine.data.columns import AUDIO, CAPTION, DIALOGUE, DOCUMENT, IMAGE, LABEL, TEXT, TRANSCRIPT, Kind
+from dsd_refine.data.columns import AUDIO, CAPTION, DIALOGUE, DOCUMENT, IMAGE, LABEL, TAGS, TEXT, TRANSCRIPT, WORDS, Kind
 from dsd_refine.data.conversations import is_conversation
 from dsd_refine.data.given import Given, read_given
 from dsd_refine.data.imagenet import synsets
@@ -30,6 +31,8 @@ KINDS: dict[str, Kind] = {
     "image": IMAGE,
     "audio": AUDIO,
     "label": LABEL,
+    "words": WORDS,
+    "tags": TAGS,
     "text": TEXT,
     "document": DOCUMENT,
     "dialogue": DIALOGUE,
@@ -64,7 +67,7 @@ def look_at_data(recipe: Recipe, name: str, library: Library, cache: Path, downl
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
     evaluation = None if given.evaluation is None else named(given.evaluation, classes)
     given = replace(given, tables=named(given.tables, classes), evaluation=evaluation)
-    if spec.has_classes:
+    if "label" in spec.columns:
         _check_labels(given, recipe, spec, library)
     return given
 
@@ -127,6 +130,16 @@ def prepare_task(recipe: Recipe, name: str, library: Library, model: torch.nn.Mo
     opener = getattr(import_module(module), function)
     task: Task = opener(recipe.model_copy(update=chosen), library, model, given.tables, given.evaluation)
     return task
+
+
+def corpus_of(task: str, metric: str) -> Callable[[Any], Any] | None:
+    """The function that computes a metric from summed statistics of rows; None: it is a ratio of sums."""
+    place = TASKS[task].corpora.get(metric) if task in TASKS else None
+    if place is None:
+        return None
+    module, function = place.split(":")
+    found: Callable[[Any], Any] = getattr(import_module(module), function)
+    return found
 
 
 def parts_of(task: Task) -> dict[str, Rows | None]:
