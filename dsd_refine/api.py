@@ -426,13 +426,11 @@ def _refuse_other_baseline(first: pd.DataFrame, other: pd.DataFrame, names: str)
 def _corpus(report: Report) -> Any:
     """Return the function that computes the metric from summed statistics.
 
-    Only BLEU has one. None: the metric is a ratio of sums.
+    None: the metric is a ratio of sums.
     """
-    if report.data["metric"]["name"] != "bleu4":
-        return None
-    from dsd_refine.tasks.image_captioning import bleu
+    from dsd_refine.tasks.registry import corpus_of
 
-    return bleu
+    return corpus_of(report.data["task"], report.data["metric"]["name"])
 
 
 def _scores(table: pd.DataFrame, arm: str, corpus: Any) -> np.ndarray[Any, Any]:

@@ -156,6 +156,14 @@ class Recipe(Strict):
     `label_map` maps labels of the data to classes of the model (by name, or by number if the model has
     no names). null leaves out the rows of a label.
     `encoding` is the encoding of text files without a byte order mark.
+    `documents` says what is a document in a .txt file: a paragraph, a line, or the file.
+    `join` makes documents of neighbouring rows: `all` of a split, those from one heading to the next
+    (`headings`, as in WikiText), or those with the same value in the column of this name. `join_with`
+    stands between the rows (two line ends).
+    `stride` evaluates a language model on windows that begin so many tokens apart, so that each token
+    is scored once, with the tokens before it as context.
+    `loss_on` says which tokens of conversations are targets: those of the answers, or all.
+    `metric` is what decides, of the metrics that the task measures (the task's first one).
     `eval_split` and `holdout_split` name the splits of the data for evaluation and selection.
     `publish` says whose weights the output has: `refined`, or `best`, the arm that the holdout prefers. With `best`
     the source itself is a candidate.
@@ -201,6 +209,12 @@ class Recipe(Strict):
     audio_column: str | None = None
     max_length: Annotated[int, Field(gt=1)] | None = None
     encoding: str = "utf-8"
+    documents: Literal["paragraphs", "lines", "file"] | None = None
+    join: str | None = None
+    join_with: str | None = None
+    stride: Positive | None = None
+    loss_on: Literal["answers", "all"] | None = None
+    metric: str | None = None
 
     @field_validator("task")
     @classmethod
@@ -269,6 +283,8 @@ class Recipe(Strict):
             raise ValueError("gate beats-control needs a control")
         if len(set(self.control)) != len(self.control):
             raise ValueError("a control is named twice")
+        if self.join_with is not None and self.join is None:
+            raise ValueError("join_with stands between the rows that join puts together: give join too")
         return self
 
     @property

@@ -6,7 +6,8 @@ how to add a task.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class TaskSpec:
             a limit. None: texts are not cut.
         model_types: The only model types of transformers that it supports. Empty: all of the list.
         libraries: The libraries that have models for it.
+        fields: The fields of recipes that it uses, of those that only some tasks use (`OWN_FIELDS`).
+        corpora: `module:function` of each metric that is no ratio of sums over rows. It computes the
+            metric from the summed statistics of rows.
     """
 
     name: str
@@ -42,11 +46,13 @@ class TaskSpec:
     default_length: int | None = None
     model_types: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ("transformers",)
+    fields: tuple[str, ...] = ()
+    corpora: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def has_classes(self) -> bool:
-        """Whether each row has a label, which is one of the model's classes."""
-        return "label" in self.columns
+        """Whether each row has a label, or each of its words, which is one of the model's classes."""
+        return "label" in self.columns or "tags" in self.columns
 
     @property
     def sees_signal(self) -> bool:
@@ -57,6 +63,9 @@ class TaskSpec:
         """
         return "image" in self.columns or "audio" in self.columns
 
+
+# Fields of recipes that only some tasks use. A task without a field refuses a recipe that sets it.
+OWN_FIELDS = ("documents", "join", "stride", "loss_on", "metric")
 
 _ALL = (
     TaskSpec(
@@ -84,13 +93,14 @@ _ALL = (
     TaskSpec(
         name="causal-lm",
         opener="dsd_refine.tasks.causal_lm:open_task",
-        columns=("document",),
+        columns=("dialogue",),
         auto_class="AutoModelForCausalLM",
         model_list="causal-lm",
         endings=("ForCausalLM", "LMHeadModel", "ModelWithLMHead"),
         processor="AutoTokenizer",
         pipeline_tag="text-generation",
         default_length=1024,
+        fields=("documents", "join", "stride", "loss_on"),
     ),
     TaskSpec(
         name="masked-lm",
@@ -102,6 +112,20 @@ _ALL = (
         processor="AutoTokenizer",
         pipeline_tag="fill-mask",
         default_length=512,
+        fields=("documents", "join"),
+    ),
+    TaskSpec(
+        name="token-classification",
+        opener="dsd_refine.tasks.token_classification:open_task",
+        columns=("words", "tags"),
+        auto_class="AutoModelForTokenClassification",
+        model_list="token-classification",
+        endings=("ForTokenClassification",),
+        processor="AutoTokenizer",
+        pipeline_tag="token-classification",
+        default_length=512,
+        fields=("metric",),
+        corpora={"f1": "dsd_refine.tasks.token_classification:entity_f1"},
     ),
     TaskSpec(
         name="ctc-speech",
@@ -124,6 +148,7 @@ _ALL = (
         pipeline_tag="image-to-text",
         default_length=20,  # the default of transformers' generation
         model_types=("vision-encoder-decoder", "blip", "git"),  # we know how to train these on captions
+        corpora={"bleu4": "dsd_refine.tasks.image_captioning:bleu"},
     ),
 )
 

@@ -135,6 +135,9 @@ RECIPE_OPTIONS = together(
         option("--text-column", metavar="NAME", help="The column of texts, or two, as A,B (found by its name)."),
         option("--audio-column", metavar="NAME", help="The column of sounds (found by its name)."),
         option("--max-length", type=int, metavar="N", help="Most tokens of a text, or of a window of one (the model's)."),
+        option("--documents", type=click.Choice(["paragraphs", "lines", "file"]),
+               help="What is a document in a .txt file (paragraphs)."),
+        option("--stride", type=int, metavar="N", help="Evaluate texts in windows that begin N tokens apart."),
         option("--encoding", metavar="E", help="Of text files that are not UTF-8: latin-1, cp1252, utf-16, …"),
     ),
     in_group(

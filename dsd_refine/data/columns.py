@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 
+from dsd_refine.data.conversations import COLUMN_SETS
 from dsd_refine.data.names import MOST
 from dsd_refine.data.reading import Table
 from dsd_refine.data.tables import lacks_head
@@ -46,6 +47,8 @@ class Kind:
         feature: The type of `datasets` that such a column may have.
         decides: If there are columns of that type, no other column can be meant.
         pairs: Two columns may form a pair of texts.
+        sets: Columns that together are the content: those that must be there, and those that may be.
+        lists: The column has a list in each row.
     """
 
     what: str
@@ -53,6 +56,8 @@ class Kind:
     feature: Any = None
     decides: bool = False
     pairs: bool = False
+    sets: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+    lists: bool = False
 
     @property
     def flag(self) -> str:
@@ -106,6 +111,7 @@ TEXT = Kind(
 )
 
 DOCUMENT = replace(TEXT, pairs=False)
+DIALOGUE = replace(DOCUMENT, sets=COLUMN_SETS)  # documents, or conversations
 TRANSCRIPT = Kind(
     "text",
     (("text", "transcription", "transcript", "sentence"), ("normalized_text", "raw_transcription", "raw_text")),
@@ -114,6 +120,14 @@ TRANSCRIPT = Kind(
 CAPTION = Kind(
     "text",
     (("text", "caption", "captions", "sentence", "sentences", "description", "descriptions"), ("raw",)),
+)
+
+
+WORDS = Kind("text", (("tokens", "words"),), lists=True)
+TAGS = Kind(
+    "label",
+    (("ner_tags", "tags", "labels"), ("ner", "ner_labels", "pos_tags", "upos", "xpos", "chunk_tags")),
+    lists=True,
 )
 
 
@@ -137,7 +151,8 @@ def column(table: Table, asked: str | None, kind: Kind, taken: Sequence[str] = (
     """
     if asked is not None:
         return _with_name(table, asked, kind)
-    candidates = _preferred(table, kind, taken) or (_strings(table, taken) if kind.what == "text" else [])
+    by_type = kind.what == "text" and not kind.lists
+    candidates = _preferred(table, kind, taken) or (_strings(table, taken) if by_type else [])
     known = any(kind.rank(name) is not None or _is_typed(table, name, kind) for name in candidates)
     if len(candidates) == 1:
         return candidates[0]
@@ -166,9 +181,12 @@ def choose(table: Table, kinds: Sequence[Kind], asked: Mapping[str, str | None])
     for kind in sorted(kinds, key=lambda kind: kind.what == "text"):  # texts last: among the columns that are left
         taken = [name for names in chosen.values() for name in names]
         try:
-            chosen[kind.what] = _texts(table, asked[kind.what], kind, taken) if kind.pairs else (
-                column(table, asked[kind.what], kind, taken),
-            )  # fmt: skip
+            if kind.sets:
+                chosen[kind.what] = _set_of_columns(table, asked[kind.what], kind, taken)
+            elif kind.pairs:
+                chosen[kind.what] = _texts(table, asked[kind.what], kind, taken)
+            else:
+                chosen[kind.what] = (column(table, asked[kind.what], kind, taken),)
         except MissingColumn as error:
             missing[kind.what] = error
     for kind in kinds:
@@ -176,6 +194,27 @@ def choose(table: Table, kinds: Sequence[Kind], asked: Mapping[str, str | None])
             raise missing[kind.what]
     _refuse_two_uses(chosen)
     return {kind.what: chosen[kind.what] for kind in kinds}
+
+
+def _set_of_columns(table: Table, asked: str | None, kind: Kind, taken: Sequence[str]) -> tuple[str, ...]:
+    """The columns of the one known set that the table has, else one column as `column` finds it.
+
+    Several sets, or a set beside a known column, are refused: each could be meant.
+    """
+    if asked is not None:
+        names = [asked] if asked in table.rows.column_names else [name.strip() for name in asked.split(",")]
+        return tuple(_with_name(table, name, kind) for name in names)
+    plain = {name.strip().casefold(): name for name in table.rows.column_names if name not in taken}
+    sets = [
+        tuple(plain[name] for name in (*needed, *beside) if name in plain)
+        for needed, beside in kind.sets
+        if all(name in plain for name in needed)
+    ]
+    single = [(name,) for name in _preferred(table, kind, taken)] if sets else []
+    if len(sets) + len(single) > 1:
+        shown = " or ".join("+".join(names) for names in [*sets, *single])
+        raise DataError(f"{shown} could each be the {kind.what}: name what is meant, as {kind.flag} {','.join(sets[0])}")
+    return sets[0] if sets else (column(table, None, kind, taken),)
 
 
 def _refuse_two_uses(chosen: Mapping[str, tuple[str, ...]]) -> None:
@@ -222,7 +261,7 @@ def aligned(
         MissingColumn: The table has no such column, under this or another known name.
         DataError: Several columns could be meant.
     """
-    for kind in sorted(kinds, key=lambda kind: kind is not LABEL):
+    for kind in sorted(kinds, key=lambda kind: kind.what != "label"):
         for name in chosen[kind.what]:
             if name in table.rows.column_names:
                 continue
@@ -233,7 +272,7 @@ def aligned(
                 try:
                     own = column(table, name if by_name else None, kind)
                 except MissingColumn:
-                    if kind is LABEL and may_lack_label:  # such as a test split with secret labels
+                    if kind.what == "label" and may_lack_label:  # such as a test split with secret labels
                         return table
                     raise MissingColumn(f"{table.origin}: {error}") from None
             table = replace(table, rows=table.rows.rename_column(own, name))

@@ -35,10 +35,13 @@ WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "sample
 
 @dataclass(frozen=True)
 class Place:
-    """The folder that files are parsed into, and the encoding of text files."""
+    """The folder that files are parsed into, the encoding of text files, and what is a document in a
+    .txt file (paragraphs, lines or file).
+    """
 
     cache: Path
     encoding: str = "utf-8"
+    documents: str = "paragraphs"
 
 
 def is_table(path: Path) -> bool:
@@ -416,14 +419,15 @@ def _from_object(path: Path, plain: Plain, whole: dict[str, Any], shown: str, pl
 
 
 def _read_text(path: Path, plain: Plain, shown: str, place: Place) -> Reading:
-    """Read the paragraphs of a text file as documents."""
-    documents = list(paragraphs(plain.path))
-    note = f"{plain.lines} lines, {len(documents)} documents (a paragraph is one)"
+    """Read the paragraphs of a text file as documents, or its lines, or the file as one."""
+    documents = list(DOCUMENTS[place.documents](plain.path))
+    note = f"{plain.lines} lines, {len(documents)} documents (a {place.documents.removesuffix('s')} is one)"
     advice = ""
-    if len(documents) == 1 and plain.lines > 1:
+    if place.documents == "paragraphs" and len(documents) == 1 and plain.lines > 1:
         advice = (
             f"{path}: in a .txt a paragraph is a document, and its {plain.lines} lines have no blank one between them: one "
-            "document. Put a blank line between documents, or give a .jsonl or .csv with a column `text`"
+            "document. Put a blank line between documents, give --documents lines if each line is one, or give a .jsonl or "
+            ".csv with a column `text`"
         )
         note += ": no blank line was found between two"
     return _reading(datasets.Dataset.from_dict({"text": documents}), path, shown, [note], advice)
@@ -446,3 +450,20 @@ def paragraphs(path: Path) -> Iterable[str]:
                     block = []
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _lines_of(path: Path) -> Iterable[str]:
+    """Yield the lines of a text file, without outer white space. Blank lines are left out."""
+    with path.open(encoding="utf-8-sig") as file:
+        yield from (line.strip() for line in file if line.strip())
+
+
+def _whole(path: Path) -> Iterable[str]:
+    """Yield the text of a file as it is, unless it is only white space."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.strip():
+        yield text
+
+
+# what is a document in a .txt file: its name for `--documents`, and the function that reads them
+DOCUMENTS: dict[str, Callable[[Path], Iterable[str]]] = {"paragraphs": paragraphs, "lines": _lines_of, "file": _whole}

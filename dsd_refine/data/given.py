@@ -22,6 +22,7 @@ Columns = dict[str, tuple[str, ...]]
 
 ROLE_COLUMN = re.compile(r"(?:.*[_ -])?(splits?|set|fold|subset|partition)", re.IGNORECASE)
 MOST_ROLES = 20  # the most different values of a column that tells each row's split
+PLAIN_FILE = re.compile(r".*\.txt(\.\w+)?", re.IGNORECASE)
 TEXT_FILE = re.compile(r".*\.(csv|tsv|txt|json|jsonl|ndjson)(\.\w+)?", re.IGNORECASE)
 
 
@@ -98,9 +99,10 @@ class _Side:
         }
         return replace(self, splits=replace(self.splits, tables=tables))
 
-    def unused(self, columns: Columns) -> list[str]:
-        """Lines that name what is not used of these data."""
-        left = [name for table in self.splits.tables.values() for name in unused_columns(table, columns)]
+    def unused(self, columns: Columns, beside: Sequence[str]) -> list[str]:
+        """Lines that name what is not used of these data. The columns `beside` are used elsewhere."""
+        used = {**columns, "beside": tuple(beside)}
+        left = [name for table in self.splits.tables.values() for name in unused_columns(table, used)]
         names = f"columns not used: {in_short(list(dict.fromkeys(left)))}"
         return [*self.reading.unused, *self.splits.unused, *([names] if left else [])]
 
@@ -114,6 +116,8 @@ def read_given(
     cache: Path,
     download: Callable[[str, int], bool],
     encoding: str = "utf-8",
+    documents: str | None = None,
+    beside: Sequence[str] = (),
 ) -> Given:
     """Read the data, give each split its role, and find the columns to use.
 
@@ -126,17 +130,20 @@ def read_given(
         cache: The folder that files are parsed into.
         download: As in `read_tables`.
         encoding: The encoding of text files without a byte order mark.
+        documents: What is a document in a .txt file. None: a paragraph.
+        beside: Columns that are read for something else than `kinds`.
 
     Raises:
         DataError: The data, their splits or their columns cannot be used, or could mean several
             things.
     """
     evaluates, selects = splits
-    reading = read_tables(data, cache, download=download, encoding=encoding)
+    how: dict[str, Any] = {"download": download, "encoding": encoding, "documents": documents or "paragraphs"}
+    reading = read_tables(data, cache, **how)
     own = {"use": "train"} if eval_data else {"evaluates": evaluates}
     sides = [_Side(data, reading, by_role(reading, data, selects=selects, **own))]
     if eval_data:
-        reading = read_tables(eval_data, cache, download=download, encoding=encoding)
+        reading = read_tables(eval_data, cache, **how)
         sides.append(_Side(eval_data, reading, by_role(reading, eval_data, evaluates=evaluates, use="evaluate")))
     columns = choose(sides[0].splits.tables["train"], kinds, asked)
     sides = [side.aligned(columns, kinds, asked, may_lack_label=not number) for number, side in enumerate(sides)]
@@ -146,18 +153,20 @@ def read_given(
     unread = [] if encoding == "utf-8" or any(_read_text(side.reading) for side in sides) else [
         f"--encoding {encoding}: not used, no text file is read"
     ]  # fmt: skip
+    if documents is not None and not any(_read_text(side.reading, PLAIN_FILE) for side in sides):
+        unread.append(f"--documents {documents}: not used, no .txt file is read")
     return Given(
         sides[0].splits.tables,
         sides[1].splits.tables if several else None,
         columns,
-        (*(line for side in sides for line in side.public(side.unused(columns), several=several)), *unread),
+        (*(line for side in sides for line in side.public(side.unused(columns, beside), several=several)), *unread),
         tuple(line for side in sides for line in side.public(side.reading.notes, several=several)),
     )
 
 
-def _read_text(reading: Reading) -> bool:
-    """True if we read a text file. The notes name each such file before a colon."""
-    return any(TEXT_FILE.fullmatch(note.split(": ")[0]) for note in reading.notes)
+def _read_text(reading: Reading, kind: re.Pattern[str] = TEXT_FILE) -> bool:
+    """True if we read a text file of this kind. The notes name each such file before a colon."""
+    return any(kind.fullmatch(note.split(": ")[0]) for note in reading.notes)
 
 
 def _refuse_role_column(table: Table, columns: Columns, data: str) -> None:

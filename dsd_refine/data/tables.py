@@ -30,7 +30,14 @@ MOST_FOLDERS = 50  # folders in which a missing file is searched
 ROWS_AT_ONCE = 1000  # rows in a block
 
 
-def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool], encoding: str = "utf-8") -> Reading:
+def read_tables(
+    spec: str,
+    cache: Path,
+    *,
+    download: Callable[[str, int], bool],
+    encoding: str = "utf-8",
+    documents: str = "paragraphs",
+) -> Reading:
     """Read DATA in any form. Every file in it is used, or named in the result's `unused`.
 
     Junk and papers are not named (`dsd_refine.data.listing`).
@@ -41,13 +48,14 @@ def read_tables(spec: str, cache: Path, *, download: Callable[[str, int], bool],
         download: `download(name, bytes)` is called for a Hub data set of more than HUB_LIMIT bytes.
             False refuses it.
         encoding: The encoding of text files without a byte order mark.
+        documents: What is a document in a .txt file: paragraphs, lines or file.
 
     Raises:
         DataError: The data are missing, empty, of no known form or of several, or too large to
             download.
     """
     refuse_unwritable(Path(os.path.abspath(spec)))
-    reading = _read(spec, Place(cache, encoding), download)
+    reading = _read(spec, Place(cache, encoding, documents), download)
     if not any(len(table.rows) for table in reading.tables.values()):
         raise DataError(f"{spec}: holds no rows")
     tables = {

@@ -16,7 +16,7 @@ import torch
 
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Rows
-from dsd_refine.errors import UsageError
+from dsd_refine.errors import DataError, UsageError
 
 Item = tuple[int, int | None]  # unit of a part, and the seed of its augmentation (None: as in evaluation)
 
@@ -240,6 +240,21 @@ def require(task: str, extra: str, *packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise UsageError(f"{task} needs {' and '.join(missing)}: pip install 'dsd-refine[{extra}]'")
+
+
+def choose_metric(task: str, asked: str | None, allowed: Sequence[str], measured: Sequence[str] = ()) -> str:
+    """The metric that decides: the asked one, else the first that is allowed.
+
+    `measured` are metrics that are only reported.
+
+    Raises:
+        DataError: the asked metric is not one that can decide here.
+    """
+    if asked is None or asked in allowed:
+        return asked or allowed[0]
+    known = f"metric: {asked}: {task} is measured by {', '.join(allowed)} here"
+    only = f"; {asked} is reported beside it, but there is no test of it" if asked in measured else ""
+    raise DataError(f"{known}{only}")
 
 
 def ratio(total: np.ndarray[Any, Any], count: np.ndarray[Any, Any]) -> float:

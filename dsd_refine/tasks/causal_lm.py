@@ -1,5 +1,5 @@
 """Causal language modelling: the next token of documents, which are tokenized exactly as the
-checkpoint's tokenizer does.
+checkpoint's tokenizer does, or of conversations, which its chat template writes.
 """
 
 from __future__ import annotations
@@ -14,41 +14,21 @@ import torch
 from torch.nn import functional as F
 
 from dsd_refine.checkpoint.library import Library
-from dsd_refine.data.columns import DOCUMENT, column
+from dsd_refine.data.columns import DIALOGUE, DOCUMENT, choose, column
+from dsd_refine.data.conversations import is_conversation
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Rows, divide, use_rows
 from dsd_refine.data.tables import row_blocks
+from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks.base import IGNORED, Batch, ChanceBaseline, Forward, Item, Score, Scores, Tables, ratio
 from dsd_refine.tasks.causality import WINDOWS, refuse_foresight
 from dsd_refine.tasks.classification import overlap_warning, skip_warnings
+from dsd_refine.tasks.conversations import prepare_conversations
 from dsd_refine.tasks.inputs.texts import no_text, open_text_inputs, text_digest
 from dsd_refine.tasks.inputs.tokens import Doubled, Unknown, beyond_warnings, known_tokens, or_reason, tokenized
-
-Ids = np.ndarray[Any, Any]
-
-NO_TOKENS: Ids = np.empty(0, dtype=np.int32)
-
-
-@dataclass(frozen=True)
-class WindowedPart:
-    """Documents cut into windows: window u is tokens[start[u] : stop[u]] of the document `row[u]`."""
-
-    rows: Rows
-    tokens: np.ndarray[Any, Any]
-    row: np.ndarray[Any, Any]
-    start: np.ndarray[Any, Any]
-    stop: np.ndarray[Any, Any]
-
-    @property
-    def units(self) -> int:
-        """The number of windows of all documents."""
-        return len(self.row)
-
-    def row_of(self, unit: int) -> int:
-        """The index of the document that the window was cut from."""
-        return int(self.row[unit])
+from dsd_refine.tasks.inputs.windows import NO_TOKENS, Ids, WindowedPart, cut_windows
 
 
 @dataclass
@@ -77,14 +57,16 @@ class CausalLM:
         """Pad the windows to the longest one; each position predicts the token after it.
 
         `input_ids`, `attention_mask` and the targets are int64 of shape windows x longest window. The
-        targets of the last token and of the padding are IGNORED. The seeds of the items are not used.
+        targets of the last token and of the padding are IGNORED, and those of tokens that are not asked
+        for (`WindowedPart.targets`). The seeds of the items are not used.
         """
         windows = [torch.as_tensor(part.tokens[part.start[u] : part.stop[u]].astype(np.int64)) for u, _ in items]
         ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)  # what fills is masked by length, never by id
         mask = torch.arange(ids.shape[1])[None, :] < torch.tensor([len(w) for w in windows])[:, None]
+        wanted = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(part.targets(u)) for u, _ in items], batch_first=True)
         targets = torch.full_like(ids, IGNORED)  # of every position what follows it; cutting logits instead copies them twice
-        targets[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], IGNORED)
-        return Batch({"input_ids": ids, "attention_mask": mask.long()}, targets, int(mask[:, 1:].sum()))
+        targets[:, :-1] = torch.where(wanted[:, 1:], ids[:, 1:], IGNORED)
+        return Batch({"input_ids": ids, "attention_mask": mask.long()}, targets, int(wanted.sum()))
 
     def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Targets x vocabulary."""
@@ -130,8 +112,15 @@ class CausalLM:
 
 
 def open_task(recipe: Recipe, library: Library, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> CausalLM:
-    """The task on these documents, with the checkpoint's own tokenizer."""
+    """The task on these documents or conversations, with the checkpoint's own tokenizer."""
     inputs = open_text_inputs(recipe, library, model)
+    first = tables.get("train") or next(iter(tables.values()))
+    columns = choose(first, (DIALOGUE,), {"text": recipe.text_column})["text"]
+    if is_conversation(first, columns):
+        parts, warnings = prepare_conversations(recipe, tables, evaluation, columns, inputs)
+        return CausalLM(*parts, warnings, vocabulary=known_tokens(inputs.tokenizer, inputs.size))
+    if recipe.loss_on is not None:
+        raise DataError(f"loss_on: {recipe.loss_on}: is of conversations, and these are texts: leave it out")
     return prepare_documents(recipe, tables, evaluation, inputs.tokenizer, inputs.max_length, inputs.size)
 
 
@@ -150,6 +139,11 @@ def prepare_documents(
         DataError: no text column, or no usable documents.
     """
     # the first token of a window is no target: a last window of one token has none
+    if recipe.stride is not None and recipe.stride >= max_length:
+        raise DataError(
+            f"--stride {recipe.stride}: windows hold {max_length} tokens, so the first one of each would have no context: "
+            "give a smaller number"
+        )
     parts, warnings = cut_documents(
         recipe, tables, evaluation, tokenizer, max_length, _document, lambda ids: len(ids) > 1, size
     )
@@ -195,13 +189,14 @@ def cut_documents(
                 unknown.see(held[-1])
         return use_rows(table, rows)
 
-    def cut(rows: Rows) -> WindowedPart:
-        return _windows(rows, ids[id(rows.table)], max_length, counts)
+    def cut(rows: Rows, stride: int | None = None) -> WindowedPart:
+        return cut_windows(rows, ids[id(rows.table)], max_length, counts, stride)
 
     used = {name: examined(table) for name, table in tables.items()}
     judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
     divided = divide(used, judged, recipe.holdout)
-    parts = cut(divided.train), cut(divided.holdout) if divided.holdout else None, cut(divided.eval)
+    stride = recipe.stride  # only in evaluation: windows of training follow each other
+    parts = cut(divided.train), cut(divided.holdout, stride) if divided.holdout else None, cut(divided.eval, stride)
     noted = beyond_warnings(tokenizer, size) + doubled.warnings() + unknown.warnings()
     return parts, overlap_warning(divided) + skip_warnings(divided) + noted
 
@@ -217,16 +212,3 @@ def _document(text: Any, ids: Ids) -> Examined:
     if len(ids) < 2:
         return Examined(b"", None, "fewer than two tokens: nothing to predict")
     return Examined(text_digest(text))
-
-
-def _windows(rows: Rows, ids: list[Ids], max_length: int, counts: Callable[[Ids], bool]) -> WindowedPart:
-    spans, tokens, offset = [], [], 0  # offset: of the document in the joined tokens
-    for row, number in enumerate(rows.numbers):
-        document = ids[int(number)]
-        tokens.append(document)
-        starts = [start for start in range(0, len(document), max_length) if counts(document[start : start + max_length])]
-        spans += [(row, offset + start, offset + min(start + max_length, len(document))) for start in starts]
-        offset += len(document)
-    table = np.asarray(spans, dtype=np.int64).reshape(-1, 3)
-    joined = np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
-    return WindowedPart(rows, joined, table[:, 0], table[:, 1], table[:, 2])

@@ -21,9 +21,10 @@ from dsd_refine.data.splits import Examined
 from dsd_refine.errors import CheckpointError
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks.base import IGNORED, Batch, Forward, Item, Tables
-from dsd_refine.tasks.causal_lm import CausalLM, Ids, WindowedPart, cut_documents
+from dsd_refine.tasks.causal_lm import CausalLM, cut_documents
 from dsd_refine.tasks.inputs.texts import no_text, open_text_inputs, text_digest
 from dsd_refine.tasks.inputs.tokens import known_tokens
+from dsd_refine.tasks.inputs.windows import Ids, WindowedPart
 
 SALT = b"dsd-refine masked-lm 1"
 

@@ -8,20 +8,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from dsd_refine.checkpoint.library import Library
-from dsd_refine.data.columns import AUDIO, CAPTION, DOCUMENT, IMAGE, LABEL, TEXT, TRANSCRIPT, Kind
+from dsd_refine.data.columns import AUDIO, CAPTION, DIALOGUE, DOCUMENT, IMAGE, LABEL, TAGS, TEXT, TRANSCRIPT, WORDS, Kind
+from dsd_refine.data.conversations import is_conversation
 from dsd_refine.data.decoded import Store
 from dsd_refine.data.given import Given, read_given
 from dsd_refine.data.imagenet import synsets
+from dsd_refine.data.joining import join_rows
 from dsd_refine.data.reading import Table, named
 from dsd_refine.data.splits import Rows
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Recipe
-from dsd_refine.task_specs import TASKS, TaskSpec
+from dsd_refine.task_specs import OWN_FIELDS, TASKS, TaskSpec
 from dsd_refine.tasks.base import Task
 
 Download = Callable[[str, int], bool]
@@ -34,8 +36,11 @@ KINDS: dict[str, Kind] = {
     "image": IMAGE,
     "audio": AUDIO,
     "label": LABEL,
+    "words": WORDS,
+    "tags": TAGS,
     "text": TEXT,
     "document": DOCUMENT,
+    "dialogue": DIALOGUE,
     "transcript": TRANSCRIPT,
     "caption": CAPTION,
 }
@@ -65,13 +70,18 @@ def look_at_data(
     _refuse_useless(recipe, spec, kinds)
     asked = {kind.what: getattr(recipe, f"{kind.what}_column") for kind in kinds}
     splits = recipe.eval_split, recipe.holdout_split
-    given = read_given(recipe.data, recipe.eval_data, splits, kinds, asked, cache, download, recipe.encoding)
+    beside = (recipe.join,) if recipe.join else ()
+    given = read_given(
+        recipe.data, recipe.eval_data, splits, kinds, asked, cache, download, recipe.encoding, recipe.documents, beside
+    )
+    if recipe.join:
+        given = _joined(given, recipe)
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
     evaluation = None if given.evaluation is None else named(given.evaluation, classes)
     given = replace(given, tables=named(given.tables, classes), evaluation=evaluation)
     if store is not None and is_held(name):
         given = replace(given, tables=_held(given.tables, store), evaluation=_held(given.evaluation, store))
-    if spec.has_classes:
+    if "label" in spec.columns:
         _check_labels(given, recipe, spec, library)
     return given
 
@@ -88,11 +98,34 @@ def _held(tables: T, store: Store) -> T:
     return {name: replace(table, decoded=store.rows(len(table.rows))) for name, table in tables.items()}
 
 
+def _joined(given: Given, recipe: Recipe) -> Given:
+    """The data with documents in place of rows, as the recipe's `join` says.
+
+    Raises:
+        DataError: the rows are conversations, or as `join_rows` says.
+    """
+    assert recipe.join is not None
+    by, between, names = recipe.join, recipe.join_with, given.columns["text"]
+    if is_conversation(given.tables["train"], names):
+        raise DataError("join: is of rows that are texts, and these are conversations: leave it out")
+    joined = [
+        {role: join_rows(table, names[0], by, between) for role, table in tables.items()}
+        for tables in (given.tables, given.evaluation or {})
+    ]
+    note = f"rows are joined to documents (join: {by}): " + ", ".join(
+        f"{len(table.rows)} of {role}" for tables in joined for role, table in tables.items()
+    )
+    return replace(given, tables=joined[0], evaluation=joined[1] or None, notes=(*given.notes, note))
+
+
 def _refuse_useless(recipe: Recipe, spec: TaskSpec, kinds: Sequence[Kind]) -> None:
     """Raises DataError for an option that the task has no use for: whoever gives it expects
     something of it.
     """
     used = [kind.what for kind in kinds]
+    for name in OWN_FIELDS:
+        if getattr(recipe, name) is not None and name not in spec.fields:
+            raise DataError(f"{name}: {spec.name} has no use for it: leave it out")
     for kind in (IMAGE, AUDIO, LABEL, TEXT):
         if kind.what not in used and getattr(recipe, f"{kind.what}_column") is not None:
             raise DataError(f"{kind.flag}: {spec.name} reads columns of {' and '.join(used)}, and no {kind.what}: leave it out")
@@ -123,6 +156,16 @@ def prepare_task(recipe: Recipe, name: str, library: Library, model: torch.nn.Mo
     opener = getattr(import_module(module), function)
     task: Task = opener(recipe.model_copy(update=chosen), library, model, given.tables, given.evaluation)
     return task
+
+
+def corpus_of(task: str, metric: str) -> Callable[[Any], Any] | None:
+    """The function that computes a metric from summed statistics of rows; None: it is a ratio of sums."""
+    place = TASKS[task].corpora.get(metric) if task in TASKS else None
+    if place is None:
+        return None
+    module, function = place.split(":")
+    found: Callable[[Any], Any] = getattr(import_module(module), function)
+    return found
 
 
 def parts_of(task: Task) -> dict[str, Rows | None]:

@@ -51,8 +51,8 @@ def beyond_warnings(tokenizer: Any, size: int | None) -> list[str]:
     return [f"the tokenizer has {len(extra)} tokens beyond the model's {size:,}: {shown}; rows that hold one are skipped"]
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder as it is.
+def load_tokenizer(folder: Path, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The tokenizer of a folder as it is, or with `options` in place of its own settings.
 
     Raises:
         CheckpointError: the folder has no usable tokenizer.
@@ -61,7 +61,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         with _silenced():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
+            )
             with suppress(Exception):  # a word that it has not is no fault of its file
                 tokenizer("a")  # a file that contradicts itself panics here
     except BaseException as error:  # transformers raises whatever a strange file makes it raise
@@ -73,6 +75,40 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     if files and not _pieces(folder) and not any((folder / name).is_file() for name in files):
         raise CheckpointError(f"{folder}: has no tokenizer (none of {', '.join(sorted(files))} is there)")
     return tokenizer
+
+
+def for_words(tokenizer: Any, folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer as it reads texts that are cut into words already.
+
+    RoBERTa's, GPT-2's and others put the space before a word into its first piece. They must put it
+    there before the first word too.
+    """
+    if getattr(tokenizer, "add_prefix_space", True):
+        return tokenizer
+    return load_tokenizer(folder, trust_remote_code, add_prefix_space=True)
+
+
+def word_pieces(
+    tokenizer: Any, rows: Sequence[Sequence[str]], max_length: int, size: int | None = None
+) -> tuple[dict[str, Any], list[dict[int, int]]]:
+    """The tokenizer's outputs for rows of words, cut to `max_length`, and for each row: word -> place
+    of its first piece.
+
+    Raises:
+        DataError: it refuses them, or the model has no such token.
+    """
+    encoded = _encoded(
+        tokenizer, [list(row) for row in rows],
+        size=size, is_split_into_words=True, truncation=True, max_length=max_length, verbose=False,
+    )  # fmt: skip
+    firsts: list[dict[int, int]] = []
+    for row in range(len(rows)):
+        places: dict[int, int] = {}
+        for place, word in enumerate(encoded.word_ids(row)):
+            if word is not None:
+                places.setdefault(word, place)
+        firsts.append(places)
+    return dict(encoded), firsts
 
 
 def _pieces(folder: Path) -> Path | None:
