@@ -20,6 +20,7 @@ from dsd_refine.cli.options import (
     JSON_OPTION,
     MEASURE_OPTION,
     NEAREST_VERB,
+    PUSH_OPTIONS,
     QUIET_OPTION,
     RECIPE_OPTIONS,
     RUN_OPTIONS,
@@ -29,7 +30,7 @@ from dsd_refine.cli.options import (
 )
 from dsd_refine.cli.streams import fill_streams
 from dsd_refine.cli.suggest import nearest, nearest_verb
-from dsd_refine.errors import DsdError, Interrupted, RunError, UsageError, is_full_memory
+from dsd_refine.errors import CheckpointError, DsdError, Interrupted, RunError, UsageError, is_full_memory
 from dsd_refine.quiet import quiet_libraries
 from dsd_refine.run.signals import Signals
 from dsd_refine.task_specs import TASKS
@@ -198,6 +199,48 @@ def verify(
     )
     _result(json.dumps({"ok": not problems, "problems": problems}) if as_json else report_lines(problems, Path(output)))
     return 3 if problems else 0
+
+
+@cli.command(cls=GroupedCommand, short_help="Push OUTPUT to REPO on the Hub, if it is proven.")
+@click.argument("output")
+@click.argument("repo")
+@PUSH_OPTIONS
+@TRUST_OPTIONS
+@JSON_OPTION
+@QUIET_OPTION
+def push(
+    output: str,
+    repo: str,
+    source: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    weights_key: str | None,
+    as_json: bool,
+    quiet: bool,
+    **wishes: Any,
+) -> int:
+    """Push OUTPUT to the repository REPO on the Hub, as one commit or as a pull request.
+
+    It is refused if the gate was not met, if `verify` finds a problem, or if the weights of REPO are
+    no longer those that the run started from.
+    """
+    import json
+
+    from dsd_refine.api import verify as problems_of
+    from dsd_refine.release.push import Wishes, pushed_text
+    from dsd_refine.release.push import push as push_output
+    from dsd_refine.report.report import Report
+    from dsd_refine.run.progress import Display
+
+    report = Report.load(output)
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle, "weights_key": weights_key}
+    try:
+        problems = problems_of(source or report.source_model, output, **trusted)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --source MODEL says where the run's source is now") from None
+    pushed = push_output(report, repo, problems, Wishes(**wishes), Display(quiet).say)
+    _result(json.dumps(pushed.to_dict(), ensure_ascii=False) if as_json else pushed_text(pushed))
+    return 0
 
 
 class Recipes(click.Group):
