@@ -192,6 +192,13 @@ RUN_OPTIONS = together(
         option("--quiet", is_flag=True, help="No progress; the result alone."),
     ),
     in_group(
+        "Results for CI and trackers",
+        option("--summary", metavar="FILE", help="Also write the result as Markdown."),
+        option("--junit", metavar="FILE", help="Also write the result as JUnit XML: the gate is a test case."),
+        option("--report-to", default="", metavar="NAME[,NAME]",
+               help="Log losses, rates, holdout and results: tensorboard, wandb, mlflow, trackio."),
+    ),
+    in_group(
         "Device",
         option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to train (auto)."),
         option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"]), help="For training (accelerate's own setting)."),

@@ -40,13 +40,18 @@ def notes(report: Mapping[str, Any]) -> str:
         "",
         *_warning_lines(report["warnings"]),
     ]
-    return "\n".join(lines)
+    return _encodable("\n".join(lines))
 
 
 def failure_notes(message: str) -> str:
     """Return the summary of a run that ended without a result. `message` is the error's text."""
     lines = [plain(line) for line in message.splitlines()]
-    return "\n".join(["## dsd-refine: no result", "", *(f"> {line}" for line in lines), ""])
+    return _encodable("\n".join(["## dsd-refine: no result", "", *(f"> {line}" for line in lines), ""]))
+
+
+def _encodable(text: str) -> str:
+    """Replace what UTF-8 cannot express: halves of characters, from names of files that are not UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _flip_table(changed: Flips) -> list[str]:

@@ -364,6 +364,7 @@ def measure_holdout(run: Run, state: PhaseState, log: bool = True) -> Metrics | 
         step = state.progress.step
         place = {"step": step, "epoch": step / run.loop.steps_per_epoch, "part": "holdout"}
         run.workspace.log({"event": "evaluation", **state.place.logged, **place, **metrics})
+        run.loop.hooks.on_holdout(state.place, step, metrics)
     return metrics
 
 
