@@ -42,6 +42,7 @@ from dsd_refine.recipe import Names, Recipe, Strict, validated
 from dsd_refine.report.report import Report
 from dsd_refine.run.progress import Display, in_notebook
 from dsd_refine.run.run import Options, default_workers
+from dsd_refine.run.tracking import Tracking, check_trackers, settings_of
 from dsd_refine.task_specs import TASKS
 from dsd_refine.training.hooks import Hooks
 
@@ -65,6 +66,7 @@ class NonRecipeOptions(Strict):
     workers: Annotated[int, Field(ge=0)] | None = None
     yes: bool | None = None
     sets: Names = ()
+    report_to: Names = ()
 
 
 # Options that set fields of the phases of a recipe.
@@ -91,7 +93,7 @@ RUN_OPTIONS = (
     "allow_pickle",
 )
 # Fields that are lists of names. A caller may give one name without a list.
-NAMES = ("models", "include", "exclude", "control")
+NAMES = ("models", "include", "exclude", "control", "report_to")
 
 Model = str | Path
 
@@ -158,17 +160,21 @@ def refine(
         out = Path(output_dir or f"{Path(source.resolved).name}-dsd")
         if given.get("resume") and (out / "dsd/report.json").is_file() and not _unfinished(out):
             return Report.load(out)
+        chosen, trackers = choose_recipe(library, given, display.say), check_trackers(given.get("report_to", ()))
+        tracking = stack.enter_context(
+            Tracking(trackers, out.name, settings_of(source.model, chosen.model_dump(), out), display.say)
+        )
         run_options = Options(
             output_dir=out,
             argv=(f"dsd_refine.refine({str(model) if isinstance(model, str | Path) else type(model).__name__!r}, ...)",),
             say=display.say,
-            hooks=(display, *hooks),
+            hooks=(display, *([tracking] if trackers else []), *hooks),
             download=lambda name, size: bool(given["yes"]),
             workers=default_workers(given.get("workers")),
             **{key: given[key] for key in RUN_OPTIONS if key in given},
         )
         stack.enter_context(display)
-        return run_method(source, library, choose_recipe(library, given, display.say), run_options)
+        return run_method(source, library, chosen, run_options)
 
 
 @dataclass(frozen=True, repr=False)

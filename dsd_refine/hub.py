@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from dsd_refine.errors import CheckpointError
+from dsd_refine.errors import CheckpointError, RunError, UsageError
 from dsd_refine.files import sha256_file
 
 T = TypeVar("T")
@@ -58,6 +58,53 @@ def ask_hub(repo: str, call: Callable[[], T], what: str = "model") -> T:
         raise _unreachable(repo, what) from error
 
 
+def push_to_hub(repo: str, call: Callable[[], T]) -> T:
+    """Make a call that writes to the Hub, and turn its errors into one line.
+
+    Only a call that the Hub refused because it is busy (429) is tried again. Any other failed call
+    may have had its effect, and a second one would write twice.
+
+    Args:
+        repo: The repository, for the message.
+        call: The call of `huggingface_hub`.
+
+    Raises:
+        UsageError: The Hub refuses the token or what was sent. Another try would be of no use.
+        RunError: The Hub is busy, the repository has changed, or the connection broke off.
+    """
+    try:
+        return _with_retries(call, only_if_busy=True)
+    except Exception as error:
+        if isinstance(error, ValueError) and not is_of_the_hub(error):  # README's metadata, or an object that is refused
+            raise UsageError(f"{repo}: the Hub refuses the files: {' '.join(str(error).split())[:300]}") from None
+        if not isinstance(error, OSError) and not is_of_the_hub(error):
+            raise
+        raise _not_pushed(repo, _status(error)) from None
+
+
+AGAIN = "nothing was pushed; run the same command again, what has arrived is not sent twice"
+
+
+def _not_pushed(repo: str, status: int | None) -> UsageError | RunError:
+    """The error for a failed write. `status` is the Hub's answer; None: the connection broke off."""
+    if status in (401, 404):
+        return UsageError(
+            f"{repo}: the Hub does not accept the token for this repository ({status}): check the name, log in with "
+            "`hf auth login`, or set HF_TOKEN to a token with write access; nothing was pushed"
+        )
+    if status == 403:
+        return UsageError(
+            f"{repo}: the token may not write to this repository (403): use a token with write access; nothing was pushed"
+        )
+    if status in (409, 412):
+        return RunError(f"{repo}: the repository was changed while this push was under way ({status}); {AGAIN}")
+    if status == 429:
+        return RunError(f"{repo}: the Hub asks to wait (429); {AGAIN}")
+    if status is not None:
+        return RunError(f"{repo}: the Hub answered {status}; {AGAIN}")
+    return RunError(f"{repo}: the connection to the Hub broke off; {AGAIN}")
+
+
 def is_of_the_hub(error: Exception) -> bool:
     """Return whether an answer of the Hub, or a broken connection to it, caused an error."""
     return any(_from_http(cause) or hasattr(cause, "response") for cause in _chain(error))
@@ -83,13 +130,18 @@ def _reason(repo: str, error: Exception) -> str | None:
             return f"{cause.filename or 'the cache'}: {cause.strerror}; give the cache a place of your own with HF_HOME"
         if "Consistency check failed" in str(cause) or type(cause).__name__ in BROKEN_OFF:
             return f"{repo}: the download broke off before it was complete; nothing of it is used, try again"
-    statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _chain(error))
-    status = next((status for status in statuses if status is not None), None)
+    status = _status(error)
     if status in (401, 403):
         return f"{repo}: the Hub refuses access ({status}): log in with `hf auth login`, or let your token read it"
     if status == 404:
         return f"{repo}: the Hub answered 404: one of its files is missing"
     return None if status is None else f"{repo}: the Hub answered {status}; try again later"
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the status of the Hub's answer that caused an error; None if there was no answer."""
+    statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _chain(error))
+    return next((status for status in statuses if status is not None), None)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -99,14 +151,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _with_retries(call: Callable[[], T]) -> T:
-    """Call again if the Hub is busy (429, 5xx) or a file came incomplete."""
+def _with_retries(call: Callable[[], T], only_if_busy: bool = False) -> T:
+    """Call again if the Hub is busy (429, 5xx) or a file came incomplete. Or `only_if_busy`: 429."""
     for wait in WAITS:
         try:
             return call()
         except Exception as error:
             requested = _seconds_to_wait(error)
-            if requested is None:
+            if requested is None or (only_if_busy and _status(error) != 429):
                 raise
             time.sleep(requested or wait)
     return call()

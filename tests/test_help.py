@@ -14,7 +14,7 @@ def options_of(verb):
     return [parameter for parameter in cli.commands[verb].params if isinstance(parameter, click.Option)]
 
 
-@pytest.mark.parametrize("verb", ["run", "plan", "verify"])
+@pytest.mark.parametrize("verb", ["run", "plan", "verify", "push"])
 def test_every_option_has_a_group_and_a_word(verb, command):
     for option in options_of(verb):
         assert option.group, option.name

@@ -20,6 +20,7 @@ from dsd_refine.cli.options import (
     JSON_OPTION,
     MEASURE_OPTION,
     NEAREST_VERB,
+    PUSH_OPTIONS,
     QUIET_OPTION,
     RECIPE_OPTIONS,
     RUN_OPTIONS,
@@ -27,9 +28,10 @@ from dsd_refine.cli.options import (
     YES_OPTION,
     GroupedCommand,
 )
+from dsd_refine.cli.outcome import WriteOutcome, outcome_files
 from dsd_refine.cli.streams import fill_streams
 from dsd_refine.cli.suggest import nearest, nearest_verb
-from dsd_refine.errors import DsdError, Interrupted, RunError, UsageError, is_full_memory
+from dsd_refine.errors import CheckpointError, DsdError, Interrupted, RunError, UsageError, is_full_memory
 from dsd_refine.quiet import quiet_libraries
 from dsd_refine.run.signals import Signals
 from dsd_refine.task_specs import TASKS
@@ -109,16 +111,31 @@ def run(model: str, **given: Any) -> int:
 
     _check_task(given)
     display = Display(quiet=given["quiet"] or not _is_main())
-    if given["output_dir"] and _finished(Path(given["output_dir"]), given, display):
-        return 0
+    with outcome_files(given["summary"], given["junit"], writes=_is_main()) as write_outcome:
+        if given["output_dir"] and _finished(Path(given["output_dir"]), given, display, write_outcome):
+            return 0
+        report = _refine(model, given, display, write_outcome)
+        if report is None:
+            return 0
+        if _is_main():
+            from dsd_refine.report.report import summary
+
+            write_outcome(report.data)
+            _result(report.to_json().rstrip("\n") if given["as_json"] else summary(report))
+        return report.exit_code if _is_main() else 0
+
+
+def _refine(model: str, given: dict[str, Any], display: Any, write_outcome: WriteOutcome) -> Any:
+    """Run the method. Return its report, or None if --resume finds a finished run in the default folder."""
     quiet_libraries()
     from dsd_refine.checkpoint.libraries.open import open_library
     from dsd_refine.checkpoint.source import find_source
     from dsd_refine.choice import choose_recipe
     from dsd_refine.method import refine
-    from dsd_refine.report.report import summary
     from dsd_refine.run.run import Options, default_workers
+    from dsd_refine.run.tracking import Tracking, check_trackers, settings_of
 
+    trackers = check_trackers(name.strip() for name in given["report_to"].split(",") if name.strip())
     try:
         source = find_source(model, allow_pickle=given["allow_pickle"])
     except DsdError as error:
@@ -126,23 +143,22 @@ def run(model: str, **given: Any) -> int:
         raise type(error)(f"did you mean `{verb}`? {error}") if verb else error from None
     library = open_library(source, given["task"], given["trust_remote_code"])
     out = Path(given["output_dir"] or f"{Path(source.resolved).name}-dsd")
-    if not given["output_dir"] and _finished(out, given, display):
-        return 0
+    if not given["output_dir"] and _finished(out, given, display, write_outcome):
+        return None
     recipe = choose_recipe(library, given, display.say)
+    config = settings_of(model, recipe.model_dump(), out) if trackers else {}
+    tracking = Tracking(trackers, out.name, config, display.say)
     options = Options(
         output_dir=out,
         argv=tuple(sys.argv[1:]),
         say=display.say,
-        hooks=(display,),
+        hooks=(display, *([tracking] if trackers else [])),
         download=_asker(given["yes"]),
         workers=default_workers(given["workers"]),
         **{name: given[name] for name in PASSED_ON},
     )
-    with display:
-        report = refine(source, library, recipe, options)
-    if _is_main():
-        _result(report.to_json().rstrip("\n") if given["as_json"] else summary(report))
-    return report.exit_code if _is_main() else 0
+    with display, tracking:
+        return refine(source, library, recipe, options)
 
 
 @cli.command(cls=GroupedCommand)
@@ -210,6 +226,48 @@ def verify(
     return 3 if problems else 0
 
 
+@cli.command(cls=GroupedCommand, short_help="Push OUTPUT to REPO on the Hub, if it is proven.")
+@click.argument("output")
+@click.argument("repo")
+@PUSH_OPTIONS
+@TRUST_OPTIONS
+@JSON_OPTION
+@QUIET_OPTION
+def push(
+    output: str,
+    repo: str,
+    source: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    weights_key: str | None,
+    as_json: bool,
+    quiet: bool,
+    **wishes: Any,
+) -> int:
+    """Push OUTPUT to the repository REPO on the Hub, as one commit or as a pull request.
+
+    It is refused if the gate was not met, if `verify` finds a problem, or if the weights of REPO are
+    no longer those that the run started from.
+    """
+    import json
+
+    from dsd_refine.api import verify as problems_of
+    from dsd_refine.release.push import Wishes, pushed_text
+    from dsd_refine.release.push import push as push_output
+    from dsd_refine.report.report import Report
+    from dsd_refine.run.progress import Display
+
+    report = Report.load(output)
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle, "weights_key": weights_key}
+    try:
+        problems = problems_of(source or report.source_model, output, **trusted)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --source MODEL says where the run's source is now") from None
+    pushed = push_output(report, repo, problems, Wishes(**wishes), Display(quiet).say)
+    _result(json.dumps(pushed.to_dict(), ensure_ascii=False) if as_json else pushed_text(pushed))
+    return 0
+
+
 class Recipes(click.Group):
     """The verbs `recipes` and `recipes show NAME`. For `recipes NAME` it suggests the second."""
 
@@ -269,7 +327,7 @@ def _check_task(given: dict[str, Any]) -> None:
         raise UsageError(f"{hint}--task {given['task']}: not a task; known are {', '.join(TASKS)}")
 
 
-def _finished(out: Path, given: dict[str, Any], display: Any) -> bool:
+def _finished(out: Path, given: dict[str, Any], display: Any, write_outcome: WriteOutcome) -> bool:
     """Return whether --resume is given for a finished run. Then say so; nothing is changed."""
     report = out / "dsd/report.json"
     if not given["resume"] or not report.is_file():
@@ -283,6 +341,10 @@ def _finished(out: Path, given: dict[str, Any], display: Any) -> bool:
                 return False
             note += f". {out}.partial has an unfinished run that will replace it: go on with --resume --overwrite"
     display.say(note)
+    if given["summary"] or given["junit"]:
+        from dsd_refine.report.report import Report
+
+        write_outcome(Report.load(out).data)
     if given["as_json"] and _is_main():
         _result(report.read_text(encoding="utf-8").rstrip("\n"))
     return True

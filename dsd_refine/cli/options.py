@@ -202,6 +202,13 @@ RUN_OPTIONS = together(
         option("--quiet", is_flag=True, help="No progress; the result alone."),
     ),
     in_group(
+        "Results for CI and trackers",
+        option("--summary", metavar="FILE", help="Also write the result as Markdown."),
+        option("--junit", metavar="FILE", help="Also write the result as JUnit XML: the gate is a test case."),
+        option("--report-to", default="", metavar="NAME[,NAME]",
+               help="Log losses, rates, holdout and results: tensorboard, wandb, mlflow, trackio."),
+    ),
+    in_group(
         "Device",
         option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to train (auto)."),
         option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"]), help="For training (accelerate's own setting)."),
@@ -218,6 +225,18 @@ TRUST_OPTIONS = in_group(
 )
 YES_OPTION = in_group("Trust and downloads", option("--yes", is_flag=True, help="Agree to large downloads."))
 JSON_OPTION = in_group("Output and resume", option("--json", "as_json", is_flag=True, help="Print JSON instead of text."))
+PUSH_OPTIONS = together(
+    in_group(
+        "Push",
+        option("--create-pr/--no-create-pr", default=None,
+               help="Open a pull request, or commit directly (a pull request where the repository holds weights)."),
+        option("--dry-run", is_flag=True, help="Send nothing; print what would be sent."),
+        option("--force", is_flag=True, help="Push although the gate, `verify` or the repository says no."),
+        option("--with-rows", is_flag=True, help="Also send the files that hold evaluation rows."),
+        option("--public", is_flag=True, help="Make a new repository public (it is private)."),
+        option("--source", metavar="MODEL", help="The source, if it is no longer where the report says."),
+    ),
+)  # fmt: skip
 QUIET_OPTION = in_group("Output and resume", option("--quiet", is_flag=True, help="The result alone (there is nothing else)."))
 MEASURE_OPTION = in_group(
     "Plan",

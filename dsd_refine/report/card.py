@@ -7,7 +7,7 @@ as a plain mapping, it is left out with a warning. The text after it is copied u
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from dsd_refine.files import leads_out
 from dsd_refine.report import words
 from dsd_refine.report.data import data_lines
+from dsd_refine.report.markdown import arms_table, code, comparison_table, fenced, plain
 from dsd_refine.report.published import arm_of, true_name
 from dsd_refine.task_specs import TASKS
 from dsd_refine.yaml_reader import load_card_yaml
@@ -240,14 +241,14 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str)
         f"{_origin(report, name + revision)} on {data['train']['rows']:,} rows of "
         f"{code(data_name(recipe.get('data')).name)}. Same files, names, shapes and dtypes: it loads as the source does.",
         "",
-        f"**Verdict: {report['verdict']}** ({_plain(words.headline(report))}).{gate}",
+        f"**Verdict: {report['verdict']}** ({plain(words.headline(report))}).{gate}",
         "",
-        _plain(" ".join(text for text in (words.measured(report), words.edge(report), words.rows_words(report)) if text)),
-        *(f"\n{_plain(sentence)}" for sentence in words.credit(report)),
+        plain(" ".join(text for text in (words.measured(report), words.edge(report), words.rows_words(report)) if text)),
+        *(f"\n{plain(sentence)}" for sentence in words.credit(report)),
         "",
-        *_arms_table(report),
+        *arms_table(report),
         "",
-        *_comparison_table(report),
+        *comparison_table(report),
         "",
         f"`baseline` is the source; metrics on the evaluation rows of {code(evaluated_on(recipe).name)}. "
         "Everything measured is in `dsd/report.json`, drawn in `dsd/report.html`.",
@@ -255,11 +256,11 @@ def _section(report: Mapping[str, Any], recipe: Mapping[str, Any], snippet: str)
         *_data_section(data),
         "### How to load it",
         "",
-        *_fenced(snippet, "python"),
+        *fenced(snippet, "python"),
         "",
         "### Recipe",
         "",
-        *_fenced(public_recipe(recipe), "yaml"),
+        *fenced(public_recipe(recipe), "yaml"),
         "",
     ]
     return "\n".join(lines)
@@ -271,66 +272,12 @@ def _origin(report: Mapping[str, Any], source: str) -> str:
         return f"Refined from {source} by Dense-Sparse-Dense training ({PAPER})"
     if arm_of(report) == "baseline":
         return f"The weights of {source}, unchanged: no arm of Dense-Sparse-Dense training ({PAPER}) was preferred to them"
-    return f"Trained on from {source} ({_plain(true_name(report))}), as a control of Dense-Sparse-Dense training ({PAPER}),"
+    return f"Trained on from {source} ({plain(true_name(report))}), as a control of Dense-Sparse-Dense training ({PAPER}),"
 
 
 def _data_section(data: Mapping[str, Any]) -> list[str]:
     lines = data_lines(data)
-    return ["### Data", "", *(f"- {_plain(line)}" for line in lines), ""] if lines else []
-
-
-def _arms_table(report: Mapping[str, Any]) -> list[str]:
-    arms, seeds, metric = report["arms"], report.get("seeds"), report["metric"]["name"]
-    names = list(arms["baseline"])
-    head = [*names, *([f"{metric} over {seeds['n']} seeds"] if seeds else [])]
-    rows = []
-    for arm, metrics in arms.items():
-        cells = [f"{metrics[name]:.4f}" for name in names]
-        if seeds:
-            over_seeds = seeds["arms"].get(arm)
-            cells.append(f"{over_seeds[metric]['mean']:.4f} ± {over_seeds[metric]['deviation']:.4f}" if over_seeds else "")
-        rows.append([arm, *cells])
-    return _table(["arm", *head], rows)
-
-
-def _comparison_table(report: Mapping[str, Any]) -> list[str]:
-    rows = [
-        [
-            name.replace("_", " "), words.signed(result["delta"]), words.interval(result),
-            f"{result['p_adjusted']:.3g}", *("" if result[key] is None else f"{result[key]:,}" for key in ("gained", "lost")),
-        ]
-        for name, result in report["comparison"].items()
-    ]  # fmt: skip
-    return _table(["comparison", "difference", "95 % interval", "p, adjusted", "rows gained", "rows lost"], rows)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [[_plain(text) for text in row] for row in (head, *rows)]
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return ["| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:])]
-
-
-def _plain(text: str) -> str:
-    """Escape text, so that Markdown shows it as it is, also in a table."""
-    for sign, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
-        text = text.replace(sign, entity)
-    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", " ".join(text.split()))
-
-
-def code(text: str) -> str:
-    """Return a name from outside as a Markdown code span.
-
-    Markdown and HTML in it have no effect. The fence is longer than any run of backticks in it.
-    """
-    text = " ".join(text.split())
-    fence = "`" * (max(map(len, re.findall(r"`+", text)), default=0) + 1)
-    room = " " if text[:1] == "`" or text[-1:] == "`" or not text else ""
-    return f"{fence}{room}{text}{room}{fence}"
-
-
-def _fenced(text: str, language: str) -> list[str]:
-    fence = "`" * max(3, max(map(len, re.findall(r"`+", text)), default=0) + 1)
-    return [f"{fence}{language}", text.rstrip("\n"), fence]
+    return ["### Data", "", *(f"- {plain(line)}" for line in lines), ""] if lines else []
 
 
 def public_recipe(recipe: Mapping[str, Any]) -> str:

@@ -186,3 +186,16 @@ def _share(value: float) -> str:
 
 def _small(value: float | None) -> str:
     return "–" if value is None else f"{value:#.4g}".rstrip(".").replace("-", "−")
+
+
+def shows_rows(page_text: str, *, has_classes: bool) -> bool:
+    """Return whether a report.html shows content of evaluation rows.
+
+    It does with `--report-images`, and also if its lists of rows name targets that are texts.
+
+    Args:
+        page_text: The text of report.html.
+        has_classes: Whether the targets are classes.
+    """
+    lists = re.findall(r'<ul class="examples([^"]*)">', page_text)
+    return any(kind or not has_classes for kind in lists)

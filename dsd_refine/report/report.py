@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -128,6 +129,14 @@ class Report:
     def gate_passed(self) -> bool:
         """Whether the gate was met. If not, the weights are in the folder `rejected/` of the output."""
         return bool(self.data["gate"]["passed"])
+
+    @property
+    def source_model(self) -> str:
+        """The source as MODEL of a command: with its commit, if it is a repository of the Hub."""
+        source = self.data["source"]
+        if source["revision"] and source["library"] != "torchvision":
+            return f"{source['resolved']}@{source['revision']}"
+        return os.path.expanduser(str(source["model" if source["library"] == "torchvision" else "resolved"]))
 
     @property
     def arms(self) -> dict[str, dict[str, float]]:

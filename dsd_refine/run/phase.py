@@ -380,7 +380,9 @@ def score_holdout(run: Run, state: PhaseState, log: bool = True) -> Scores | Non
     if log:
         step = state.progress.step
         place = {"step": step, "epoch": step / run.loop.steps_per_epoch, "part": "holdout"}
-        run.workspace.log({"event": "evaluation", **state.place.logged, **place, **run.task.metrics(scores)})
+        metrics = run.task.metrics(scores)
+        run.workspace.log({"event": "evaluation", **state.place.logged, **place, **metrics})
+        run.loop.hooks.on_holdout(state.place, step, metrics)
     return scores
 
 

@@ -62,6 +62,7 @@ def publish(run: Run, verdict: str, passed: bool) -> Report:
             raise VerifyError(f"the written checkpoint failed its check, nothing was published:\n  - {lines}")
         _stop_if_asked(run)
         workspace.publish()
+        run.loop.hooks.on_report(report.data)
     accelerator.wait_for_everyone()
     return report
 

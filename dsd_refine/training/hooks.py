@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,12 @@ class Hooks:
     def on_phase_end(self, place: Place) -> None:
         """Called at the end of a phase, when the model holds the weights that the next phase starts from."""
 
+    def on_holdout(self, place: Place, step: int, metrics: Mapping[str, float]) -> None:
+        """Called after an evaluation on the holdout, with the steps of the phase so far and the metrics by name."""
+
+    def on_report(self, report: Mapping[str, Any]) -> None:
+        """Called at the very end, when the output is published, with the content of report.json."""
+
     def should_stop(self) -> bool:
         """Called after each step and between the batches of an evaluation.
 
@@ -134,6 +140,14 @@ class Together(Hooks):
     def on_phase_end(self, place: Place) -> None:
         """Call `on_phase_end` of every hook that overrides it, in order."""
         self._call_all("on_phase_end", place)
+
+    def on_holdout(self, place: Place, step: int, metrics: Mapping[str, float]) -> None:
+        """Call `on_holdout` of every hook that overrides it, in order."""
+        self._call_all("on_holdout", place, step, metrics)
+
+    def on_report(self, report: Mapping[str, Any]) -> None:
+        """Call `on_report` of every hook that overrides it, in order."""
+        self._call_all("on_report", report)
 
     def should_stop(self) -> bool:
         """True as soon as one hook wants the run to stop; the hooks after it are not called."""

@@ -121,12 +121,12 @@ def digest(path: Path) -> str:
 
 
 @contextmanager
-def hub(folders, answers=(), *, datasets=(), faults=(), after=(), sizes=(), elsewhere=None):
+def hub(folders, answers=(), *, datasets=(), faults=(), after=(), sizes=(), elsewhere=None, handler=Handler):
     """Serve repositories; yields the server: its address is `.url`, its requests are in `.seen`, their tokens in `.tokens`.
 
     `after` are the headers of a failing answer, `sizes` what the Hub claims of a file's size.
     """
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.folders, server.datasets, server.answers = dict(folders), dict(datasets), dict(answers)
     server.faults = {end: list(waiting) for end, waiting in dict(faults).items()}
     server.after, server.sizes, server.elsewhere = dict(after), dict(sizes), elsewhere
