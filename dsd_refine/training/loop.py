@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsd_refine.errors import RunError
+from dsd_refine.errors import Diverged
 from dsd_refine.masking.masks import mask_gradients, without_gradient
 from dsd_refine.recipe import Phase
 from dsd_refine.seeding import seed_all, stable_seed
@@ -93,7 +93,7 @@ def arrived(loop: Loop, state: PhaseState, wait: bool = False) -> Iterator[tuple
         single process).
 
     Raises:
-        RunError: a loss is not finite; the message names the step.
+        Diverged: a loss is not finite; the message names the step.
     """
     while len(state.pending) > (0 if wait or loop.accelerator.device.type == "cpu" else LATE):
         made, sums, counts, copied = state.pending.popleft()
@@ -104,7 +104,7 @@ def arrived(loop: Loop, state: PhaseState, wait: bool = False) -> Iterator[tuple
         mean = loss_sum / max(1, targets)
         if not math.isfinite(mean):
             text = f"the loss of step {made.step} of {made.steps} is {mean}; try a lower --lr, or --max-grad-norm"
-            raise RunError(f"{state.place.label}: {text}")
+            raise Diverged(f"{state.place.label}: {text}", made.step, str(mean))
         made = replace(made, loss=mean, samples=samples)
         _know(state, made)
         yield made, stops > 0
