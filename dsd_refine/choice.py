@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsd_refine.errors import UsageError
 from dsd_refine.recipe import Phase, Recipe, apply_flags, find_recipe, match_recipe, read_recipe, set_field, validate
+from dsd_refine.search import check_space, settings_of
 
 if TYPE_CHECKING:
     from dsd_refine.checkpoint.library import Library
@@ -49,9 +50,22 @@ def choose_recipe(library: Library, given: Mapping[str, Any], say: Callable[[str
     for key in ("data", "eval_data"):
         if isinstance(raw.get(key), str) and Path(raw[key]).exists():
             raw[key] = str(Path(raw[key]).resolve())
-    recipe = validate(raw, name)
+    recipe = _with_space(validate(raw, name))
     say(f"recipe: {recipe.name} ({why})")
     return recipe
+
+
+def _with_space(recipe: Recipe) -> Recipe:
+    """Return the recipe with its space of a search written down, and checked.
+
+    Raises:
+        RecipeError: The space is not valid, or too small.
+    """
+    if recipe.search is None or not recipe.searches:
+        return recipe
+    space = check_space(recipe)
+    settings_of(recipe)
+    return recipe.model_copy(update={"search": recipe.search.model_copy(update={"space": space})})
 
 
 def _raw_recipe(library: Library, wanted: str | Path | Recipe | None) -> tuple[dict[str, Any], str, str]:

@@ -51,6 +51,18 @@ class RunError(DsdError):
     exit_code = 5
 
 
+class Diverged(RunError):
+    """A loss or a weight is not finite. A search goes on without this try.
+
+    `step` is the optimizer step of the phase, and `loss` its loss as text, such as "nan". Both are None
+    if an evaluation found it.
+    """
+
+    def __init__(self, message: str, step: int | None = None, loss: str | None = None) -> None:
+        super().__init__(message)
+        self.step, self.loss = step, loss
+
+
 # Parts of the messages of libraries and devices that raise no special error when the memory is
 # full.
 MEMORY_IS_FULL = ("allocate memory", "out of memory", "_ALLOC_FAILED")

@@ -12,10 +12,12 @@ from dsd_refine.evidence.compare import gate_passed, verdict
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report.report import Report
 from dsd_refine.run.judge import compare_arms, load_published, load_selected, look_at_source, score_arm, warn_of_harm
+from dsd_refine.run.lost import lost_if_diverged, refuse_all_lost
 from dsd_refine.run.open import opened
-from dsd_refine.run.phase import enter_phase, finished_before, leave_phase, run_phase
+from dsd_refine.run.phase import enter_phase, finished_before, leave_phase, run_phase, steps_of
 from dsd_refine.run.publish import publish
 from dsd_refine.run.run import Options, Run
+from dsd_refine.search import resized
 from dsd_refine.training.settings import settings
 
 
@@ -44,15 +46,17 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
         score_arm(run, "baseline")
         look_at_source(run)
         for arm in run.arms:
-            for attempt, sparsity in enumerate(run.tries):
-                phases = arm_phases(arm, recipe, sparsity)
-                for number, phase in enumerate(phases):
-                    if finished_before(run, arm, attempt, number):
-                        continue
-                    state = enter_phase(run, arm, attempt, number, phases)
-                    with settings(run.loop.model, phase, run.checkpoint.filled):
-                        run_phase(run, phase, state)
-                        leave_phase(run, phase, state)
+            for attempt in run.tries:
+                phases = try_phases(run, arm, attempt)
+                with lost_if_diverged(run, arm, attempt, phases):
+                    for number, phase in enumerate(phases):
+                        if finished_before(run, arm, attempt, number):
+                            continue
+                        state = enter_phase(run, arm, attempt, number, phases)
+                        with settings(run.loop.model, phase, run.checkpoint.filled):
+                            run_phase(run, phase, state)
+                            leave_phase(run, phase, state)
+            refuse_all_lost(run, arm)
         for arm in run.arms:
             for seed in range(recipe.seeds):
                 load_selected(run, arm, seed)
@@ -64,8 +68,20 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
         return finish(run)
 
 
-def arm_phases(arm: str, recipe: Recipe, sparsity: float | None) -> tuple[Phase, ...]:
-    """Return the phases of one try of an arm.
+def try_phases(run: Run, arm: str, attempt: int) -> tuple[Phase, ...]:
+    """Return the phases of one try of an arm, as long as its rung of the search wants.
+
+    There are none if the search has too few settings left for this try.
+    """
+    setting = run.setting(arm, attempt)
+    if setting is None:
+        return ()
+    phases = arm_phases(arm, run.settings[setting].recipe)
+    return resized(phases, steps_of(run, attempt), run.loop.steps_per_epoch)
+
+
+def arm_phases(arm: str, recipe: Recipe) -> tuple[Phase, ...]:
+    """Return the phases of an arm.
 
     They are the recipe's phases. The control "dense" has them without masks, and the control "random"
     with random masks. With `keep: sparse` they end with the last sparse phase, because its weights
@@ -73,12 +89,9 @@ def arm_phases(arm: str, recipe: Recipe, sparsity: float | None) -> tuple[Phase,
 
     Args:
         arm: "refined", "dense" or "random".
-        recipe: The recipe.
-        sparsity: The sparsity of the try, one of `recipe.tried`. None: the phases' own.
+        recipe: The recipe, with the setting of a try.
     """
-    phases = recipe.phases_at(sparsity)
-    if recipe.keep == "sparse":
-        phases = phases[: max(i for i, phase in enumerate(phases) if phase.kind == "sparse") + 1]
+    phases = recipe.trained_phases
     if arm == "dense":
         without_mask = {"kind": "dense", "sparsity": None, "refresh": None, "criterion": "magnitude"}
         return tuple(phase.model_copy(update=without_mask) for phase in phases)

@@ -140,6 +140,21 @@ class Augment(Strict):
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
+class Search(Strict):
+    """A search over settings (see `dsd_refine.search`). Without `tries` the space is there, but not searched.
+
+    Attributes:
+        tries: How many settings each arm tries.
+        factor: After each rung, 1 / `factor` of the settings go on, with `factor` times as many steps.
+        space: Field of the recipe, such as `phases.0.lr` -> the values to choose from. Empty: the
+            default space.
+    """
+
+    tries: Annotated[int, Field(gt=0, le=1000)] | None = None
+    factor: Annotated[int, Field(gt=1, le=10)] = 3
+    space: dict[str, Annotated[tuple[Any, ...], Field(strict=False, min_length=1)]] = {}
+
+
 def _has_list(phase: Any) -> bool:
     listed = phase.get("sparsity") if isinstance(phase, dict) else None
     return isinstance(listed, list | tuple) and len(listed) > 0
@@ -169,6 +184,7 @@ class Recipe(Strict):
     the source itself is a candidate.
     `patience` stops a hopeless try after so many evaluations on the holdout in a row (see
     `dsd_refine.run.lost`). None: no try is stopped.
+    `search` tries several settings in each arm. `search: 8` is `search: {tries: 8}`.
     """
 
     name: str = "recipe"
@@ -197,6 +213,7 @@ class Recipe(Strict):
     margin: Annotated[float, Field(ge=0)] = 0.005
     publish: Literal["refined", "best"] = "refined"
     patience: Positive | None = None
+    search: Search | None = None
     seed: Seed = 0
     seeds: Annotated[int, Field(gt=0, le=1000)] = 1
     expect: dict[str, float] = {}
@@ -252,6 +269,11 @@ class Recipe(Strict):
             )
         return {label: None if name is None else str(name) for label, name in value.items()}
 
+    @field_validator("search", mode="before")
+    @classmethod
+    def _number_of_tries(cls, value: Any) -> Any:
+        return {"tries": value} if isinstance(value, int) else value
+
     @model_validator(mode="before")
     @classmethod
     def _listed_in_the_phase(cls, raw: Any) -> Any:
@@ -277,6 +299,11 @@ class Recipe(Strict):
             raise ValueError("holdout 0 leaves no rows for the selection: use keep: last and one sparsity")
         if self.holdout == 0 and self.publish == "best":
             raise ValueError("publish: best needs a holdout that chooses: give --holdout F, such as 0.1")
+        if self.searches:
+            if self.holdout == 0:
+                raise ValueError("a search needs a holdout that chooses: give --holdout F, such as 0.1")
+            if self.sparsities:
+                raise ValueError("a search and a list of sparsities exclude each other: put the sparsities into search.space")
         if self.holdout == 0 and self.patience:
             raise ValueError("patience needs a holdout that shows what is hopeless: give --holdout F, such as 0.1")
         if self.gate == "beats-control" and not self.control:
@@ -291,6 +318,18 @@ class Recipe(Strict):
     def tried(self) -> tuple[float | None, ...]:
         """The sparsities to try, or (None,) if every phase has only its own."""
         return self.sparsities or (None,)
+
+    @property
+    def searches(self) -> bool:
+        """Whether several settings are searched."""
+        return self.search is not None and self.search.tries is not None
+
+    @property
+    def trained_phases(self) -> tuple[Phase, ...]:
+        """The phases that are trained. With `keep: sparse` they end with the last sparse phase."""
+        if self.keep != "sparse":
+            return self.phases
+        return self.phases[: max(i for i, phase in enumerate(self.phases) if phase.kind == "sparse") + 1]
 
     def phases_at(self, sparsity: float | None) -> tuple[Phase, ...]:
         """Return the phases of one try.
@@ -310,6 +349,11 @@ class Recipe(Strict):
         if tried := fields.pop("sparsities"):
             next(phase for phase in fields["phases"] if phase["kind"] == "sparse")["sparsity"] = tried
         return dump_recipe_yaml(fields)
+
+
+def first_sparsity(recipe: Recipe) -> float | None:
+    """Return the sparsity of the first sparse phase; None if there is none."""
+    return next((phase.sparsity for phase in recipe.phases if phase.kind == "sparse"), None)
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -427,7 +471,7 @@ def _is_echo(item: Any, errors: list[Any]) -> bool:
 
 
 def _nearest(loc: tuple[int | str, ...]) -> str:
-    inner: dict[str, type[Strict]] = {"distill": Distill, "augment": Augment, "phases": Phase}
+    inner: dict[str, type[Strict]] = {"distill": Distill, "augment": Augment, "phases": Phase, "search": Search}
     owner: type[Strict] = next((model for key, model in inner.items() if key in loc[:-1]), Recipe)
     close = difflib.get_close_matches(str(loc[-1]), owner.model_fields, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(owner.model_fields)}"
@@ -445,29 +489,37 @@ def set_field(raw: dict[str, Any], assignment: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError(f"--set {assignment}: expected FIELD=VALUE, such as phases.0.lr=0.01")
-    value = parse_yaml(f"value: {text}", f"--set {assignment}").get("value")
-    place: Any = raw
+    put_field(raw, path.strip(), parse_yaml(f"value: {text}", f"--set {assignment}").get("value"), f"--set {assignment}")
+
+
+def put_field(raw: dict[str, Any], path: str, value: Any, where: str) -> None:
+    """Set the field `path`, such as `phases.0.lr`, in place. `where` is its name in messages.
+
+    Raises:
+        RecipeError: A field on the path does not exist.
+    """
+    keys, place = path.split("."), raw
     for key in keys[:-1]:
-        place = _item(place, key, assignment, create=True)
+        place = _item(place, key, where, create=True)
     if isinstance(place, list):
-        place[_index(place, keys[-1], assignment)] = value
+        place[_index(place, keys[-1], where)] = value
     elif isinstance(place, dict):
         place[keys[-1]] = value
     else:
-        raise RecipeError(f"--set {assignment}: {'.'.join(keys[:-1])} has no fields")
+        raise RecipeError(f"{where}: {'.'.join(keys[:-1])} has no fields")
 
 
-def _item(place: Any, key: str, assignment: str, create: bool) -> Any:
+def _item(place: Any, key: str, where: str, create: bool) -> Any:
     if isinstance(place, list):
-        return place[_index(place, key, assignment)]
+        return place[_index(place, key, where)]
     if isinstance(place, dict):
         return place.setdefault(key, {}) if create else place[key]
-    raise RecipeError(f"--set {assignment}: there is no field {key!r}")
+    raise RecipeError(f"{where}: there is no field {key!r}")
 
 
-def _index(items: list[Any], key: str, assignment: str) -> int:
+def _index(items: list[Any], key: str, where: str) -> int:
     if not key.isdecimal() or int(key) >= len(items):
-        raise RecipeError(f"--set {assignment}: {key!r} is not a number from 0 to {len(items) - 1}")
+        raise RecipeError(f"{where}: {key!r} is not a number from 0 to {len(items) - 1}")
     return int(key)
 
 
@@ -502,6 +554,8 @@ def apply_flags(raw: dict[str, Any], flags: Mapping[str, Any]) -> None:
         named = phase.get("kind") if isinstance(phase, dict) else None
         if isinstance(named, str) and named in by_kind:  # the validation refuses other kinds
             _update(phase, by_kind[named])
+    if "search" in flags and isinstance(own := raw.get("search"), dict):
+        flags["search"] = own | {"tries": flags["search"]}  # the space stays that of the recipe
     plain = set(Recipe.model_fields) - {"phases"}
     raw.update({key: value for key, value in flags.items() if key in plain})
 

@@ -108,6 +108,17 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """Options that give the demo's recipe with some rows of its data, for a trained source and few steps."""
+    import pyarrow.parquet as pq
+
+    place = tmp_path_factory.mktemp("digits")
+    for name, rows in (("train", 200), ("test", 60)):
+        pq.write_table(pq.read_table(ROOT / "recipes/demo" / f"{name}.parquet").slice(0, rows), place / f"{name}.parquet")
+    return ["--recipe", "digits", "--data", place / "train.parquet", "--eval-data", place / "test.parquet"]
+
+
+@pytest.fixture(scope="session")
 def finished(made, tmp_path_factory):
     """OUT of a finished timm run with its phases kept. Do not change it."""
     from dsd_refine.cli.app import main

@@ -1,7 +1,6 @@
 """`--patience`: a hopeless try is stopped early, said, and counted as lost."""
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 from outputs import report_of, same
@@ -14,15 +13,6 @@ DEMO = ROOT / "recipes/demo/checkpoint"
 # Few steps at a rate that ruins the demo's network without making a loss infinite.
 BAD = ("--lr", "2", "--dense-lr", "1", "--sparse-epochs", "1", "--dense-epochs", "4", "--batch-size", "64")
 MILD = ("--lr", "0.001", "--sparsity", "0.05", "--sparse-epochs", "1", "--dense-epochs", "1", "--batch-size", "64")
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """Some rows of the demo's data: options that give them."""
-    place = tmp_path_factory.mktemp("digits")
-    for name, rows in (("train", 200), ("test", 60)):
-        pq.write_table(pq.read_table(DEMO.parent / f"{name}.parquet").slice(0, rows), place / f"{name}.parquet")
-    return ["--recipe", "digits", "--data", place / "train.parquet", "--eval-data", place / "test.parquet"]
 
 
 @pytest.fixture

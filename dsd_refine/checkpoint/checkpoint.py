@@ -27,7 +27,7 @@ from dsd_refine.checkpoint.safetensors_file import (
 )
 from dsd_refine.checkpoint.source import Source
 from dsd_refine.checkpoint.write import write_weights, written_dtypes
-from dsd_refine.errors import CheckpointError, RunError
+from dsd_refine.errors import CheckpointError, Diverged
 from dsd_refine.files import copy_file, sha256_file, sha256_files
 
 QUANTISED = {
@@ -90,7 +90,7 @@ class Checkpoint:
         So an evaluation uses the weights as they would be written.
 
         Raises:
-            RunError: A value does not fit into the file's dtype, or is not finite.
+            Diverged: A value does not fit into the file's dtype, or is not finite.
         """
         state = model.state_dict()
         self._refuse_not_finite(state)
@@ -147,7 +147,7 @@ class Checkpoint:
 def _refuse_overflow(name: str, value: torch.Tensor, rounded: torch.Tensor) -> None:
     if all_finite(rounded):
         return
-    raise RunError(f"{name}: {_too_large(value, rounded.dtype)}; nothing was published")
+    raise Diverged(f"{name}: {_too_large(value, rounded.dtype)}; nothing was published")
 
 
 def _too_large(value: torch.Tensor, dtype: torch.dtype) -> str:

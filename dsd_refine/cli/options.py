@@ -155,6 +155,7 @@ RECIPE_OPTIONS = together(
         option("--dense-steps", type=int, metavar="N", help="Length of the dense phases in optimizer steps."),
         option("--include", metavar="GLOB", multiple=True, help="Parameters to mask besides the default set."),
         option("--exclude", metavar="GLOB", multiple=True, help="Parameters not to mask; wins."),
+        option("--search", type=int, metavar="N", help="Try N settings in each arm; the holdout chooses (off)."),
         option("--keep", type=click.Choice(["best", "last", "sparse"]),
                help="The result: the epoch that the holdout prefers, the last one, the sparse phase (best)."),
     ),

@@ -18,6 +18,7 @@ import torch
 from dsd_refine.checkpoint.library import Library
 from dsd_refine.checkpoint.source import Source
 from dsd_refine.method import arm_phases
+from dsd_refine.planning.plan import planned_tries
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.run.open import opened
 from dsd_refine.run.phase import enter_phase, run_phase
@@ -51,7 +52,7 @@ def measure(source: Source, library: Library, recipe: Recipe, device: str, allow
         clock = Clock()
         options = Options(output_dir=Path(folder) / "out", device=device, allow_pickle=allow_pickle, hooks=(clock,))
         with opened(source, library, recipe, options) as run:
-            phases = arm_phases("refined", recipe, recipe.tried[0])
+            phases = arm_phases("refined", run.settings[0].recipe)
             steps = _by_phase(run, clock, phases)
             row = _row_seconds(run)
             each = {f"{s:.3f} s a {phase.kind} step": None for s, phase in zip(steps, phases, strict=True) if s}
@@ -128,7 +129,7 @@ def whole_run(run: Run, steps: Sequence[float], row: float) -> float:
         row: The seconds for the evaluation of one row.
     """
     recipe = run.recipe
-    tries = [arm_phases(arm, recipe, sparsity) for arm in run.arms for sparsity in run.tries]
+    tries = [phases for _, phases in planned_tries(recipe, run.loop.steps_per_epoch)]
     rows = run.task.eval.units * (1 + len(run.arms) * recipe.seeds)
     rows += run.task.holdout.units if run.task.holdout else 0  # the source is evaluated on the holdout once
     return sum(_try_seconds(run, phases, steps, row) for phases in tries) + rows * row

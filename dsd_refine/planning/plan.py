@@ -15,8 +15,9 @@ from dsd_refine.data.splits import is_on_hub
 from dsd_refine.masking.checkpoint_layers import few_maskable, frozen_names, open_layers
 from dsd_refine.masking.layers import Layer
 from dsd_refine.method import arm_phases
-from dsd_refine.recipe import Phase, Recipe
+from dsd_refine.recipe import Phase, Recipe, first_sparsity
 from dsd_refine.run import disk as space
+from dsd_refine.search import resized, rungs_of, settings_of, steps_at
 from dsd_refine.tasks.base import Task
 from dsd_refine.tasks.registry import is_held, look_at_data, parts_of, prepare_task
 from dsd_refine.training.settings import check_settings
@@ -44,13 +45,14 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
     with tempfile.TemporaryDirectory() as cache:
         given = look_at_data(recipe, library.task, library, Path(cache), lambda *_: False) if not missing_data else None
         checkpoint = open_shapes(source, library, allow_pickle=allow_pickle, weights_key=recipe.weights_key)
-        check_settings(checkpoint.model, recipe, checkpoint.filled)
+        for setting in settings_of(recipe):
+            check_settings(checkpoint.model, setting.recipe, checkpoint.filled)
         layers = open_layers(checkpoint, recipe, [])
         task = prepare_task(recipe, library.task, library, checkpoint.model, given) if given else None
         data = given.entry(parts_of(task)) if given and task else None
     task_report = dict(task.report()) if task else {"warnings": []}
     warnings = [*checkpoint.warnings, *task_report["warnings"], *(data["unused"] if data else [])]
-    shares = [_first_sparsity(recipe, tried) for tried in recipe.tried]
+    shares = list(dict.fromkeys(first_sparsity(setting.recipe) for setting in settings_of(recipe)))
     rows = [
         {
             "name": layer.name, "shape": list(layer.shape), "weights": layer.weights, "excluded": layer.excluded,
@@ -66,10 +68,6 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
         | _sizes(checkpoint, layers, recipe),
         "labels": task_report.get("labels"), "data": data, "warnings": [*dict.fromkeys([*warnings, *few_maskable(layers)])],
     }  # fmt: skip
-
-
-def _first_sparsity(recipe: Recipe, tried: float | None) -> float | None:
-    return next((p.sparsity for p in recipe.phases_at(tried) if p.sparsity is not None), None)
 
 
 def _totals(
@@ -102,9 +100,27 @@ def _steps(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> dict[str, str]
     for number, phase in enumerate(recipe.phases, 1):
         lines[f"{number}-{phase.kind}"] = _phase(phase, per_epoch)
     names = ("refined", *recipe.control)
-    tries = [(arm, tried) for arm in names for tried in recipe.tried * recipe.seeds]
-    total = sum(phase.total_steps(per_epoch) for arm, tried in tries for phase in arm_phases(arm, recipe, tried))
+    tries = planned_tries(recipe, per_epoch)
+    total = sum(phase.total_steps(per_epoch) for _, phases in tries for phase in phases)
+    if recipe.searches:
+        rungs = [f"{rung.size} of {rung.share:.3g} of the steps" for rung in rungs_of(recipe)]
+        lines["search"] = f"tries of each arm: {', then '.join(rungs)}"
     return lines | {"in all": f"{total:,} steps: {len(tries)} runs of the phases ({', '.join(names)})"}
+
+
+def planned_tries(recipe: Recipe, per_epoch: int) -> list[tuple[str, tuple[Phase, ...]]]:
+    """Return (arm, phases) for each try of a run. All have the recipe's own setting; the others cost about the same.
+
+    `per_epoch` is the number of optimizer steps of an epoch.
+    """
+    tries = []
+    for arm in ("refined", *recipe.control):
+        phases = arm_phases(arm, recipe)
+        total = sum(phase.total_steps(per_epoch) for phase in phases)
+        for rung in rungs_of(recipe):
+            each = (arm, resized(phases, steps_at(total, rung.share), per_epoch))
+            tries += [each] * rung.size * recipe.seeds
+    return tries
 
 
 def _phase(phase: Phase, per_epoch: int) -> str:
@@ -149,5 +165,5 @@ def memory_of(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe, phase
         floats += weights - frozen if phase.average != "none" else 0
     maskable = sum(layer.weights for layer in layers if layer.excluded is None) if phase.kind == "sparse" else 0
     random = phase.refresh and (phase.criterion == "random" or "random" in recipe.control)
-    floats += round(maskable * (_first_sparsity(recipe, max(recipe.tried, key=lambda s: s or 0.0)) or 0.0)) if random else 0
+    floats += round(maskable * max(first_sparsity(setting.recipe) or 0.0 for setting in settings_of(recipe))) if random else 0
     return space.FLOAT * floats + maskable

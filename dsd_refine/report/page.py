@@ -24,6 +24,7 @@ from dsd_refine.report.data import data_lines
 from dsd_refine.report.examples import Examples
 from dsd_refine.report.places import last_part
 from dsd_refine.report.rules import absolute_margin
+from dsd_refine.report.tries import tries_of
 
 SHOWN_ROWS = 20  # the most skipped rows, and class names, that are listed. The rest is counted
 EXPLAINED = {
@@ -74,6 +75,7 @@ def page(
         spread=_spread_forest(report, margin),
         flips=figures.flips(report),
         curves=curves,
+        tries=tries_of(report),
         rows=rows,
         cost=cost.cost_rows(report),
         top_layers=top_layers,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dsd_refine.errors import UsageError
 from dsd_refine.files import free_bytes, in_words
+from dsd_refine.search import rungs_of, settings_of
 
 if TYPE_CHECKING:
     from dsd_refine.checkpoint.checkpoint import Checkpoint
@@ -38,11 +39,12 @@ def of_run(checkpoint: Checkpoint, layers: Sequence[Layer], recipe: Recipe, *, s
         save_phases: Whether the checkpoint of each phase is written too.
     """
     weights = FLOAT * sum(value.numel() for value in checkpoint.model.state_dict().values())
-    averages = int(any(phase.average != "none" for phase in recipe.phases))
+    tried = [setting.recipe for setting in settings_of(recipe)]
+    averages = int(any(phase.average != "none" for each in tried for phase in each.phases))
     maskable = sum(layer.weights for layer in layers if layer.excluded is None)
-    state = weights * (1 + optimizer_tensors(recipe) + averages) + maskable // 8
-    bests = (1 + len(recipe.control)) * recipe.seeds + UNSAVED
-    tries = len(recipe.tried) * recipe.seeds + 1
+    state = weights * (1 + max(map(optimizer_tensors, tried)) + averages) + maskable // 8
+    bests = (1 + len(recipe.control)) * recipe.seeds + 1 + UNSAVED  # 1: the candidate of the try that runs
+    tries = sum(rung.size for rung in rungs_of(recipe)) * recipe.seeds + 1
     outputs = 1 + (len(recipe.phases) * tries if save_phases else 0)
     total: int = 2 * state + bests * weights + outputs * _output(checkpoint) + SLACK
     return total

@@ -102,7 +102,7 @@ def look_at_source(run: Run) -> None:
         remember_source(run, scores)
         place = {"arm": "baseline", "phase": None, "step": None, "epoch": None}
         run.workspace.log({"event": "evaluation", **place, "part": "holdout", **state.source_holdout})
-    steps = run.recipe.phases_at(run.tries[0])[0].total_steps(loop.steps_per_epoch)
+    steps = run.recipe.phases[0].total_steps(loop.steps_per_epoch)
     batch = loop.recipe.batch_size * loop.recipe.gradient_accumulation_steps * loop.world
     items = first_items(loop, Key(run.recipe.seed, 0), min(MOST_LOOKED_AT, steps * batch))
     if items:

@@ -35,6 +35,7 @@ from dsd_refine.run.run import Options, Run
 from dsd_refine.run.signals import Signals
 from dsd_refine.run.state import RunState
 from dsd_refine.run.workspace import Workspace
+from dsd_refine.search import settings_of
 from dsd_refine.seeding import seed_all
 from dsd_refine.system import EnergyMeter, energy_counters, keep_freed_memory
 from dsd_refine.tasks.base import Item, Task
@@ -48,7 +49,7 @@ from dsd_refine.training.state import Loop
 
 PRECISIONS = ("no", "fp16", "bf16")
 KERNEL_SETTINGS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE")
-STATE = 3  # version of the saved state; a change that cannot read older states raises it
+STATE = 4  # version of the saved state; a change that cannot read older states raises it
 # How long processes wait for each other. The main one may download, write or verify for hours, and
 # the default of NCCL is ten minutes.
 PATIENCE = timedelta(days=7)
@@ -127,7 +128,8 @@ def _open(
         check_plain(checkpoint, probes(loop, checkpoint))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in without_gradient)
-    check_settings(model, recipe, checkpoint.filled)
+    for setting in settings_of(recipe):
+        check_settings(model, setting.recipe, checkpoint.filled)
     layers = open_layers(checkpoint, recipe, without_gradient)
     hashes = checkpoint.hashes()
     workspace.need = space.of_run(checkpoint, layers, recipe, save_phases=options.save_phases)
@@ -277,7 +279,7 @@ def channels_last(model: nn.Module, device: torch.device) -> bool:
 
 def _teacher(recipe: Recipe, task: Task, model: nn.Module) -> nn.Module | None:
     """Return a copy of the source as the teacher, or None if no phase distills."""
-    if not any(phase.distill for phase in recipe.phases):
+    if not any(phase.distill for setting in settings_of(recipe) for phase in setting.recipe.phases):
         return None
     if not hasattr(task, "logits"):
         raise UsageError(f"phases.*.distill: is not available for {task.name}")

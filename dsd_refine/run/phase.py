@@ -12,11 +12,12 @@ from torch import nn
 from dsd_refine.errors import Interrupted
 from dsd_refine.masking import masks as masking
 from dsd_refine.masking.masks import Masks
-from dsd_refine.recipe import Phase, Recipe
+from dsd_refine.recipe import Augment, Phase, Recipe, first_sparsity
 from dsd_refine.run.judge import warn_of_rising_losses
-from dsd_refine.run.lost import give_up_if_hopeless
+from dsd_refine.run.lost import give_up_if_hopeless, next_try, record_try
 from dsd_refine.run.run import Run
 from dsd_refine.run.state import Metrics, Selected
+from dsd_refine.search import rung_of, steps_at
 from dsd_refine.seeding import stable_seed
 from dsd_refine.tasks.base import Batch, Scores
 from dsd_refine.training import loop as training
@@ -253,10 +254,12 @@ def enter_phase(run: Run, arm: str, attempt: int, number: int, phases: Sequence[
         load_state(run.loop.model, {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")})
     elif number == 0:
         load_state(run.loop.model, run.start)
+    use_setting(run, run.recipe_of(arm, attempt))
     progress = run.state.progress if saved else None
-    if number == 0:
-        run.state.masked_only, run.state.returned, run.state.below = False, {}, 0
-        if run.loss_scale is not None and not saved:
+    if number == 0 and not saved:
+        run.state.masked_only, run.state.returned = False, {}
+        run.state.below, run.state.try_best, run.state.candidate = 0, None, None
+        if run.loss_scale is not None:
             # Each try starts with the same loss scale, so that no arm profits from an earlier one.
             run.loop.accelerator.scaler.load_state_dict(run.loss_scale)
     run.state.at = position
@@ -266,10 +269,17 @@ def enter_phase(run: Run, arm: str, attempt: int, number: int, phases: Sequence[
     )  # fmt: skip
 
 
+def use_setting(run: Run, recipe: Recipe) -> None:
+    """Let the loop and the task work by the recipe of a try."""
+    run.loop.recipe = recipe
+    if isinstance(getattr(run.task, "augment", None), Augment):
+        run.task.augment = recipe.augment  # type: ignore[attr-defined]
+
+
 def place_of(run: Run, position: Sequence[int], phases: Sequence[Phase]) -> Place:
     """Return where a phase is in the whole run.
 
-    All tries of all arms have phases of equal lengths, so the number of all steps is known.
+    All tries of a rung are equally long, so the number of all steps is known.
 
     Args:
         run: The run.
@@ -279,20 +289,27 @@ def place_of(run: Run, position: Sequence[int], phases: Sequence[Phase]) -> Plac
     arm, attempt, number = position
     lengths = [phase.total_steps(run.loop.steps_per_epoch) for phase in phases]
     tries = len(run.tries)
-    before = (arm * tries + attempt) * sum(lengths) + sum(lengths[:number])
-    seed = try_seed(run.recipe, run.arms[arm], attempt)
-    steps = len(run.arms) * tries * sum(lengths)
+    each = [steps_of(run, other) for other in run.tries]
+    before = arm * sum(each) + sum(each[:attempt]) + sum(lengths[:number])
+    seed = try_seed(run, run.arms[arm], attempt)
+    steps = len(run.arms) * sum(each)
     return Place(run.arms[arm], attempt + 1, tries, seed, number + 1, len(phases), phases[number].kind, before, steps)
 
 
-def try_seed(recipe: Recipe, arm: str, attempt: int) -> int:
+def steps_of(run: Run, attempt: int) -> int:
+    """Return the optimizer steps of a try."""
+    total = sum(phase.total_steps(run.loop.steps_per_epoch) for phase in run.recipe.trained_phases)
+    return steps_at(total, run.rungs[rung_of(run.rungs, attempt % run.tries_per_seed)].share)
+
+
+def try_seed(run: Run, arm: str, attempt: int) -> int:
     """Return the seed of a try of an arm.
 
     A repeat (option --seeds) has the same seed in all arms. Within a repeat, the tries of the
-    refined arm differ in sparsity and share the seed. A control gets as many tries (rule 15); they
-    differ in the seed.
+    refined arm differ in their settings and share the seed. A control gets as many tries (rule 15); those
+    with different settings differ in the seed.
     """
-    repeat, number = divmod(attempt, len(recipe.tried))
+    repeat, number, recipe = attempt // run.tries_per_seed, run.setting(arm, attempt), run.recipe
     seed = stable_seed(recipe.seed, repeat, "seed") if repeat else recipe.seed
     return seed if arm == "refined" or not number else stable_seed(seed, number, "try")
 
@@ -320,6 +337,8 @@ def leave_phase(run: Run, phase: Phase, state: PhaseState) -> None:
     state.last |= state.lost is not None
     holdout = run.task.metrics(scores) if scores else None
     run.state.phases.append(phase_entry(run, phase, state, zeros, holdout))
+    if state.last:
+        record_try(run, state.place.arm, attempt, state.lost)
     if state.place.arm == "refined":
         if phase.kind == "sparse":
             run.state.zeros.setdefault(str(attempt), zeros)
@@ -357,10 +376,8 @@ def next_place(run: Run, state: PhaseState) -> list[int]:
 
     It is the numbers of the arm, the try and the phase, each from 0.
     """
-    arm, attempt, number = run.arms.index(state.place.arm), state.place.attempt, state.place.phase
-    if not state.last:
-        return [arm, attempt - 1, number]
-    return [arm, attempt, 0] if attempt < len(run.tries) else [arm + 1, 0, 0]
+    arm, attempt = run.arms.index(state.place.arm), state.place.attempt - 1
+    return next_try(run, arm, attempt) if state.last else [arm, attempt, state.place.phase]
 
 
 def _share(run: Run, zeros: dict[str, int]) -> float:
@@ -387,7 +404,7 @@ def score_holdout(run: Run, state: PhaseState, log: bool = True) -> Scores | Non
 
 
 def keep_if_best(run: Run, state: PhaseState, epoch: int, returned: dict[str, int], scores: Scores | None) -> None:
-    """Keep the current weights as the result of the arm if the holdout prefers them to the best so far.
+    """Keep the current weights as a candidate for the result of the arm if the holdout prefers them to the best so far.
 
     The metric decides, then the loss, then the earlier weights win.
 
@@ -399,17 +416,19 @@ def keep_if_best(run: Run, state: PhaseState, epoch: int, returned: dict[str, in
             `give_back`).
         scores: The scores of the current weights on the holdout. None without a holdout.
     """
-    arm, attempt = state.place.arm, state.place.attempt - 1
-    metrics, repeat = run.task.metrics(scores) if scores else None, str(attempt // len(run.recipe.tried))
-    best = run.state.best.setdefault(arm, {})
-    best_metrics = best[repeat].holdout if repeat in best else None
-    if repeat in best and metrics is not None and best_metrics is not None and not run.prefers(metrics, best_metrics):
+    arm, attempt, saved = state.place.arm, state.place.attempt - 1, run.state
+    metrics = run.task.metrics(scores) if scores else None
+    if metrics is not None and (saved.try_best is None or run.prefers(metrics, saved.try_best)):
+        saved.try_best = metrics
+    best = saved.candidate or saved.best.get(arm, {}).get(str(attempt // run.tries_per_seed))
+    if best is not None and metrics is not None and best.holdout is not None and not run.prefers(metrics, best.holdout):
         return
     file_name = f"best-{arm}-{attempt}-{epoch}.safetensors"
     run.workspace.write_tensors(file_name, run.loop.model.state_dict())
-    best[repeat] = Selected(
-        file_name, attempt, epoch, run.sparsity_of(attempt), state.place.seed, metrics, {**run.state.returned, **returned}
-    )
+    saved.candidate = Selected(
+        file_name, attempt, epoch, first_sparsity(run.recipe_of(arm, attempt)), state.place.seed, metrics,
+        {**saved.returned, **returned},
+    )  # fmt: skip
 
 
 def save(run: Run, state: PhaseState) -> None:

@@ -12,8 +12,11 @@ from dsd_refine.checkpoint.safetensors_file import listed
 from dsd_refine.evidence.compare import Corpus, corpus_over_seeds, credit, over_seeds
 from dsd_refine.evidence.power import rows_to_decide
 from dsd_refine.masking.checkpoint_layers import few_maskable, outside_embeddings
+from dsd_refine.recipe import first_sparsity
 from dsd_refine.report.places import from_home
 from dsd_refine.report.report import environment
+from dsd_refine.run.phase import steps_of
+from dsd_refine.search import rung_of
 from dsd_refine.tasks.registry import parts_of
 
 if TYPE_CHECKING:
@@ -68,7 +71,7 @@ def report_data(
     selected = run.selected("refined")
     zeros = run.state.zeros.get(str(selected.attempt))
     outside = outside_embeddings(run.layers)
-    first = _first_sparsity(run, selected.attempt)
+    first = first_sparsity(run.recipe_of("refined", selected.attempt))
     extra = dict(task.report())
     data = run.given.entry(parts_of(task))
     all_warnings = [*run.checkpoint.warnings, *extra.pop("warnings"), *data["unused"], *run.state.baseline_warnings]
@@ -99,6 +102,7 @@ def report_data(
         "comparison": {name: result.to_dict() for name, result in run.comparisons.items()},
         "verdict": verdict,
         "lost": run.state.lost,
+        "search": search_data(run),
         "published": run.published,
         "published_name": published_name(run),
         "gate": {"rule": recipe.gate, "passed": passed},
@@ -132,12 +136,39 @@ def _holdout(run: Run) -> dict[str, dict[str, float]] | None:
     return {"baseline": baseline} | {arm: run.selected(arm).holdout or {} for arm in run.arms} if baseline else None
 
 
+def search_data(run: Run) -> dict[str, Any] | None:
+    """Return the settings of a search, its rungs, every try, and the chosen setting of each arm.
+
+    None: there was no search. A setting has the fields that differ from the recipe. Rungs count from 1.
+    """
+    search = run.recipe.search
+    if search is None or not run.recipe.searches:
+        return None
+    tries = [
+        {
+            "arm": each["arm"], "try": each["attempt"] + 1, "seed": each["seed"], "setting": each["setting"],
+            "rung": rung_of(run.rungs, each["attempt"] % run.tries_per_seed) + 1,
+            "steps": each["steps"], "holdout": each["holdout"], "lost": each["lost"],
+        }
+        for each in run.state.tries
+    ]  # fmt: skip
+    return {
+        "n": search.tries,
+        "factor": search.factor,
+        "space": {path: list(values) for path, values in search.space.items()},
+        "settings": [dict(setting.changes) for setting in run.settings],
+        "rungs": [{"tries": rung.size, "steps": steps_of(run, rung.first)} for rung in run.rungs],
+        "tries": tries,
+        "chosen": {arm: run.setting(arm, run.selected(arm).attempt) for arm in run.arms},
+    }
+
+
 def published_name(run: Run) -> str:
     """Return what the published arm did, such as "SWA, no mask" or "DSD, 30 % masked"."""
     arm = run.published
     if arm == "baseline":
         return "the source itself"
-    phases = run.recipe.phases_at(run.tries[run.selected(arm).attempt])
+    phases = run.recipe_of(arm, run.selected(arm).attempt).phases
     masked = " and ".join(f"{100 * phase.sparsity:.3g} %" for phase in phases if phase.sparsity is not None)
     mask = {"refined": f"{masked} masked", "random": f"{masked} masked at random"}.get(arm, "no mask") if masked else "no mask"
     average = {"swa": "SWA, ", "ema": "EMA, "}.get(phases[-1].average, "" if mask == "no mask" else "DSD, ")
@@ -212,11 +243,6 @@ def _layer(run: Run, layer: Any, sparsity: float | None, zeros: dict[str, int] |
         "zeros_in_sparse": zeros.get(layer.name) if zeros else None,
         "excluded": layer.excluded,
     }
-
-
-def _first_sparsity(run: Run, attempt: int) -> float | None:
-    phases = run.recipe.phases_at(run.tries[attempt])
-    return next((p.sparsity for p in phases if p.kind == "sparse"), None)
 
 
 def _warnings(run: Run) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from dsd_refine.recipe import Recipe
 from dsd_refine.report.rules import absolute_margin, preference
 from dsd_refine.run.state import RunState, Selected
 from dsd_refine.run.workspace import Workspace
+from dsd_refine.search import Rung, Setting, rung_of, rungs_of, setting_of, settings_of
 from dsd_refine.system import EnergyMeter
 from dsd_refine.tasks.base import Scores, Task
 from dsd_refine.training.hooks import Hooks
@@ -155,13 +156,46 @@ class Run:
         file_name = self.workspace.state.get("tensors")
         return self.workspace.read_tensors(file_name) if first and file_name and self.state.at == position else {}
 
-    def sparsity_of(self, attempt: int) -> float | None:
-        """Return the sparsity of a try: the listed one, else that of the first sparse phase.
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """The settings that every arm tries: those of the search, else one for each sparsity."""
+        return settings_of(self.recipe)
 
-        None if no phase is sparse.
+    @cached_property
+    def rungs(self) -> list[Rung]:
+        """The rungs of one seed of an arm. Without a search it is one."""
+        return rungs_of(self.recipe)
+
+    @property
+    def tries_per_seed(self) -> int:
+        """The number of tries of one seed of an arm."""
+        return sum(rung.size for rung in self.rungs)
+
+    @property
+    def tries(self) -> range:
+        """The numbers of the tries of an arm, from 0: all with the first seed, then all with the next."""
+        return range(self.tries_per_seed * self.recipe.seeds)
+
+    def setting(self, arm: str, attempt: int) -> int | None:
+        """Return which of the `settings` a try has. None: too few are left, so it is not made.
+
+        It depends on the results of the rung before.
         """
-        sparse = (phase.sparsity for phase in self.recipe.phases_at(self.tries[attempt]) if phase.kind == "sparse")
-        return next(sparse, None)
+        repeat, number = divmod(attempt, self.tries_per_seed)
+        finished = [
+            each for each in self.state.tries if each["arm"] == arm and each["attempt"] // self.tries_per_seed == repeat
+        ]
+        return setting_of(self.rungs, number, [self._ranked(finished, rung) for rung in range(len(self.rungs))])
+
+    def _ranked(self, finished: Sequence[Mapping[str, Any]], rung: int) -> list[int]:
+        """Return the settings of a rung that are not lost, the best on the holdout first, then the earlier."""
+        of_rung = [each for each in finished if rung_of(self.rungs, each["attempt"] % self.tries_per_seed) == rung]
+        kept = [each for each in of_rung if each["lost"] is None and each["holdout"] is not None]
+        return [each["setting"] for each in sorted(kept, key=lambda each: self.preference(each["holdout"]), reverse=True)]
+
+    def recipe_of(self, arm: str, attempt: int) -> Recipe:
+        """Return the recipe with the setting of a try that is made."""
+        return self.settings[self.setting(arm, attempt) or 0].recipe
 
     @cached_property
     def groups(self) -> np.ndarray[Any, Any] | None:
@@ -177,11 +211,6 @@ class Run:
     def arms(self) -> tuple[str, ...]:
         """The names of the trained arms: "refined", then the controls."""
         return ("refined", *self.recipe.control)
-
-    @property
-    def tries(self) -> list[float | None]:
-        """The sparsity of each try of an arm: all sparsities with the first seed, then with the next."""
-        return list(self.recipe.tried) * self.recipe.seeds
 
     @property
     def margin(self) -> float:
@@ -228,6 +257,8 @@ class Run:
 
     def prefers(self, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
         """Return whether `new` is better than `old`. Both are metrics on the holdout."""
-        task = self.task
-        new_key, old_key = (preference(metrics, task.metric, higher_is_better=task.higher_is_better) for metrics in (new, old))
-        return new_key > old_key
+        return self.preference(new) > self.preference(old)
+
+    def preference(self, metrics: Mapping[str, float]) -> tuple[float, float]:
+        """Return the sort key of metrics on the holdout. The preferred ones have the larger key."""
+        return preference(metrics, self.task.metric, higher_is_better=self.task.higher_is_better)

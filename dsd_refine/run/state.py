@@ -58,6 +58,11 @@ class RunState:
         returned: Layer -> number of masked weights that had no gradient in a dense phase and have the
             source's values again.
         below: How many evaluations on the holdout in a row have shown this try clearly below the source.
+        candidate: Weights of this try that the holdout prefers to the arm's best so far. They become the
+            best at the end of the try, if it does not diverge.
+        try_best: The best metrics on the holdout of this try so far.
+        tries: The finished tries: arm, attempt, setting, steps, best metrics on the holdout, and why it is
+            lost, if it is.
         lost: The tries that were lost: arm, attempt, seed, phase, step, loss and reason.
         masked_only: Whether no optimizer step has followed the mask of this try.
         scaler: The state of the fp16 loss scaler.
@@ -78,6 +83,9 @@ class RunState:
     empty: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     returned: dict[str, int] = field(default_factory=dict)
     below: int = 0
+    candidate: Selected | None = None
+    try_best: Metrics | None = None
+    tries: list[dict[str, Any]] = field(default_factory=list)
     lost: list[dict[str, Any]] = field(default_factory=list)
     masked_only: bool = False
     scaler: dict[str, Any] | None = None
@@ -92,6 +100,8 @@ class RunState:
         state = cls(**saved)
         if saved.get("progress") is not None:
             state.progress = Progress(**saved["progress"])
+        if saved.get("candidate") is not None:
+            state.candidate = Selected(**saved["candidate"])
         state.best = {
             arm: {seed: Selected(**chosen) for seed, chosen in seeds.items()} for arm, seeds in saved.get("best", {}).items()
         }

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast, gather_object
 
-from dsd_refine.errors import Interrupted, RunError
+from dsd_refine.errors import Diverged, Interrupted, RunError
 from dsd_refine.masking.masks import Masks, check_masks
 from dsd_refine.seeding import stable_seeds
 from dsd_refine.tasks.base import Item, Score, Scores
@@ -98,7 +98,7 @@ def _by_row(part: Any, unit_scores: list[tuple[int, Any]], expected: int) -> Sco
     ordered = sorted(unit_scores, key=lambda pair: pair[0])
     scores = Scores.of(((part.row_of(unit), score) for unit, score in ordered), len(part.rows))
     if not (np.isfinite(scores.score).all() and np.isfinite(scores.loss).all()):
-        raise RunError("evaluation gives values that are not finite")
+        raise Diverged("evaluation gives values that are not finite")
     return scores
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsd_refine.errors import RunError
+from dsd_refine.errors import Diverged
 from dsd_refine.masking.masks import mask_gradients, without_gradient
 from dsd_refine.recipe import Phase
 from dsd_refine.seeding import seed_all, stable_seed
@@ -92,7 +92,7 @@ def arrived(loop: Loop, state: PhaseState, wait: bool = False) -> Iterator[tuple
         single process).
 
     Raises:
-        RunError: a loss is not finite; the message names the step.
+        Diverged: a loss is not finite; the message names the step.
     """
     while len(state.pending) > (0 if wait else lag(loop.accelerator.device)):
         made = state.pending.popleft()
@@ -103,7 +103,7 @@ def arrived(loop: Loop, state: PhaseState, wait: bool = False) -> Iterator[tuple
         mean = loss_sum / max(1, targets)
         if not math.isfinite(mean):
             text = f"the loss of step {made.step} of {made.total} is {mean}; try a lower --lr, or --max-grad-norm"
-            raise RunError(f"{state.place.label}: {text}")
+            raise Diverged(f"{state.place.label}: {text}", made.step, str(mean))
         epoch = made.step / loop.steps_per_epoch
         step = Step(state.place, made.step, made.total, epoch, made.lr, mean, samples, made.skipped)
         _know(state, step)
