@@ -101,10 +101,6 @@ def report_data(
         "arms": {arm: task.metrics(scores) for arm, scores in run.scores.items()},
         "comparison": {name: result.to_dict() for name, result in run.comparisons.items()},
         "verdict": verdict,
-        "lost": run.state.lost,
-        "search": search_data(run),
-        "published": run.published,
-        "published_name": published_name(run),
         "gate": {"rule": recipe.gate, "passed": passed},
         "selected": {name: getattr(selected, name) for name in ("sparsity", "epoch", *(["seed"] if recipe.seeds > 1 else []))},
         "warnings": [from_home(warning) for warning in warnings],
@@ -113,6 +109,10 @@ def report_data(
         "seeds": seeds_data(run) if recipe.seeds > 1 else None,
         "holdout": _holdout(run),
         "cost": _cost(run),
+        "published": run.published,
+        "published_name": published_name(run),
+        "lost": run.state.lost,
+        "search": search_data(run),
     }  # fmt: skip
 
 
