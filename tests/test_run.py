@@ -115,6 +115,7 @@ def test_the_report_has_the_contracts_fields(runs, model):
         "published",
         "published_name",
         "lost",
+        "interpolated",
         "search",
     ]
     assert ("preprocessing" in report) == (model in ("timm", "vit"))
