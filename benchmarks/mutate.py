@@ -222,17 +222,38 @@ MUTATIONS = [
         "test_run.py::test_the_evaluation_rows_select_nothing",
     ),
     Mutation(
+        "the published arm is chosen among the trained ones alone",
+        "run/run.py",
+        'arm, metrics = "baseline", self.state.source_holdout',
+        'arm, metrics = "refined", self.selected("refined").holdout',
+        "test_publish.py::test_the_source_is_a_candidate_and_wins_among_equals",
+    ),
+    Mutation(
+        "the worst settings of a search go on",
+        "run/run.py",
+        'key=lambda each: self.preference(each["holdout"]), reverse=True)',
+        'key=lambda each: self.preference(each["holdout"]))',
+        "test_search.py::test_the_holdout_chooses_who_goes_on_and_what_is_published",
+    ),
+    Mutation(
+        "patience stops while the rate is at its peak",
+        "run/lost.py",
+        "state.progress.lr_last < max(peaks)",
+        "state.progress.lr_last <= max(peaks)",
+        "test_patience.py::test_a_rate_that_does_not_fall_stops_nothing",
+    ),
+    Mutation(
         "among equals the later is selected",
         "run/run.py",
-        "return new_key > old_key",
-        "return new_key >= old_key",
+        "return self.preference(new) > self.preference(old)",
+        "return self.preference(new) >= self.preference(old)",
         "test_run.py::test_among_equals_the_first_is_selected",
     ),
     Mutation(
         "the worse of two is selected",
         "run/run.py",
-        "return new_key > old_key",
-        "return new_key < old_key",
+        "return self.preference(new) > self.preference(old)",
+        "return self.preference(new) < self.preference(old)",
         "test_run.py::test_the_holdout_picks_the_best_epoch_of_the_last_phase",
     ),
     Mutation(
@@ -303,8 +324,8 @@ MUTATIONS = [
     Mutation(
         "not-worse refuses what is equal",
         "evidence/compare.py",
-        "return against_source.delta >= 0",
-        "return against_source.delta > 0",
+        "return result.delta >= 0",
+        "return result.delta > 0",
         "test_compare.py::test_the_gates",
     ),
     # ---------------------------------------------------------------- data

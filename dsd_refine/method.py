@@ -11,6 +11,7 @@ from dsd_refine.checkpoint.source import Source
 from dsd_refine.evidence.compare import gate_passed, verdict
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report.report import Report
+from dsd_refine.run.interpolate import interpolate
 from dsd_refine.run.judge import compare_arms, load_published, load_selected, look_at_source, score_arm, warn_of_harm
 from dsd_refine.run.lost import lost_if_diverged, refuse_all_lost
 from dsd_refine.run.open import opened
@@ -57,6 +58,7 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
                             run_phase(run, phase, state)
                             leave_phase(run, phase, state)
             refuse_all_lost(run, arm)
+            interpolate(run, arm)
         for arm in run.arms:
             for seed in range(recipe.seeds):
                 load_selected(run, arm, seed)

@@ -184,6 +184,8 @@ class Recipe(Strict):
     the source itself is a candidate.
     `patience` stops a hopeless try after so many evaluations on the holdout in a row (see
     `dsd_refine.run.lost`). None: no try is stopped.
+    `interpolate` lists shares of the way from the source to the trained weights, such as [0.5]. The holdout decides
+    whether such weights are the result of an arm.
     `search` tries several settings in each arm. `search: 8` is `search: {tries: 8}`.
     """
 
@@ -214,6 +216,7 @@ class Recipe(Strict):
     publish: Literal["refined", "best"] = "refined"
     patience: Positive | None = None
     search: Search | None = None
+    interpolate: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = ()
     seed: Seed = 0
     seeds: Annotated[int, Field(gt=0, le=1000)] = 1
     expect: dict[str, float] = {}
@@ -304,6 +307,8 @@ class Recipe(Strict):
                 raise ValueError("a search needs a holdout that chooses: give --holdout F, such as 0.1")
             if self.sparsities:
                 raise ValueError("a search and a list of sparsities exclude each other: put the sparsities into search.space")
+        if self.holdout == 0 and self.interpolate:
+            raise ValueError("interpolate needs a holdout that chooses: give --holdout F, such as 0.1")
         if self.holdout == 0 and self.patience:
             raise ValueError("patience needs a holdout that shows what is hopeless: give --holdout F, such as 0.1")
         if self.gate == "beats-control" and not self.control:
@@ -344,8 +349,9 @@ class Recipe(Strict):
     def dump(self) -> str:
         """Return the recipe as YAML. `read_recipe` and `validate` make an equal recipe of it."""
         fields = self.model_dump(mode="json", exclude_none=True)
-        if self.publish == Recipe.model_fields["publish"].default:
-            del fields["publish"]
+        for name in ("publish", "interpolate"):  # a recipe that does not use them reads as before
+            if getattr(self, name) == Recipe.model_fields[name].default:
+                del fields[name]
         if tried := fields.pop("sparsities"):
             next(phase for phase in fields["phases"] if phase["kind"] == "sparse")["sparsity"] = tried
         return dump_recipe_yaml(fields)

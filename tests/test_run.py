@@ -112,6 +112,11 @@ def test_the_report_has_the_contracts_fields(runs, model):
         "seeds",
         "holdout",
         "cost",
+        "published",
+        "published_name",
+        "lost",
+        "interpolated",
+        "search",
     ]
     assert ("preprocessing" in report) == (model in ("timm", "vit"))
     assert list(report["environment"]) == ENVIRONMENT

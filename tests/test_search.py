@@ -236,3 +236,33 @@ def test_a_change_outside_the_space_is_not_taken_over():
     assert with_changes(recipe, {"phases.1.lr": 0.5}).phases[1].lr == 0.5
     with pytest.raises(RecipeError, match="cannot be searched"):
         check_space(recipe.model_copy(update={"search": Search(tries=2, space={"seed": (1,)})}))
+
+
+def test_seeds_controls_and_other_metrics_go_with_a_search(command, made, tmp_path):
+    """A language model (metric: loss), two seeds, two controls, patience, and only the sparse phase kept."""
+    space = '--set=search.space={"phases.0.lr": [0.0001, 0.001, 0.01], "phases.0.sparsity": [0.2, 0.6]}'
+    options = ["--search", "3", space, "--seeds", "2", "--control", "dense", "--control", "random", "--patience", "1"]
+    options += ["--sparse-steps", "6", "--dense-steps", "3", "--batch-size", "4", "--keep", "sparse", "--publish", "best"]
+    out = tmp_path / "out"
+    args = [
+        made / "gpt2",
+        "--data",
+        made / "documents.txt",
+        "-o",
+        out,
+        "--device",
+        "cpu",
+        "--gate",
+        "none",
+        "--quiet",
+        *options,
+    ]
+    assert command(*args).code == 0
+    report = report_of(out)
+    for arm in ("refined", "dense", "random"):
+        tries = [each for each in report["search"]["tries"] if each["arm"] == arm]
+        assert [(each["seed"], each["steps"]) for each in tries] == [(n, s) for n in (1, 2) for s in (2, 2, 2, 6)]
+        assert tries[3]["setting"] == min(tries[:3], key=lambda each: each["holdout"]["loss"])["setting"]
+    assert report["published"] == min(report["holdout"], key=lambda arm: report["holdout"][arm]["loss"])
+    assert {phase["kind"] for phase in report["phases"] if phase["arm"] == "random"} == {"sparse"}
+    assert (out / "dsd/report.html").read_text().count('class="try') == 24

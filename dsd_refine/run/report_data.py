@@ -101,10 +101,6 @@ def report_data(
         "arms": {arm: task.metrics(scores) for arm, scores in run.scores.items()},
         "comparison": {name: result.to_dict() for name, result in run.comparisons.items()},
         "verdict": verdict,
-        "lost": run.state.lost,
-        "search": search_data(run),
-        "published": run.published,
-        "published_name": published_name(run),
         "gate": {"rule": recipe.gate, "passed": passed},
         "selected": {name: getattr(selected, name) for name in ("sparsity", "epoch", *(["seed"] if recipe.seeds > 1 else []))},
         "warnings": [from_home(warning) for warning in warnings],
@@ -113,6 +109,11 @@ def report_data(
         "seeds": seeds_data(run) if recipe.seeds > 1 else None,
         "holdout": _holdout(run),
         "cost": _cost(run),
+        "published": run.published,
+        "published_name": published_name(run),
+        "lost": run.state.lost,
+        "interpolated": {arm: run.selected(arm).share for arm in run.arms} if run.recipe.interpolate else None,
+        "search": search_data(run),
     }  # fmt: skip
 
 
@@ -171,8 +172,10 @@ def published_name(run: Run) -> str:
     phases = run.recipe_of(arm, run.selected(arm).attempt).phases
     masked = " and ".join(f"{100 * phase.sparsity:.3g} %" for phase in phases if phase.sparsity is not None)
     mask = {"refined": f"{masked} masked", "random": f"{masked} masked at random"}.get(arm, "no mask") if masked else "no mask"
+    share = run.selected(arm).share
+    part = f", {100 * share:.3g} % of the way from the source" if share < 1 else ""
     average = {"swa": "SWA, ", "ema": "EMA, "}.get(phases[-1].average, "" if mask == "no mask" else "DSD, ")
-    return f"{average or 'more training, '}{'distilled, ' if any(phase.distill for phase in phases) else ''}{mask}"
+    return f"{average or 'more training, '}{'distilled, ' if any(phase.distill for phase in phases) else ''}{mask}{part}"
 
 
 def _cost(run: Run) -> dict[str, Any]:

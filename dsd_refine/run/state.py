@@ -24,6 +24,7 @@ class Selected:
         seed: The seed of the try.
         holdout: Their metrics on the holdout. None without a holdout.
         returned: Layer name -> number of weights that have the source's values back.
+        share: How far they are from the source on the way to the trained weights (see `interpolate`).
     """
 
     file: str
@@ -33,6 +34,7 @@ class Selected:
     seed: int
     holdout: Metrics | None
     returned: dict[str, int]
+    share: float = 1.0
 
 
 @dataclass
@@ -63,6 +65,7 @@ class RunState:
         try_best: The best metrics on the holdout of this try so far.
         tries: The finished tries: arm, attempt, setting, steps, best metrics on the holdout, and why it is
             lost, if it is.
+        interpolated: The arms and seeds for which weights between the source and them were tried.
         lost: The tries that were lost: arm, attempt, seed, phase, step, loss and reason.
         masked_only: Whether no optimizer step has followed the mask of this try.
         scaler: The state of the fp16 loss scaler.
@@ -87,6 +90,7 @@ class RunState:
     try_best: Metrics | None = None
     tries: list[dict[str, Any]] = field(default_factory=list)
     lost: list[dict[str, Any]] = field(default_factory=list)
+    interpolated: list[list[str]] = field(default_factory=list)
     masked_only: bool = False
     scaler: dict[str, Any] | None = None
 
