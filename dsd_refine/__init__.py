@@ -22,8 +22,10 @@ if TYPE_CHECKING:
         UsageError,
         VerifyError,
     )
+    from dsd_refine.own_loop import Masker
     from dsd_refine.recipe import Augment, Phase, Recipe
     from dsd_refine.report.report import Report
+    from dsd_refine.trainer_callback import DSDCallback
     from dsd_refine.training.hooks import Hooks, Step
 
 __version__ = "0.1.0"
@@ -34,6 +36,8 @@ _MODULES = {  # public name -> the module that defines it
     **dict.fromkeys(("Augment", "Phase", "Recipe"), "recipe"),
     **dict.fromkeys(("Hooks", "Step"), "training.hooks"),
     **dict.fromkeys(_ERRORS, "errors"),
+    "DSDCallback": "trainer_callback",
+    "Masker": "own_loop",
     "Report": "report.report",
     "open_checkpoint": "checkpoint.checkpoint",
 }
@@ -41,10 +45,12 @@ _MODULES = {  # public name -> the module that defines it
 __all__ = [
     "Augment",
     "CheckpointError",
+    "DSDCallback",
     "DataError",
     "DsdError",
     "Hooks",
     "Interrupted",
+    "Masker",
     "Phase",
     "Recipe",
     "RecipeError",

@@ -55,8 +55,8 @@ def push(made, output, tmp_path, monkeypatch):
     return go
 
 
-def edit(output, **changes):
-    path = output / "dsd/report.json"
+def edit(folder, /, **changes):
+    path = folder / "dsd/report.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -292,3 +292,23 @@ def test_a_source_that_moved_is_named(push, output):
     assert "--source MODEL" in said
     code, said, _ = push("--source", report["source"]["resolved"])
     assert code == 0, said
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(push, output, made, tmp_path):
+    with writable_hub({"org/tiny": made / "timm"}, tmp_path / "hub") as server:
+        pass
+    code, said, _ = push(server=server)
+    assert code == 5, said
+    assert "the Hub cannot be reached, so nothing was pushed" in said
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("field", ["gate", "source", "output", "arms", "metric", "data", "credit", "warnings"])
+@pytest.mark.parametrize("broken", [None, "text"])
+def test_a_report_that_was_edited_is_one_line(push, output, field, broken):
+    edit(output, **{field: broken})
+    code, said, server = push("--force")
+    assert code in (2, 0), said
+    if code == 2:
+        assert len([line for line in said.splitlines() if line.startswith("Error: ")]) == 1
+        assert (server.commits, server.requests) == ([], [])

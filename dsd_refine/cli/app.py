@@ -252,15 +252,17 @@ def push(
     import json
 
     from dsd_refine.api import verify as problems_of
-    from dsd_refine.release.push import Wishes, pushed_text
+    from dsd_refine.release.push import Wishes, pushed_text, readable
     from dsd_refine.release.push import push as push_output
     from dsd_refine.report.report import Report
     from dsd_refine.run.progress import Display
 
     report = Report.load(output)
     trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle, "weights_key": weights_key}
+    with readable(report):
+        source_model = source or report.source_model
     try:
-        problems = problems_of(source or report.source_model, output, **trusted)
+        problems = problems_of(source_model, output, **trusted)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --source MODEL says where the run's source is now") from None
     pushed = push_output(report, repo, problems, Wishes(**wishes), Display(quiet).say)

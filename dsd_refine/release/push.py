@@ -7,6 +7,7 @@ by the one commit at the end. If the same command runs again, it sends only what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,24 +103,46 @@ def push(report: Report, repo: str, problems: Sequence[str], wishes: Wishes, say
         RunError: The Hub is busy or the connection broke off. Nothing was pushed.
     """
     target = look_at(repo)
-    overridden = _refuse(report, target, problems, wishes)
-    for reason in overridden:
+    with readable(report):
+        pushed, files = _prepared(report, target, problems, wishes)
+    for reason in pushed.overridden:
         say(f"--force overrides: {reason}")
-    pull_request = bool(target.weights) if wishes.create_pr is None else wishes.create_pr
-    if pull_request and target.commit is None:
-        raise UsageError(f"{repo}: does not exist, so it cannot get a pull request; leave out --create-pr")
-    files, left_out = _chosen(report, target, wishes.with_rows)
-    description = notes(report.data) + proof(report.data, problems) + _kept_copies(target, files)
-    pushed = Pushed(
-        repo, None, None, pull_request, target.commit is None, wishes.dry_run,
-        {name: path.stat().st_size for name, path in files.items()}, left_out, overridden, _title(report), description,
-    )  # fmt: skip
     if wishes.dry_run:
         return pushed
-    there = _already_there(target, files, pull_request)
+    there = _already_there(target, files, pushed.pull_request)
     if there:
         return Pushed(**{**asdict(pushed), "url": there, "files": {}})
     return _send(target, files, pushed, private=not wishes.public)
+
+
+@contextmanager
+def readable(report: Report) -> Iterator[None]:
+    """In a `with` block, turn the errors of a report with missing or wrong fields into one line.
+
+    Raises:
+        UsageError: The report is not as a run writes it.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        text = f"{report.output}/dsd/report.json: was changed since the run, or is of another release"
+        raise UsageError(f"{text} ({type(error).__name__}: {error!s:.100})") from None
+
+
+def _prepared(report: Report, target: Target, problems: Sequence[str], wishes: Wishes) -> tuple[Pushed, dict[str, Path]]:
+    """Decide what is pushed, and whether it may be. Returns it, and the files by their names in the repository."""
+    overridden = _refuse(report, target, problems, wishes)
+    pull_request = bool(target.weights) if wishes.create_pr is None else wishes.create_pr
+    if pull_request and target.commit is None:
+        raise UsageError(f"{target.repo}: does not exist, so it cannot get a pull request; leave out --create-pr")
+    files, left_out = _chosen(report, target, wishes.with_rows)
+    description = notes(report.data) + proof(report.data, problems) + _kept_copies(target, files)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    pushed = Pushed(
+        target.repo, None, None, pull_request, target.commit is None, wishes.dry_run, sizes, left_out, overridden,
+        _title(report), description,
+    )  # fmt: skip
+    return pushed, files
 
 
 def _refuse(report: Report, target: Target, problems: Sequence[str], wishes: Wishes) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsd_refine.checkpoint.copies import may_be_weights
+from dsd_refine.errors import CheckpointError, RunError
 from dsd_refine.files import sha256_file
 from dsd_refine.hub import ask_hub
 
@@ -36,8 +37,21 @@ def look_at(repo: str, revision: str | None = None) -> Target:
         revision: A branch or `refs/pr/N`. None: the main branch.
 
     Raises:
-        CheckpointError: The Hub refuses, or cannot be reached, or the name is not valid.
+        CheckpointError: The Hub refuses, or the name is not valid.
+        RunError: The Hub cannot be reached.
     """
+    try:
+        return _look_at(repo, revision)
+    except CheckpointError as error:
+        if error.__cause__ is None:
+            raise
+        from huggingface_hub import is_offline_mode
+
+        reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else "the Hub cannot be reached"
+        raise RunError(f"{repo}: {reason}, so nothing was pushed; run the same command again when it can be reached") from None
+
+
+def _look_at(repo: str, revision: str | None) -> Target:
     from huggingface_hub import HfApi
 
     api = HfApi()
