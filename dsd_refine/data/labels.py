@@ -67,7 +67,8 @@ def refuse_one_output(classes: int) -> None:
     """
     if classes == 1:
         raise DataError(
-            "the head has one output: regression or ranking, not supported yet; a classifier of two classes has two outputs"
+            "the head has one output, which is supported for texts alone (regression, ranking); a classifier of two classes "
+            "has two outputs"
         )
 
 

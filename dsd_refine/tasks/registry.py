@@ -54,22 +54,32 @@ def look_at_data(recipe: Recipe, name: str, library: Library, cache: Path, downl
     spec = TASKS[name]
     if not spec.has_classes and (recipe.label_names or recipe.label_map):
         raise DataError(f"label_names and label_map are of classes, and {name} has none: leave them out")
-    kinds = [KINDS[column] for column in spec.columns]
+    ways = _kinds(spec, library)
+    kinds = [kind for way in ways for kind in way]
     _refuse_useless(recipe, spec, kinds)
     asked = {kind.what: getattr(recipe, f"{kind.what}_column") for kind in kinds}
     splits = recipe.eval_split, recipe.holdout_split
     beside = (recipe.join,) if recipe.join else ()
     given = read_given(
-        recipe.data, recipe.eval_data, splits, kinds, asked, cache, download, recipe.encoding, recipe.documents, beside
+        recipe.data, recipe.eval_data, splits, ways, asked, cache, download, recipe.encoding, recipe.documents, beside
     )
     if recipe.join:
         given = _joined(given, recipe)
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
     evaluation = None if given.evaluation is None else named(given.evaluation, classes)
     given = replace(given, tables=named(given.tables, classes), evaluation=evaluation)
-    if "label" in spec.columns:
+    if LABEL in kinds:
         _check_labels(given, recipe, spec, library)
     return given
+
+
+def _kinds(spec: TaskSpec, library: Library) -> Sequence[Sequence[Kind]]:
+    """The kinds of columns that the task reads: for each way to train the model, one list."""
+    if not spec.kinds:
+        return [[KINDS[column] for column in spec.columns]]
+    module, function = spec.kinds.split(":")
+    found: Sequence[Sequence[Kind]] = getattr(import_module(module), function)(library)
+    return found
 
 
 def _joined(given: Given, recipe: Recipe) -> Given:
