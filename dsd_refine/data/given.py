@@ -153,11 +153,7 @@ def read_given(
     several = len(sides) > 1
     if not several and len(reading.tables) == 1:
         _refuse_role_column(sides[0].splits.tables["train"], columns, data)
-    unread = [] if encoding == "utf-8" or any(_read_text(side.reading) for side in sides) else [
-        f"--encoding {encoding}: not used, no text file is read"
-    ]  # fmt: skip
-    if documents is not None and not any(_read_text(side.reading, PLAIN_FILE) for side in sides):
-        unread.append(f"--documents {documents}: not used, no .txt file is read")
+    unread = _unused_options(sides, encoding, documents)
     return Given(
         sides[0].splits.tables,
         sides[1].splits.tables if several else None,
@@ -165,6 +161,16 @@ def read_given(
         (*(line for side in sides for line in side.public(side.unused(columns, beside), several=several)), *unread),
         tuple(line for side in sides for line in side.public(side.reading.notes, several=several)),
     )
+
+
+def _unused_options(sides: Sequence[_Side], encoding: str, documents: str | None) -> list[str]:
+    """Lines that name the options about text files, if there are no such files."""
+    lines = []
+    if encoding != "utf-8" and not any(_read_text(side.reading) for side in sides):
+        lines.append(f"--encoding {encoding}: not used, no text file is read")
+    if documents is not None and not any(_read_text(side.reading, PLAIN_FILE) for side in sides):
+        lines.append(f"--documents {documents}: not used, no .txt file is read")
+    return lines
 
 
 def _read_text(reading: Reading, kind: re.Pattern[str] = TEXT_FILE) -> bool:

@@ -162,11 +162,7 @@ def prepare_label_sets(
         for rows in (*used.values(), *(judged or {}).values())
     ]
     left = left_out(recipe.label_map, every)
-    spoken = {label for labels in every for label in labels} - left
-    if not spoken:
-        raise DataError("no row has a label")
-    said = {label: name for label, name in recipe.label_map.items() if name is not None}
-    matched = match_labels(aliases, classes, spoken, _declared(first, chosen["label"]), said)
+    matched = _matched(recipe, every, left, aliases, classes, _declared(first, chosen["label"]))
 
     def part(rows: Rows | None) -> LabelSetPart | None:
         if rows is None:
@@ -181,6 +177,22 @@ def prepare_label_sets(
     task = TextLabels(matched, train, holdout, judge, metric, warnings + examiner.warnings())  # type: ignore[arg-type]
     task.reads(chosen["text"], inputs)
     return task
+
+
+def _matched(
+    recipe: Recipe,
+    every: Sequence[Sequence[str]],
+    left: frozenset[str],
+    aliases: Sequence[Sequence[str]] | None,
+    classes: int,
+    declared: list[str] | None,
+) -> LabelMap:
+    """The labels of all splits, matched with the model's classes; those in `left` are not used."""
+    spoken = {label for labels in every for label in labels} - left
+    if not spoken:
+        raise DataError("no row has a label")
+    said = {label: name for label, name in recipe.label_map.items() if name is not None}
+    return match_labels(aliases, classes, spoken, declared, said)
 
 
 def _declared(table: Table, columns: Sequence[str]) -> list[str] | None:
