@@ -136,6 +136,19 @@ def test_tools_and_their_calls_reach_the_template():
     assert ChatTemplate(tokenizer(template)).write(talk).text == "bird the cat dog [SEP] fish good "
 
 
+@pytest.mark.parametrize("end", ["", "{% if not add_generation_prompt %}{{ '[MASK]' }}{% endif %}"])
+def test_calls_of_tools_are_answers_too(end):
+    template = (
+        "{% for m in messages %}{{ '[CLS] ' + m.role + ' ' }}{% if m.tool_calls %}{{ 'sees ' + m.tool_calls[0].name }}"
+        "{% else %}{{ m.content }}{% endif %}{{ ' [SEP]\n' }}{% endfor %}{% if add_generation_prompt %}[CLS] assistant {% endif %}"
+    )
+    call = {"role": "assistant", "tool_calls": [{"name": "dog"}]}
+    said = [TALK[0], call, {"role": "tool", "content": "fish"}, {"role": "assistant", "content": "good"}]
+    found = answers_of(template + end, said)
+    assert found[:5] == ["sees", "dog", "[SEP]", "good", "[SEP]"]
+    assert found[5:] == ["[MASK]"] * bool(end)
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [

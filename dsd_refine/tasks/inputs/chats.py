@@ -150,12 +150,12 @@ class ChatTemplate:
         """
         content = message.get("content")
         content = content.strip() if isinstance(content, str) else ""
-        place = max(0, answer.rfind(content))
-        for candidate in (answer, answer[place:]):
-            first = candidate.rfind(content) + len(content)
+        # a call of a tool has no content: then all is needed but the last token
+        for candidate in (answer, answer[answer.rfind(content) :]) if content in answer and content else (answer,):
             ends = sorted((end for _, end in self._tokens(candidate)), reverse=True)
+            least = candidate.rfind(content) + len(content) if content else (*ends, len(candidate), len(candidate))[1]
             for end in (len(candidate), *ends):
-                if end >= first and text.startswith(candidate[:end]):
+                if end >= least and text.startswith(candidate[:end]):
                     bare = candidate[:end].rstrip()
                     return bare if len(bare) in ends else candidate[:end]
         raise DataError(_another(number))
@@ -173,6 +173,8 @@ class ChatTemplate:
 
 def _common(one: str, other: str) -> str:
     """The longest beginning of two texts."""
+    if other.startswith(one):
+        return one
     differing = (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return one[: next(differing, min(len(one), len(other)))]
 
