@@ -31,6 +31,8 @@ class TaskSpec:
         model_types: The only model types of transformers that it supports. Empty: all of the list.
         libraries: The libraries that have models for it.
         fields: The fields of recipes that it uses, of those that only some tasks use (`OWN_FIELDS`).
+        kinds: `module:function`, if the kinds of columns depend on the model. It gives them for a library
+            adapter, as a list for each way to train the model.
         corpora: `module:function` of each metric that is no ratio of sums over rows. It computes the
             metric from the summed statistics of rows.
     """
@@ -47,6 +49,7 @@ class TaskSpec:
     model_types: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ("transformers",)
     fields: tuple[str, ...] = ()
+    kinds: str = ""
     corpora: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -67,6 +70,8 @@ class TaskSpec:
 # Fields of recipes that only some tasks use. A task without a field refuses a recipe that sets it.
 OWN_FIELDS = ("documents", "join", "stride", "loss_on", "metric")
 
+_CLASS_METRICS = {name: f"dsd_refine.tasks.class_counts:{name}" for name in ("f1", "f1_macro", "balanced_accuracy", "matthews")}
+
 _ALL = (
     TaskSpec(
         name="image-classification",
@@ -78,6 +83,8 @@ _ALL = (
         processor="AutoImageProcessor",
         pipeline_tag="image-classification",
         libraries=("timm", "torchvision", "transformers"),
+        fields=("metric",),
+        corpora=_CLASS_METRICS,
     ),
     TaskSpec(
         name="text-classification",
@@ -89,6 +96,10 @@ _ALL = (
         processor="AutoTokenizer",
         pipeline_tag="text-classification",
         default_length=512,
+        fields=("metric",),
+        kinds="dsd_refine.tasks.text_classification:kinds",
+        corpora=_CLASS_METRICS
+        | {"f1_micro": "dsd_refine.tasks.class_counts:f1_micro", "pearson": "dsd_refine.tasks.text_scores:pearson"},
     ),
     TaskSpec(
         name="causal-lm",

@@ -66,6 +66,19 @@ def test_a_template_that_writes_more_into_the_last_answer_is_understood():
     assert answers_of(template, TALK + TALK) == ["a", "dog", "sees", "[SEP]", "here", "then", "a", "dog", "sees", "[SEP]"]
 
 
+def test_a_template_that_ends_the_text_where_nothing_follows_is_understood():
+    """As Phi-4's, which writes one more token then."""
+    template = unmarked(MARKED) + "{% if not add_generation_prompt %}{{ '[MASK]' }}{% endif %}"
+    assert answers_of(template, TALK + TALK) == ["a", "dog", "sees", "[SEP]"] * 2 + ["[MASK]"]
+
+
+def test_a_template_that_opens_a_thought_when_it_asks_is_understood():
+    """As DeepSeek-R1's, whose answers in a conversation have none."""
+    template = unmarked(MARKED).replace("'[CLS] assistant ' }}", "'[CLS] assistant [MASK]\n' }}")
+    start = [TALK[0], {"role": "assistant", "content": "[ a dog"}]  # it begins as the mark of a thought does
+    assert answers_of(template, start + TALK) == ["[UNK]", "a", "dog", "[SEP]", "a", "dog", "sees", "[SEP]"]
+
+
 def test_a_template_that_changes_what_came_before_is_a_reason_to_skip():
     template = "{{ messages | length }} " + unmarked(MARKED)
     with pytest.raises(DataError, match="the chat template writes what comes before message 2 in another way"):
@@ -121,6 +134,19 @@ def test_tools_and_their_calls_reach_the_template():
     assert talk.tools == [{"name": "bird"}]
     assert "content" not in talk.messages[1]
     assert ChatTemplate(tokenizer(template)).write(talk).text == "bird the cat dog [SEP] fish good "
+
+
+@pytest.mark.parametrize("end", ["", "{% if not add_generation_prompt %}{{ '[MASK]' }}{% endif %}"])
+def test_calls_of_tools_are_answers_too(end):
+    template = (
+        "{% for m in messages %}{{ '[CLS] ' + m.role + ' ' }}{% if m.tool_calls %}{{ 'sees ' + m.tool_calls[0].name }}"
+        "{% else %}{{ m.content }}{% endif %}{{ ' [SEP]\n' }}{% endfor %}{% if add_generation_prompt %}[CLS] assistant {% endif %}"
+    )
+    call = {"role": "assistant", "tool_calls": [{"name": "dog"}]}
+    said = [TALK[0], call, {"role": "tool", "content": "fish"}, {"role": "assistant", "content": "good"}]
+    found = answers_of(template + end, said)
+    assert found[:5] == ["sees", "dog", "[SEP]", "good", "[SEP]"]
+    assert found[5:] == ["[MASK]"] * bool(end)
 
 
 @pytest.mark.parametrize(

@@ -167,10 +167,10 @@ def test_batches_come_in_order_and_once_and_errors_where_they_belong(slow, monke
 
 def test_texts_are_tokenized_once(command, made, tmp_path, monkeypatch):
     """When the rows are looked through; a run that holds nothing tokenizes them in each epoch and arm."""
-    from dsd_refine.tasks import text_classification
+    from dsd_refine.tasks import text_rows
 
-    calls, tokenized = [], text_classification.tokenized
-    monkeypatch.setattr(text_classification, "tokenized", lambda *given, **how: calls.append(1) or tokenized(*given, **how))
+    calls, tokenized = [], text_rows.tokenized
+    monkeypatch.setattr(text_rows, "tokenized", lambda *given, **how: calls.append(1) or tokenized(*given, **how))
     args = (made / "bert", "--data", made / "texts.csv", *SHORT, "--quiet")
     assert command(*args, "-o", tmp_path / "held").code == 0
     assert not calls

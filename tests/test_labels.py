@@ -712,6 +712,6 @@ def test_names_that_only_label2id_has_are_the_model_s(command, made, tmp_path):
 
 
 def test_a_head_of_one_output_is_named_so(refused, made, tmp_path):
-    source = builders.bert_checkpoint(tmp_path / "m", 1)
-    said = refused(source, "--data", made / "texts.csv", "-o", tmp_path / "out", *QUICK)
-    assert "the head has one output: regression or ranking, not supported yet" in said
+    source = builders.vit_checkpoint(tmp_path / "m", 1)
+    said = refused(source, "--data", made / "colours", "-o", tmp_path / "out", *QUICK)
+    assert "the head has one output, which is supported for texts alone" in said

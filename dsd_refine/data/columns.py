@@ -131,6 +131,34 @@ TAGS = Kind(
 )
 
 
+# what heads on texts are trained on besides one label a row
+SCORE = Kind(
+    "label",
+    (("label", "labels", "score", "scores"), ("similarity", "similarity_score", "relevance", "rating", "stars", "target", "y")),
+)
+PREFERENCE = Kind("text", (), sets=((("chosen", "rejected"), ("prompt",)),), lists=True)
+
+
+def label_set(names: Sequence[str]) -> Kind:
+    """Return the kind of labels of which a row has several: a column of lists, or a column of 0 and 1 for each
+    of the classes `names`.
+    """
+    sets = ((tuple(name.strip().casefold() for name in names), ()),) if len(names) > 1 else ()
+    return Kind("label", (("label", "labels"), ("tags", "categories", "genres", "emotions", "topics", "classes")), sets=sets)
+
+
+def is_preference(names: Sequence[str]) -> bool:
+    """Return whether these columns are pairs of answers, the chosen one and the rejected one."""
+    return {"chosen", "rejected"} <= {name.strip().casefold() for name in names}
+
+
+def has_set(table: Table, kind: Kind, asked: str | None) -> bool:
+    """Return whether the table (or the user, with `asked`) has all columns of a set of this kind."""
+    names = table.rows.column_names if asked is None else asked.split(",")
+    plain = {name.strip().casefold() for name in names}
+    return any(plain >= set(needed) for needed, _ in kind.sets)
+
+
 class MissingColumn(DataError):
     """A split has no column with the asked name, or with any known name."""
 

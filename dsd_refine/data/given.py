@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from dsd_refine.data.columns import Kind, aligned, choose, in_short, unused_columns
+from dsd_refine.data.columns import Kind, aligned, choose, has_set, in_short, unused_columns
 from dsd_refine.data.reading import Reading, Table, speaks_of
 from dsd_refine.data.splits import Rows, Splits, by_role, where_of
 from dsd_refine.data.tables import read_tables
@@ -111,7 +111,7 @@ def read_given(
     data: str,
     eval_data: str | None,
     splits: tuple[str | None, str | None],
-    kinds: Sequence[Kind],
+    ways: Sequence[Sequence[Kind]],
     asked: Mapping[str, str | None],
     cache: Path,
     download: Callable[[str, int], bool],
@@ -125,13 +125,14 @@ def read_given(
         data: DATA as the user wrote it.
         eval_data: The evaluation data as the user wrote them, or None.
         splits: The names that `--eval-split` and `--holdout-split` give.
-        kinds: What the task looks for.
+        ways: What the task looks for: of several ways to train it, the first whose columns are there,
+            else the last.
         asked: The columns that the user named, by `Kind.what`.
         cache: The folder that files are parsed into.
         download: As in `read_tables`.
         encoding: The encoding of text files without a byte order mark.
         documents: What is a document in a .txt file. None: a paragraph.
-        beside: Columns that are read for something else than `kinds`.
+        beside: Columns that are read for something else.
 
     Raises:
         DataError: The data, their splits or their columns cannot be used, or could mean several
@@ -145,16 +146,14 @@ def read_given(
     if eval_data:
         reading = read_tables(eval_data, cache, **how)
         sides.append(_Side(eval_data, reading, by_role(reading, eval_data, evaluates=evaluates, use="evaluate")))
-    columns = choose(sides[0].splits.tables["train"], kinds, asked)
+    train = sides[0].splits.tables["train"]
+    kinds = next((way for way in ways[:-1] if all(has_set(train, kind, asked[kind.what]) for kind in way)), ways[-1])
+    columns = choose(train, kinds, asked)
     sides = [side.aligned(columns, kinds, asked, may_lack_label=not number) for number, side in enumerate(sides)]
     several = len(sides) > 1
     if not several and len(reading.tables) == 1:
         _refuse_role_column(sides[0].splits.tables["train"], columns, data)
-    unread = [] if encoding == "utf-8" or any(_read_text(side.reading) for side in sides) else [
-        f"--encoding {encoding}: not used, no text file is read"
-    ]  # fmt: skip
-    if documents is not None and not any(_read_text(side.reading, PLAIN_FILE) for side in sides):
-        unread.append(f"--documents {documents}: not used, no .txt file is read")
+    unread = _unused_options(sides, encoding, documents)
     return Given(
         sides[0].splits.tables,
         sides[1].splits.tables if several else None,
@@ -162,6 +161,16 @@ def read_given(
         (*(line for side in sides for line in side.public(side.unused(columns, beside), several=several)), *unread),
         tuple(line for side in sides for line in side.public(side.reading.notes, several=several)),
     )
+
+
+def _unused_options(sides: Sequence[_Side], encoding: str, documents: str | None) -> list[str]:
+    """Lines that name the options about text files, if there are no such files."""
+    lines = []
+    if encoding != "utf-8" and not any(_read_text(side.reading) for side in sides):
+        lines.append(f"--encoding {encoding}: not used, no text file is read")
+    if documents is not None and not any(_read_text(side.reading, PLAIN_FILE) for side in sides):
+        lines.append(f"--documents {documents}: not used, no .txt file is read")
+    return lines
 
 
 def _read_text(reading: Reading, kind: re.Pattern[str] = TEXT_FILE) -> bool:

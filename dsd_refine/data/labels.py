@@ -67,7 +67,8 @@ def refuse_one_output(classes: int) -> None:
     """
     if classes == 1:
         raise DataError(
-            "the head has one output: regression or ranking, not supported yet; a classifier of two classes has two outputs"
+            "the head has one output, which is supported for texts alone (regression, ranking); a classifier of two classes "
+            "has two outputs"
         )
 
 
@@ -224,7 +225,9 @@ def _match_without_names(classes: int, labels: set[str], declared: Sequence[str]
     if are_integers(labels):
         return _as_ids(labels | set(declared or ()), classes)
     if are_measures(labels):
-        raise DataError(f"the labels are numbers and no classes: {listed(sorted(labels))}; regression is not supported")
+        raise DataError(
+            f"the labels are numbers and no classes: {listed(sorted(labels))}; scores need a text model with one output"
+        )
     return _in_order(sorted(labels, key=composed), classes, "sorted order of the data's names (the model has no names)")
 
 
@@ -478,10 +481,11 @@ def _as_texts(table: Table, name: str, values: Sequence[Any]) -> Iterator[str | 
             if all(isinstance(other, list) and len(other) == 1 for other in values if other is not None):
                 raise DataError(f"row {table.name(row)}: {name!r} holds one label in a list ({value!r:.60}): write it plain")
             raise DataError(
-                f"row {table.name(row)}: {name!r} holds several labels ({value!r:.60}); multi-label is not supported"
+                f"row {table.name(row)}: {name!r} holds several labels ({value!r:.60}); several labels a row need a text "
+                "model whose config says `problem_type: multi_label_classification`"
             )
         if isinstance(value, float) and value == value and not value.is_integer():
-            raise DataError(f"row {table.name(row)}: the label {value} is no class; regression is not supported")
+            raise DataError(f"row {table.name(row)}: the label {value} is no class; scores need a text model with one output")
         if value is None or value != value or (isinstance(value, str) and not value.strip()):
             yield None
         elif isinstance(value, float) or (isinstance(value, bool) and table.classes is not None):

@@ -23,7 +23,7 @@ from dsd_refine.report.card import evaluated_on
 from dsd_refine.report.words import AT_CHANCE
 from dsd_refine.tasks.base import ChanceBaseline, Scores, Task
 
-UNBOUNDED = ("loss", "perplexity")  # every other metric is a fraction
+UNBOUNDED = ("loss", "perplexity", "mse")  # every other metric is a fraction
 
 
 def check_baseline(

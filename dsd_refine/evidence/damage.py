@@ -151,10 +151,11 @@ def clearly_worse(
     """Return whether an arm is worse than the source by more than NOISE standard errors.
 
     The standard error is that of a difference of shares of `rows` rows. It is not known for a
-    metric that is not a share of rows (`rows` is None, or a loss): the result is False then.
+    metric that is not a share of rows (`rows` is None, a loss, or a metric such as F1): the result
+    is False then.
     """
     metric = task.metric if task.metric in source_metrics else "loss"
     value, source = arm_metrics[metric], source_metrics[metric]
-    if rows is None or metric in UNBOUNDED:
+    if rows is None or metric in UNBOUNDED or getattr(task, "corpus", None) is not None:
         return False
     return source - value > NOISE * math.sqrt((value * (1 - value) + source * (1 - source)) / rows)

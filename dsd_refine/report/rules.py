@@ -24,9 +24,9 @@ def absolute_margin(margin: float, metric: str, baseline: float) -> float:
     """Return the largest difference that counts as the same, in the unit of the metric.
 
     Args:
-        margin: The margin of the recipe. For a loss it is a share of the source's loss; for all
-            other metrics it is absolute already.
+        margin: The margin of the recipe. For a loss or squared error it is a share of the source's;
+            for all other metrics it is absolute already.
         metric: The name of the task's metric.
         baseline: The metric of the source on the evaluation split.
     """
-    return margin * abs(baseline) if metric == "loss" else margin
+    return margin * abs(baseline) if metric in ("loss", "mse") else margin

@@ -17,8 +17,13 @@ WORDS = {
     "same": "the same as the source, within the margin",
     "inconclusive": "no clear difference from the source",
 }
-RAW = ("loss", "perplexity")  # metrics that are not fractions
+RAW = ("loss", "perplexity", "mse", "pearson", "spearman", "matthews")  # metrics that are not shares of anything
 NAMES = {"wer": "word error rate", "cer": "character error rate", **{f"bleu{n}": f"BLEU-{n}" for n in range(1, 5)}}
+NAMES |= {
+    "f1": "F1", "f1_macro": "macro F1", "f1_micro": "micro F1", "balanced_accuracy": "balanced accuracy",
+    "matthews": "Matthews correlation", "pearson": "Pearson correlation", "spearman": "Spearman correlation",
+    "mse": "mean squared error", "map": "mean average precision",
+}  # fmt: skip
 
 TESTS = {
     "mcnemar-exact": "exact McNemar test",

@@ -26,7 +26,8 @@ from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Parts, Rows, divide, use_rows
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of, weighted_logits
-from dsd_refine.tasks.base import Batch, ChanceBaseline, Forward, Score, Scores, Tables, ratio
+from dsd_refine.tasks.base import Batch, ChanceBaseline, Forward, Score, Scores, Tables, choose_metric, ratio
+from dsd_refine.tasks.class_counts import CLASS_METRICS, MOST_CLASSES, Metric, class_stats
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,20 @@ class Classification:
     metric: str = "accuracy"
     higher_is_better: bool = True
     draws: ClassVar[bool] = False
+    corpus: Metric | None = None  # of summed statistics, if the metric is not the accuracy
+
+    def decide_by(self, asked: str | None) -> None:
+        """Let another metric than the accuracy decide.
+
+        Raises:
+            DataError: the metric is not one of classes, or the model has too many of them.
+        """
+        classes = len(self.labels.model)
+        names = [name for name in CLASS_METRICS if name != "f1" or classes == 2]
+        self.metric = choose_metric(f"a classifier of {classes} classes", asked, ("accuracy", *names), ("loss",))
+        self.corpus = CLASS_METRICS.get(self.metric)
+        if self.corpus is not None and classes > MOST_CLASSES:
+            raise DataError(f"metric: {asked}: is for at most {MOST_CLASSES} classes, the model has {classes:,}")
 
     @property
     def chance_baselines(self) -> tuple[ChanceBaseline, ...]:
@@ -88,7 +103,8 @@ class Classification:
         return torch.stack(losses).sum()
 
     def score(self, forward: Forward, batch: Batch) -> list[Score]:
-        """For each row: 1 if the class with the largest logit is its label, else 0, with the count 1.
+        """For each row: 1 if the class with the largest logit is its label, else 0, with the count 1, and
+        the statistics of another metric that decides.
 
         The loss is the cross-entropy of the main head alone, and the prediction is the class id.
         """
@@ -96,11 +112,22 @@ class Classification:
         losses = F.cross_entropy(logits, batch.targets, reduction="none").tolist()
         predictions = logits.argmax(-1)
         hits = (predictions == batch.targets).tolist()
-        return [Score(float(h), 1, n, p) for h, n, p in zip(hits, losses, predictions.tolist(), strict=True)]
+        scores = [Score(float(h), 1, n, p) for h, n, p in zip(hits, losses, predictions.tolist(), strict=True)]
+        if self.corpus is None:
+            return scores
+        predicted, true = (F.one_hot(ids, logits.shape[1]).bool() for ids in (predictions, batch.targets))
+        stats = class_stats(predicted, true, logits).tolist()
+        return [replace(score, stats=tuple(of_row)) for score, of_row in zip(scores, stats, strict=True)]
 
     def metrics(self, scores: Scores) -> dict[str, float]:
-        """The share of rows whose predicted class is right, and the mean cross-entropy per row."""
-        return {"accuracy": ratio(scores.score, scores.count), "loss": ratio(scores.loss, scores.count)}
+        """The share of rows whose predicted class is right, and the mean cross-entropy per row.
+
+        If another metric decides, it stands before them.
+        """
+        usual = {"accuracy": ratio(scores.score, scores.count), "loss": ratio(scores.loss, scores.count)}
+        if self.corpus is None or scores.stats is None:
+            return usual
+        return {self.metric: float(self.corpus(scores.stats.sum(0)))} | usual
 
     def target(self, part: LabelledPart, row: int) -> str | None:
         """The model's name of the class that the row is labelled with."""

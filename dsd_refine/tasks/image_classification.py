@@ -97,6 +97,7 @@ def prepare_images(
     train, holdout, judge = parts
     said = overlap_warning(divided) + skip_warnings(divided) + look_warnings(looked_at)
     task = ImageClassification(matched, train, holdout, judge, said)  # type: ignore[arg-type]
+    task.decide_by(recipe.metric)
     task.preprocessing, task.augment, task.image_column = preprocessing, recipe.augment, image
     return task
 

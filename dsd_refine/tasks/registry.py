@@ -66,13 +66,14 @@ def look_at_data(
     spec = TASKS[name]
     if not spec.has_classes and (recipe.label_names or recipe.label_map):
         raise DataError(f"label_names and label_map are of classes, and {name} has none: leave them out")
-    kinds = [KINDS[column] for column in spec.columns]
+    ways = _kinds(spec, library)
+    kinds = [kind for way in ways for kind in way]
     _refuse_useless(recipe, spec, kinds)
     asked = {kind.what: getattr(recipe, f"{kind.what}_column") for kind in kinds}
     splits = recipe.eval_split, recipe.holdout_split
     beside = (recipe.join,) if recipe.join else ()
     given = read_given(
-        recipe.data, recipe.eval_data, splits, kinds, asked, cache, download, recipe.encoding, recipe.documents, beside
+        recipe.data, recipe.eval_data, splits, ways, asked, cache, download, recipe.encoding, recipe.documents, beside
     )
     if recipe.join:
         given = _joined(given, recipe)
@@ -81,7 +82,7 @@ def look_at_data(
     given = replace(given, tables=named(given.tables, classes), evaluation=evaluation)
     if store is not None and is_held(name):
         given = replace(given, tables=_held(given.tables, store), evaluation=_held(given.evaluation, store))
-    if "label" in spec.columns:
+    if LABEL in kinds:
         _check_labels(given, recipe, spec, library)
     return given
 
@@ -96,6 +97,15 @@ def _held(tables: T, store: Store) -> T:
     if tables is None:
         return tables
     return {name: replace(table, decoded=store.rows(len(table.rows))) for name, table in tables.items()}
+
+
+def _kinds(spec: TaskSpec, library: Library) -> Sequence[Sequence[Kind]]:
+    """The kinds of columns that the task reads: for each way to train the model, one list."""
+    if not spec.kinds:
+        return [[KINDS[column] for column in spec.columns]]
+    module, function = spec.kinds.split(":")
+    found: Sequence[Sequence[Kind]] = getattr(import_module(module), function)(library)
+    return found
 
 
 def _joined(given: Given, recipe: Recipe) -> Given:

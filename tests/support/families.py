@@ -95,6 +95,13 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "ibert": BERT,
         "t5": {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2},
     },
+    "token-classification": {
+        "bert": BERT,
+        "roberta": BERT,
+        "distilbert": {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "max_position_embeddings": 32},
+        "electra": {**BERT, "embedding_size": 16},
+        "xlm-roberta": BERT,
+    },
     "masked-lm": {"xlm-roberta": BERT, "camembert": BERT},
     "causal-lm": {
         "gpt2": GPT,
@@ -224,7 +231,7 @@ HEAD = """# What is masked, and why not
 
 Made by `python tests/support/families.py` with timm {timm}, torchvision {torchvision}, transformers {transformers};
 `tests/test_families.py` holds it against the code, whose rules are in `dsd_refine/masking/kinds.py`.
-`dsd-refine plan MODEL` says the same of any checkpoint, tensor by tensor.
+`dsd-refine plan MODEL --layers` says the same of any checkpoint, tensor by tensor.
 
 A tensor is named in short: `*` for a number and for all before the last one, `{{a, b}}` for several, no `.weight` at the end.
 *×4 experts* marks a tensor that fuses so many, each masked by itself; experts in tensors of their own are layers of their own.

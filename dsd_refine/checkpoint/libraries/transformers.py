@@ -66,12 +66,13 @@ class TransformersLibrary:
         _refuse_odd(folder, config, trust_remote_code)
         if getattr(config, "quantization_config", None):
             raise CheckpointError(f"{folder}: quantised weights cannot be refined; give the unquantised checkpoint")
-        if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
-            raise CheckpointError(
-                f"{folder}: its config's problem_type is {config.problem_type!r}, which is not supported yet: "
-                "classification here is of one label a row (single_label_classification)"
-            )
         task = task or _infer(folder, config)
+        kind = getattr(config, "problem_type", None)
+        if kind in ("regression", "multi_label_classification") and task == "image-classification":
+            raise CheckpointError(
+                f"{folder}: its config's problem_type is {kind!r}, which is not supported yet for images: "
+                "image-classification is of one label a row (single_label_classification)"
+            )
         _refuse_task(folder, config, task)
         return cls(folder, config, task, trust_remote_code)
 

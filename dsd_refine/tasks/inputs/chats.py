@@ -65,6 +65,8 @@ class ChatTemplate:
                 "cannot be found: give --set loss_on=all"
             )
         templates = tokenizer.chat_template
+        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)  # of two that fit, the longer one
+        self.uncut = re.compile("|".join(map(re.escape, added)) or "(?!)")
         self.source = "".join(templates.values()) if isinstance(templates, dict) else str(templates)
 
     def write(self, conversation: Conversation, by_marks: bool | None = None) -> Written:
@@ -116,36 +118,51 @@ class ChatTemplate:
         return np.asarray(encoded["assistant_masks"], dtype=bool).reshape(-1)
 
     def _spans(self, text: str, conversation: Conversation) -> Iterator[Span]:
-        """Where each answer stands in the text: between the conversation before it, with the header of
-        an answer, and the conversation that ends with it.
-        """
-        messages, tools = conversation.messages, conversation.tools
+        """Where each answer stands in the text."""
         for number in conversation.answers:
-            if number == 0:
-                raise DataError("begins with an answer, so what comes before it cannot be told from it")
-            before = self._text(messages[:number], tools)
-            header = _common(self._text(messages[:number], tools, prompt=True), text)
-            whole = self._text(messages[: number + 1], tools)
-            start = len(header)
-            if start < len(before) or not whole.startswith(header):
+            start = self._start(text, conversation, number)
+            whole = self._text(conversation.messages[: number + 1], conversation.tools)
+            if not whole.startswith(text[:start]):
                 raise DataError(_another(number))
-            yield start, self._end(text, start, whole[start:], messages[number], number)
+            yield start, start + len(self._answer(text[start:], whole[start:], conversation.messages[number], number))
 
-    def _end(self, text: str, start: int, answer: str, message: Message, number: int) -> int:
-        """Where an answer ends, with the token that ends a message but without white space after that.
+    def _start(self, text: str, conversation: Conversation, number: int) -> int:
+        """Where an answer begins: after what comes before it and the header of an answer.
 
-        Some templates write more into a last answer than into an earlier one (an empty `<think>`). Then the
-        answer is what begins with the message's content.
+        The header that asks for an answer may go on with what an answer in the text does not have, such as
+        `<think>`. Then it ends with the last token that both have.
         """
-        if not text.startswith(answer, start):
-            content = message.get("content")
-            place = answer.rfind(content.strip()) if isinstance(content, str) else -1
-            answer = answer[place:]
-            if place < 0 or not text.startswith(answer, start):
-                raise DataError(_another(number))
-        bare = answer.rstrip()
-        ends = bare != "" and any(bare.endswith(token) for token in self.tokenizer.get_added_vocab())
-        return start + len(bare if ends else answer)
+        if number == 0:
+            raise DataError("begins with an answer, so what comes before it cannot be told from it")
+        messages, tools = conversation.messages[:number], conversation.tools
+        before, asking = self._text(messages, tools), self._text(messages, tools, prompt=True)
+        least, header = len(_common(before, asking)), _common(asking, text)
+        if len(header) < least:
+            raise DataError(_another(number))
+        cut = (start for start, end in self._tokens(asking) if start < len(header) < end)
+        return next(cut, len(header))
+
+    def _answer(self, text: str, answer: str, message: Message, number: int) -> str:
+        """The answer that `text` begins with, with the token that ends a message but without white space after that.
+
+        `answer` is how the template writes it if nothing follows. Some templates then write more: before the
+        content (an empty `<think>`) or at the end (a token that ends the text).
+        """
+        content = message.get("content")
+        content = content.strip() if isinstance(content, str) else ""
+        # a call of a tool has no content: then all is needed but the last token
+        for candidate in (answer, answer[answer.rfind(content) :]) if content in answer and content else (answer,):
+            ends = sorted((end for _, end in self._tokens(candidate)), reverse=True)
+            least = candidate.rfind(content) + len(content) if content else (*ends, len(candidate), len(candidate))[1]
+            for end in (len(candidate), *ends):
+                if end >= least and text.startswith(candidate[:end]):
+                    bare = candidate[:end].rstrip()
+                    return bare if len(bare) in ends else candidate[:end]
+        raise DataError(_another(number))
+
+    def _tokens(self, text: str) -> list[Span]:
+        """Where the tokens stand that a tokenizer never cuts, such as `<|im_end|>`."""
+        return [match.span() for match in self.uncut.finditer(text)]
 
     def warnings(self) -> list[str]:
         """One line if the template writes the date of the day."""
@@ -156,6 +173,8 @@ class ChatTemplate:
 
 def _common(one: str, other: str) -> str:
     """The longest beginning of two texts."""
+    if other.startswith(one):
+        return one
     differing = (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return one[: next(differing, min(len(one), len(other)))]
 
