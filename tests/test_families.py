@@ -4,10 +4,15 @@ import families
 import pytest
 import torch
 from families import FAMILIES, TABLE
+from versions import are_tested
 
 from dsd_refine.masking.checkpoint_layers import few_maskable
 from dsd_refine.masking.layers import masked_count
 from dsd_refine.masking.masks import apply_masks, make_masks
+
+of_these_versions = pytest.mark.skipif(
+    not are_tested("timm", "torchvision", "transformers"), reason="docs/layers.md is of the versions in constraints.txt"
+)
 
 
 def documented(title):
@@ -18,13 +23,15 @@ def documented(title):
 
 def compared(title, found):
     rows = families.section(title, found).strip().splitlines()[2:]
-    assert rows == documented(title), "python tests/families.py writes docs/layers.md anew; read the difference first"
+    assert rows == documented(title), "python tests/support/families.py writes docs/layers.md anew; read the difference first"
 
 
+@of_these_versions
 def test_the_table_names_the_versions_it_is_of():
     assert TABLE.read_text(encoding="utf-8").startswith(families.head())
 
 
+@of_these_versions
 def test_every_test_architecture_of_timm():
     import timm
 
@@ -32,10 +39,12 @@ def test_every_test_architecture_of_timm():
     assert all(f"| {name} |" in TABLE.read_text() for name in timm.list_models("test_*"))
 
 
+@of_these_versions
 def test_torchvision():
     compared("torchvision", families.torchvision_layers())
 
 
+@of_these_versions
 @pytest.mark.parametrize("task", list(FAMILIES))
 def test_transformers(task, tmp_path):
     """Every family: opened through its files, written back unchanged, masked; and the table."""

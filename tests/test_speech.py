@@ -17,6 +17,7 @@ from conftest import SHORT
 from outputs import near, report_of, same
 from runs import stop_after, torchrun
 from tasks import open_task
+from versions import are_tested
 
 from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
 from dsd_refine.data.tables import read_tables
@@ -332,6 +333,7 @@ def parakeet(folder, kind):
     return builders.save_transformers(model, folder, extractor, tokenizer)
 
 
+@pytest.mark.skipif(not are_tested("transformers"), reason="older ones lack OmniASR, and need librosa for Parakeet")
 @pytest.mark.parametrize("kind", ["Parakeet", "OmniASR"])
 def test_spectrograms_and_other_tokenizers(command, heard, tmp_path, kind):
     model = parakeet(tmp_path / "m", kind)
