@@ -67,24 +67,17 @@ def report_data(
         card_warnings: Warnings about the model card of the source.
     """
     source, recipe, task = run.checkpoint.source, run.recipe, run.task
-    maskable = [layer for layer in run.layers if layer.excluded is None]
     selected = run.selected("refined")
-    zeros = run.state.zeros.get(str(selected.attempt))
-    outside = outside_embeddings(run.layers)
-    first = first_sparsity(run.recipe_of("refined", selected.attempt))
     extra = dict(task.report())
     data = run.given.entry(parts_of(task))
     all_warnings = [*run.checkpoint.warnings, *extra.pop("warnings"), *data["unused"], *run.state.baseline_warnings]
     all_warnings += [*run.state.harm, *_warnings(run), *card_warnings]
-    warnings = list(dict.fromkeys(all_warnings))
-    device = str(run.loop.accelerator.device)
-    masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
     return {
         "schema": SCHEMA,
         "argv": [from_home(arg) for arg in run.options.argv],
         "seed": recipe.seed,
         "exit_code": 0 if passed else GATE_EXIT,
-        "environment": environment(device, run.loop.world),
+        "environment": environment(str(run.loop.accelerator.device), run.loop.world),
         "source": {
             "model": from_home(source.model), "resolved": _resolved(source), "revision": source.revision,
             "library": source.library, "weights_key": run.checkpoint.layout.weights_key, "files": _files(run.source_hashes),
@@ -95,18 +88,36 @@ def report_data(
         **extra,
         "data": data,
         "phases": [{name: value for name, value in phase.items() if name != "attempt"} for phase in run.state.phases],
-        "layers": [_layer(run, layer, first, zeros) for layer in run.layers],
-        "masked_share": masked / outside,
-        "maskable_share": sum(layer.weights for layer in maskable) / outside,
+        **_masked(run, selected),
         "arms": {arm: task.metrics(scores) for arm, scores in run.scores.items()},
         "comparison": {name: result.to_dict() for name, result in run.comparisons.items()},
         "verdict": verdict,
         "gate": {"rule": recipe.gate, "passed": passed},
         "selected": {name: getattr(selected, name) for name in ("sparsity", "epoch", *(["seed"] if recipe.seeds > 1 else []))},
-        "warnings": [from_home(warning) for warning in warnings],
+        "warnings": [from_home(warning) for warning in dict.fromkeys(all_warnings)],
         "credit": credit(verdict, run.comparisons, recipe.control, run.published),
+        **_further(run, verdict),
+    }  # fmt: skip
+
+
+def _masked(run: Run, selected: Selected) -> dict[str, Any]:
+    """Return the report's fields about the layers and their masks, of the selected try."""
+    maskable = [layer for layer in run.layers if layer.excluded is None]
+    zeros, outside = run.state.zeros.get(str(selected.attempt)), outside_embeddings(run.layers)
+    first = first_sparsity(run.recipe_of("refined", selected.attempt))
+    masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
+    return {
+        "layers": [_layer(run, layer, first, zeros) for layer in run.layers],
+        "masked_share": masked / outside,
+        "maskable_share": sum(layer.weights for layer in maskable) / outside,
+    }
+
+
+def _further(run: Run, verdict: str) -> dict[str, Any]:
+    """Return the report's fields that stand after those of its first version."""
+    return {
         "rows_to_decide": _rows_to_decide(run, verdict),
-        "seeds": seeds_data(run) if recipe.seeds > 1 else None,
+        "seeds": seeds_data(run) if run.recipe.seeds > 1 else None,
         "holdout": _holdout(run),
         "cost": _cost(run),
         "published": run.published,
@@ -114,7 +125,7 @@ def report_data(
         "lost": run.state.lost,
         "interpolated": {arm: run.selected(arm).share for arm in run.arms} if run.recipe.interpolate else None,
         "search": search_data(run),
-    }  # fmt: skip
+    }
 
 
 def _resolved(source: Source) -> str:
