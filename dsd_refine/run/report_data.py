@@ -22,6 +22,7 @@ from dsd_refine.tasks.registry import parts_of
 if TYPE_CHECKING:
     from dsd_refine.checkpoint.source import Source
     from dsd_refine.run.run import Run
+    from dsd_refine.run.state import Selected
 
 SCHEMA = 1
 GATE_EXIT = 3
