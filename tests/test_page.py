@@ -17,7 +17,7 @@ import reports
 import torch
 from builders import copy_folder
 from conftest import SHORT
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reports import HOSTILE
 from safetensors.torch import load_file
@@ -543,6 +543,7 @@ def test_the_curve_of_a_run_weighs_its_batches():
     assert tops[1] > 500
 
 
+@example([0.0, 5e-324], 0.0)
 @given(st.lists(st.floats(-1e9, 1e9, allow_nan=False), max_size=5), st.floats(0, 1))
 def test_ticks_are_round_and_lie_on_the_axis(values, pad):
     scale = figures.Scale.over(values, pad)

@@ -656,7 +656,7 @@ def test_another_encoding_is_asked_for_and_then_read(command, refused, made, tmp
 
 def test_an_encoding_nobody_knows_is_refused(refused, made, tmp_path):
     for name in ("latin-99", "hex"):
-        assert "such as utf-8, latin-1" in refused(made / "bert", "--data", made / "texts.csv", "--encoding", name)
+        assert "for example utf-8, latin-1" in refused(made / "bert", "--data", made / "texts.csv", "--encoding", name)
 
 
 def test_an_encoding_that_is_not_the_file_s_is_said(tmp_path):

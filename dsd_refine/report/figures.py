@@ -8,6 +8,7 @@ a phone too. Names from outside are only passed on as text, which the template e
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ class Scale:
 
 def _round_numbers(low: float, high: float, most: int) -> list[float]:
     raw = (high - low) / most
+    if raw < sys.float_info.min:  # below it numbers lose their digits, and 0 has no logarithm
+        return [low]
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(n for n in (1, 2, 5, 10) if n * power >= raw * (1 - 1e-9))
     digits = max(0, -math.floor(math.log10(step)))
