@@ -157,7 +157,8 @@ def test_no_row_is_blamed_for_a_wrapper_around_the_model():
     """What torch.compile or a process group cannot do is no fault of the data, and stays what it is."""
     loop = SimpleNamespace(
         model=torch.nn.Linear(1, 1),
-        accelerator=SimpleNamespace(autocast=nullcontext, device=torch.device("cpu")),
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        autocast=nullcontext,
         task=SimpleNamespace(batch=lambda part, items: Batch({"x": torch.ones(len(items), 1)}, torch.zeros(len(items)), 1)),
         begun=True,
     )

@@ -60,8 +60,8 @@ def source_of(name, made, place):
     return made / FAMILY.get(name, "timm")
 
 
-# digits, speech and captions have tests of their own: test_evidence.py, test_speech.py, test_captions.py, test_masked.py
-ELSEWHERE = {"digits", "speech", "ctc-speech", "captioning", "image-captioning", "masked-lm"}
+# These have tests of their own: test_evidence.py, test_speech.py, test_captions.py, test_masked.py, test_tagging.py
+ELSEWHERE = {"token-classification", "digits", "speech", "ctc-speech", "captioning", "image-captioning", "masked-lm"}
 
 
 @pytest.mark.parametrize("name", [name for name in shipped() if name not in ELSEWHERE])

@@ -4,6 +4,7 @@ import json
 
 import builders
 import pytest
+import taggers
 import torch
 from conftest import process
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ BUILT = {
     "causal-lm": (builders.gpt2_checkpoint, builders.text_file, "documents.txt"),
     "masked-lm": (builders.masked_checkpoint, builders.text_file, "documents.txt"),
     "ctc-speech": (builders.ctc_checkpoint, builders.speech_folder, "sounds"),
+    "token-classification": (taggers.tagger_checkpoint, taggers.tagged_file, "rows.jsonl"),
     "image-captioning": (builders.caption_checkpoint, builders.caption_folder, "pictures"),
 }
 

@@ -114,9 +114,14 @@ def run(model: str, **given: Any) -> int:
     with outcome_files(given["summary"], given["junit"], writes=_is_main()) as write_outcome:
         if given["output_dir"] and _finished(Path(given["output_dir"]), given, display, write_outcome):
             return 0
-        report = _refine(model, given, display, write_outcome)
-        if report is None:
+        prepared = _prepared(model, given, display, write_outcome)
+        if prepared is None:
             return 0
+        from dsd_refine.method import refine
+
+        tracking, *arguments = prepared
+        with display, tracking:
+            report = refine(*arguments)
         if _is_main():
             from dsd_refine.report.report import summary
 
@@ -125,13 +130,12 @@ def run(model: str, **given: Any) -> int:
         return report.exit_code if _is_main() else 0
 
 
-def _refine(model: str, given: dict[str, Any], display: Any, write_outcome: WriteOutcome) -> Any:
-    """Run the method. Return its report, or None if --resume finds a finished run in the default folder."""
+def _prepared(model: str, given: dict[str, Any], display: Any, write_outcome: WriteOutcome) -> tuple[Any, ...] | None:
+    """Return the trackers and the arguments of `refine`, or None if --resume finds a finished run in the default folder."""
     quiet_libraries()
     from dsd_refine.checkpoint.libraries.open import open_library
     from dsd_refine.checkpoint.source import find_source
     from dsd_refine.choice import choose_recipe
-    from dsd_refine.method import refine
     from dsd_refine.run.run import Options, default_workers
     from dsd_refine.run.tracking import Tracking, check_trackers, settings_of
 
@@ -157,8 +161,7 @@ def _refine(model: str, given: dict[str, Any], display: Any, write_outcome: Writ
         workers=default_workers(given["workers"]),
         **{name: given[name] for name in PASSED_ON},
     )
-    with display, tracking:
-        return refine(source, library, recipe, options)
+    return tracking, source, library, recipe, options
 
 
 @cli.command(cls=GroupedCommand)
