@@ -164,7 +164,7 @@ def test_the_written_recipe_repeats_the_search(searched, digits, tmp_path):
     same(searched, out)
 
 
-@pytest.mark.parametrize("after", [1, 9, 21, 40])
+@pytest.mark.parametrize("after", [9, 40])
 def test_a_stopped_search_ends_in_the_same_bytes(searched, command, digits, tmp_path, monkeypatch, after):
     args = arguments(tmp_path / "out", digits, RATES, "--search", "4", "--publish", "best", "--save-every", "0")
     with monkeypatch.context() as patched:
