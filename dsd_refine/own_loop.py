@@ -56,7 +56,14 @@ class Masker:
         apply_masks(self.model, self.masks)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Masker:
-        """Apply the masks after every step of an optimizer. Returns the masker."""
+        """Apply the masks after every step of an optimizer.
+
+        Args:
+            optimizer: The optimizer of the model.
+
+        Returns:
+            This masker.
+        """
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self.apply()))
         return self
 
@@ -73,6 +80,9 @@ class Masker:
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take saved masks, and apply them.
+
+        Args:
+            state: What `state_dict` returned.
 
         Raises:
             UsageError: The masks do not fit the model. The masks stay as they were.

@@ -123,7 +123,11 @@ class Phase(Strict):
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Return the number of optimizer steps of this phase, from that of one epoch."""
+        """Return the number of optimizer steps of this phase.
+
+        Args:
+            steps_per_epoch: The optimizer steps of one epoch.
+        """
         if self.steps is not None:
             return self.steps
         if not self.epochs:

@@ -1,5 +1,6 @@
 """The Python API: the command's verbs as functions. The caller's process is as it was afterwards."""
 
+import ast
 import inspect
 import logging
 import os
@@ -7,6 +8,7 @@ import random
 import re
 import shutil
 import tempfile
+import textwrap
 import threading
 import warnings
 from pathlib import Path
@@ -396,3 +398,30 @@ def test_every_example_of_the_documentation_runs(made, tmp_path, monkeypatch):
     names = {}
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), names)
+
+
+def public_functions():
+    """The functions that the package exports, and the methods of its classes, but those that a library's class documents."""
+    for name in dsd_refine.__all__:
+        exported = getattr(dsd_refine, name)
+        if inspect.isfunction(exported):
+            yield pytest.param(exported, id=name)
+        elif inspect.isclass(exported):
+            inherited = {
+                method for base in exported.__mro__[1:] if "dsd_refine" not in base.__module__ for method in vars(base)
+            }
+            for method, function in vars(exported).items():
+                if inspect.isfunction(function) and not method.startswith("_") and method not in inherited:
+                    yield pytest.param(function, id=f"{name}.{method}")
+
+
+@pytest.mark.parametrize("function", public_functions())
+def test_what_is_public_says_its_arguments_its_result_and_its_errors(function):
+    text, signature = inspect.getdoc(function), inspect.signature(function)
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    if [name for name in signature.parameters if name != "self"]:
+        assert "Args:" in text
+    if signature.return_annotation not in (None, "None"):
+        assert "Return" in text
+    if any(isinstance(node, ast.Raise) and node.exc is not None for node in ast.walk(tree)):
+        assert "Raises:" in text

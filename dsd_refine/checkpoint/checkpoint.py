@@ -172,6 +172,9 @@ def open_checkpoint(
         allow_pickle: Read pickle files, with torch's weights-only loader.
         weights_key: The key of the set of weights to use, in a pickle that holds several.
 
+    Returns:
+        The checkpoint, with its model in evaluation mode.
+
     Raises:
         CheckpointError: A tensor is missing, quantised or not finite, or has another shape. Or the
             library initialises it anew. Or it cannot be written back exactly.

@@ -68,25 +68,57 @@ class Hooks:
     """
 
     def on_phase_begin(self, place: Place) -> None:
-        """Called before a phase changes anything, but not when a stopped phase is resumed."""
+        """Called before a phase changes anything, but not when a stopped phase is resumed.
+
+        Args:
+            place: Where in the run the phase is.
+        """
 
     def on_masked(self, place: Place) -> None:
-        """Called after the mask of a sparse phase is made and applied, before its first step."""
+        """Called after the mask of a sparse phase is made and applied, before its first step.
+
+        Args:
+            place: Where in the run the phase is.
+        """
 
     def on_step(self, step: Step) -> None:
-        """Called after each optimizer step and after the mask is applied again."""
+        """Called after each optimizer step and after the mask is applied again. On a GPU the calls come a few
+        steps late, because the loss is not waited for.
+
+        Args:
+            step: The finished step, with its loss.
+        """
 
     def on_epoch_end(self, place: Place, epoch: int) -> None:
-        """Called after the last step of each epoch and of the phase. `epoch` counts from 1."""
+        """Called after the last step of each epoch and of the phase.
+
+        Args:
+            place: Where in the run the phase is.
+            epoch: The number of the epoch, from 1.
+        """
 
     def on_phase_end(self, place: Place) -> None:
-        """Called at the end of a phase, when the model holds the weights that the next phase starts from."""
+        """Called at the end of a phase, when the model holds the weights that the next phase starts from.
+
+        Args:
+            place: Where in the run the phase is.
+        """
 
     def on_holdout(self, place: Place, step: int, metrics: Mapping[str, float]) -> None:
-        """Called after an evaluation on the holdout, with the steps of the phase so far and the metrics by name."""
+        """Called after an evaluation on the holdout.
+
+        Args:
+            place: Where in the run the phase is.
+            step: The steps of the phase so far.
+            metrics: The metrics by name.
+        """
 
     def on_report(self, report: Mapping[str, Any]) -> None:
-        """Called at the very end, when the output is published, with the content of report.json."""
+        """Called at the very end, when the output is published.
+
+        Args:
+            report: The content of report.json.
+        """
 
     def should_stop(self) -> bool:
         """Called after each step and between the batches of an evaluation.
