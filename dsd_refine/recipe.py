@@ -181,7 +181,12 @@ class Recipe(Strict):
     stands between the rows (two line ends).
     `stride` evaluates a language model on windows that begin so many tokens apart, so that each token
     is scored once, with the tokens before it as context.
+    `eval_batch_size` is the number of rows that each process evaluates together (None: as many as it trains on, and on a GPU
+    more, as its memory allows).
     `loss_on` says which tokens of conversations are targets: those of the answers, or all.
+    `group_by_length` trains on batches of rows of about one length, so that little is padding.
+    `pack` puts several windows of a language model, as many as `max_length` holds, into one row of a training batch. They
+    do not see each other. Such a row counts as one of `batch_size`.
     `metric` is what decides, of the metrics that the task measures (the task's first one).
     `eval_split` and `holdout_split` name the splits of the data for evaluation and selection.
     `publish` says whose weights the output has: `refined`, or `best`, the arm that the holdout prefers. With `best`
@@ -207,6 +212,7 @@ class Recipe(Strict):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Rate = 0.0
     batch_size: Positive = 32
+    eval_batch_size: Positive | None = None
     gradient_accumulation_steps: Positive = 1
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     augment: Augment = Augment()
@@ -238,6 +244,8 @@ class Recipe(Strict):
     join_with: str | None = None
     stride: Positive | None = None
     loss_on: Literal["answers", "all"] | None = None
+    group_by_length: bool | None = None
+    pack: bool | None = None
     metric: str | None = None
 
     @field_validator("task")
@@ -319,6 +327,8 @@ class Recipe(Strict):
             raise ValueError("gate beats-control needs a control")
         if len(set(self.control)) != len(self.control):
             raise ValueError("a control is named twice")
+        if self.group_by_length and self.pack:
+            raise ValueError("pack makes rows of about one length already: leave out group_by_length")
         if self.join_with is not None and self.join is None:
             raise ValueError("join_with stands between the rows that join puts together: give join too")
         return self

@@ -68,7 +68,7 @@ class TaskSpec:
 
 
 # Fields of recipes that only some tasks use. A task without a field refuses a recipe that sets it.
-OWN_FIELDS = ("documents", "join", "stride", "loss_on", "metric")
+OWN_FIELDS = ("documents", "join", "stride", "loss_on", "group_by_length", "pack", "metric")
 
 _CLASS_METRICS = {name: f"dsd_refine.tasks.class_counts:{name}" for name in ("f1", "f1_macro", "balanced_accuracy", "matthews")}
 
@@ -96,7 +96,7 @@ _ALL = (
         processor="AutoTokenizer",
         pipeline_tag="text-classification",
         default_length=512,
-        fields=("metric",),
+        fields=("metric", "group_by_length"),
         kinds="dsd_refine.tasks.text_classification:kinds",
         corpora=_CLASS_METRICS
         | {"f1_micro": "dsd_refine.tasks.class_counts:f1_micro", "pearson": "dsd_refine.tasks.text_scores:pearson"},
@@ -111,7 +111,7 @@ _ALL = (
         processor="AutoTokenizer",
         pipeline_tag="text-generation",
         default_length=1024,
-        fields=("documents", "join", "stride", "loss_on"),
+        fields=("documents", "join", "stride", "loss_on", "group_by_length", "pack"),
     ),
     TaskSpec(
         name="masked-lm",
@@ -123,7 +123,7 @@ _ALL = (
         processor="AutoTokenizer",
         pipeline_tag="fill-mask",
         default_length=512,
-        fields=("documents", "join"),
+        fields=("documents", "join", "group_by_length"),
     ),
     TaskSpec(
         name="token-classification",
@@ -135,7 +135,7 @@ _ALL = (
         processor="AutoTokenizer",
         pipeline_tag="token-classification",
         default_length=512,
-        fields=("metric",),
+        fields=("metric", "group_by_length"),
         corpora={"f1": "dsd_refine.tasks.token_classification:entity_f1"},
     ),
     TaskSpec(
@@ -147,6 +147,7 @@ _ALL = (
         endings=("ForCTC",),
         processor="AutoProcessor",
         pipeline_tag="automatic-speech-recognition",
+        fields=("group_by_length",),
     ),
     TaskSpec(
         name="image-captioning",

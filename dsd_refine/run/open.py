@@ -43,6 +43,7 @@ from dsd_refine.tasks.registry import look_at_data, parts_of, prepare_task
 from dsd_refine.training.batchnorm import without_variance
 from dsd_refine.training.blame import failing, in_short, rows_of
 from dsd_refine.training.evaluate import exact, unreached
+from dsd_refine.training.evaluation_batch import evaluation_batch
 from dsd_refine.training.hooks import Together
 from dsd_refine.training.settings import check_settings
 from dsd_refine.training.state import Loop
@@ -144,6 +145,7 @@ def _open(
     callers_hooks = options.hooks if accelerator.is_main_process else ()
     loop.layers, loop.hooks = layers, Together([loop.hooks, HistogramRecorder(run), *callers_hooks])
     _wrap(run)
+    loop.evaluation_batch = evaluation_batch(loop)
     if accelerator.scaler is not None:
         run.loss_scale = accelerator.scaler.state_dict()
         accelerator.scaler.load_state_dict(state.scaler or run.loss_scale)

@@ -174,6 +174,16 @@ class Part(Protocol):
         ...
 
 
+def unit_lengths(part: Part) -> np.ndarray[Any, Any] | None:
+    """Return how long each unit is as an input, in tokens or samples of sound, shape (units,).
+
+    It is the `lengths` of the part if it has them, else those of its rows, of which each is a unit.
+    None: units have no length, as pictures of one size.
+    """
+    lengths: np.ndarray[Any, Any] | None = getattr(part, "lengths", getattr(part.rows, "lengths", None))
+    return lengths
+
+
 class Task(Protocol):
     """One kind of model and data. `metric` is the name in the report; all metrics are fractions or
     sums over counts.

@@ -332,7 +332,7 @@ def _examine(
             return Examined(b"", reason=str(error) if isinstance(error, DataError) else "no audio"), None
         if table.decoded is not None:
             table.decoded.put(row, samples.tobytes(), len(samples), 0)
-        return Examined(hashlib.sha256(raw).digest(), texts=(said[row],)), clip
+        return Examined(hashlib.sha256(raw).digest(), texts=(said[row],), length=clip.length), clip
 
     return in_threads(examine_row, len(texts))
 

@@ -34,6 +34,7 @@ class Loop:
         parameters: name -> parameter of the model.
         layers: the layers that masks may take weights of.
         loss: a summed loss that replaces the task's own (with distillation).
+        evaluation_batch: rows of a batch in evaluation; None: as many as in training.
     """
 
     accelerator: Accelerator
@@ -50,6 +51,7 @@ class Loop:
     layers: Sequence[Layer] = ()
     begun: bool = False  # has the training of a phase begun?
     loss: Callable[[Forward, Batch], torch.Tensor] | None = None
+    evaluation_batch: int | None = None
 
     def stopping(self) -> bool:
         """Has this process been asked to stop?"""
