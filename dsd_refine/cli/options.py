@@ -169,7 +169,7 @@ RECIPE_OPTIONS = together(
         option("--momentum", type=float, metavar="X", help="Of SGD (recipe; 0.9)."),
         option("--weight-decay", type=float, metavar="X", help="Of weights of two and more dimensions (recipe)."),
         option("--batch-size", type=int, metavar="N", help="Rows of a batch, per process (recipe; 32)."),
-        option("--eval-batch-size", type=int, metavar="N", help="Rows of a batch in evaluation, per process (as --batch-size; on "
+        option("--eval-batch-size", type=int, metavar="N", help="Rows of a batch in evaluation, per process (--batch-size; on "
                "a GPU more, as its memory allows)."),
         option("--gradient-accumulation-steps", type=int, metavar="N", help="Batches of an optimizer step (1)."),
         option("--max-grad-norm", type=float, metavar="X", help="Clip the norm over all gradients (off)."),
