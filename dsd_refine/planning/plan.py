@@ -142,8 +142,9 @@ def memory_of(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe, phase
 
     Everything is float32, except the masks. It is the weights, the source's weights and a teacher;
     gradients and optimizer state of the trained weights; an average; masks, and the values that a
-    random mask sets aside. A save needs no more. In the last phase, an evaluation adds copies: of
-    weights that are rounded to the dtypes of the files, and of weights that the average replaces.
+    random mask sets aside. A save needs no more. In the last phase, an evaluation needs copies in
+    place of the gradients: of weights that are rounded to the dtypes of the files, and of weights
+    that the average replaces.
 
     Args:
         checkpoint: The source.
@@ -161,8 +162,9 @@ def memory_of(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe, phase
     floats += weights - frozen if phase.average != "none" else 0
     if last and recipe.keep == "best":
         halves = {entry.name for _, entry in checkpoint.layout.where.values() if entry.dtype.itemsize < space.FLOAT}
-        floats += sum(layer.weights for layer in own if layer.name in halves)
-        floats += weights - frozen if phase.average != "none" else 0
+        copies = sum(layer.weights for layer in own if layer.name in halves)
+        copies += weights - frozen if phase.average != "none" else 0
+        floats += max(0, copies - (weights - frozen))
     maskable = sum(layer.weights for layer in layers if layer.excluded is None) if phase.kind == "sparse" else 0
     random = phase.refresh and (phase.criterion == "random" or "random" in recipe.control)
     floats += round(maskable * max(first_sparsity(setting.recipe) or 0.0 for setting in settings_of(recipe))) if random else 0

@@ -25,6 +25,7 @@ from dsd_refine.training.batchnorm import reestimate
 from dsd_refine.training.distill import distilled
 from dsd_refine.training.evaluate import evaluate
 from dsd_refine.training.hooks import Place
+from dsd_refine.training.optimizer import let_go_of_gradients
 from dsd_refine.training.packing import load_state
 from dsd_refine.training.settings import train_mode
 from dsd_refine.training.state import PhaseState, Progress
@@ -393,6 +394,7 @@ def score_holdout(run: Run, state: PhaseState, log: bool = True) -> Scores | Non
     """
     if run.task.holdout is None:
         return None
+    let_go_of_gradients(state.optimizer)  # the copy of the weights that are rounded takes the place of the gradients
     scores = evaluate(run.loop, run.task.holdout, state.masks)
     if log:
         step = state.progress.step
