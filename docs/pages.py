@@ -93,7 +93,7 @@ def recipe_page() -> str:
         lines += [f"## {model.__name__}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
         meanings = field_meanings(model)
         for name, field in model.model_fields.items():
-            default = "needed" if field.is_required() else f"`{_yaml(field.default)}`"
+            default = "needed" if field.is_required() else _default(field.default)
             kind = _type(model.model_json_schema()["properties"][name])
             lines.append(f"| `{name}` | {_cell(kind)} | {_cell(default)} | {_cell(meanings.get(name, ''))} |")
         lines.append("")
@@ -147,22 +147,27 @@ def _bounds(schema: dict[str, Any]) -> str:
     return f" ({', '.join(bounds)})" if bounds else ""
 
 
+def _default(value: Any) -> str:
+    return "its own defaults" if isinstance(value, BaseModel) else f"`{_yaml(value)}`"
+
+
 def _yaml(value: Any) -> str:
-    """Return a default as YAML writes it, in one line."""
+    """Return a value as YAML writes it, in one line."""
     if value is None:
         return "null"
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_yaml, value))}]"
-    if isinstance(value, BaseModel):
-        return "its defaults"
-    return str(value)
+    return f"[{', '.join(map(_yaml, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def python_page() -> str:
     """Return the reference of Python: mkdocstrings fills in each public name's signature and docstring."""
     lines = ["# Python", "", "How they go together: [From Python](../python.md).", ""]
-    names = sorted(name for name in dsd_refine.__all__ if name != "__version__")
+    names = sorted((name for name in dsd_refine.__all__ if name != "__version__"), key=_order)
     return "\n".join([*lines, *(f"::: dsd_refine.{name}\n" for name in names)])
+
+
+def _order(name: str) -> tuple[bool, bool, str]:
+    """Return what sorts functions before classes, and errors to the end."""
+    return name.endswith("Error") or name == "Interrupted", name[0].isupper(), name
 
 
 def _cell(text: str) -> str:
