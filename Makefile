@@ -8,7 +8,7 @@ LOWEST := .venv-lowest
 # What `make bench` measures, one table each in benchmarks/results/; alone on the machine, about an hour and a half on two cores.
 BENCHES := step overhead throughput evaluate lengths workers masks checkpoint start growth
 
-.PHONY: demo test test-lowest coverage check bench format clean
+.PHONY: demo test test-lowest coverage check docs release-check bench format clean
 
 demo: $(STAMP)
 	$(BIN)/dsd-refine run recipes/demo/checkpoint --recipe digits --output-dir demo-output --overwrite
@@ -27,6 +27,13 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site of the documentation, in site/. A warning is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+release-check: $(STAMP)
+	$(BIN)/python .ci/release_check.py
 
 bench: $(STAMP)
 	benchmarks/peers.sh $(BIN)/python
@@ -48,4 +55,4 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) .coverage demo-output demo-output.partial dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LOWEST) .coverage demo-output demo-output.partial dist site .pytest_cache .ruff_cache .mypy_cache

@@ -96,6 +96,10 @@ class Distill(Strict):
     """Distillation: the model also learns from the outputs of the source.
 
     The loss is (1 - weight) * task loss + weight * T^2 * KL(source || model) at temperature T.
+
+    Attributes:
+        weight: The share of the distillation in the loss.
+        temperature: What the outputs of both are divided by before the softmax.
     """
 
     weight: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -229,7 +233,14 @@ class Phase(Strict):
 
 
 class Augment(Strict):
-    """The augmentation of images in training, in addition to the checkpoint's own preprocessing."""
+    """The augmentation of images in training, in addition to the checkpoint's own preprocessing.
+
+    Attributes:
+        crop: "random-resized" takes a random part of the image, "none" what the checkpoint's preprocessing takes.
+        scale: The smallest and the largest area of a random part, as shares of the image.
+        ratio: The smallest and the largest width of a random part, divided by its height.
+        flip: The share of images that are mirrored.
+    """
 
     crop: Literal["none", "random-resized"] = "none"
     scale: Annotated[tuple[Rate, Rate], Field(strict=False)] = (0.35, 1.0)
@@ -260,6 +271,10 @@ def _has_list(phase: Any) -> bool:
 class Recipe(Strict):
     """Everything that decides a result. The file dsd/recipe.yaml of an output repeats its run.
 
+    `name` is shown in reports; without it, it is the name of the file.
+    `models` are globs of model names. A shipped recipe is chosen for a model that one of them matches.
+    `phases` are trained one after the other.
+    `augment` says how images are changed in training.
     `sparsities` are tried one after the other in the only sparse phase, and the holdout selects one.
     In a file they may also be a list in that phase.
     `weights_key` names the set of weights to use, if a pickle has several.
@@ -270,8 +285,8 @@ class Recipe(Strict):
     `encoding` is the encoding of text files without a byte order mark.
     `documents` says what is a document in a .txt file: a paragraph, a line, or the file.
     `join` makes documents of neighbouring rows: `all` of a split, those from one heading to the next
-    (`headings`, as in WikiText), or those with the same value in the column of this name. `join_with`
-    stands between the rows (two line ends).
+    (`headings`, as in WikiText), or those with the same value in the column of this name.
+    `join_with` stands between the rows that are joined (two line ends).
     `stride` evaluates a language model on windows that begin so many tokens apart, so that each token
     is scored once, with the tokens before it as context.
     `eval_batch_size` is the number of rows that each process evaluates together (None: as many as it trains on, and on a GPU

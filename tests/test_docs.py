@@ -56,6 +56,18 @@ def test_the_index_of_the_decisions_lists_each_once_with_its_date():
     assert [anchor for _, _, anchor in listed] == [anchor_of(title) for title, _ in written]
 
 
+def test_every_figure_among_the_results_stands_in_the_file_of_its_row():
+    rows = [
+        line
+        for line in (ROOT / "README.md").read_text("utf-8").splitlines()
+        if re.search(r"`benchmarks/results/[\w.-]+` \|$", line)
+    ]
+    assert len(rows) > 5
+    for row in rows:
+        text = (ROOT / re.findall(r"`(benchmarks/results/[\w.-]+)`", row)[-1]).read_text("utf-8")
+        assert [figure for figure in re.findall(r"\b\d\.\d{4}\b", row) if figure not in text] == []
+
+
 def anchor_of(title):
     """The anchor that GitHub makes of a heading."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")

@@ -21,6 +21,7 @@ from dsd_refine.checkpoint.guard import refuse_counts
 from dsd_refine.checkpoint.layout import INDEX, PICKLE_INDEX, SINGLE, needs_allow_pickle, no_weights
 from dsd_refine.checkpoint.safetensors_file import is_pointer, read_json
 from dsd_refine.errors import CheckpointError, UsageError
+from dsd_refine.extras import is_installed, require
 from dsd_refine.files import leads_out
 from dsd_refine.hub import ask_hub, check_blobs
 
@@ -218,12 +219,15 @@ def _refuse_pointers(folder: Path) -> None:
 
 
 def _is_timm_name(name: str) -> bool:
+    if not is_installed("timm"):
+        return False
     import timm
 
     return bool(timm.is_model(name.split(".")[0]))
 
 
 def _from_timm_name(model: str, name: str, weights: bool, allow_pickle: bool) -> Source:
+    require(f"{model}: not a directory, not a Hub repository (org/name); a model of timm", "timm", "timm", "torchvision")
     import timm
 
     if not _is_timm_name(name):
@@ -259,6 +263,7 @@ def _from_torchvision(model: str, name: str, weights: bool, allow_pickle: bool) 
     """Make a folder for released weights of torchvision: a config from their entry, and a link to
     their file.
     """
+    require(f"{model}: a model of torchvision", "torchvision", "torchvision", "timm")
     from dsd_refine.checkpoint.torchvision_release import describe_in, entry, link_weights
 
     architecture, released = entry(name)

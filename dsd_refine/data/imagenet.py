@@ -10,6 +10,8 @@ from functools import cache
 
 import datasets
 
+from dsd_refine.extras import is_installed
+
 # Data sets whose integer labels count the synsets in sorted order, as models do, without a file
 # that says so.
 NUMBERED = ("timm/imagenet-1k-wds",)
@@ -26,7 +28,8 @@ def outputs(classes: int) -> tuple[tuple[str, str], ...] | None:
     Returns:
         None if no ImageNet has this number of classes.
     """
-    if classes < SMALLEST:  # the head of a text classifier must not make us import timm
+    # A text classifier neither has to import timm nor to have it. Image models have it, by `open_library`.
+    if classes < SMALLEST or not is_installed("timm"):
         return None
     from timm.data import ImageNetInfo, infer_imagenet_subset
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsd_refine.errors import UsageError
+from dsd_refine.extras import is_installed
 from dsd_refine.report import words
 from dsd_refine.report.data import data_lines
 from dsd_refine.report.published import arm_of, true_name
@@ -208,8 +209,11 @@ class Report:
 
 
 def environment(device: str, processes: int) -> dict[str, Any]:
-    """Return the versions of Python and the libraries, the device and the number of processes."""
-    versions = {name: version(name) for name in LIBRARIES}
+    """Return the versions of Python and the libraries, the device and the number of processes.
+
+    The version of a library that is not installed is None.
+    """
+    versions = {name: version(name) if is_installed(name) else None for name in LIBRARIES}
     return {"python": platform.python_version(), **versions, "device": device, "processes": processes}
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -16,7 +15,8 @@ import torch
 
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Rows
-from dsd_refine.errors import DataError, UsageError
+from dsd_refine.errors import DataError
+from dsd_refine.extras import require as require  # tasks take it from here
 
 Item = tuple[int, int | None]  # unit of a part, and the seed of its augmentation (None: as in evaluation)
 
@@ -241,15 +241,6 @@ class Task(Protocol):
     def report(self) -> Mapping[str, Any]:
         """Task-specific report entries: `labels`, `preprocessing`, and `warnings`."""
         ...
-
-
-def require(task: str, extra: str, *packages: str) -> None:
-    """Raise UsageError where a task's packages are not installed, with the name of the extra that
-    has them.
-    """
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise UsageError(f"{task} needs {' and '.join(missing)}: pip install 'dsd-refine[{extra}]'")
 
 
 def choose_metric(task: str, asked: str | None, allowed: Sequence[str], measured: Sequence[str] = ()) -> str:
