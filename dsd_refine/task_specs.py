@@ -139,6 +139,18 @@ _ALL = (
         corpora={"f1": "dsd_refine.tasks.token_classification:entity_f1"},
     ),
     TaskSpec(
+        name="question-answering",
+        opener="dsd_refine.tasks.question_answering:open_task",
+        columns=("question", "answers"),
+        auto_class="AutoModelForQuestionAnswering",
+        model_list="question-answering",
+        endings=("ForQuestionAnswering", "ForQuestionAnsweringSimple"),
+        processor="AutoTokenizer",
+        pipeline_tag="question-answering",
+        default_length=384,  # of the scripts of BERT and of transformers
+        fields=("stride", "metric"),
+    ),
+    TaskSpec(
         name="ctc-speech",
         opener="dsd_refine.tasks.ctc_speech:open_task",
         columns=("audio", "transcript"),

@@ -13,7 +13,21 @@ from typing import Any, TypeVar
 import torch
 
 from dsd_refine.checkpoint.library import Library
-from dsd_refine.data.columns import AUDIO, CAPTION, DIALOGUE, DOCUMENT, IMAGE, LABEL, TAGS, TEXT, TRANSCRIPT, WORDS, Kind
+from dsd_refine.data.columns import (
+    ANSWERS,
+    AUDIO,
+    CAPTION,
+    DIALOGUE,
+    DOCUMENT,
+    IMAGE,
+    LABEL,
+    QUESTION,
+    TAGS,
+    TEXT,
+    TRANSCRIPT,
+    WORDS,
+    Kind,
+)
 from dsd_refine.data.conversations import is_conversation
 from dsd_refine.data.decoded import Store
 from dsd_refine.data.given import Given, read_given
@@ -38,6 +52,8 @@ KINDS: dict[str, Kind] = {
     "label": LABEL,
     "words": WORDS,
     "tags": TAGS,
+    "question": QUESTION,
+    "answers": ANSWERS,
     "text": TEXT,
     "document": DOCUMENT,
     "dialogue": DIALOGUE,
