@@ -151,6 +151,18 @@ _ALL = (
         fields=("stride", "metric"),
     ),
     TaskSpec(
+        name="audio-classification",
+        opener="dsd_refine.tasks.audio_classification:open_task",
+        columns=("audio", "label"),
+        auto_class="AutoModelForAudioClassification",
+        model_list="audio-classification",
+        endings=("ForSequenceClassification", "ForAudioClassification"),
+        processor="AutoFeatureExtractor",
+        pipeline_tag="audio-classification",
+        fields=("metric",),
+        corpora=_CLASS_METRICS,
+    ),
+    TaskSpec(
         name="ctc-speech",
         opener="dsd_refine.tasks.ctc_speech:open_task",
         columns=("audio", "transcript"),

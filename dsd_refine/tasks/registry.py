@@ -164,6 +164,8 @@ def _check_labels(given: Given, recipe: Recipe, spec: TaskSpec, library: Library
 
     if "image" in spec.columns:
         from dsd_refine.tasks.inputs.images import is_picture as is_usable
+    elif "audio" in spec.columns:
+        from dsd_refine.tasks.audio_classification import is_sound as is_usable
     else:
         from dsd_refine.tasks.inputs.texts import is_text as is_usable
     aliases, classes = library.label_names()
