@@ -31,9 +31,12 @@ def weighted_logits(forward: Callable[..., Any], inputs: Mapping[str, torch.Tens
     """Return the weight in the loss and the float32 logits of each head.
 
     The main head is the first. Auxiliary heads exist only in training mode. `inputs` are as in
-    `logits_of`.
+    `logits_of`. If the model finds spans, its logits are those of the first and of the last token, of
+    shape (rows, tokens, 2).
     """
     outputs = forward(inputs["x"]) if set(inputs) == {"x"} else forward(**inputs, **without_cache(forward))
+    if hasattr(outputs, "start_logits"):
+        return [(1.0, torch.stack([outputs.start_logits, outputs.end_logits], dim=-1).float())]
     logits: torch.Tensor = getattr(outputs, "logits", outputs)
     heads = [(1.0, (logits[0] if isinstance(logits, tuple) else logits).float())]
     auxiliary = {name: AUXILIARY[name] for name in getattr(outputs, "_fields", ()) if name in AUXILIARY}

@@ -130,6 +130,8 @@ TAGS = Kind(
     lists=True,
 )
 
+QUESTION = Kind("text", (), sets=((("question", "context"), ()),), lists=True)
+ANSWERS = Kind("label", (("answers", "answer"),), lists=True)
 
 # what heads on texts are trained on besides one label a row
 SCORE = Kind(
@@ -188,7 +190,7 @@ def column(table: Table, asked: str | None, kind: Kind, taken: Sequence[str] = (
         raise DataError(
             f"{_listed(candidates)} could each be the {kind.what} column: name the one that is meant with {kind.flag}"
         )
-    looked = ", ".join(name for names in kind.known for name in names)
+    looked = ", ".join([name for names in kind.known for name in names] or ["+".join(names) for names, _ in kind.sets])
     raise _missing(table, f"no {kind.what} column found (looked for {looked})", kind)
 
 

@@ -13,7 +13,21 @@ from typing import Any, TypeVar
 import torch
 
 from dsd_refine.checkpoint.library import Library
-from dsd_refine.data.columns import AUDIO, CAPTION, DIALOGUE, DOCUMENT, IMAGE, LABEL, TAGS, TEXT, TRANSCRIPT, WORDS, Kind
+from dsd_refine.data.columns import (
+    ANSWERS,
+    AUDIO,
+    CAPTION,
+    DIALOGUE,
+    DOCUMENT,
+    IMAGE,
+    LABEL,
+    QUESTION,
+    TAGS,
+    TEXT,
+    TRANSCRIPT,
+    WORDS,
+    Kind,
+)
 from dsd_refine.data.conversations import is_conversation
 from dsd_refine.data.decoded import Store
 from dsd_refine.data.given import Given, read_given
@@ -38,6 +52,8 @@ KINDS: dict[str, Kind] = {
     "label": LABEL,
     "words": WORDS,
     "tags": TAGS,
+    "question": QUESTION,
+    "answers": ANSWERS,
     "text": TEXT,
     "document": DOCUMENT,
     "dialogue": DIALOGUE,
@@ -148,6 +164,8 @@ def _check_labels(given: Given, recipe: Recipe, spec: TaskSpec, library: Library
 
     if "image" in spec.columns:
         from dsd_refine.tasks.inputs.images import is_picture as is_usable
+    elif "audio" in spec.columns:
+        from dsd_refine.tasks.audio_classification import is_sound as is_usable
     else:
         from dsd_refine.tasks.inputs.texts import is_text as is_usable
     aliases, classes = library.label_names()

@@ -67,12 +67,7 @@ class TransformersLibrary:
         if getattr(config, "quantization_config", None):
             raise CheckpointError(f"{folder}: quantised weights cannot be refined; give the unquantised checkpoint")
         task = task or _infer(folder, config)
-        kind = getattr(config, "problem_type", None)
-        if kind in ("regression", "multi_label_classification") and task == "image-classification":
-            raise CheckpointError(
-                f"{folder}: its config's problem_type is {kind!r}, which is not supported yet for images: "
-                "image-classification is of one label a row (single_label_classification)"
-            )
+        _refuse_problem(folder, config, task)
         _refuse_task(folder, config, task)
         return cls(folder, config, task, trust_remote_code)
 
@@ -208,6 +203,19 @@ def _refuse_odd(folder: Path, config: Any, trust_remote_code: bool) -> None:
     if kernels and not trust_remote_code:  # the library would fetch and run them
         raise CheckpointError(
             f"{folder}: wants the code of {listed(kernels)} from the Hub; look at it, then give --trust-remote-code"
+        )
+
+
+def _refuse_problem(folder: Path, config: Any, task: str) -> None:
+    """Refuse a head on pictures or sounds that the config says is trained in a way that is not supported."""
+    kind = getattr(config, "problem_type", None)
+    allowed = {"image-classification": ("multi_label_classification",), "audio-classification": ()}.get(task)
+    if allowed is not None and kind not in (None, "single_label_classification", *allowed):
+        content = "sounds" if task == "audio-classification" else "images"
+        also = ", and of several (multi_label_classification)" if allowed else ""
+        raise CheckpointError(
+            f"{folder}: its config's problem_type is {kind!r}, which is not supported yet for {content}: "
+            f"{task} is of one label a row (single_label_classification){also}"
         )
 
 
