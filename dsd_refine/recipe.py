@@ -183,6 +183,7 @@ class Recipe(Strict):
     is scored once, with the tokens before it as context.
     `loss_on` says which tokens of conversations are targets: those of the answers, or all.
     `metric` is what decides, of the metrics that the task measures (the task's first one).
+    `pooling` makes one embedding of an encoder's outputs, if the checkpoint's own files do not say how.
     `eval_split` and `holdout_split` name the splits of the data for evaluation and selection.
     `publish` says whose weights the output has: `refined`, or `best`, the arm that the holdout prefers. With `best`
     the source itself is a candidate.
@@ -239,6 +240,7 @@ class Recipe(Strict):
     stride: Positive | None = None
     loss_on: Literal["answers", "all"] | None = None
     metric: str | None = None
+    pooling: Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"] | None = None
 
     @field_validator("task")
     @classmethod
