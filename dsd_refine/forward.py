@@ -19,7 +19,7 @@ AUXILIARY = {"aux_logits1": 0.3, "aux_logits2": 0.3, "aux_logits": 0.4}
 
 
 def logits_of(forward: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the model's logits in float32.
+    """Return the model's logits in float32. Of a model without a head: its last hidden states.
 
     `inputs` is `{"x": …}` for a timm or torchvision model, and keyword arguments for a transformers
     model.
@@ -37,7 +37,8 @@ def weighted_logits(forward: Callable[..., Any], inputs: Mapping[str, torch.Tens
     outputs = forward(inputs["x"]) if set(inputs) == {"x"} else forward(**inputs, **without_cache(forward))
     if hasattr(outputs, "start_logits"):
         return [(1.0, torch.stack([outputs.start_logits, outputs.end_logits], dim=-1).float())]
-    logits: torch.Tensor = getattr(outputs, "logits", outputs)
+    without_head = getattr(outputs, "last_hidden_state", outputs)
+    logits: torch.Tensor = getattr(outputs, "logits", without_head)
     heads = [(1.0, (logits[0] if isinstance(logits, tuple) else logits).float())]
     auxiliary = {name: AUXILIARY[name] for name in getattr(outputs, "_fields", ()) if name in AUXILIARY}
     return heads + [(weight, getattr(outputs, name).float()) for name, weight in auxiliary.items()]

@@ -296,6 +296,7 @@ class Recipe(Strict):
     `pack` puts several windows of a language model, as many as `max_length` holds, into one row of a training batch. They
     do not see each other. Such a row counts as one of `batch_size`.
     `metric` is what decides, of the metrics that the task measures (the task's first one).
+    `pooling` makes one embedding of an encoder's outputs, if the checkpoint's own files do not say how.
     `eval_split` and `holdout_split` name the splits of the data for evaluation and selection.
     `publish` says whose weights the output has: `refined`, or `best`, the arm that the holdout prefers. With `best`
     the source itself is a candidate.
@@ -360,6 +361,7 @@ class Recipe(Strict):
     group_by_length: bool | None = None
     pack: bool | None = None
     metric: str | None = None
+    pooling: Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"] | None = None
 
     @field_validator("task")
     @classmethod

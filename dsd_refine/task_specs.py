@@ -22,7 +22,7 @@ class TaskSpec:
         columns: The kinds of columns that it reads, the content first (`tasks.registry.KINDS`).
         auto_class: The class of transformers that builds and loads its models.
         model_list: The list of such models in transformers: the middle of
-            `MODEL_FOR_…_MAPPING_NAMES`, in lower case with hyphens.
+            `MODEL_FOR_…_MAPPING_NAMES`, in lower case with hyphens. Empty: the models without a head.
         endings: If a class name in a config's `architectures` ends so, the model is for this task.
         processor: The class of transformers that prepares the inputs, for the model card.
         pipeline_tag: The name of the task on the Hub.
@@ -34,7 +34,7 @@ class TaskSpec:
         kinds: `module:function`, if the kinds of columns depend on the model. It gives them for a library
             adapter, as a list for each way to train the model.
         corpora: `module:function` of each metric that is no ratio of sums over rows. It computes the
-            metric from the summed statistics of rows.
+            metric from the summed statistics of rows, or is a `RowsMetric`, which computes it from all rows.
     """
 
     name: str
@@ -68,7 +68,7 @@ class TaskSpec:
 
 
 # Fields of recipes that only some tasks use. A task without a field refuses a recipe that sets it.
-OWN_FIELDS = ("documents", "join", "stride", "loss_on", "group_by_length", "pack", "metric")
+OWN_FIELDS = ("documents", "join", "stride", "loss_on", "group_by_length", "pack", "metric", "pooling")
 
 _CLASS_METRICS = {name: f"dsd_refine.tasks.class_counts:{name}" for name in ("f1", "f1_macro", "balanced_accuracy", "matthews")}
 
@@ -161,6 +161,23 @@ _ALL = (
         pipeline_tag="audio-classification",
         fields=("metric", "group_by_length"),
         corpora=_CLASS_METRICS,
+    ),
+    TaskSpec(
+        name="embedding",
+        opener="dsd_refine.tasks.embedding:open_task",
+        columns=("together", "score"),
+        auto_class="AutoModel",
+        model_list="",
+        endings=("Model",),
+        processor="AutoTokenizer",
+        pipeline_tag="sentence-similarity",
+        default_length=512,
+        fields=("metric", "pooling"),
+        kinds="dsd_refine.tasks.embedding:kinds",
+        corpora={
+            "spearman": "dsd_refine.tasks.embedding_scores:SPEARMAN",
+            "pearson": "dsd_refine.tasks.text_scores:pearson",
+        },
     ),
     TaskSpec(
         name="ctc-speech",

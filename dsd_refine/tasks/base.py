@@ -66,7 +66,8 @@ class Score:
     its summed training loss.
 
     `text` is the prediction of a task that predicts text; `stats` are sums that the task's other
-    metrics are made of.
+    metrics are made of. `vectors` is what a task needs of each unit to score all of them together
+    (its method `together`), float32 of any shape.
     """
 
     score: float
@@ -75,6 +76,7 @@ class Score:
     prediction: int | None = None
     text: str | None = None
     stats: tuple[float, ...] = ()
+    vectors: np.ndarray[Any, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,17 @@ class Scores:
         ends, coded = tensors["text_ends"].tolist(), bytes(tensors["text"].tolist())
         texts = [coded[a:b].decode("utf-8", "surrogatepass") for a, b in zip([0, *ends], ends, strict=False)]
         return cls(**arrays, text=texts)
+
+
+@dataclass(frozen=True)
+class RowsMetric:
+    """A metric that is made of all rows and not of their sums, such as a rank correlation.
+
+    `of_samples(times, rows)` gives it for samples of the rows, shape (samples,): `rows` are the statistics of
+    each row, shape (rows, statistics), and `times` how often each row is in each sample, shape (samples, rows).
+    """
+
+    of_samples: Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -22,8 +22,10 @@ from dsd_refine.data.columns import (
     IMAGE,
     LABEL,
     QUESTION,
+    SCORE_COLUMN,
     TAGS,
     TEXT,
+    TOGETHER,
     TRANSCRIPT,
     WORDS,
     Kind,
@@ -59,6 +61,8 @@ KINDS: dict[str, Kind] = {
     "dialogue": DIALOGUE,
     "transcript": TRANSCRIPT,
     "caption": CAPTION,
+    "together": TOGETHER,
+    "score": SCORE_COLUMN,
 }
 
 
@@ -91,6 +95,7 @@ def look_at_data(
     given = read_given(
         recipe.data, recipe.eval_data, splits, ways, asked, cache, download, recipe.encoding, recipe.documents, beside
     )
+    _refuse_unread(asked, given)
     if recipe.join:
         given = _joined(given, recipe)
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
@@ -157,6 +162,14 @@ def _refuse_useless(recipe: Recipe, spec: TaskSpec, kinds: Sequence[Kind]) -> No
             raise DataError(f"{kind.flag}: {spec.name} reads columns of {' and '.join(used)}, and no {kind.what}: leave it out")
     if recipe.max_length is not None and spec.default_length is None:
         raise DataError(f"--max-length is of texts that are cut into tokens, and {spec.name} cuts none: leave it out")
+
+
+def _refuse_unread(asked: Mapping[str, str | None], given: Given) -> None:
+    """Refuse a column that the user names, where the data are read in a way that has no use for it."""
+    for what, name in asked.items():
+        if name is not None and what not in given.columns:
+            read = " and ".join(",".join(names) for names in given.columns.values())
+            raise DataError(f"--{what}-column {name}: the data are read as {read}, which have no {what}: leave it out")
 
 
 def _check_labels(given: Given, recipe: Recipe, spec: TaskSpec, library: Library) -> None:

@@ -88,7 +88,7 @@ class BatchPlan(Sampler[tuple[list[Item], bool]]):
     def groups(self) -> Iterator[list[tuple[np.ndarray[Any, Any], int]]]:
         """Yield for each step its micro-batches, as pairs (rows over all processes, epoch)."""
         loop, recipe, units = self.loop, self.loop.recipe, self.loop.task.train.units
-        micro = micro_batches(units, recipe.batch_size * loop.world, loop.has_batchnorm)
+        micro = micro_batches(units, recipe.batch_size * loop.world, loop.joins_single)
         lengths = unit_lengths(loop.task.train) if recipe.group_by_length else None
         size, per_epoch, epoch, order = recipe.gradient_accumulation_steps, loop.steps_per_epoch, -1, np.empty(0)
         for step in range(self.first, self.total):

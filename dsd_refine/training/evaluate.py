@@ -81,7 +81,11 @@ def scored(loop: Loop, part: Any, items: Sequence[Item]) -> list[tuple[int, Scor
             _stop_if_asked(loop)  # the first process has one more batch, and all must exchange the signal together
     loop.model.train(was_training)
     all_scores: list[tuple[int, Score]] = gather_object(own_scores) if loop.world > 1 else own_scores
-    return all_scores
+    together = getattr(loop.task, "together", None)  # scores that need the outputs for all items
+    if together is None:
+        return all_scores
+    ordered = [score for _, score in sorted(all_scores, key=lambda pair: pair[0])]
+    return list(enumerate(together(part, [unit for unit, _ in items], ordered)))
 
 
 def first_items(loop: Loop, key: Key, most: int) -> list[Item]:

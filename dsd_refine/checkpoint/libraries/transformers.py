@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from dsd_refine.checkpoint.placement import other_size
 from dsd_refine.checkpoint.safetensors_file import listed, read_json
+from dsd_refine.checkpoint.sentence_layout import is_sentence_model
 from dsd_refine.data.names import are_placeholders
 from dsd_refine.data.names import listed as listed_names
 from dsd_refine.errors import CheckpointError
@@ -31,6 +32,7 @@ VAGUE = ("pretraining", "multimodal-lm", "")  # of the kinds that a class is of,
 # families whose …ForPreTraining has the head of masked-lm; others tell real tokens from replaced
 # ones, or learn from sounds
 WITH_MASKED_LM = ("Albert", "Bert", "BigBird", "Ernie", "FNet", "MegatronBert", "MobileBert", "RoCBert")
+OF_TEXTS = ("masked-lm", "causal-lm", "text-encoding")  # lists that have the model types which read texts alone
 # BatchNorm's counter, which older files have not: it starts at 0, as the library lets it
 UNCOUNTED = ".num_batches_tracked"
 
@@ -241,7 +243,12 @@ def _code_files(folder: Path) -> set[str]:
 
 
 def _infer(folder: Path, config: Any) -> str:
-    """The task that the class named in the config has the head of."""
+    """The task that the class named in the config has the head of.
+
+    A folder in sentence-transformers' layout is for embeddings, whatever class its config names.
+    """
+    if is_sentence_model(folder):
+        return "embedding"
     architectures = config.architectures or []
     # an ending may be the end of another one (GitForCausalLM): the longest that fits decides
     endings = sorted(((ending, task) for task in TASKS for ending in TASKS[task].endings), key=lambda pair: -len(pair[0]))
@@ -286,6 +293,8 @@ def _has_head(architecture: str, config: Any, task: str) -> bool:
     if TASKS[task].model_types:
         return config.model_type in TASKS[task].model_types
     kinds = _kinds(architecture)
+    if task == "embedding" and not any(config.model_type in _mappings()[kind] for kind in OF_TEXTS):
+        return False  # the class without a head also exists for pictures and sounds
     return TASKS[task].model_list in kinds if kinds else _is_in_list(config, task)
 
 
