@@ -12,7 +12,7 @@ from conftest import SHORT, hashes
 from embedders import NEWER, OLD_MEAN, embedder_checkpoint, encoder_checkpoint, save_json, together_file, together_rows
 from heads import scored_file, write
 from outputs import near, report_of, same
-from runs import stop_after, torchrun
+from runs import stop_after, two_processes
 from safetensors.torch import load_file
 from scipy.stats import pearsonr, spearmanr
 
@@ -128,7 +128,7 @@ def test_two_processes_are_one_of_twice_the_batch(command, place, tmp_path):
     still = embedder_checkpoint(tmp_path / "m", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     args = [still, "--data", place / "triplets.jsonl", "--optimizer", "sgd", "--lr", "0.1", "--warmup-steps", "0", "--quiet",
             "--control", "none", "--sparse-steps", 5, "--dense-steps", 3, "--gate", "none", "--device", "cpu"]  # fmt: skip
-    two = torchrun(*args, "-o", tmp_path / "two", "--batch-size", 3)
+    two = two_processes(*args, "-o", tmp_path / "two", "--batch-size", 3)
     assert two.returncode == 0, two.stderr
     assert command(*args, "-o", tmp_path / "one", "--batch-size", 6).code == 0
     near(tmp_path / "one", tmp_path / "two")
