@@ -23,6 +23,7 @@ from dsd_refine.checkpoint.safetensors_file import is_pointer, read_json
 from dsd_refine.errors import CheckpointError, UsageError
 from dsd_refine.files import leads_out
 from dsd_refine.hub import ask_hub, check_blobs
+from dsd_refine.task_specs import TASKS
 
 # Files that may hold weights. They are not fetched if only the config is needed.
 HEAVY = (
@@ -183,6 +184,11 @@ def _what_instead(config_file: Path, adapter: str | None, names: Iterable[str]) 
         return f"nothing says what it is: config.json is a link to {os.readlink(config_file)}, which is not there"
     if adapter:
         return f"it is {adapter} alone: merge it into that model first (peft's merge_and_unload), and give the merged model"
+    if "model_index.json" in names:
+        return (
+            "it is a pipeline of diffusers (model_index.json), such as text-to-image, which is not supported; supported are "
+            f"{', '.join(TASKS)}"
+        )
     formats = other_formats(names)
     return "neither timm's nor transformers' layout" + (f"; {formats}" if formats else "")
 
@@ -198,6 +204,11 @@ def _library(config_file: Path, config: dict[str, Any]) -> str:
         return "timm"
     if "model_type" in config or "architectures" in config:
         return "transformers"
+    if "_diffusers_version" in config:
+        raise CheckpointError(
+            f"{config_file}: is of a part of a diffusers pipeline ({config.get('_class_name')!s:.40}), which is not supported; "
+            f"supported are {', '.join(TASKS)}"
+        )
     raise CheckpointError(
         f"{config_file}: names neither a timm `architecture` nor a transformers `model_type`, nor `library: torchvision`; "
         "which library is it for?"
