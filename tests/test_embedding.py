@@ -20,9 +20,9 @@ from dsd_refine.checkpoint.sentence_layout import SentenceLayout, read_sentence_
 from dsd_refine.evidence.compare import compare
 from dsd_refine.tasks.base import Score
 from dsd_refine.tasks.embedding_pairs import Together
-from dsd_refine.tasks.embedding_scores import SPEARMAN
 from dsd_refine.tasks.inputs.sentences import SentenceInputs, embeddings, prompts_of
 from dsd_refine.tasks.sentence_rows import SentencePart
+from dsd_refine.tasks.text_scores import SPEARMAN
 
 QUIET = (*SHORT, "--batch-size", "4", "--control", "none", "--quiet")
 SIDES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
@@ -200,8 +200,8 @@ def test_the_bootstrap_of_spearman_ranks_each_sample_anew():
     times = draw.multinomial(60, np.full(60, 1 / 60), size=40)
     rows = np.stack([np.ones(60), x, y], axis=1)
     wanted = [spearmanr(np.repeat(x, often), np.repeat(y, often)).statistic for often in times]
-    assert SPEARMAN.of_samples(times, rows) == pytest.approx(wanted)
-    assert SPEARMAN.of_samples(times, rows * [1, 0, 1])[0] == 0.0  # nothing varies
+    assert SPEARMAN.of_samples(rows, times) == pytest.approx(wanted)
+    assert SPEARMAN.of_samples(rows * [1, 0, 1], times)[0] == 0.0  # nothing varies
     worse = np.stack([np.ones(60), x + 4 * draw.normal(size=60), y], axis=1)
     found = compare(rows, worse, np.ones(60), higher_is_better=True, corpus=SPEARMAN)
     assert found.delta == pytest.approx(spearmanr(x, y).statistic - spearmanr(worse[:, 1], y).statistic)

@@ -6,7 +6,7 @@ import pytest
 
 from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
 from dsd_refine.errors import CheckpointError
-from dsd_refine.task_specs import TASKS
+from dsd_refine.task_specs import TASKS, unknown_task
 
 SUPPORTED = f"supported are {', '.join(TASKS)}"
 PAIRS = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
@@ -64,6 +64,13 @@ def test_one_class_for_two_tasks_is_told_apart_by_the_config(tmp_path):
         ("BertForNextSentencePrediction", "bert", "next-sentence-prediction", {}),
         ("DetrForObjectDetection", "detr", "object-detection", {}),
         ("SegformerForSemanticSegmentation", "segformer", "semantic-segmentation", {}),
+        ("SamModel", "sam", "mask-generation", {}),
+        ("DPTForDepthEstimation", "dpt", "depth-estimation", {}),
+        ("VitsModel", "vits", "text-to-audio", {}),
+        ("SpeechT5ForTextToSpeech", "speecht5", "text-to-speech", {}),
+        ("ViltForQuestionAnswering", "vilt", "visual-question-answering", {}),
+        ("TapasForQuestionAnswering", "tapas", "table-question-answering", {}),
+        ("LayoutLMForQuestionAnswering", "layoutlm", "document-question-answering", {}),
         ("CLIPModel", "clip", "zero-shot-image-classification", {}),
         ("BertModel", "bert", "embeddings (no task's head)", {}),
         ("MPNetModel", "mpnet", "embeddings (no task's head)", {}),
@@ -80,9 +87,49 @@ def test_what_no_task_is_for_is_called_what_it_is(tmp_path, architecture, model_
     assert str(refused.value).removesuffix("; give --task if the weights have a head") == says
 
 
-@pytest.mark.parametrize("architecture", ["Nobody", "GPT2DoubleHeadsModel", "T5WithLMHeadModel", "Wav2Vec2ForMaskedLM"])
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "says"),
+    [
+        ("LayoutLMv3ForQuestionAnswering", "layoutlmv3", "document-question-answering (words with their places on a page)"),
+        ("LayoutLMv3ForTokenClassification", "layoutlmv3", "document-token-classification (words with their places on a page)"),
+        ("LxmertForQuestionAnswering", "lxmert", "visual-question-answering (texts with pictures)"),
+        ("TapasForSequenceClassification", "tapas", "table-text-classification"),
+    ],
+)
+def test_a_text_head_that_reads_more_than_text_is_refused(tmp_path, architecture, model_type, says):
+    with pytest.raises(CheckpointError) as refused:
+        opened(tmp_path, architecture, model_type)
+    assert str(refused.value) == f"{tmp_path}: {model_type} is for {says}, which is not supported yet; {SUPPORTED}"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("object-detection", f"object-detection is not supported; {SUPPORTED}"),
+        ("Text_To_Image", f"Text_To_Image is not supported; {SUPPORTED}"),
+        ("dpo", f"dpo is not supported; {SUPPORTED}"),
+        ("text-generation", "text-generation is called causal-lm here"),
+        ("reward-modeling", "reward-modeling is called text-classification here"),
+        ("poetry", f"not a task; known are {', '.join(TASKS)}"),
+    ],
+)
+def test_a_task_of_another_name_is_called_by_it(name, says):
+    assert unknown_task(name) == says
+
+
+def test_a_diffusers_pipeline_is_called_so(refused, tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (tmp_path / "unet/config.json").write_text('{"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30"}')
+    assert "a pipeline of diffusers (model_index.json), such as text-to-image, which is not supported" in refused(tmp_path)
+    assert "a part of a diffusers pipeline (UNet2DConditionModel), which is not supported" in refused(tmp_path / "unet")
+
+
+@pytest.mark.parametrize(
+    "architecture", ["XLNetForQuestionAnswering", "Nobody", "GPT2DoubleHeadsModel", "T5WithLMHeadModel", "Wav2Vec2ForMaskedLM"]
+)
 def test_a_class_that_nobody_knows_leads_to_the_tasks(tmp_path, architecture):
-    model_type = {"G": "gpt2", "T": "t5", "W": "wav2vec2"}.get(architecture[0], "bert")
+    model_type = {"G": "gpt2", "T": "t5", "W": "wav2vec2", "X": "xlnet"}.get(architecture[0], "bert")
     with pytest.raises(CheckpointError, match=rf"names {architecture} as architecture, .*{SUPPORTED}; give --task if"):
         opened(tmp_path, architecture, model_type)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
+import pyarrow
 
 from dsd_refine.data.conversations import COLUMN_SETS
 from dsd_refine.data.names import MOST
@@ -163,7 +164,8 @@ def label_set(names: Sequence[str]) -> Kind:
     of the classes `names`.
     """
     sets = ((tuple(name.strip().casefold() for name in names), ()),) if len(names) > 1 else ()
-    return Kind("label", (("label", "labels"), ("tags", "categories", "genres", "emotions", "topics", "classes")), sets=sets)
+    known = (("label", "labels"), ("tags", "categories", "genres", "emotions", "topics", "classes"))
+    return Kind("label", known, sets=sets, lists=True)
 
 
 def is_preference(names: Sequence[str]) -> bool:
@@ -174,13 +176,32 @@ def is_preference(names: Sequence[str]) -> bool:
 def has_set(table: Table, kind: Kind, asked: str | None) -> bool:
     """Return whether the table (or the user, with `asked`) has all columns of a set of this kind.
 
-    A label column that the user names counts, whatever its name is.
+    A label column of single values that the user names counts, whatever its name is.
     """
-    if kind.what == "label" and asked is not None:
+    if kind.what == "label" and asked is not None and not kind.lists:
         return True
     names = table.rows.column_names if asked is None else asked.split(",")
     plain = {name.strip().casefold() for name in names}
     return any(plain >= set(needed) for needed, _ in kind.sets)
+
+
+def fits(table: Table, kind: Kind, asked: str | None) -> bool:
+    """Return whether the table has what tells this kind from others: all columns of a set, or a column of lists.
+
+    True for a kind that nothing of that tells.
+    """
+    if not kind.sets and not kind.lists:
+        return True
+    names = [name for name in table.rows.column_names if (kind.rank(name) is not None if asked is None else name == asked)]
+    return has_set(table, kind, asked) or any(_has_lists(table, name) for name in names)
+
+
+def _has_lists(table: Table, name: str) -> bool:
+    """True if the column holds lists, and not one value in each."""
+    values = table.rows.with_format("arrow")[:SAMPLE][name].combine_chunks()
+    if not (pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type)):
+        return False
+    return any(length not in (None, 1) for length in values.value_lengths().to_pylist())
 
 
 class MissingColumn(DataError):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -40,7 +40,7 @@ from dsd_refine.data.splits import Rows
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Recipe
 from dsd_refine.task_specs import OWN_FIELDS, TASKS, TaskSpec
-from dsd_refine.tasks.base import Task
+from dsd_refine.tasks.base import Corpus, Task
 
 Download = Callable[[str, int], bool]
 
@@ -103,7 +103,7 @@ def look_at_data(
     given = replace(given, tables=named(given.tables, classes), evaluation=evaluation)
     if store is not None and is_held(name):
         given = replace(given, tables=_held(given.tables, store), evaluation=_held(given.evaluation, store))
-    if LABEL in kinds:
+    if LABEL in given.kinds:
         _check_labels(given, recipe, spec, library)
     return given
 
@@ -199,13 +199,13 @@ def prepare_task(recipe: Recipe, name: str, library: Library, model: torch.nn.Mo
     return task
 
 
-def corpus_of(task: str, metric: str) -> Callable[[Any], Any] | None:
-    """The function that computes a metric from summed statistics of rows; None: it is a ratio of sums."""
+def corpus_of(task: str, metric: str) -> Corpus | None:
+    """What computes a metric from the statistics of rows; None: it is a ratio of sums."""
     place = TASKS[task].corpora.get(metric) if task in TASKS else None
     if place is None:
         return None
     module, function = place.split(":")
-    found: Callable[[Any], Any] = getattr(import_module(module), function)
+    found: Corpus = getattr(import_module(module), function)
     return found
 
 

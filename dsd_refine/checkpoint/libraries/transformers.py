@@ -27,12 +27,21 @@ if TYPE_CHECKING:
 
 
 # transformers' words for what a class is for, where a reader knows others
-SHOWN = {"seq-to-seq-causal-lm": "seq2seq-lm", "speech-seq-2-seq": "speech-seq2seq", "": "embeddings (no task's head)"}
+SHOWN = {"seq-to-seq-causal-lm": "seq2seq-lm", "speech-seq-2-seq": "speech-seq2seq", "text-to-waveform": "text-to-audio",
+         "text-to-spectrogram": "text-to-speech", "audio-xvector": "speaker-verification",
+         "": "embeddings (no task's head)"}  # fmt: skip
 VAGUE = ("pretraining", "multimodal-lm", "")  # of the kinds that a class is of, those that say least
 # families whose …ForPreTraining has the head of masked-lm; others tell real tokens from replaced
 # ones, or learn from sounds
 WITH_MASKED_LM = ("Albert", "Bert", "BigBird", "Ernie", "FNet", "MegatronBert", "MobileBert", "RoCBert")
 OF_TEXTS = ("masked-lm", "causal-lm", "text-encoding")  # lists that have the model types which read texts alone
+# families with the heads of text models that read more than text; without it they would be another model
+READ_MORE = {
+    **dict.fromkeys(("layoutlm", "layoutlmv2", "layoutlmv3", "lilt", "bros"), "document (words with their places on a page)"),
+    **dict.fromkeys(("lxmert", "visual_bert", "vilt"), "visual (texts with pictures)"),
+    **dict.fromkeys(("markuplm",), "web-page (words with their places in HTML)"),
+    **dict.fromkeys(("tapas",), "table"),
+}
 # BatchNorm's counter, which older files have not: it starts at 0, as the library lets it
 UNCOUNTED = ".num_batches_tracked"
 
@@ -275,6 +284,13 @@ def _refuse_task(folder: Path, config: Any, task: str) -> None:
     only = TASKS[task].model_types
     if only and config.model_type not in only:
         raise CheckpointError(f"{folder}: {task} is for {', '.join(only)}; this is {config.model_type}")
+    more = READ_MORE.get(config.model_type)
+    if more and TASKS[task].processor == "AutoTokenizer":
+        kind, _, what = more.partition(" ")
+        raise CheckpointError(
+            f"{folder}: {config.model_type} is for {kind}-{task}{f' {what}' if what else ''}, which is not supported yet; "
+            f"{_supported()}"
+        )
     if not _is_in_list(config, task):
         raise CheckpointError(f"{folder}: transformers has no class that does {task} with {config.model_type}; {_supported()}")
 
@@ -295,6 +311,8 @@ def _has_head(architecture: str, config: Any, task: str) -> bool:
     kinds = _kinds(architecture)
     if task == "embedding" and not any(config.model_type in _mappings()[kind] for kind in OF_TEXTS):
         return False  # the class without a head also exists for pictures and sounds
+    if _mappings()[TASKS[task].model_list].get(config.model_type) == f"{architecture}Simple":
+        return False  # XLNetForQuestionAnswering and its like: another head, which no auto class builds
     return TASKS[task].model_list in kinds if kinds else _is_in_list(config, task)
 
 
