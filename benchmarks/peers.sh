@@ -9,7 +9,7 @@ rm -rf .venv-peers
 "$python" -m venv .venv-peers
 here=$(.venv-peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$here/project.pth"
-for peer in nncf==3.4.0 mergekit==0.1.5; do
+for peer in nncf==3.4.0 mergekit==0.1.5 trl==1.16.0; do
     log=.venv-peers/${peer%%=*}.log
     .venv-peers/bin/python -m pip install --quiet -c constraints.txt "$peer" > "$log" 2>&1 || echo "$peer: not installable here, see $log"
 done

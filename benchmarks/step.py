@@ -125,6 +125,7 @@ def passes(model: nn.Module, masks: Masks) -> dict[str, Step]:
         "flags widened into one buffer, in blocks": each(buffered, *zip(*blocks, strict=True)),
         "torch.where": each(lambda w, m: torch.where(m, w, zero, out=w), weights, flags),
         "masked_fill_": each(lambda w, m: w.masked_fill_(m, 0), weights, drop),
+        "one kernel of torch.compile": each(torch.compile(lambda x, y: x.mul_(y), dynamic=True), bits, flags),
         "numpy, one thread": each(lambda w, m: np.multiply(w, m, out=w), *zip(*arrays, strict=True)),
     }
 

@@ -6,8 +6,9 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import IO, Any
@@ -25,8 +26,19 @@ def sha256_file(path: Path) -> str:
 def sha256_files(paths: Iterable[Path]) -> dict[Path, str]:
     """Return the hexadecimal SHA-256 of each file by its path, in as many threads as there are
     cores.
+    """
+    with hashing(paths) as hashes:
+        return hashes()
 
-    A signal (KeyboardInterrupt) stops the threads after the block that they are reading.
+
+@contextmanager
+def hashing(paths: Iterable[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
+    """Begin to compute the hexadecimal SHA-256 of each file, in as many threads as there are cores.
+
+    The threads stop at the end of the `with` block, after the block of the file that they are reading.
+
+    Yields:
+        a function that waits for the hashes and returns them by path. It raises OSError for a file that cannot be read.
     """
     files, stopped = [*paths], Event()
 
@@ -39,7 +51,8 @@ def sha256_files(paths: Iterable[Path]) -> dict[Path, str]:
 
     pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
-        return dict(zip(files, pool.map(digest, files), strict=True))
+        digests = pool.map(digest, files)
+        yield lambda: dict(zip(files, digests, strict=True))
     finally:
         stopped.set()
         pool.shutdown(cancel_futures=True)

@@ -19,7 +19,7 @@ AUXILIARY = {"aux_logits1": 0.3, "aux_logits2": 0.3, "aux_logits": 0.4}
 
 
 def logits_of(forward: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the model's logits in float32.
+    """Return the model's logits in float32. Of a model without a head: its last hidden states.
 
     `inputs` is `{"x": …}` for a timm or torchvision model, and keyword arguments for a transformers
     model.
@@ -31,10 +31,14 @@ def weighted_logits(forward: Callable[..., Any], inputs: Mapping[str, torch.Tens
     """Return the weight in the loss and the float32 logits of each head.
 
     The main head is the first. Auxiliary heads exist only in training mode. `inputs` are as in
-    `logits_of`.
+    `logits_of`. If the model finds spans, its logits are those of the first and of the last token, of
+    shape (rows, tokens, 2).
     """
     outputs = forward(inputs["x"]) if set(inputs) == {"x"} else forward(**inputs, **without_cache(forward))
-    logits: torch.Tensor = getattr(outputs, "logits", outputs)
+    if hasattr(outputs, "start_logits"):
+        return [(1.0, torch.stack([outputs.start_logits, outputs.end_logits], dim=-1).float())]
+    without_head = getattr(outputs, "last_hidden_state", outputs)
+    logits: torch.Tensor = getattr(outputs, "logits", without_head)
     heads = [(1.0, (logits[0] if isinstance(logits, tuple) else logits).float())]
     auxiliary = {name: AUXILIARY[name] for name in getattr(outputs, "_fields", ()) if name in AUXILIARY}
     return heads + [(weight, getattr(outputs, name).float()) for name, weight in auxiliary.items()]

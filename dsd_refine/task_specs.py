@@ -22,7 +22,7 @@ class TaskSpec:
         columns: The kinds of columns that it reads, the content first (`tasks.registry.KINDS`).
         auto_class: The class of transformers that builds and loads its models.
         model_list: The list of such models in transformers: the middle of
-            `MODEL_FOR_…_MAPPING_NAMES`, in lower case with hyphens.
+            `MODEL_FOR_…_MAPPING_NAMES`, in lower case with hyphens. Empty: the models without a head.
         endings: If a class name in a config's `architectures` ends so, the model is for this task.
         processor: The class of transformers that prepares the inputs, for the model card.
         pipeline_tag: The name of the task on the Hub.
@@ -34,7 +34,7 @@ class TaskSpec:
         kinds: `module:function`, if the kinds of columns depend on the model. It gives them for a library
             adapter, as a list for each way to train the model.
         corpora: `module:function` of each metric that is no ratio of sums over rows. It computes the
-            metric from the summed statistics of rows.
+            metric from the summed statistics of rows, or is a `RowsMetric`, which computes it from all rows.
     """
 
     name: str
@@ -68,7 +68,7 @@ class TaskSpec:
 
 
 # Fields of recipes that only some tasks use. A task without a field refuses a recipe that sets it.
-OWN_FIELDS = ("documents", "join", "stride", "loss_on", "metric")
+OWN_FIELDS = ("documents", "join", "stride", "loss_on", "group_by_length", "pack", "metric", "pooling")
 
 _CLASS_METRICS = {name: f"dsd_refine.tasks.class_counts:{name}" for name in ("f1", "f1_macro", "balanced_accuracy", "matthews")}
 
@@ -96,7 +96,7 @@ _ALL = (
         processor="AutoTokenizer",
         pipeline_tag="text-classification",
         default_length=512,
-        fields=("metric",),
+        fields=("metric", "group_by_length"),
         kinds="dsd_refine.tasks.text_classification:kinds",
         corpora=_CLASS_METRICS
         | {"f1_micro": "dsd_refine.tasks.class_counts:f1_micro", "pearson": "dsd_refine.tasks.text_scores:pearson"},
@@ -111,7 +111,7 @@ _ALL = (
         processor="AutoTokenizer",
         pipeline_tag="text-generation",
         default_length=1024,
-        fields=("documents", "join", "stride", "loss_on"),
+        fields=("documents", "join", "stride", "loss_on", "group_by_length", "pack"),
     ),
     TaskSpec(
         name="masked-lm",
@@ -123,7 +123,7 @@ _ALL = (
         processor="AutoTokenizer",
         pipeline_tag="fill-mask",
         default_length=512,
-        fields=("documents", "join"),
+        fields=("documents", "join", "group_by_length"),
     ),
     TaskSpec(
         name="token-classification",
@@ -135,8 +135,49 @@ _ALL = (
         processor="AutoTokenizer",
         pipeline_tag="token-classification",
         default_length=512,
-        fields=("metric",),
+        fields=("metric", "group_by_length"),
         corpora={"f1": "dsd_refine.tasks.token_classification:entity_f1"},
+    ),
+    TaskSpec(
+        name="question-answering",
+        opener="dsd_refine.tasks.question_answering:open_task",
+        columns=("question", "answers"),
+        auto_class="AutoModelForQuestionAnswering",
+        model_list="question-answering",
+        endings=("ForQuestionAnswering", "ForQuestionAnsweringSimple"),
+        processor="AutoTokenizer",
+        pipeline_tag="question-answering",
+        default_length=384,  # of the scripts of BERT and of transformers
+        fields=("stride", "metric"),
+    ),
+    TaskSpec(
+        name="audio-classification",
+        opener="dsd_refine.tasks.audio_classification:open_task",
+        columns=("audio", "label"),
+        auto_class="AutoModelForAudioClassification",
+        model_list="audio-classification",
+        endings=("ForSequenceClassification", "ForAudioClassification"),
+        processor="AutoFeatureExtractor",
+        pipeline_tag="audio-classification",
+        fields=("metric", "group_by_length"),
+        corpora=_CLASS_METRICS,
+    ),
+    TaskSpec(
+        name="embedding",
+        opener="dsd_refine.tasks.embedding:open_task",
+        columns=("together", "score"),
+        auto_class="AutoModel",
+        model_list="",
+        endings=("Model",),
+        processor="AutoTokenizer",
+        pipeline_tag="sentence-similarity",
+        default_length=512,
+        fields=("metric", "pooling"),
+        kinds="dsd_refine.tasks.embedding:kinds",
+        corpora={
+            "spearman": "dsd_refine.tasks.embedding_scores:SPEARMAN",
+            "pearson": "dsd_refine.tasks.text_scores:pearson",
+        },
     ),
     TaskSpec(
         name="ctc-speech",
@@ -147,6 +188,7 @@ _ALL = (
         endings=("ForCTC",),
         processor="AutoProcessor",
         pipeline_tag="automatic-speech-recognition",
+        fields=("group_by_length",),
     ),
     TaskSpec(
         name="image-captioning",

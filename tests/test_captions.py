@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SHORT, process
 from outputs import near, report_of, same
-from runs import stop_after, torchrun
+from runs import stop_after, two_processes
 from sacrebleu.metrics import BLEU
 from safetensors.torch import load_file
 from tasks import open_task
@@ -406,7 +406,7 @@ def test_two_processes_are_one_of_twice_the_batch(command, tmp_path, seen):
     model = builders.caption_checkpoint(tmp_path / "m", "blip")
     args = [model, "--data", seen / "one", "--optimizer", "sgd", "--lr", "0.01", "--warmup-steps", "0", "--quiet",
             "--sparse-steps", 3, "--dense-steps", 2, "--gate", "none", "--device", "cpu"]  # fmt: skip
-    two = torchrun(*args, "-o", tmp_path / "two", "--batch-size", 3)
+    two = two_processes(*args, "-o", tmp_path / "two", "--batch-size", 3)
     assert two.returncode == 0, two.stderr
     assert command(*args, "-o", tmp_path / "one", "--batch-size", 6).code == 0
     near(tmp_path / "one", tmp_path / "two")

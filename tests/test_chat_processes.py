@@ -5,7 +5,7 @@ from builders import bert_checkpoint
 from chats import chat_checkpoint, chat_file
 from heads import preference_rows, write
 from outputs import near
-from runs import torchrun
+from runs import two_processes
 from taggers import tagged_file, tagger_checkpoint
 
 
@@ -21,7 +21,7 @@ def test_two_processes_are_one_of_twice_the_batch(command, tmp_path, task):
         model, data = bert_checkpoint(tmp_path / "m", 1, **still), write(tmp_path / "d.jsonl", preference_rows())
     args = [model, "--data", data, "--optimizer", "sgd", "--lr", "0.01", "--warmup-steps", "0", "--quiet", "--control", "none",
             "--sparse-steps", 3, "--dense-steps", 2, "--gate", "none", "--device", "cpu"]  # fmt: skip
-    two = torchrun(*args, "-o", tmp_path / "two", "--batch-size", 3)
+    two = two_processes(*args, "-o", tmp_path / "two", "--batch-size", 3)
     assert two.returncode == 0, two.stderr
     assert command(*args, "-o", tmp_path / "one", "--batch-size", 6).code == 0
     near(tmp_path / "one", tmp_path / "two")

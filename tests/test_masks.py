@@ -9,6 +9,7 @@ from torch import nn
 from dsd_refine.errors import RunError, UsageError
 from dsd_refine.masking.layers import TensorSlice, find_layers, masked_count
 from dsd_refine.masking.masks import apply_masks, check_masks, count_zeros, make_masks
+from dsd_refine.masking.selection import MAGNITUDE, threshold_by_counters
 
 EMPTY = torch.empty(0, dtype=torch.int64)
 
@@ -52,6 +53,18 @@ def test_exactly_the_smallest_go_and_ties_go_by_lowest_index(values, s):
         return
     dropped = (~mask_of(model, s)).nonzero().reshape(-1).tolist()
     assert dropped == sorted(sorted(range(len(values)), key=lambda i: (abs(values[i]), i))[:count])
+
+
+@given(values=st.lists(st.floats(-4, 4, width=16) | st.floats(width=32, allow_nan=False), min_size=1), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_counters_give_the_magnitude_of_a_rank_and_the_equal_ones_before_it(values, data):
+    """As a GPU selects."""
+    count = data.draw(st.integers(1, len(values)))
+    tensor = torch.tensor(values)
+    ranked = sorted((tensor.view(torch.int32) & MAGNITUDE).tolist())
+    threshold, ties = threshold_by_counters(tensor.view(torch.int32), count)
+    assert threshold == ranked[count - 1]
+    assert ties == ranked[:count].count(threshold)
 
 
 def test_a_source_that_is_half_zero_loses_exactly_what_was_asked():

@@ -3,6 +3,7 @@
 import json
 
 import builders
+import embedders
 import pytest
 import taggers
 import torch
@@ -18,6 +19,7 @@ BUILT = {
     "masked-lm": (builders.masked_checkpoint, builders.text_file, "documents.txt"),
     "ctc-speech": (builders.ctc_checkpoint, builders.speech_folder, "sounds"),
     "token-classification": (taggers.tagger_checkpoint, taggers.tagged_file, "rows.jsonl"),
+    "embedding": (embedders.embedder_checkpoint, embedders.together_file, "rows.jsonl"),
     "image-captioning": (builders.caption_checkpoint, builders.caption_folder, "pictures"),
 }
 

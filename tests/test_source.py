@@ -146,14 +146,17 @@ def adapter(folder, base="org/base", kind="LORA"):
 
 def test_an_adapter_alone_says_what_it_is_to_be_merged_into(refused, tmp_path):
     message = refused(adapter(tmp_path / "a"), "--data", tmp_path)
-    assert "it is a LoRA adapter of org/base alone: merge it into that model first (peft's merge_and_unload)" in message
+    assert "it is a LoRA adapter of org/base alone, and only whole weights are refined: merge it first" in message
+    assert "peft: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(out)" in message
 
 
 @pytest.mark.parametrize("build", [builders.bert_checkpoint, builders.timm_checkpoint])
 @pytest.mark.parametrize("verb", ["run", "plan"])
 def test_an_adapter_beside_a_whole_model_is_refused_before_the_first_step(refused, tmp_path, build, verb):
     message = refused(verb, adapter(build(tmp_path / "m")), "--data", tmp_path)
-    assert "a LoRA adapter of org/base beside a model: merge it first (peft's merge_and_unload)" in message
+    assert (
+        "a LoRA adapter of org/base beside a model: merge it first (peft: PeftModel.from_pretrained(base, adapter)" in message
+    )
     assert "or remove adapter_config.json, adapter_model.safetensors" in message
 
 

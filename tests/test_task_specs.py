@@ -99,7 +99,7 @@ def test_every_entry_is_complete(name):
     assert hasattr(transformers, spec.auto_class)
     assert hasattr(transformers, spec.processor)
     lists = {key.lower().replace("_", "-") for key in vars(modeling_auto) if key.endswith("MAPPING_NAMES")}
-    assert f"model-for-{spec.model_list}-mapping-names" in lists
+    assert (f"model-for-{spec.model_list}-mapping-names" if spec.model_list else "model-mapping-names") in lists
     assert read_recipe(shipped()[name])["task"] == name
 
 

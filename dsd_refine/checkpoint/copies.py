@@ -113,6 +113,10 @@ def other_formats(names: Iterable[str]) -> str | None:
     )
 
 
+# how peft puts an adapter into the weights of its model
+MERGE = "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(out)"
+
+
 def adapter_of(folder: Path, names: Iterable[str]) -> str | None:
     """Describe the adapter that peft saved in a folder (`a LoRA adapter of org/base`).
 

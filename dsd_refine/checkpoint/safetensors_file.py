@@ -135,17 +135,33 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file cannot be read, is an LFS pointer, or is no JSON object.
     """
+    value = _json_value(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return value
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """Read a JSON list from a file.
+
+    Raises:
+        CheckpointError: The file cannot be read, is an LFS pointer, or is no JSON list.
+    """
+    value = _json_value(path)
+    if not isinstance(value, list):
+        raise CheckpointError(f"{path}: is not a JSON list")
+    return value
+
+
+def _json_value(path: Path) -> Any:
     try:
         if path.stat().st_size > HEADER_LIMIT:
             raise ValueError(f"it has more than {HEADER_LIMIT:,} bytes")
         raw = path.read_bytes()
         refuse_pointer(raw, path)
-        value = json.loads(bounded_json(raw))
+        return json.loads(bounded_json(raw))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error!s:.300}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: is not a JSON object")
-    return value
 
 
 def bounded_json(raw: bytes) -> bytes:

@@ -16,10 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dsd_refine.checkpoint.copies import READ_PICKLES, adapter_of, is_as_large, is_weights, other_formats, shown_folder
+from dsd_refine.checkpoint.copies import MERGE, READ_PICKLES, adapter_of, is_as_large, is_weights, other_formats, shown_folder
 from dsd_refine.checkpoint.guard import refuse_counts
 from dsd_refine.checkpoint.layout import INDEX, PICKLE_INDEX, SINGLE, needs_allow_pickle, no_weights
 from dsd_refine.checkpoint.safetensors_file import is_pointer, read_json
+from dsd_refine.checkpoint.sentence_layout import MODULES
 from dsd_refine.errors import CheckpointError, UsageError
 from dsd_refine.extras import is_installed, require
 from dsd_refine.files import leads_out
@@ -169,7 +170,7 @@ def _from_folder(model: str, folder: Path, resolved: str, revision: str | None, 
     if adapter:
         files = sorted(name for name in known if name == "adapter_config.json" or name.startswith("adapter_model."))
         raise CheckpointError(
-            f"{resolved}: holds {adapter} beside a model: merge it first (peft's merge_and_unload), "
+            f"{resolved}: holds {adapter} beside a model: merge it first (peft: {MERGE}), "
             f"or remove {', '.join(files)}; an output would hold the adapter's config without its weights"
         )
     _refuse_pointers(folder)
@@ -183,7 +184,15 @@ def _what_instead(config_file: Path, adapter: str | None, names: Iterable[str]) 
     if config_file.is_symlink():
         return f"nothing says what it is: config.json is a link to {os.readlink(config_file)}, which is not there"
     if adapter:
-        return f"it is {adapter} alone: merge it into that model first (peft's merge_and_unload), and give the merged model"
+        return (
+            f"it is {adapter} alone, and only whole weights are refined: merge it first, and give the merged folder, with the "
+            f"tokenizer saved into it too. peft: {MERGE}"
+        )
+    if MODULES in names:
+        return (
+            "its encoder is not at the top of the folder, as sentence-transformers once wrote it: "
+            "load and save it with version 3 or later (SentenceTransformer(…).save_pretrained), and give that folder"
+        )
     formats = other_formats(names)
     return "neither timm's nor transformers' layout" + (f"; {formats}" if formats else "")
 

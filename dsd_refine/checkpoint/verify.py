@@ -16,7 +16,7 @@ from dsd_refine.checkpoint.copies import may_be_weights
 from dsd_refine.checkpoint.layout import Layout, read_layout
 from dsd_refine.checkpoint.safetensors_file import LONGEST_NAME, TRAINABLE, all_finite, memory, read_json
 from dsd_refine.errors import CheckpointError
-from dsd_refine.files import sha256_file, sha256_files
+from dsd_refine.files import hashing, sha256_file, sha256_files
 from dsd_refine.forward import logits_of
 
 if TYPE_CHECKING:
@@ -59,15 +59,17 @@ def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
     problems = [*_headers(checkpoint.layout, written)]
     if problems:
         return problems
-    hashed = _hashed(checkpoint, folder)  # first, because it brings the files into the system's cache
-    problems += _tensors(checkpoint, written)
-    side_problems = [*_side_files(checkpoint, folder, hashed)]
-    problems += [*side_problems, *_hashes(checkpoint, output, folder, hashed)]
-    try:
-        problems += [] if side_problems else _outputs(checkpoint, output, folder)
-    except CheckpointError as error:
-        problems.append(f"its own library does not load it: {error}")
-    return problems
+    weights = {file.name for file in checkpoint.layout.files}
+    with hashing(_paths(checkpoint, folder, weights)) as of_weights:  # the other cores hash while this one compares
+        hashed = sha256_files(_paths(checkpoint, folder, set(checkpoint.counted) - weights))
+        problems += _tensors(checkpoint, written)
+        side_problems = [*_side_files(checkpoint, folder, hashed)]
+        try:
+            differing = [] if side_problems else [*_outputs(checkpoint, output, folder)]
+        except CheckpointError as error:
+            differing = [f"its own library does not load it: {error}"]
+        hashed |= of_weights()
+    return [*problems, *side_problems, *_hashes(checkpoint, output, folder, hashed), *differing]
 
 
 def _headers(source: Layout, written: Layout) -> Iterator[str]:
@@ -91,10 +93,10 @@ def _tensors(checkpoint: Checkpoint, written: Layout) -> Iterator[str]:
                 yield f"{name}: holds values that are not finite"
 
 
-def _hashed(checkpoint: Checkpoint, folder: Path) -> dict[Path, str]:
-    """The SHA-256 of every counted file of the source and of the output that exists."""
-    paths = [root / name for name in checkpoint.counted for root in (folder, checkpoint.source.folder)]
-    return sha256_files(path for path in paths if path.is_file())
+def _paths(checkpoint: Checkpoint, folder: Path, names: set[str]) -> list[Path]:
+    """The counted files of these names, of the output and of the source, that exist."""
+    paths = [root / name for name in checkpoint.counted if name in names for root in (folder, checkpoint.source.folder)]
+    return [path for path in paths if path.is_file()]
 
 
 def _side_files(checkpoint: Checkpoint, folder: Path, hashed: dict[Path, str]) -> Iterator[str]:

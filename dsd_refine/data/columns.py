@@ -49,6 +49,7 @@ class Kind:
         pairs: Two columns may form a pair of texts.
         sets: Columns that together are the content: those that must be there, and those that may be.
         lists: The column has a list in each row.
+        advice: What else helps if there is no such column, for the message.
     """
 
     what: str
@@ -58,6 +59,7 @@ class Kind:
     pairs: bool = False
     sets: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
     lists: bool = False
+    advice: str = ""
 
     @property
     def flag(self) -> str:
@@ -130,12 +132,29 @@ TAGS = Kind(
     lists=True,
 )
 
+QUESTION = Kind("text", (), sets=((("question", "context"), ()),), lists=True)
+ANSWERS = Kind("label", (("answers", "answer"),), lists=True)
 
 # what heads on texts are trained on besides one label a row
 SCORE = Kind(
     "label",
     (("label", "labels", "score", "scores"), ("similarity", "similarity_score", "relevance", "rating", "stars", "target", "y")),
 )
+# what embeddings are trained on: texts that belong together, or two texts with a score
+NEGATIVES = ("negative", *(f"negative_{number}" for number in range(1, 11)))
+TOGETHER = Kind(
+    "text",
+    (),
+    sets=tuple((pair, NEGATIVES) for pair in (
+        ("anchor", "positive"), ("query", "positive"), ("query", "passage"), ("query", "document"), ("query", "answer"),
+        ("question", "passage"), ("question", "answer"), ("question", "context"),
+    )),
+    lists=True,
+)  # fmt: skip
+SCORED_PAIR = Kind("text", (), sets=tuple((pair, ()) for pair in PAIRS), lists=True)
+NAMES_OF_SCORES = ("label", "labels", "score", "scores", "similarity", "similarity_score", "relevance")
+SCORE_COLUMN = Kind("label", (), sets=tuple(((name,), ()) for name in NAMES_OF_SCORES))
+SCORE_OF_PAIR = replace(SCORE, advice=". Texts that belong together have no score: call the columns anchor and positive")
 PREFERENCE = Kind("text", (), sets=((("chosen", "rejected"), ("prompt",)),), lists=True)
 
 
@@ -153,7 +172,12 @@ def is_preference(names: Sequence[str]) -> bool:
 
 
 def has_set(table: Table, kind: Kind, asked: str | None) -> bool:
-    """Return whether the table (or the user, with `asked`) has all columns of a set of this kind."""
+    """Return whether the table (or the user, with `asked`) has all columns of a set of this kind.
+
+    A label column that the user names counts, whatever its name is.
+    """
+    if kind.what == "label" and asked is not None:
+        return True
     names = table.rows.column_names if asked is None else asked.split(",")
     plain = {name.strip().casefold() for name in names}
     return any(plain >= set(needed) for needed, _ in kind.sets)
@@ -188,7 +212,7 @@ def column(table: Table, asked: str | None, kind: Kind, taken: Sequence[str] = (
         raise DataError(
             f"{_listed(candidates)} could each be the {kind.what} column: name the one that is meant with {kind.flag}"
         )
-    looked = ", ".join(name for names in kind.known for name in names)
+    looked = ", ".join([name for names in kind.known for name in names] or ["+".join(names) for names, _ in kind.sets])
     raise _missing(table, f"no {kind.what} column found (looked for {looked})", kind)
 
 
@@ -357,7 +381,7 @@ def _missing(table: Table, what: str, kind: Kind) -> MissingColumn:
     if str(table.origin).endswith(".txt") and kind.what != "text":
         table_of = f"give a CSV, JSON-lines or Parquet file with a column of each, text and {kind.what}"
         return MissingColumn(f"{named} A .txt file holds texts alone: {table_of}")
-    return MissingColumn(f"{named} Name it with {kind.flag}")
+    return MissingColumn(f"{named} Name it with {kind.flag}{kind.advice}")
 
 
 def _preferred(table: Table, kind: Kind, taken: Sequence[str]) -> list[str]:

@@ -19,6 +19,7 @@ import pyarrow.parquet
 
 from dsd_refine.data.plain import Plain, make_plain, refuse_pointer, stem_of, suffix_of
 from dsd_refine.data.reading import SHARD, Reading, Table, role_of
+from dsd_refine.data.squad import is_squad, questions
 from dsd_refine.errors import DataError
 from dsd_refine.files import is_full
 from dsd_refine.hub import is_of_the_hub
@@ -410,7 +411,8 @@ def _from_object(path: Path, plain: Plain, whole: dict[str, Any], shown: str, pl
     for key in keys:
         file = place.cache / "plain" / f"{plain.path.stem}-{keys.index(key)}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows[key]), encoding="utf-8")
+        lines = questions(rows[key]) if is_squad(rows[key]) else rows[key]
+        file.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
         of_key = guarded(path, lambda file=file: validated(datasets.Dataset.from_json(str(file), **_options(place))))  # type: ignore[misc]
         tables[key if splits else "train"] = Table(of_key, None, path.parent, origin=f"{shown}: {key}")
         notes.append(f"{shown}: {len(of_key)} rows under {key!r}")

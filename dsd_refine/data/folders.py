@@ -321,7 +321,7 @@ def _with_metadata(folder: Path, root: Path, place: Place) -> Reading:
     outside = next((name for name in names if not _inside(root, folder, name)), None)
     if outside is not None:
         raise DataError(f"{file}: the {column} {outside!r:.100} leads out of {root}; give paths inside the folder")
-    kind = "audio" if any(Path(name).suffix.lower() in AUDIO_SUFFIXES for name in names) else "image"
+    kind = "audio" if any(map(_is_sound, names)) else "image"
     files = datasets.Dataset.from_dict({kind: [str((folder / n).absolute()) for n in names]})
     others = [name for name in rows.column_names if name not in (column, kind)]
     rows = datasets.concatenate_datasets([rows.select_columns(others), files], axis=1) if others else files
@@ -334,6 +334,10 @@ def _with_metadata(folder: Path, root: Path, place: Place) -> Reading:
     if folder == root:
         _refuse_rivals(root, parts, used)
     return Reading(parts, tuple(prefix + line for line in unused), notes)
+
+
+def _is_sound(name: str) -> bool:
+    return Path(name).suffix.lower() in AUDIO_SUFFIXES
 
 
 def _with_suffix(folder: Path, names: list[str]) -> list[str]:
@@ -481,9 +485,11 @@ def _class_folders(folder: Path, root: Path) -> Reading:
             "which are the data? Give the table itself; one that names the files is called metadata.csv"
         )
     place = root.absolute()
-    rows = datasets.Dataset.from_dict({"image": [str(place / name) for name in names], "label": labels})
+    are_sounds = 2 * sum(map(_is_sound, names)) > len(names)
+    kind, feature = ("audio", datasets.Audio) if are_sounds else ("image", datasets.Image)
+    rows = datasets.Dataset.from_dict({kind: [str(place / name) for name in names], "label": labels})
     origin = prefix or _own_name(root)
-    table = Table(rows.cast_column("image", datasets.Image(decode=False)), names, folder, origin=origin)
+    table = Table(rows.cast_column(kind, feature(decode=False)), names, folder, origin=origin)
     unused += [prefix + line for line in left_over(folder, classes, _beside_classes)]
     return Reading({"train": table}, tuple(unused), (f"{origin}: {len(classes)} class folders, {len(names)} files",))
 

@@ -36,12 +36,14 @@ class Examined:
         label: The label as text; None if the row has none.
         reason: Why the row is skipped; None if it is used.
         texts: The target texts of a task without classes: a transcript, or captions.
+        length: How long the row is as an input, in tokens or samples of sound. 0: rows have no length.
     """
 
     digest: bytes
     label: str | None = None
     reason: str | None = None
     texts: tuple[str, ...] = ()
+    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Rows:
         skipped: The rows that are not used: `{row, reason}`.
         texts: Each row's target texts. Empty in a task without them.
         why: The rule by which these rows have their role.
+        lengths: How long each row is as an input, shape (rows,). None: rows have no length.
     """
 
     table: Table
@@ -65,6 +68,7 @@ class Rows:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     texts: list[tuple[str, ...]] = field(default_factory=list)
     why: str = ""
+    lengths: np.ndarray[Any, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -75,13 +79,15 @@ class Rows:
 
     def subset(self, chosen: Sequence[int], skipped: list[dict[str, Any]] | None = None) -> Rows:
         """Return the rows at these positions of `at`, in this order."""
+        places = np.asarray(chosen, dtype=np.int64)
         return Rows(
             self.table,
-            self.numbers[np.asarray(chosen, dtype=np.int64)],
+            self.numbers[places],
             [self.digests[i] for i in chosen],
             [self.labels[i] for i in chosen],
             skipped or [],
             [self.texts[i] for i in chosen] if self.texts else [],
+            lengths=None if self.lengths is None else self.lengths[places],
         )
 
     @cached_property
@@ -288,6 +294,7 @@ def use_rows(table: Table, examined: Sequence[Examined]) -> Rows:
     """
     used = [i for i, row in enumerate(examined) if row.reason is None]
     skipped = [{"row": table.name(i), "reason": row.reason} for i, row in enumerate(examined) if row.reason is not None]
+    lengths = np.array([examined[i].length for i in used], dtype=np.int64)
     return Rows(
         table,
         np.asarray(used, dtype=np.int64),
@@ -295,6 +302,7 @@ def use_rows(table: Table, examined: Sequence[Examined]) -> Rows:
         [examined[i].label or "" for i in used],
         skipped,
         [examined[i].texts for i in used] if any(row.texts for row in examined) else [],
+        lengths=lengths if lengths.any() else None,
     )
 
 

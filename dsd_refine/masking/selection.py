@@ -49,14 +49,37 @@ def _threshold(bits: torch.Tensor, count: int) -> tuple[int, int | None]:
     The second number is None if all of them are. The search for ties can be left out then.
     """
     if bits.device.type != "cpu":
-        ranked = bits & MAGNITUDE
-        threshold = int(torch.kthvalue(ranked, count).values)
-        return threshold, count - int((ranked < threshold).sum())
+        return threshold_by_counters(bits, count)
     magnitudes = bits.numpy() & MAGNITUDE
     magnitudes.partition(count - 1)  # in place
     threshold = int(magnitudes[count - 1])
     tied = bool((magnitudes[count:] == threshold).any())
     return threshold, int((magnitudes[:count] == threshold).sum()) if tied else None
+
+
+def threshold_by_counters(bits: torch.Tensor, count: int) -> tuple[int, int]:
+    """Find the magnitude of rank `count` by counting: first the upper half of the bits, then the lower half.
+
+    A GPU counts with all its cores. `kthvalue` looks through one row with a single block of threads.
+
+    Args:
+        bits: The bits of float32 values, int32 of shape (values,).
+        count: The rank, from 1.
+
+    Returns:
+        the magnitude, and how many values equal to it are among the `count` smallest.
+    """
+    magnitudes = bits & MAGNITUDE
+    upper, before = _place(torch.bincount(magnitudes >> 16), count)
+    lower, also_before = _place(torch.bincount(magnitudes[magnitudes >> 16 == upper] & 0xFFFF), count - before)
+    return upper << 16 | lower, count - before - also_before
+
+
+def _place(counts: torch.Tensor, rank: int) -> tuple[int, int]:
+    """The number of the counter that the value of this rank (from 1) is in, and how many values are in those before it."""
+    sums = counts.cumsum(0)
+    place = int((sums < rank).sum())
+    return place, int(sums[place - 1]) if place else 0
 
 
 def _greater(bits: torch.Tensor, threshold: int, out: torch.Tensor) -> None:

@@ -43,13 +43,14 @@ from dsd_refine.tasks.registry import look_at_data, parts_of, prepare_task
 from dsd_refine.training.batchnorm import without_variance
 from dsd_refine.training.blame import failing, in_short, rows_of
 from dsd_refine.training.evaluate import exact, unreached
+from dsd_refine.training.evaluation_batch import evaluation_batch
 from dsd_refine.training.hooks import Together
 from dsd_refine.training.settings import check_settings
 from dsd_refine.training.state import Loop
 
 PRECISIONS = ("no", "fp16", "bf16")
 KERNEL_SETTINGS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE")
-STATE = 4  # version of the saved state; a change that cannot read older states raises it
+STATE = 5  # version of the saved state; a change that cannot read older states raises it
 # How long processes wait for each other. The main one may download, write or verify for hours, and
 # the default of NCCL is ten minutes.
 PATIENCE = timedelta(days=7)
@@ -144,6 +145,7 @@ def _open(
     callers_hooks = options.hooks if accelerator.is_main_process else ()
     loop.layers, loop.hooks = layers, Together([loop.hooks, HistogramRecorder(run), *callers_hooks])
     _wrap(run)
+    loop.evaluation_batch = evaluation_batch(loop)
     if accelerator.scaler is not None:
         run.loss_scale = accelerator.scaler.state_dict()
         accelerator.scaler.load_state_dict(state.scaler or run.loss_scale)
@@ -219,6 +221,8 @@ def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
     # On a CPU, Accelerate would ignore fp16 without a message.
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("--mixed-precision fp16 needs a GPU; on the CPU give bf16, or no")
+    if accelerator.scaler is not None and any(phase.sam for each in settings_of(recipe) for phase in each.recipe.phases):
+        raise UsageError("phases.*.sam does not go with --mixed-precision fp16, whose gradients are scaled; give bf16, or no")
     if accelerator.device.type == "cpu":
         # By default a few kernels add numbers in an order that depends on timing.
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -66,7 +66,8 @@ class Score:
     its summed training loss.
 
     `text` is the prediction of a task that predicts text; `stats` are sums that the task's other
-    metrics are made of.
+    metrics are made of. `vectors` is what a task needs of each unit to score all of them together
+    (its method `together`), float32 of any shape.
     """
 
     score: float
@@ -75,6 +76,7 @@ class Score:
     prediction: int | None = None
     text: str | None = None
     stats: tuple[float, ...] = ()
+    vectors: np.ndarray[Any, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,17 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class RowsMetric:
+    """A metric that is made of all rows and not of their sums, such as a rank correlation.
+
+    `of_samples(times, rows)` gives it for samples of the rows, shape (samples,): `rows` are the statistics of
+    each row, shape (rows, statistics), and `times` how often each row is in each sample, shape (samples, rows).
+    """
+
+    of_samples: Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
 class ChanceBaseline:
     """The score of a trivial predictor: `value` of `metric`, and `how` it predicts. A source that
     does no better is probably used wrongly.
@@ -172,6 +185,16 @@ class Part(Protocol):
     def row_of(self, unit: int) -> int:
         """The index in `rows` of the row that the unit belongs to."""
         ...
+
+
+def unit_lengths(part: Part) -> np.ndarray[Any, Any] | None:
+    """Return how long each unit is as an input, in tokens or samples of sound, shape (units,).
+
+    It is the `lengths` of the part if it has them, else those of its rows, of which each is a unit.
+    None: units have no length, as pictures of one size.
+    """
+    lengths: np.ndarray[Any, Any] | None = getattr(part, "lengths", getattr(part.rows, "lengths", None))
+    return lengths
 
 
 class Task(Protocol):

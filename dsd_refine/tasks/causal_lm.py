@@ -29,6 +29,7 @@ from dsd_refine.tasks.conversations import prepare_conversations
 from dsd_refine.tasks.inputs.texts import no_text, open_text_inputs, text_digest
 from dsd_refine.tasks.inputs.tokens import Doubled, Unknown, beyond_warnings, known_tokens, or_reason, tokenized
 from dsd_refine.tasks.inputs.windows import NO_TOKENS, Ids, WindowedPart, cut_windows
+from dsd_refine.tasks.packed_texts import PackedPart, packed, packed_batch, refuse_mixing
 
 
 @dataclass
@@ -38,7 +39,7 @@ class CausalLM:
     Targets have the shape of the tokens: what each position predicts, or IGNORED.
     """
 
-    train: WindowedPart
+    train: WindowedPart | PackedPart
     holdout: WindowedPart | None
     eval: WindowedPart
     warnings: list[str] = field(default_factory=list)
@@ -53,13 +54,15 @@ class CausalLM:
         """The loss of a predictor that gives every token of the tokenizer the same probability."""
         return (uniform_baseline(self.vocabulary),)
 
-    def batch(self, part: WindowedPart, items: Sequence[Item]) -> Batch:
+    def batch(self, part: Any, items: Sequence[Item]) -> Batch:
         """Pad the windows to the longest one; each position predicts the token after it.
 
         `input_ids`, `attention_mask` and the targets are int64 of shape windows x longest window. The
         targets of the last token and of the padding are IGNORED, and those of tokens that are not asked
-        for (`WindowedPart.targets`). The seeds of the items are not used.
+        for (`WindowedPart.targets`). The seeds of the items are not used. Packed rows: see `packed_batch`.
         """
+        if isinstance(part, PackedPart):
+            return packed_batch(part.part, [part.packs[unit] for unit, _ in items])
         windows = [torch.as_tensor(part.tokens[part.start[u] : part.stop[u]].astype(np.int64)) for u, _ in items]
         ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)  # what fills is masked by length, never by id
         mask = torch.arange(ids.shape[1])[None, :] < torch.tensor([len(w) for w in windows])[:, None]
@@ -73,10 +76,13 @@ class CausalLM:
         return logits_of(forward, batch.inputs)[batch.targets != IGNORED]
 
     def refuse_foresight(self, forward: Forward, device: torch.device) -> None:
-        """Raises CheckpointError where the model sees the tokens that it is to predict."""
-        units = range(min(WINDOWS, self.train.units))
-        windows = [self.batch(self.train, [(unit, None)]).to(device).inputs for unit in units]
+        """Raises CheckpointError where the model sees the tokens that it is to predict, or other texts of a packed row."""
+        part = self.train.part if isinstance(self.train, PackedPart) else self.train
+        units = range(min(WINDOWS, part.units))
+        windows = [self.batch(part, [(unit, None)]).to(device).inputs for unit in units]
         refuse_foresight(self.name, lambda inputs: logits_of(forward, inputs), windows, ("input_ids", "attention_mask"))
+        if isinstance(self.train, PackedPart):
+            refuse_mixing(lambda inputs: logits_of(forward, inputs), self.train, device)
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """The sum of -log p(target) over the batch's targets, a float32 scalar."""
@@ -118,10 +124,14 @@ def open_task(recipe: Recipe, library: Library, model: torch.nn.Module, tables: 
     columns = choose(first, (DIALOGUE,), {"text": recipe.text_column})["text"]
     if is_conversation(first, columns):
         parts, warnings = prepare_conversations(recipe, tables, evaluation, columns, inputs)
-        return CausalLM(*parts, warnings, vocabulary=known_tokens(inputs.tokenizer, inputs.size))
-    if recipe.loss_on is not None:
+        task = CausalLM(*parts, warnings, vocabulary=known_tokens(inputs.tokenizer, inputs.size))
+    elif recipe.loss_on is not None:
         raise DataError(f"loss_on: {recipe.loss_on}: is of conversations, and these are texts: leave it out")
-    return prepare_documents(recipe, tables, evaluation, inputs.tokenizer, inputs.max_length, inputs.size)
+    else:
+        task = prepare_documents(recipe, tables, evaluation, inputs.tokenizer, inputs.max_length, inputs.size)
+    if recipe.pack and isinstance(task.train, WindowedPart):
+        task.train = packed(task.train, inputs.max_length)
+    return task
 
 
 def prepare_documents(

@@ -23,7 +23,6 @@ from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Rows, divide, use_rows
 from dsd_refine.data.tables import in_threads, raw_bytes, undecoded
 from dsd_refine.errors import CheckpointError, DataError
-from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks.base import IGNORED, Batch, ChanceBaseline, Forward, Item, Score, Scores, Tables, ratio, require
 from dsd_refine.tasks.classification import overlap_warning, skip_warnings
@@ -39,6 +38,7 @@ from dsd_refine.tasks.inputs.audio import (
     resample,
     spec_augment,
 )
+from dsd_refine.tasks.inputs.clips import clip_inputs, features_of, hold_samples, logits_of_clips
 from dsd_refine.tasks.inputs.tokens import load_tokenizer, or_reason, tokenized
 
 
@@ -153,25 +153,15 @@ class CTCSpeech:
         input, the `hidden` frames that SpecAugment may mask, and the `frames` of the logits.
         """
         clips = [part.clips[unit] for unit, _ in items]
-        inputs = {self.extractor.name: self.extractor.padded([self._features(part, unit) for unit, _ in items])}
-        length, hidden, frames = torch.tensor([(c.length, c.hidden, c.frames) for c in clips]).T
-        if self.extractor.masked:
-            inputs["attention_mask"] = (torch.arange(int(length.max())) < length[:, None]).long()
-        if self.augment is not None and all(seed is not None for _, seed in items):
-            masks = [self.augment.draw(clip.hidden, int(seed or 0)) for clip, (_, seed) in zip(clips, items, strict=True)]
-            inputs["mask_time_indices"] = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+        table, numbers = part.rows.table, [int(part.rows.numbers[unit]) for unit, _ in items]
+        features = [features_of(self.extractor, table, self.audio_column, number) for number in numbers]
+        hidden, seeds = [clip.hidden for clip in clips], [seed for _, seed in items]
+        inputs = clip_inputs(self.extractor, self.augment, features, hidden, seeds)
         labels = [torch.from_numpy(clip.labels) for clip in clips]
         targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-        aside = {"length": length, "hidden": hidden, "frames": frames}
+        aside = {name: torch.tensor([getattr(clip, name) for clip in clips]) for name in ("length", "hidden", "frames")}
         texts = tuple(part.rows.texts[unit] for unit, _ in items)
         return Batch(inputs, targets, sum(map(len, labels)), aside, texts)
-
-    def _features(self, part: SpeechPart, unit: int) -> torch.Tensor:
-        table, row = part.rows.table, int(part.rows.numbers[unit])
-        held = table.decoded.get(row) if table.decoded is not None else None
-        if held is not None:
-            return self.extractor.features(np.frombuffer(bytearray(held[0]), dtype=np.float32))
-        return self.extractor.features(resample(*decode(raw_bytes(table, self.audio_column, row)), self.extractor.rate))
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """The sum of the clips' CTC losses, a float32 scalar."""
@@ -198,20 +188,7 @@ class CTCSpeech:
         return [scores[row] for row in range(len(batch.targets))]
 
     def _logits_of_rows(self, forward: Forward, batch: Batch) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Pairs of rows and their logits. A model without mask is given clips of one length at a
-        time, without padding: so its logits of a clip do not depend on the others, in evaluation
-        and in training.
-        """
-        if self.extractor.masked:
-            yield list(range(len(batch.targets))), logits_of(forward, batch.inputs)
-            return
-        lengths = batch.aside["length"].tolist()
-        for length in dict.fromkeys(lengths):
-            rows = [row for row, other in enumerate(lengths) if other == length]
-            inputs = {self.extractor.name: batch.inputs[self.extractor.name][rows].narrow(self.extractor.axis, 0, length)}
-            if "mask_time_indices" in batch.inputs:
-                inputs["mask_time_indices"] = batch.inputs["mask_time_indices"][rows, : int(batch.aside["hidden"][rows[0]])]
-            yield rows, logits_of(forward, inputs)
+        return logits_of_clips(forward, self.extractor, batch.inputs, batch.aside)
 
     def _nll(self, logits: torch.Tensor, batch: Batch, rows: Sequence[int]) -> torch.Tensor:
         """The CTC loss of each of the rows."""
@@ -330,9 +307,8 @@ def _examine(
             return Examined(b"", reason=f"unreadable file ({error.strerror or error})"), None
         except (DataError, TypeError) as error:
             return Examined(b"", reason=str(error) if isinstance(error, DataError) else "no audio"), None
-        if table.decoded is not None:
-            table.decoded.put(row, samples.tobytes(), len(samples), 0)
-        return Examined(hashlib.sha256(raw).digest(), texts=(said[row],)), clip
+        hold_samples(table, row, samples)
+        return Examined(hashlib.sha256(raw).digest(), texts=(said[row],), length=clip.length), clip
 
     return in_threads(examine_row, len(texts))
 

@@ -97,7 +97,7 @@ class MaskedLM(CausalLM):
         all else.
         """
 
-    def batch(self, part: WindowedPart, items: Sequence[Item]) -> Batch:
+    def batch(self, part: Any, items: Sequence[Item]) -> Batch:
         """Draw tokens of each window as targets, hide most of them, and pad to the longest window.
 
         `input_ids`, `attention_mask` and the targets are int64 of shape windows x longest window. The

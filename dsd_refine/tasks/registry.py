@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +13,23 @@ from typing import Any, TypeVar
 import torch
 
 from dsd_refine.checkpoint.library import Library
-from dsd_refine.data.columns import AUDIO, CAPTION, DIALOGUE, DOCUMENT, IMAGE, LABEL, TAGS, TEXT, TRANSCRIPT, WORDS, Kind
+from dsd_refine.data.columns import (
+    ANSWERS,
+    AUDIO,
+    CAPTION,
+    DIALOGUE,
+    DOCUMENT,
+    IMAGE,
+    LABEL,
+    QUESTION,
+    SCORE_COLUMN,
+    TAGS,
+    TEXT,
+    TOGETHER,
+    TRANSCRIPT,
+    WORDS,
+    Kind,
+)
 from dsd_refine.data.conversations import is_conversation
 from dsd_refine.data.decoded import Store
 from dsd_refine.data.given import Given, read_given
@@ -38,11 +54,15 @@ KINDS: dict[str, Kind] = {
     "label": LABEL,
     "words": WORDS,
     "tags": TAGS,
+    "question": QUESTION,
+    "answers": ANSWERS,
     "text": TEXT,
     "document": DOCUMENT,
     "dialogue": DIALOGUE,
     "transcript": TRANSCRIPT,
     "caption": CAPTION,
+    "together": TOGETHER,
+    "score": SCORE_COLUMN,
 }
 
 
@@ -75,6 +95,7 @@ def look_at_data(
     given = read_given(
         recipe.data, recipe.eval_data, splits, ways, asked, cache, download, recipe.encoding, recipe.documents, beside
     )
+    _refuse_unread(asked, given)
     if recipe.join:
         given = _joined(given, recipe)
     classes = synsets() if recipe.label_names == "imagenet-1k" else recipe.label_names
@@ -143,11 +164,21 @@ def _refuse_useless(recipe: Recipe, spec: TaskSpec, kinds: Sequence[Kind]) -> No
         raise DataError(f"--max-length is of texts that are cut into tokens, and {spec.name} cuts none: leave it out")
 
 
+def _refuse_unread(asked: Mapping[str, str | None], given: Given) -> None:
+    """Refuse a column that the user names, where the data are read in a way that has no use for it."""
+    for what, name in asked.items():
+        if name is not None and what not in given.columns:
+            read = " and ".join(",".join(names) for names in given.columns.values())
+            raise DataError(f"--{what}-column {name}: the data are read as {read}, which have no {what}: leave it out")
+
+
 def _check_labels(given: Given, recipe: Recipe, spec: TaskSpec, library: Library) -> None:
     from dsd_refine.tasks.classification import check_labels
 
     if "image" in spec.columns:
         from dsd_refine.tasks.inputs.images import is_picture as is_usable
+    elif "audio" in spec.columns:
+        from dsd_refine.tasks.audio_classification import is_sound as is_usable
     else:
         from dsd_refine.tasks.inputs.texts import is_text as is_usable
     aliases, classes = library.label_names()

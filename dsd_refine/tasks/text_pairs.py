@@ -155,7 +155,8 @@ class _Examiner:
             pair, reason = or_reason(self._read, dict(zip((name.casefold() for name in names), values, strict=True)))
             kept.append(pair or ({}, {}))
             content = text_digest(*(str(answer["input_ids"]) for answer in pair)) if pair else b""
-            rows.append(Examined(content, None, reason))
+            length = max(len(answer["input_ids"]) for answer in pair) if pair else 0
+            rows.append(Examined(content, None, reason, length=length))
         return use_rows(table, rows)
 
     def _read(self, row: Mapping[str, Any]) -> tuple[Encoded, Encoded]:

@@ -177,6 +177,7 @@ class TextExaminer:
             if ids is None:
                 block[number] = replace(block[number], reason=problem)
                 continue
+            block[number] = replace(block[number], length=len(ids))
             self.doubled.see(ids)
             self.unknown.see(ids)
             counts[start + number] = 0 if self.ends is None else ids.count(self.ends)

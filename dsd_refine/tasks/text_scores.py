@@ -174,7 +174,7 @@ def prepare_scores(
     read: dict[int, list[float | None]] = {}  # id of a table -> the score of each row
     every = [*tables.values(), *(evaluation or {}).values()]
     for table in every:
-        read[id(table)] = _scores_of(table, recipe.label_column, may_lack=table is not first)
+        read[id(table)] = scores_of(table, recipe.label_column, may_lack=table is not first)
     held = {score for scores in read.values() for score in scores if score is not None}
     is_yes_or_no = held <= {0.0, 1.0}
 
@@ -205,7 +205,7 @@ def prepare_scores(
     return task
 
 
-def _scores_of(table: Table, asked: str | None, may_lack: bool) -> list[float | None]:
+def scores_of(table: Table, asked: str | None, may_lack: bool) -> list[float | None]:
     """The score of each row; all None where the table has no column of them and `may_lack` it."""
     try:
         name = column(table, asked, SCORE)

@@ -39,6 +39,7 @@ from dsd_refine.tasks.base import (
 from dsd_refine.tasks.classification import overlap_warning, skip_warnings
 from dsd_refine.tasks.inputs.texts import TextInputs, open_text_inputs, text_digest
 from dsd_refine.tasks.inputs.tokens import Unknown, beyond_warnings, for_words, or_reason, word_pieces
+from dsd_refine.tasks.text_rows import encoding_of, hold_encoding
 
 ENTITY = re.compile(r"[BIESLUM]-.+")  # a tag of an entity; `O` is none
 STATS = 5  # entities that are right, predicted and true; words that are right, and all
@@ -48,11 +49,14 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class TaggedPart:
-    """Rows of words; `tags[u]` has the class of each word of row u, or IGNORED."""
+    """Rows of words. For row u, `tags[u]` has the class of each word, or IGNORED, and `firsts[u]` the place of its
+    first piece, or -1 where the row was cut before it.
+    """
 
     rows: Rows
     words: list[list[str]]
     tags: list[Array]
+    firsts: list[Array]
 
     @property
     def units(self) -> int:
@@ -108,19 +112,29 @@ class TokenClassification:
         the same shape: the class of a word at its first piece, IGNORED elsewhere. The seeds of the
         items are not used.
         """
-        inputs, firsts = word_pieces(self.tokenizer, [part.words[unit] for unit, _ in items], self.max_length, self.size)
+        rows = [self._pieces(part, unit) for unit, _ in items]
         fills = {"input_ids": int(self.tokenizer.pad_token_id or 0)}
         padded = {
             name: torch.nn.utils.rnn.pad_sequence(
-                [torch.as_tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=fills.get(name, 0)
+                [torch.as_tensor(row[name], dtype=torch.int64) for row in rows],
+                batch_first=True,
+                padding_value=fills.get(name, 0),
             )
-            for name, rows in inputs.items()
+            for name in rows[0]
         }
         targets = torch.full_like(padded["input_ids"], IGNORED)
-        for row, ((unit, _), places) in enumerate(zip(items, firsts, strict=True)):
-            words = list(places)
-            targets[row, [places[word] for word in words]] = torch.as_tensor(part.tags[unit][words])
+        for row, (unit, _) in enumerate(items):
+            is_read = part.firsts[unit] >= 0
+            targets[row, part.firsts[unit][is_read]] = torch.as_tensor(part.tags[unit][is_read])
         return Batch(padded, targets, int((targets != IGNORED).sum()))
+
+    def _pieces(self, part: TaggedPart, unit: int) -> dict[str, list[int]]:
+        """The tokenizer's outputs for a row: as they are held, or made again."""
+        held = encoding_of(part.rows.table, int(part.rows.numbers[unit]))
+        if held is not None:
+            return held
+        inputs, _ = word_pieces(self.tokenizer, [part.words[unit]], self.max_length, self.size)
+        return {name: rows[0] for name, rows in inputs.items()}
 
     def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """Targets x classes."""
@@ -252,13 +266,25 @@ def prepare_words(
     )
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A row as it was read: its words, the tag of each or None, the place of each one's first piece or -1, and the
+    tokenizer's outputs.
+    """
+
+    words: list[str] = field(default_factory=list)
+    tags: list[str | None] = field(default_factory=list)
+    firsts: Array = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    pieces: dict[str, list[int]] = field(default_factory=dict)
+
+
 class _Examiner:
     """Looks through rows of words, and keeps the words and tags of those that can be used."""
 
     def __init__(self, inputs: TextInputs, words: str, tags: str, unwanted: frozenset[str]) -> None:
         self.inputs, self.words, self.tags, self.unwanted = inputs, words, tags, unwanted
         self.unknown, self.longer = Unknown(inputs.tokenizer), 0
-        self.kept: dict[int, list[tuple[list[str], list[str | None]]]] = {}  # id of a table -> its rows
+        self.kept: dict[int, list[_Read]] = {}  # id of a table -> its rows
 
     def examine(self, table: Table) -> Rows:
         """The usable rows of a table."""
@@ -266,12 +292,16 @@ class _Examiner:
         rows: list[Examined] = []
         for words, tags in (values for block in row_blocks(table, [self.words, self.tags]) for values in block):
             read, reason = or_reason(self._read, words, tags, names)
-            kept.append(read or ([], []))
-            rows.append(Examined(b"" if read is None else text_digest(*read[0], *map(str, read[1])), None, reason))
+            kept.append(read or _Read())
+            digest = b"" if read is None else text_digest(*read.words, *map(str, read.tags))
+            if read is not None:
+                hold_encoding(table, len(rows), read.pieces)
+            rows.append(Examined(digest, None, reason, length=len(kept[-1].pieces.get("input_ids", ()))))
+            kept[-1].pieces.clear()
         return use_rows(table, rows)
 
-    def _read(self, words: Any, tags: Any, names: Sequence[str] | None) -> tuple[list[str], list[str | None]]:
-        """The words and tags of a row. Words that no piece is of because the row was cut have no tag.
+    def _read(self, words: Any, tags: Any, names: Sequence[str] | None) -> _Read:
+        """A row. Words that no piece is of because the row was cut have no tag.
 
         Raises:
             DataError: the row cannot be used.
@@ -295,12 +325,13 @@ class _Examiner:
         if all(text is None or text in self.unwanted for text in read):
             raise DataError("no tags")
         self.longer += last + 1 < len(words)
-        return words, read
+        places = np.asarray([firsts.get(n, -1) for n in range(len(words))], dtype=np.int64)
+        return _Read(words, read, places, {name: rows[0] for name, rows in inputs.items()})
 
     def texts_of(self, rows: Rows) -> list[str]:
         """The tags of all usable rows of a table, as the data have them."""
         kept = self.kept[id(rows.table)]
-        return [tag for number in rows.numbers for tag in kept[int(number)][1] if tag is not None]
+        return [tag for number in rows.numbers for tag in kept[int(number)].tags if tag is not None]
 
     def part(self, rows: Rows | None, matched: LabelMap) -> TaggedPart | None:
         """The rows with the model's classes. Tags that `label_map` leaves out are IGNORED."""
@@ -308,10 +339,10 @@ class _Examiner:
             return None
         kept = [self.kept[id(rows.table)][int(number)] for number in rows.numbers]
         tags = [
-            np.asarray([IGNORED if tag is None else matched.ids.get(tag, IGNORED) for tag in of_row], dtype=np.int64)
-            for _, of_row in kept
+            np.asarray([IGNORED if tag is None else matched.ids.get(tag, IGNORED) for tag in read.tags], dtype=np.int64)
+            for read in kept
         ]
-        return TaggedPart(rows, [words for words, _ in kept], tags)
+        return TaggedPart(rows, [read.words for read in kept], tags, [read.firsts for read in kept])
 
     def warnings(self) -> list[str]:
         """What is to be said of the rows."""

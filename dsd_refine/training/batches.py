@@ -15,12 +15,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dsd_refine.seeding import stable_seed, stable_seeds
-from dsd_refine.tasks.base import Batch, Item, Task
+from dsd_refine.tasks.base import Batch, Item, Task, unit_lengths
 from dsd_refine.training.state import Key, Loop, micro_batches
 
 T = TypeVar("T")
+Order = np.ndarray[Any, Any]
 
 SLOW = 0.002  # seconds that a batch takes to make, from which a thread pays
+BLOCK = 50  # batches that are sorted by length together
 TIMED = 4  # batches whose making is timed
 
 
@@ -53,6 +55,26 @@ def epoch_order(key: Key, epoch: int, units: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(stable_seed(key.seed, key.phase, epoch, "order")).permutation(units)
 
 
+def grouped(order: Order, lengths: Order, size: int, key: Key, epoch: int) -> Order:
+    """Put rows of about one length into the same batch, so that little is padding (`group_by_length`).
+
+    Blocks of BLOCK batches are sorted by length. Then whole batches change places, so that lengths do
+    not fall or rise during an epoch. What is left after the last whole batch stays at the end.
+
+    Args:
+        order: an order of the units, shape (units,).
+        lengths: the length of each unit, shape (units,).
+        size: the units of a batch, over all processes.
+        key: the seeds of the phase.
+        epoch: the epoch, from 0.
+    """
+    whole = len(order) // size * size
+    blocks = [order[start : min(start + BLOCK * size, whole)] for start in range(0, whole, BLOCK * size)]
+    batches = [block[np.argsort(-lengths[block], kind="stable")].reshape(-1, size) for block in blocks]
+    places = np.random.default_rng(stable_seed(key.seed, key.phase, epoch, "groups")).permutation(whole // size)
+    return np.concatenate([*(batches[place // BLOCK][place % BLOCK] for place in places), order[whole:]])
+
+
 class BatchPlan(Sampler[tuple[list[Item], bool]]):
     """The micro-batches that this process loads, from step `first` (counted from 0) to the last of `total` steps.
 
@@ -66,12 +88,15 @@ class BatchPlan(Sampler[tuple[list[Item], bool]]):
     def groups(self) -> Iterator[list[tuple[np.ndarray[Any, Any], int]]]:
         """Yield for each step its micro-batches, as pairs (rows over all processes, epoch)."""
         loop, recipe, units = self.loop, self.loop.recipe, self.loop.task.train.units
-        micro = micro_batches(units, recipe.batch_size * loop.world, loop.has_batchnorm)
+        micro = micro_batches(units, recipe.batch_size * loop.world, loop.joins_single)
+        lengths = unit_lengths(loop.task.train) if recipe.group_by_length else None
         size, per_epoch, epoch, order = recipe.gradient_accumulation_steps, loop.steps_per_epoch, -1, np.empty(0)
         for step in range(self.first, self.total):
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
                 order = epoch_order(self.key, epoch, units)
+                if lengths is not None:
+                    order = grouped(order, lengths, recipe.batch_size * loop.world, self.key, epoch)
             number = step % per_epoch
             yield [(order[m.start : m.stop], epoch) for m in micro[number * size : (number + 1) * size]]
 

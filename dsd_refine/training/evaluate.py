@@ -13,7 +13,7 @@ from accelerate.utils import broadcast, gather_object
 from dsd_refine.errors import Diverged, Interrupted, RunError
 from dsd_refine.masking.masks import Masks, check_masks
 from dsd_refine.seeding import stable_seeds
-from dsd_refine.tasks.base import Item, Score, Scores
+from dsd_refine.tasks.base import Item, Score, Scores, unit_lengths
 from dsd_refine.training.batches import epoch_order, loader
 from dsd_refine.training.blame import computed
 from dsd_refine.training.state import Key, Loop, on_device
@@ -41,8 +41,18 @@ def evaluate(loop: Loop, part: Any, masks: Masks | None = None, only: int | None
         Interrupted: the run was asked to stop; a resumed run evaluates again.
     """
     check_masks(masks or {}, loop.parameters)
-    units = part.units if only is None else only
-    return _by_row(part, scored(loop, part, [(unit, None) for unit in range(units)]), units)
+    order = evaluation_order(part, part.units if only is None else only)
+    scores = scored(loop, part, [(unit, None) for unit in order])
+    return _by_row(part, [(order[number], score) for number, score in scores], len(order))
+
+
+def evaluation_order(part: Any, units: int) -> list[int]:
+    """Order the first `units` units of a part for evaluation: the longest first, so that batches have little padding.
+
+    A batch that needs too much memory is then one of the first.
+    """
+    lengths = unit_lengths(part)
+    return list(range(units)) if lengths is None else np.argsort(-lengths[:units], kind="stable").tolist()
 
 
 def scored(loop: Loop, part: Any, items: Sequence[Item]) -> list[tuple[int, Score]]:
@@ -56,7 +66,7 @@ def scored(loop: Loop, part: Any, items: Sequence[Item]) -> list[tuple[int, Scor
     _same_buffers(loop)
     was_training = loop.model.training
     loop.model.eval()
-    rank, size = loop.accelerator.process_index, loop.recipe.batch_size
+    rank, size = loop.accelerator.process_index, loop.evaluation_batch or loop.recipe.batch_size
     numbers = range(rank, len(items), loop.world)
     groups = [numbers[i : i + size] for i in range(0, len(numbers), size)]
     plan = [([items[number] for number in group], True) for group in groups]
@@ -71,7 +81,11 @@ def scored(loop: Loop, part: Any, items: Sequence[Item]) -> list[tuple[int, Scor
             _stop_if_asked(loop)  # the first process has one more batch, and all must exchange the signal together
     loop.model.train(was_training)
     all_scores: list[tuple[int, Score]] = gather_object(own_scores) if loop.world > 1 else own_scores
-    return all_scores
+    together = getattr(loop.task, "together", None)  # scores that need the outputs for all items
+    if together is None:
+        return all_scores
+    ordered = [score for _, score in sorted(all_scores, key=lambda pair: pair[0])]
+    return list(enumerate(together(part, [unit for unit, _ in items], ordered)))
 
 
 def first_items(loop: Loop, key: Key, most: int) -> list[Item]:

@@ -34,6 +34,7 @@ class Loop:
         parameters: name -> parameter of the model.
         layers: the layers that masks may take weights of.
         loss: a summed loss that replaces the task's own (with distillation).
+        evaluation_batch: rows of a batch in evaluation; None: as many as in training.
     """
 
     accelerator: Accelerator
@@ -50,6 +51,7 @@ class Loop:
     layers: Sequence[Layer] = ()
     begun: bool = False  # has the training of a phase begun?
     loss: Callable[[Forward, Batch], torch.Tensor] | None = None
+    evaluation_batch: int | None = None
 
     def stopping(self) -> bool:
         """Has this process been asked to stop?"""
@@ -66,9 +68,14 @@ class Loop:
         return int(self.accelerator.num_processes)
 
     @property
+    def joins_single(self) -> bool:
+        """Whether a last micro-batch of one row joins the one before: BatchNorm, or a loss that compares rows, needs two."""
+        return self.has_batchnorm or bool(getattr(self.task, "needs_several_rows", False))
+
+    @property
     def steps_per_epoch(self) -> int:
         """The number of optimizer steps per epoch. An incomplete last group of micro-batches is one step."""
-        micro = micro_count(self.task.train.units, self.recipe.batch_size * self.world, self.has_batchnorm)
+        micro = micro_count(self.task.train.units, self.recipe.batch_size * self.world, self.joins_single)
         return math.ceil(micro / self.recipe.gradient_accumulation_steps)
 
 
@@ -173,21 +180,21 @@ class PhaseState:
         return pack_masks(self.masks) | pack_optimizer(self.optimizer) | self.average.pack() | stash
 
 
-def micro_batches(units: int, size: int, has_batchnorm: bool) -> list[range]:
+def micro_batches(units: int, size: int, joins_single: bool) -> list[range]:
     """Divide the positions 0..units-1 of an epoch's order into micro-batches of `size` (over all processes).
 
-    With BatchNorm, a last micro-batch of a single row is joined to the one before it, because BatchNorm
-    cannot compute statistics of a single row.
+    `joins_single`: a last micro-batch of a single row is joined to the one before it, because BatchNorm
+    cannot compute statistics of a single row, and a loss that compares rows cannot compare it.
     """
     groups = [range(start, min(start + size, units)) for start in range(0, units, size)]
-    if has_batchnorm and len(groups) > 1 and len(groups[-1]) == 1:
+    if joins_single and len(groups) > 1 and len(groups[-1]) == 1:
         groups[-2:] = [range(groups[-2].start, units)]
     return groups
 
 
-def micro_count(units: int, size: int, has_batchnorm: bool) -> int:
+def micro_count(units: int, size: int, joins_single: bool) -> int:
     """The number of `micro_batches`, without building the list, because every step needs the number."""
-    is_joined = has_batchnorm and units > size and units % size == 1
+    is_joined = joins_single and units > size and units % size == 1
     return math.ceil(units / size) - is_joined
 
 

@@ -102,6 +102,15 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "electra": {**BERT, "embedding_size": 16},
         "xlm-roberta": BERT,
     },
+    "embedding": {
+        "bert": BERT,
+        "roberta": BERT,
+        "mpnet": BERT,
+        "distilbert": {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "max_position_embeddings": 32},
+        "xlm-roberta": BERT,
+        "modernbert": BERT,
+        "qwen3": WIDE,
+    },
     "masked-lm": {"xlm-roberta": BERT, "camembert": BERT},
     "causal-lm": {
         "gpt2": GPT,

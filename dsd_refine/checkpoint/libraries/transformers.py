@@ -16,6 +16,7 @@ from transformers.models.auto import modeling_auto
 
 from dsd_refine.checkpoint.placement import other_size
 from dsd_refine.checkpoint.safetensors_file import listed, read_json
+from dsd_refine.checkpoint.sentence_layout import is_sentence_model
 from dsd_refine.data.names import are_placeholders
 from dsd_refine.data.names import listed as listed_names
 from dsd_refine.errors import CheckpointError
@@ -31,6 +32,7 @@ VAGUE = ("pretraining", "multimodal-lm", "")  # of the kinds that a class is of,
 # families whose …ForPreTraining has the head of masked-lm; others tell real tokens from replaced
 # ones, or learn from sounds
 WITH_MASKED_LM = ("Albert", "Bert", "BigBird", "Ernie", "FNet", "MegatronBert", "MobileBert", "RoCBert")
+OF_TEXTS = ("masked-lm", "causal-lm", "text-encoding")  # lists that have the model types which read texts alone
 # BatchNorm's counter, which older files have not: it starts at 0, as the library lets it
 UNCOUNTED = ".num_batches_tracked"
 
@@ -67,12 +69,7 @@ class TransformersLibrary:
         if getattr(config, "quantization_config", None):
             raise CheckpointError(f"{folder}: quantised weights cannot be refined; give the unquantised checkpoint")
         task = task or _infer(folder, config)
-        kind = getattr(config, "problem_type", None)
-        if kind in ("regression", "multi_label_classification") and task == "image-classification":
-            raise CheckpointError(
-                f"{folder}: its config's problem_type is {kind!r}, which is not supported yet for images: "
-                "image-classification is of one label a row (single_label_classification)"
-            )
+        _refuse_problem(folder, config, task)
         _refuse_task(folder, config, task)
         return cls(folder, config, task, trust_remote_code)
 
@@ -211,6 +208,19 @@ def _refuse_odd(folder: Path, config: Any, trust_remote_code: bool) -> None:
         )
 
 
+def _refuse_problem(folder: Path, config: Any, task: str) -> None:
+    """Refuse a head on pictures or sounds that the config says is trained in a way that is not supported."""
+    kind = getattr(config, "problem_type", None)
+    allowed = {"image-classification": ("multi_label_classification",), "audio-classification": ()}.get(task)
+    if allowed is not None and kind not in (None, "single_label_classification", *allowed):
+        content = "sounds" if task == "audio-classification" else "images"
+        also = ", and of several (multi_label_classification)" if allowed else ""
+        raise CheckpointError(
+            f"{folder}: its config's problem_type is {kind!r}, which is not supported yet for {content}: "
+            f"{task} is of one label a row (single_label_classification){also}"
+        )
+
+
 def _implementations(value: Any) -> Iterator[str]:
     """The values of settings such as `attn_implementation`, which may name a kernel on the Hub."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
@@ -233,7 +243,12 @@ def _code_files(folder: Path) -> set[str]:
 
 
 def _infer(folder: Path, config: Any) -> str:
-    """The task that the class named in the config has the head of."""
+    """The task that the class named in the config has the head of.
+
+    A folder in sentence-transformers' layout is for embeddings, whatever class its config names.
+    """
+    if is_sentence_model(folder):
+        return "embedding"
     architectures = config.architectures or []
     # an ending may be the end of another one (GitForCausalLM): the longest that fits decides
     endings = sorted(((ending, task) for task in TASKS for ending in TASKS[task].endings), key=lambda pair: -len(pair[0]))
@@ -278,6 +293,8 @@ def _has_head(architecture: str, config: Any, task: str) -> bool:
     if TASKS[task].model_types:
         return config.model_type in TASKS[task].model_types
     kinds = _kinds(architecture)
+    if task == "embedding" and not any(config.model_type in _mappings()[kind] for kind in OF_TEXTS):
+        return False  # the class without a head also exists for pictures and sounds
     return TASKS[task].model_list in kinds if kinds else _is_in_list(config, task)
 
 

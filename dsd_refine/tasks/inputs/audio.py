@@ -145,8 +145,13 @@ class SpecAugment:
         return masked
 
 
-def open_feature_extractor(folder: Path, model: torch.nn.Module, trust_remote_code: bool = False) -> FeatureExtractor:
+def open_feature_extractor(
+    folder: Path, model: torch.nn.Module, trust_remote_code: bool = False, *, one_answer: bool = False
+) -> FeatureExtractor:
     """The checkpoint's feature extractor, and how this model takes its features.
+
+    `one_answer`: the model gives one answer a clip. Then it need not say how many frames it makes: the
+    extractor may make inputs of one size of all clips, as those of spectrogram transformers do.
 
     Raises:
         CheckpointError: the folder has no usable feature extractor, or the model says no lengths.
@@ -163,7 +168,7 @@ def open_feature_extractor(folder: Path, model: torch.nn.Module, trust_remote_co
         silence = theirs(np.zeros(rate, dtype=np.float32), sampling_rate=rate, return_tensors="pt")
     except Exception as error:  # transformers raises whatever a strange config makes it raise
         raise CheckpointError(f"{folder}: its feature extractor cannot be used: {' '.join(str(error).split())[:200]}") from None
-    frames, _ = lengths_of(model)
+    frames, _ = lengths_of(model, one_answer=one_answer)
     name = str(theirs.model_input_names[0])
     extractor = FeatureExtractor(theirs, rate, name, axis=2 if silence[name].shape[:2] == (1, 1) else 1)
     extractor = replace(extractor, shortest=_shortest(extractor, frames))
@@ -187,13 +192,24 @@ def _ignores_padding(model: torch.nn.Module, extractor: FeatureExtractor, frames
     clips = [full, *(full[: len(full) // 2 + i + len(full) // 50 * i] for i in range(8))]
     mask = (torch.arange(len(full)) < torch.tensor([[len(clip)] for clip in clips])).long()
     together = logits_of(model, {extractor.name: extractor.padded(clips), "attention_mask": mask})
-    for clip, logits in zip(clips, together, strict=True):
+    for clip, logits in zip(clips, together, strict=True):  # frames x labels, or the classes of one answer
         whole = torch.ones(1, len(clip), dtype=torch.int64)
         alone = logits_of(model, {extractor.name: extractor.padded([clip]), "attention_mask": whole})[0]
-        count = count_frames(frames, clip)
+        count = count_frames(frames, clip) if logits.dim() == 2 else len(logits)
         if not same_but_for_rounding(logits[:count], alone[:count]):
             return False
     return True
+
+
+def most_samples(extractor: FeatureExtractor) -> int | None:
+    """The longest clip, in samples, that the extractor takes whole. None: it cuts none."""
+    theirs, seconds = extractor.extractor, (1, 2)
+    if len({len(extractor.features(np.zeros(n * extractor.rate, dtype=np.float32))) for n in seconds}) > 1:
+        return None
+    if hasattr(theirs, "n_samples"):  # Whisper's
+        return int(theirs.n_samples)
+    frames = int(getattr(theirs, "max_length", 0))  # of 25 ms, one each 10 ms
+    return (10 * (frames - 1) + 25) * extractor.rate // 1000 if frames else None
 
 
 def count_frames(lengths: Lengths, values: torch.Tensor) -> int:
@@ -220,9 +236,9 @@ def _shortest(extractor: FeatureExtractor, frames: Lengths) -> int:
     return high
 
 
-def lengths_of(model: Any) -> tuple[Lengths, Lengths]:
+def lengths_of(model: Any, *, one_answer: bool = False) -> tuple[Lengths, Lengths]:
     """Functions from the input's lengths to those of the output, and of what SpecAugment masks,
-    both in frames.
+    both in frames. A model that has none may have `one_answer` a clip: then the lengths stay as they are.
 
     Raises:
         CheckpointError: the model has none.
@@ -234,6 +250,8 @@ def lengths_of(model: Any) -> tuple[Lengths, Lengths]:
                 return method, lambda lengths, count=method: count(lengths, add_adapter=False)
             if method is not None:
                 return method, method
+    if one_answer:
+        return torch.Tensor.clone, torch.Tensor.clone
     raise CheckpointError(f"{type(model).__name__}: does not say how many frames it makes of a clip, as CTC needs")
 
 

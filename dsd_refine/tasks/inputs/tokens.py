@@ -111,6 +111,15 @@ def word_pieces(
     return dict(encoded), firsts
 
 
+def with_offsets(tokenizer: Any, first: str, second: str, **options: Any) -> Any:
+    """The windows of a pair of texts that is longer than `max_length`, with the characters of each token.
+
+    Returns what the tokenizer does, with a list of each output: a window is an entry. Raises as
+    `tokenized`.
+    """
+    return _encoded(tokenizer, first, second, return_overflowing_tokens=True, return_offsets_mapping=True, **options)
+
+
 def _pieces(folder: Path) -> Path | None:
     """The folder's sentencepiece model: families name it differently, and what reads one reads all."""
     return next((path for path in sorted(folder.glob("*.model")) if path.name != "tiktoken.model"), None)

@@ -37,6 +37,11 @@ class WindowedPart:
         """The number of windows of all documents."""
         return len(self.row)
 
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """The tokens of each window, shape (windows,)."""
+        return np.asarray(self.stop - self.start)
+
     def row_of(self, unit: int) -> int:
         """The index of the document that the window was cut from."""
         return int(self.row[unit])
