@@ -36,6 +36,13 @@ def opened(folder, architecture, model_type, task=None, **more):
         ("DeiTForImageClassificationWithTeacher", "deit", "image-classification"),
         ("BlipForConditionalGeneration", "blip", "image-captioning"),
         ("GitForCausalLM", "git", "image-captioning"),
+        ("T5ForConditionalGeneration", "t5", "seq2seq-lm"),
+        ("BartForConditionalGeneration", "bart", "seq2seq-lm"),
+        ("MarianMTModel", "marian", "seq2seq-lm"),
+        ("M2M100ForConditionalGeneration", "m2m_100", "seq2seq-lm"),
+        ("MBartForConditionalGeneration", "mbart", "seq2seq-lm"),
+        ("WhisperForConditionalGeneration", "whisper", "speech-seq2seq"),
+        ("Speech2TextForConditionalGeneration", "speech_to_text", "speech-seq2seq"),
     ],
 )
 def test_the_task_is_that_of_the_class(tmp_path, architecture, model_type, task):
@@ -49,11 +56,6 @@ def test_one_class_for_two_tasks_is_told_apart_by_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "model_type", "kind", "more"),
     [
-        ("T5ForConditionalGeneration", "t5", "seq2seq-lm", {}),
-        ("BartForConditionalGeneration", "bart", "seq2seq-lm", {}),
-        ("MarianMTModel", "marian", "seq2seq-lm", {}),
-        ("EncoderDecoderModel", "encoder-decoder", "seq2seq-lm", PAIRS),
-        ("WhisperForConditionalGeneration", "whisper", "speech-seq2seq", {}),
         ("Gemma3ForConditionalGeneration", "gemma3", "image-text-to-text", {}),
         ("LlavaForConditionalGeneration", "llava", "image-text-to-text", {}),
         ("DistilBertForQuestionAnswering", "distilbert", "question-answering", {}),
@@ -77,6 +79,20 @@ def test_what_no_task_is_for_is_called_what_it_is(tmp_path, architecture, model_
         opened(tmp_path, architecture, model_type, **more)
     says = f"{tmp_path}: {architecture} is for {kind}, which is not supported yet; {SUPPORTED}"
     assert str(refused.value).removesuffix("; give --task if the weights have a head") == says
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "task", "more"),
+    [
+        ("EncoderDecoderModel", "encoder-decoder", "seq2seq-lm", PAIRS),
+        ("LEDForConditionalGeneration", "led", "seq2seq-lm", {}),
+        ("MoonshineForConditionalGeneration", "moonshine", "speech-seq2seq", {}),
+    ],
+)
+def test_a_task_for_some_families_names_them(tmp_path, architecture, model_type, task, more):
+    families = ", ".join(TASKS[task].model_types)
+    with pytest.raises(CheckpointError, match=f"{task} is for {families}; this is {model_type}$"):
+        opened(tmp_path, architecture, model_type, **more)
 
 
 @pytest.mark.parametrize("architecture", ["Nobody", "GPT2DoubleHeadsModel", "T5WithLMHeadModel", "Wav2Vec2ForMaskedLM"])

@@ -21,7 +21,7 @@ from dsd_refine.checkpoint.library import Library
 from dsd_refine.data.columns import AUDIO, TRANSCRIPT, column
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Rows, divide, use_rows
-from dsd_refine.data.tables import in_threads, raw_bytes, undecoded
+from dsd_refine.data.tables import in_threads, undecoded
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
@@ -33,13 +33,14 @@ from dsd_refine.tasks.inputs.audio import (
     Samples,
     SpecAugment,
     count_frames,
-    decode,
+    hear,
+    hear_again,
     lengths_of,
     open_feature_extractor,
-    resample,
     spec_augment,
 )
 from dsd_refine.tasks.inputs.tokens import load_tokenizer, or_reason, tokenized
+from dsd_refine.tasks.text_metrics import character_errors, word_errors
 
 
 @dataclass(frozen=True)
@@ -167,11 +168,8 @@ class CTCSpeech:
         return Batch(inputs, targets, sum(map(len, labels)), aside, texts)
 
     def _features(self, part: SpeechPart, unit: int) -> torch.Tensor:
-        table, row = part.rows.table, int(part.rows.numbers[unit])
-        held = table.decoded.get(row) if table.decoded is not None else None
-        if held is not None:
-            return self.extractor.features(np.frombuffer(bytearray(held[0]), dtype=np.float32))
-        return self.extractor.features(resample(*decode(raw_bytes(table, self.audio_column, row)), self.extractor.rate))
+        row = int(part.rows.numbers[unit])
+        return self.extractor.features(hear_again(part.rows.table, self.audio_column, row, self.extractor.rate))
 
     def loss(self, forward: Forward, batch: Batch) -> torch.Tensor:
         """The sum of the clips' CTC losses, a float32 scalar."""
@@ -249,18 +247,8 @@ class CTCSpeech:
 
 def row_score(reference: str, text: str, loss: float, labels: int) -> Score:
     """Word and character edits of one row, as jiwer counts them."""
-    import jiwer
-
-    words, characters = jiwer.process_words(reference, text), jiwer.process_characters(reference, text)
-    edits, count = _edits(words)
-    character_edits, characters_count = _edits(characters)
-    return Score(edits, count, loss, text=text, stats=(character_edits, characters_count, labels))
-
-
-def _edits(measured: Any) -> tuple[int, int]:
-    """(edits, length of the reference) of what jiwer measured."""
-    edits = measured.substitutions + measured.deletions + measured.insertions
-    return edits, measured.hits + measured.substitutions + measured.deletions
+    (edits, count), (character_edits, characters) = word_errors(reference, text), character_errors(reference, text)
+    return Score(edits, count, loss, text=text, stats=(character_edits, characters, labels))
 
 
 def open_task(recipe: Recipe, library: Library, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> CTCSpeech:
@@ -323,13 +311,10 @@ def _examine(
         if labels is None:
             return Examined(b"", reason=reason), None
         try:
-            raw = raw_bytes(table, audio, row)
-            samples = resample(*decode(raw), extractor.rate)
+            raw, samples = hear(table, audio, row, extractor.rate)
             clip = _clip(samples, labels, extractor, decoder, lengths)
-        except OSError as error:
-            return Examined(b"", reason=f"unreadable file ({error.strerror or error})"), None
-        except (DataError, TypeError) as error:
-            return Examined(b"", reason=str(error) if isinstance(error, DataError) else "no audio"), None
+        except DataError as error:
+            return Examined(b"", reason=str(error)), None
         if table.decoded is not None:
             table.decoded.put(row, samples.tobytes(), len(samples), 0)
         return Examined(hashlib.sha256(raw).digest(), texts=(said[row],)), clip

@@ -13,7 +13,21 @@ from typing import Any, TypeVar
 import torch
 
 from dsd_refine.checkpoint.library import Library
-from dsd_refine.data.columns import AUDIO, CAPTION, DIALOGUE, DOCUMENT, IMAGE, LABEL, TAGS, TEXT, TRANSCRIPT, WORDS, Kind
+from dsd_refine.data.columns import (
+    AUDIO,
+    CAPTION,
+    DIALOGUE,
+    DOCUMENT,
+    IMAGE,
+    LABEL,
+    SOURCE,
+    TAGS,
+    TARGET,
+    TEXT,
+    TRANSCRIPT,
+    WORDS,
+    Kind,
+)
 from dsd_refine.data.conversations import is_conversation
 from dsd_refine.data.decoded import Store
 from dsd_refine.data.given import Given, read_given
@@ -43,6 +57,8 @@ KINDS: dict[str, Kind] = {
     "dialogue": DIALOGUE,
     "transcript": TRANSCRIPT,
     "caption": CAPTION,
+    "source": SOURCE,
+    "target": TARGET,
 }
 
 
@@ -136,7 +152,7 @@ def _refuse_useless(recipe: Recipe, spec: TaskSpec, kinds: Sequence[Kind]) -> No
     for name in OWN_FIELDS:
         if getattr(recipe, name) is not None and name not in spec.fields:
             raise DataError(f"{name}: {spec.name} has no use for it: leave it out")
-    for kind in (IMAGE, AUDIO, LABEL, TEXT):
+    for kind in (IMAGE, AUDIO, LABEL, TEXT, SOURCE, TARGET):
         if kind.what not in used and getattr(recipe, f"{kind.what}_column") is not None:
             raise DataError(f"{kind.flag}: {spec.name} reads columns of {' and '.join(used)}, and no {kind.what}: leave it out")
     if recipe.max_length is not None and spec.default_length is None:
