@@ -68,7 +68,10 @@ class TaskSpec:
 
 
 # Fields of recipes that only some tasks use. A task without a field refuses a recipe that sets it.
-OWN_FIELDS = ("documents", "join", "stride", "loss_on", "group_by_length", "pack", "metric", "pooling")
+OWN_FIELDS = (
+    "documents", "join", "stride", "loss_on", "group_by_length", "pack", "metric", "pooling", "source_language",
+    "target_language", "prefix", "normalizer",
+)  # fmt: skip
 
 _CLASS_METRICS = {name: f"dsd_refine.tasks.class_counts:{name}" for name in ("f1", "f1_macro", "balanced_accuracy", "matthews")}
 _SET_METRICS = {
@@ -209,7 +212,46 @@ _ALL = (
         pipeline_tag="image-to-text",
         default_length=20,  # the default of transformers' generation
         model_types=("vision-encoder-decoder", "blip", "git"),  # we know how to train these on captions
-        corpora={"bleu4": "dsd_refine.tasks.image_captioning:bleu"},
+        corpora={"bleu4": "dsd_refine.tasks.text_metrics:bleu"},
+    ),
+    TaskSpec(
+        name="seq2seq-lm",
+        opener="dsd_refine.tasks.seq2seq_lm:open_task",
+        columns=("source", "target"),
+        auto_class="AutoModelForSeq2SeqLM",
+        model_list="seq-to-seq-causal-lm",
+        endings=("ForConditionalGeneration", "MTModel"),
+        processor="AutoTokenizer",
+        pipeline_tag="text2text-generation",
+        default_length=512,
+        model_types=(
+            "t5",
+            "mt5",
+            "umt5",
+            "longt5",
+            "bart",
+            "mbart",
+            "marian",
+            "m2m_100",
+            "pegasus",
+            "blenderbot",
+            "blenderbot-small",
+        ),  # others see more than tokens and their mask, or train on losses of their own
+        fields=("metric", "source_language", "target_language", "prefix"),
+        corpora={"chrf": "dsd_refine.tasks.seq2seq_lm:chrf_of", "bleu": "dsd_refine.tasks.text_metrics:bleu"},
+    ),
+    TaskSpec(
+        name="speech-seq2seq",
+        opener="dsd_refine.tasks.speech_seq2seq:open_task",
+        columns=("audio", "transcript"),
+        auto_class="AutoModelForSpeechSeq2Seq",
+        model_list="speech-seq-2-seq",
+        endings=("ForConditionalGeneration",),
+        processor="AutoProcessor",
+        pipeline_tag="automatic-speech-recognition",
+        default_length=448,  # what Whisper's decoder has positions for
+        model_types=("whisper", "speech_to_text"),
+        fields=("metric", "target_language", "normalizer"),
     ),
 )
 

@@ -38,8 +38,17 @@ def opened(folder, architecture, model_type, task=None, **more):
         ("XLNetForQuestionAnsweringSimple", "xlnet", "question-answering"),
         ("Wav2Vec2ForSequenceClassification", "wav2vec2", "audio-classification"),
         ("ASTForAudioClassification", "audio-spectrogram-transformer", "audio-classification"),
+        ("BertModel", "bert", "embedding"),
+        ("MPNetModel", "mpnet", "embedding"),
         ("BlipForConditionalGeneration", "blip", "image-captioning"),
         ("GitForCausalLM", "git", "image-captioning"),
+        ("T5ForConditionalGeneration", "t5", "seq2seq-lm"),
+        ("BartForConditionalGeneration", "bart", "seq2seq-lm"),
+        ("MarianMTModel", "marian", "seq2seq-lm"),
+        ("M2M100ForConditionalGeneration", "m2m_100", "seq2seq-lm"),
+        ("MBartForConditionalGeneration", "mbart", "seq2seq-lm"),
+        ("WhisperForConditionalGeneration", "whisper", "speech-seq2seq"),
+        ("Speech2TextForConditionalGeneration", "speech_to_text", "speech-seq2seq"),
     ],
 )
 def test_the_task_is_that_of_the_class(tmp_path, architecture, model_type, task):
@@ -53,11 +62,6 @@ def test_one_class_for_two_tasks_is_told_apart_by_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "model_type", "kind", "more"),
     [
-        ("T5ForConditionalGeneration", "t5", "seq2seq-lm", {}),
-        ("BartForConditionalGeneration", "bart", "seq2seq-lm", {}),
-        ("MarianMTModel", "marian", "seq2seq-lm", {}),
-        ("EncoderDecoderModel", "encoder-decoder", "seq2seq-lm", PAIRS),
-        ("WhisperForConditionalGeneration", "whisper", "speech-seq2seq", {}),
         ("Gemma3ForConditionalGeneration", "gemma3", "image-text-to-text", {}),
         ("LlavaForConditionalGeneration", "llava", "image-text-to-text", {}),
         ("RobertaForMultipleChoice", "roberta", "multiple-choice", {}),
@@ -72,8 +76,6 @@ def test_one_class_for_two_tasks_is_told_apart_by_the_config(tmp_path):
         ("TapasForQuestionAnswering", "tapas", "table-question-answering", {}),
         ("LayoutLMForQuestionAnswering", "layoutlm", "document-question-answering", {}),
         ("CLIPModel", "clip", "zero-shot-image-classification", {}),
-        ("BertModel", "bert", "embeddings (no task's head)", {}),
-        ("MPNetModel", "mpnet", "embeddings (no task's head)", {}),
         ("ElectraForPreTraining", "electra", "pretraining", {}),
         ("FunnelForPreTraining", "funnel", "pretraining", {}),
         ("Wav2Vec2ForPreTraining", "wav2vec2", "pretraining", {}),
@@ -123,6 +125,20 @@ def test_a_diffusers_pipeline_is_called_so(refused, tmp_path):
     (tmp_path / "unet/config.json").write_text('{"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30"}')
     assert "a pipeline of diffusers (model_index.json), such as text-to-image, which is not supported" in refused(tmp_path)
     assert "a part of a diffusers pipeline (UNet2DConditionModel), which is not supported" in refused(tmp_path / "unet")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "task", "more"),
+    [
+        ("EncoderDecoderModel", "encoder-decoder", "seq2seq-lm", PAIRS),
+        ("LEDForConditionalGeneration", "led", "seq2seq-lm", {}),
+        ("MoonshineForConditionalGeneration", "moonshine", "speech-seq2seq", {}),
+    ],
+)
+def test_a_task_for_some_families_names_them(tmp_path, architecture, model_type, task, more):
+    families = ", ".join(TASKS[task].model_types)
+    with pytest.raises(CheckpointError, match=f"{task} is for {families}; this is {model_type}$"):
+        opened(tmp_path, architecture, model_type, **more)
 
 
 @pytest.mark.parametrize(

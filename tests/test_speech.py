@@ -550,9 +550,9 @@ def test_plan_counts_clips(command, heard):
 
 
 def test_missing_packages_are_named(refused, heard, monkeypatch):
-    from dsd_refine.tasks import base
+    from dsd_refine import extras
 
-    monkeypatch.setattr(base, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     message = refused(heard / "group", "--data", heard / "data")
     assert message == "ctc-speech needs soundfile and jiwer: pip install 'dsd-refine[speech]'"
 

@@ -43,7 +43,7 @@ class Kind:
     """What a task looks for in a table.
 
     Attributes:
-        what: image, audio, label or text.
+        what: image, audio, label, text, source or target.
         known: Known column names in ranks. A column of an earlier rank is preferred.
         feature: The type of `datasets` that such a column may have.
         decides: If there are columns of that type, no other column can be meant.
@@ -51,6 +51,7 @@ class Kind:
         sets: Columns that together are the content: those that must be there, and those that may be.
         lists: The column has a list in each row.
         advice: What else helps if there is no such column, for the message.
+        inside: Columns of mappings, each of whose entries counts as a column (`data.translations`).
     """
 
     what: str
@@ -61,11 +62,12 @@ class Kind:
     sets: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
     lists: bool = False
     advice: str = ""
+    inside: tuple[str, ...] = ()
 
     @property
     def flag(self) -> str:
         """The option that names such a column."""
-        return f"--{self.what}-column"
+        return f"--set {self.what}_column=NAME" if self.inside else f"--{self.what}-column"
 
     def rank(self, name: str) -> int | None:
         """Return the rank of a column's name in any case, or None for an unknown name."""
@@ -125,6 +127,24 @@ CAPTION = Kind(
     (("text", "caption", "captions", "sentence", "sentences", "description", "descriptions"), ("raw",)),
 )
 
+
+# a text, and the text that a model is to write for it: a translation, a summary, an answer
+SOURCE = Kind(
+    "source",
+    (
+        ("source", "src", "source_text"),
+        ("input", "inputs", "input_text", "article", "document", "dialogue", "text"),
+    ),
+    inside=("translation",),
+)
+TARGET = Kind(
+    "target",
+    (
+        ("target", "tgt", "target_text"),
+        ("output", "outputs", "output_text", "targets", "summary", "highlights", "abstract"),
+    ),
+    inside=("translation",),
+)
 
 WORDS = Kind("text", (("tokens", "words"),), lists=True)
 TAGS = Kind(
@@ -402,6 +422,8 @@ def _missing(table: Table, what: str, kind: Kind) -> MissingColumn:
     if str(table.origin).endswith(".txt") and kind.what != "text":
         table_of = f"give a CSV, JSON-lines or Parquet file with a column of each, text and {kind.what}"
         return MissingColumn(f"{named} A .txt file holds texts alone: {table_of}")
+    if kind.inside:
+        return MissingColumn(f"{named} Say which text is for which: {SOURCE.flag} {TARGET.flag}")
     return MissingColumn(f"{named} Name it with {kind.flag}{kind.advice}")
 
 

@@ -16,6 +16,7 @@ from dsd_refine.data.columns import Kind, aligned, choose, fits, in_short, unuse
 from dsd_refine.data.reading import Reading, Table, speaks_of
 from dsd_refine.data.splits import Rows, Splits, by_role, where_of
 from dsd_refine.data.tables import read_tables
+from dsd_refine.data.translations import with_languages
 from dsd_refine.errors import DataError
 
 Columns = dict[str, tuple[str, ...]]
@@ -91,6 +92,11 @@ class _Side:
             lines = [line.replace(str(place), place.name) for line in lines]
         return [f"{name}: {line}" if several and not line.startswith(name) else line for line in lines]
 
+    def with_languages(self, names: Sequence[str]) -> _Side:
+        """Make columns of the entries of these columns of mappings."""
+        tables = {role: with_languages(table, names) for role, table in self.splits.tables.items()}
+        return replace(self, splits=replace(self.splits, tables=tables))
+
     def aligned(
         self, columns: Columns, kinds: Sequence[Kind], asked: Mapping[str, str | None], *, may_lack_label: bool
     ) -> _Side:
@@ -148,6 +154,8 @@ def read_given(
     if eval_data:
         reading = read_tables(eval_data, cache, **how)
         sides.append(_Side(eval_data, reading, by_role(reading, eval_data, evaluates=evaluates, use="evaluate")))
+    if inside := [name for way in ways for kind in way for name in kind.inside]:
+        sides = [side.with_languages(inside) for side in sides]
     train = sides[0].splits.tables["train"]
     kinds = next((way for way in ways[:-1] if all(fits(train, kind, asked[kind.what]) for kind in way)), ways[-1])
     columns = choose(train, kinds, asked)

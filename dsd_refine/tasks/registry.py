@@ -23,7 +23,9 @@ from dsd_refine.data.columns import (
     LABEL,
     QUESTION,
     SCORE_COLUMN,
+    SOURCE,
     TAGS,
+    TARGET,
     TEXT,
     TOGETHER,
     TRANSCRIPT,
@@ -63,6 +65,8 @@ KINDS: dict[str, Kind] = {
     "caption": CAPTION,
     "together": TOGETHER,
     "score": SCORE_COLUMN,
+    "source": SOURCE,
+    "target": TARGET,
 }
 
 
@@ -157,7 +161,7 @@ def _refuse_useless(recipe: Recipe, spec: TaskSpec, kinds: Sequence[Kind]) -> No
     for name in OWN_FIELDS:
         if getattr(recipe, name) is not None and name not in spec.fields:
             raise DataError(f"{name}: {spec.name} has no use for it: leave it out")
-    for kind in (IMAGE, AUDIO, LABEL, TEXT):
+    for kind in (IMAGE, AUDIO, LABEL, TEXT, SOURCE, TARGET):
         if kind.what not in used and getattr(recipe, f"{kind.what}_column") is not None:
             raise DataError(f"{kind.flag}: {spec.name} reads columns of {' and '.join(used)}, and no {kind.what}: leave it out")
     if recipe.max_length is not None and spec.default_length is None:

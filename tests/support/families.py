@@ -50,6 +50,10 @@ SOUND = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
          "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_feat_extract_layers": 2,
          "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "pad_token_id": 0}  # fmt: skip
 BOTH = {"vision_config": VIT, "text_config": BERT}
+PAIRED = {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+          "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0, "bos_token_id": 1,
+          "eos_token_id": 2, "decoder_start_token_id": 2}  # fmt: skip
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
 
 # task -> model type -> config: small, with every kind of tensor that the family has
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -93,7 +97,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "squeezebert": {**BERT, "embedding_size": 32, "q_groups": 2, "k_groups": 2, "v_groups": 2, "intermediate_groups": 2,
                         "output_groups": 2},
         "ibert": BERT,
-        "t5": {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2},
+        "t5": T5,
     },
     "token-classification": {
         "bert": BERT,
@@ -181,6 +185,19 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "blip": {"vision_config": VIT, "projection_dim": 16,
                  "text_config": {**BERT, "encoder_hidden_size": 32, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2}},
         "git": {**BERT, "vision_config": VIT, "bos_token_id": 1, "eos_token_id": 2},
+    },
+    "seq2seq-lm": {
+        "t5": T5,
+        "mt5": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        "umt5": T5,
+        "longt5": T5,
+        **{family: {**PAIRED, "max_position_embeddings": 32}
+           for family in ("bart", "mbart", "marian", "m2m_100", "pegasus", "blenderbot", "blenderbot-small")},
+    },
+    "speech-seq2seq": {
+        "whisper": {**PAIRED, "num_mel_bins": 16, "max_source_positions": 20, "max_target_positions": 32},
+        "speech_to_text": {**PAIRED, "input_feat_per_channel": 16, "conv_channels": 16, "max_source_positions": 40,
+                           "max_target_positions": 32},
     },
 }  # fmt: skip
 

@@ -102,7 +102,8 @@ class TransformersLibrary:
 
     def load(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
         """As in `Library`; transformers' renaming and conversion are applied."""
-        cls = type(self.build_meta())
+        built = self.build_meta()
+        cls = type(built)
         with _building(self):
             model, info = cls.from_pretrained(  # type: ignore[attr-defined]
                 None,
@@ -120,6 +121,7 @@ class TransformersLibrary:
             raise CheckpointError(
                 f"{self.folder}: the weights lack what {cls.__name__} needs, and nothing is ever made up: {listed(lost)}.{hint}"
             )
+        _freeze_as_built(model, built)
         return model  # type: ignore[no-any-return]
 
     def load_plain(self, folder: Path) -> torch.nn.Module:
@@ -186,6 +188,16 @@ class TransformersLibrary:
         config = copy.deepcopy(self.config)
         config.dtype = None
         return config
+
+
+def _freeze_as_built(model: torch.nn.Module, built: torch.nn.Module) -> None:
+    """Freeze what the class itself freezes, such as Whisper's and Marian's sinusoidal positions. transformers' loading
+    makes every parameter trainable.
+    """
+    frozen = {name for name, value in built.named_parameters(remove_duplicate=False) if not value.requires_grad}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        if name in frozen:
+            value.requires_grad_(False)
 
 
 def _is_head(model: Any, lost: list[str]) -> bool:
@@ -271,6 +283,8 @@ def _infer(folder: Path, config: Any) -> str:
     others = [(name, kind) for name in architectures for kind in _kinds(name) if kind not in done]
     for name, kind in others[:1]:
         shown, hint = SHOWN.get(kind, kind), "; give --task if the weights have a head" if kind in VAGUE else ""
+        if shown in TASKS:  # a task for some families only
+            _refuse_task(folder, config, shown)
         raise CheckpointError(f"{folder}: {name} is for {shown}, which is not supported yet; {_supported()}{hint}")
     named = ", ".join(architectures)[:200] or "nothing"
     raise CheckpointError(
@@ -309,8 +323,8 @@ def _has_head(architecture: str, config: Any, task: str) -> bool:
     if TASKS[task].model_types:
         return config.model_type in TASKS[task].model_types
     kinds = _kinds(architecture)
-    if task == "embedding" and not any(config.model_type in _mappings()[kind] for kind in OF_TEXTS):
-        return False  # the class without a head also exists for pictures and sounds
+    if task == "embedding" and not (kinds and any(config.model_type in _mappings()[kind] for kind in OF_TEXTS)):
+        return False  # the class without a head also exists for pictures and sounds, and many names end in Model
     if _mappings()[TASKS[task].model_list].get(config.model_type) == f"{architecture}Simple":
         return False  # XLNetForQuestionAnswering and its like: another head, which no auto class builds
     return TASKS[task].model_list in kinds if kinds else _is_in_list(config, task)
