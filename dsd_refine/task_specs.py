@@ -237,7 +237,7 @@ _ALL = (
             "blenderbot",
             "blenderbot-small",
         ),  # others see more than tokens and their mask, or train on losses of their own
-        fields=("metric", "source_language", "target_language", "prefix"),
+        fields=("metric", "group_by_length", "source_language", "target_language", "prefix"),
         corpora={"chrf": "dsd_refine.tasks.seq2seq_lm:chrf_of", "bleu": "dsd_refine.tasks.text_metrics:bleu"},
     ),
     TaskSpec(

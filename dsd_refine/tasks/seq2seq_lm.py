@@ -190,7 +190,8 @@ class _Examiner:
             tokens, reason = or_reason(self._tokens, source, target)
             kept.append(tokens)
             said = () if tokens is None else (" ".join(target.split()),)
-            rows.append(Examined(b"" if tokens is None else text_digest(source), reason=reason, texts=said))
+            length = 0 if tokens is None else len(tokens[0])
+            rows.append(Examined(b"" if tokens is None else text_digest(source), reason=reason, texts=said, length=length))
         return use_rows(table, rows)
 
     def _tokens(self, source: Any, target: Any) -> tuple[Array, Array]:
