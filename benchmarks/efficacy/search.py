@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="a folder for stand-in checkpoints")
     parser.add_argument("--realdata", type=Path, help="the data of the real tasks")
     parser.add_argument("--released", type=Path, help="their checkpoints")
-    parser.add_argument("--only", nargs="*", default=[""], help="only settings whose names end with one of these texts")
+    parser.add_argument("--only", nargs="*", default=[], help="only these settings")
     parser.add_argument("--arms", default="refined,dense", help="which arms, separated by commas")
     parser.add_argument("--seeds", type=int, default=FOLDS, help="how many seeds; seed n uses fold n mod 3")
     parser.add_argument("--ledger", type=Path, help="the file of the ledger")
@@ -67,7 +67,7 @@ def search(
         place = task.trial(sources, seed % FOLDS)
         for name, changes in settings(task.rate, task.length, task.average, light_crop=task.images).items():
             for arm in arms_of(changes):
-                wanted = name.endswith(tuple(only)) and (arm in arms or len(arms_of(changes)) == 1)
+                wanted = name in (only or [name]) and (arm in arms or len(arms_of(changes)) == 1)
                 if wanted and ledger.key({"recipe": as_arm(changes, arm), "seed": seed}) not in done:
                     ledger.append(file, line := trial(task, place, name, changes, arm, seed, quick))
                     done.add(ledger.key(line))

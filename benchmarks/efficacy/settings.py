@@ -72,7 +72,7 @@ def settings(rate: float, length: float, average: str, *, light_crop: bool) -> d
         "average under the mask 50 %, x1": average_under_mask(rate, length, 0.5),
         "ema, x1": averaged(rate, length, average="ema", ema_decay=EMA_DECAY),
         "average, x1, half the length": averaged(rate, length / 2),
-        "average, x1, a quarter of the length": averaged(rate, length / 4),
+        "average, x1, twice the length": averaged(rate, 2 * length),
         "dsd 30 % + average, x0.25": masked_average(rate / 4, length),
         "dsd 30 % + average, x4": masked_average(4 * rate, length),
     }
