@@ -66,6 +66,9 @@ def settings(rate: float, length: float, average: str, *, light_crop: bool) -> d
         "dsd 30 % + average, x1": masked_average(rate, length, 0.3),
         "dsd 50 % + average, x1": masked_average(rate, length, 0.5),
         "dsd 80 % + average, x1": masked_average(rate, length, 0.8),
+        "dsd 30 % for a quarter + average at the full rate, x1": masked_average(rate, length, 0.3, 0.25, 1.0),
+        "dsd 50 % for a quarter + average at the full rate, x1": masked_average(rate, length, 0.5, 0.25, 1.0),
+        "dsd 80 % for a quarter + average at the full rate, x1": masked_average(rate, length, 0.8, 0.25, 1.0),
         "average + distill, x1": taught(averaged(rate, length)),
         "dsd 30 % + average + distill, x1": taught(masked_average(rate, length)),
         "average under the mask 30 %, x1": average_under_mask(rate, length),
@@ -79,7 +82,14 @@ def settings(rate: float, length: float, average: str, *, light_crop: bool) -> d
     if light_crop:
         light = {"augment": {"crop": "random-resized", "scale": [0.75, 1.0], "flip": 0.0}}
         found["average + light crop, x1"] = averaged(rate, length) | light
+        found["average + light crop, x1, twice the length"] = averaged(rate, 2 * length) | light
         found["dsd 30 % + average + light crop, x1"] = masked_average(rate, length) | light
+        found["dsd 50 % for a quarter + average at the full rate + light crop, x1"] = (
+            masked_average(rate, length, 0.5, 0.25, 1.0) | light
+        )
+        found["dsd 80 % for a quarter + average at the full rate + light crop, x1"] = (
+            masked_average(rate, length, 0.8, 0.25, 1.0) | light
+        )
     return found if average == "swa" else {name: by_steps(changes) for name, changes in found.items()}
 
 

@@ -54,6 +54,6 @@ TASKS = {
     "demo": EfficacyTask(IMAGES, 0.04, 12, digits.demo_trial, digits.demo_final, images=True),
     "digits5k": EfficacyTask(IMAGES, 0.1, 8, digits.digits5k_trial, digits.digits5k_final, images=True),
     "tweets": EfficacyTask(TWEETS, 2e-5, 0.12, texts.tweets_trial, texts.tweets_final, average="ema"),
-    "language": EfficacyTask(LANGUAGE, 1e-3, 6, texts.language_trial, texts.language_final),
+    "language": EfficacyTask(LANGUAGE, 1e-3, 2, texts.language_trial, texts.language_final),
     "captions": EfficacyTask(CAPTIONS, 5e-4, 6, captioner.captions_trial, captioner.captions_final),
 }
