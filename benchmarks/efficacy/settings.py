@@ -69,6 +69,8 @@ def settings(rate: float, length: float, average: str, *, light_crop: bool) -> d
         "dsd 30 % for a quarter + average at the full rate, x1": masked_average(rate, length, 0.3, 0.25, 1.0),
         "dsd 50 % for a quarter + average at the full rate, x1": masked_average(rate, length, 0.5, 0.25, 1.0),
         "dsd 80 % for a quarter + average at the full rate, x1": masked_average(rate, length, 0.8, 0.25, 1.0),
+        "dsd 90 % for a quarter + average at the full rate, x1": masked_average(rate, length, 0.9, 0.25, 1.0),
+        "dsd 80 % for half + average at the full rate, x1": masked_average(rate, length, 0.8, 0.5, 1.0),
         "average + distill, x1": taught(averaged(rate, length)),
         "dsd 30 % + average + distill, x1": taught(masked_average(rate, length)),
         "average under the mask 30 %, x1": average_under_mask(rate, length),
