@@ -117,8 +117,8 @@ MUTATIONS = [
     Mutation(
         "biases and norms decay",
         "training/optimizer.py",
-        '"weight_decay": 0.0}',
-        '"weight_decay": recipe.weight_decay}',
+        '"weight_decay": 0.0, "factor"',
+        '"weight_decay": recipe.weight_decay, "factor"',
         "test_train.py::test_one_dimensional_parameters_do_not_decay",
     ),
     Mutation(
@@ -145,7 +145,7 @@ MUTATIONS = [
     Mutation(
         "dropout hangs on what was drawn before",
         "training/loop.py",
-        '        seed_all(stable_seed(*state.key, step, number, loop.accelerator.process_index, "dropout"), device)\n',
+        '        seed_all(stable_seed(*key, step, number, loop.accelerator.process_index, "dropout"), loop.accelerator.device)\n',
         "",
         "test_train.py::test_dropout_is_a_function_of_seed_and_step",
     ),

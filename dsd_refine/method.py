@@ -12,12 +12,22 @@ from dsd_refine.evidence.compare import gate_passed, verdict
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report.report import Report
 from dsd_refine.run.interpolate import interpolate
-from dsd_refine.run.judge import compare_arms, load_published, load_selected, look_at_source, score_arm, warn_of_harm
+from dsd_refine.run.judge import (
+    compare_arms,
+    load_published,
+    load_selected,
+    look_at_source,
+    score_arm,
+    score_soup,
+    warn_of_harm,
+)
 from dsd_refine.run.lost import lost_if_diverged, refuse_all_lost
 from dsd_refine.run.open import opened
 from dsd_refine.run.phase import enter_phase, finished_before, leave_phase, run_phase, steps_of
 from dsd_refine.run.publish import publish
+from dsd_refine.run.rates import test_rates
 from dsd_refine.run.run import Options, Run
+from dsd_refine.run.soup import soup
 from dsd_refine.search import resized
 from dsd_refine.training.settings import settings
 
@@ -46,6 +56,7 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
     with opened(source, library, recipe, options) as run:
         score_arm(run, "baseline")
         look_at_source(run)
+        test_rates(run)
         for arm in run.arms:
             for attempt in run.tries:
                 phases = try_phases(run, arm, attempt)
@@ -58,11 +69,13 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
                             run_phase(run, phase, state)
                             leave_phase(run, phase, state)
             refuse_all_lost(run, arm)
+            soup(run, arm)
             interpolate(run, arm)
         for arm in run.arms:
             for seed in range(recipe.seeds):
                 load_selected(run, arm, seed)
                 score_arm(run, arm, seed)
+            score_soup(run, arm)
         run.teacher = None  # free its memory, because the check loads the written output
         compare_arms(run)
         warn_of_harm(run)
@@ -95,7 +108,9 @@ def arm_phases(arm: str, recipe: Recipe) -> tuple[Phase, ...]:
     """
     phases = recipe.trained_phases
     if arm == "dense":
-        without_mask = {"kind": "dense", "sparsity": None, "refresh": None, "criterion": "magnitude"}
+        without_mask = {
+            "kind": "dense", "sparsity": None, "refresh": None, "criterion": "magnitude", "threshold": "layer", "ramp": None
+        }  # fmt: skip
         return tuple(phase.model_copy(update=without_mask) for phase in phases)
     if arm == "random":
         return tuple(p.model_copy(update={"criterion": "random"}) if p.kind == "sparse" else p for p in phases)

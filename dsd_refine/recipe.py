@@ -16,13 +16,57 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from dsd_refine.errors import RecipeError
 from dsd_refine.task_specs import TASKS
 from dsd_refine.yaml_reader import dump_recipe_yaml, load_recipe_yaml
 
 Rate = Annotated[float, Field(ge=0)]
+
+
+class AutoRate(float):
+    """A learning rate that is a multiple of the one that the range test finds: `auto*0.3` is AutoRate(0.3).
+
+    `dsd_refine.run.rates` makes plain numbers of them before the first phase.
+    """
+
+    def __str__(self) -> str:
+        factor = float(self)
+        return "auto" if factor == 1 else f"auto*{factor:.12g}"
+
+    __repr__ = __str__
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
+
+
+def read_rate(value: Any) -> Any:
+    """Return an `AutoRate` for a text such as `auto`, `auto*0.3` or `auto/10`. Every other value is returned as it is."""
+    match = re.fullmatch(r"auto(?:\s*([*/])\s*(\d[\d.e+-]*))?", value) if isinstance(value, str) else None
+    try:
+        factor = float(match[2] or 1) if match else math.nan
+    except ValueError:
+        return value
+    if not match or not 0 < factor < math.inf:
+        return value
+    return AutoRate(1 / factor if match[1] == "/" else factor)
+
+
+def times(rate: float, factor: float) -> float:
+    """Return a multiple of a rate, rounded to three digits. It is an `AutoRate` if the rate is one."""
+    rounded = float(f"{factor * rate:.3g}")
+    return AutoRate(rounded) if isinstance(rate, AutoRate) else rounded
+
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -65,11 +109,22 @@ class Phase(Strict):
         kind: "sparse" or "dense".
         epochs: The length in epochs: max(1, ceil(epochs * steps per epoch)) steps. 0 is allowed.
         steps: The length in optimizer steps, instead of `epochs`. 0 is allowed.
-        lr: The peak learning rate.
+        lr: The peak learning rate. `auto`, `auto*0.3` and `auto/10` are multiples of the rate that the
+            range test finds on the source before the first phase.
         schedule: How the learning rate falls.
         warmup_steps: The number of steps in which the learning rate rises.
         sparsity: The share of zeros in each layer (paper, section 3). Only for a sparse phase.
-        criterion: "magnitude" masks the smallest absolute values, "random" draws by chance.
+        criterion: "magnitude" masks the smallest absolute values, "saliency" the smallest |weight *
+            gradient| on a few batches (Lee et al. 2019), "random" draws by chance.
+        threshold: "layer" masks the same share of each layer. "global" masks the smallest values of the
+            whole model, so that layers differ; each layer and expert keeps at least one weight.
+        ramp: Share of the phase in which the sparsity rises from 0 (Zhu and Gupta 2017), at each new mask.
+        restore: With what the masked weights begin a dense phase: "zero", or "source", their values in
+            the source.
+        lr_scale: Glob of parameter names in the model -> factor of their learning rate. The first
+            glob that matches counts.
+        sam: The radius of sharpness-aware minimization (Foret et al. 2021): the gradient is that at
+            weights moved so far uphill. A step takes twice as long.
         refresh: When a new mask is made: `once` (the paper), `every step`, `every N steps`. With
             magnitude, the step before a new mask is made without a mask, so that a masked weight can
             return by its gradient (iterative hard thresholding, Jin et al. 2016). With random, the
@@ -92,13 +147,28 @@ class Phase(Strict):
     schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
     warmup_steps: Count = 0
     sparsity: Share | None = None
-    criterion: Literal["magnitude", "random"] = "magnitude"
+    criterion: Literal["magnitude", "saliency", "random"] = "magnitude"
+    threshold: Literal["layer", "global"] = "layer"
+    ramp: Annotated[float, Field(gt=0, le=1)] | None = None
+    restore: Literal["zero", "source"] = "zero"
+    lr_scale: dict[str, Annotated[float, Field(gt=0)]] = {}
+    sam: Annotated[float, Field(gt=0)] | None = None
     refresh: Positive | None = None
     average: Literal["none", "swa", "ema"] = "none"
     ema_decay: Share = 0.999
     distill: Distill | None = None
     dropout: Share | None = None
     frozen: Names = ()
+
+    @field_validator("lr", mode="wrap")
+    @classmethod
+    def _number_or_auto(cls, value: Any, number: ValidatorFunctionWrapHandler) -> Any:
+        rate = read_rate(value)
+        return rate if isinstance(rate, AutoRate) else number(value)
+
+    @field_serializer("lr", when_used="json")
+    def _as_given(self, lr: float) -> float | str:
+        return str(lr) if isinstance(lr, AutoRate) else lr
 
     @field_validator("refresh", mode="before")
     @classmethod
@@ -118,9 +188,32 @@ class Phase(Strict):
             raise ValueError("a sparse phase needs a sparsity")
         if self.kind == "dense" and (self.sparsity is not None or self.refresh is not None):
             raise ValueError("a dense phase has no mask: leave out sparsity and refresh")
+        if self.kind == "dense" and (self.ramp is not None or self.threshold != "layer"):
+            raise ValueError("a dense phase has no mask: leave out ramp and threshold")
+        if self.kind == "sparse" and self.restore != "zero":
+            raise ValueError("restore belongs to the dense phase after the sparse one")
+        if self.ramp is not None and not self.refresh:
+            raise ValueError("ramp needs new masks on the way: give refresh, such as `every 50 steps`")
+        if self.criterion == "saliency" and self.refresh:
+            raise ValueError("saliency has one mask a phase: use refresh: once, or criterion: magnitude")
         if self.refresh and self.average != "none":
             raise ValueError("an average over changing masks would have no zeros: use refresh: once, or average: none")
         return self
+
+    def sparsity_at(self, step: int, steps: int) -> float:
+        """Return the sparsity of the mask that is made after a step: s * (1 - (1 - x)^3) with `ramp`.
+
+        The last mask has the whole sparsity.
+
+        Args:
+            step: The number of steps that are done, from 0.
+            steps: The number of steps of the phase.
+        """
+        sparsity, every = self.sparsity or 0.0, self.refresh or 1
+        last = max(0, steps - 1) // every * every  # the step after which the last mask is made
+        if self.ramp is None or not last:
+            return sparsity
+        return sparsity * (1 - (1 - min(1.0, step / (self.ramp * last))) ** 3)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps of this phase.
@@ -190,6 +283,9 @@ class Recipe(Strict):
     `dsd_refine.run.lost`). None: no try is stopped.
     `interpolate` lists shares of the way from the source to the trained weights, such as [0.5]. The holdout decides
     whether such weights are the result of an arm.
+    `soup` mixes the weights of the finished tries of an arm (`uniform`: of all; `greedy`: of those that improve the mean).
+    `average: rounds` mixes the weights at the ends of several sparse-dense rounds of a try. For both, the holdout
+    decides whether such weights are the result.
     `search` tries several settings in each arm. `search: 8` is `search: {tries: 8}`.
     """
 
@@ -221,6 +317,8 @@ class Recipe(Strict):
     patience: Positive | None = None
     search: Search | None = None
     interpolate: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = ()
+    soup: Literal["none", "uniform", "greedy"] = "none"
+    average: Literal["none", "rounds"] = "none"
     seed: Seed = 0
     seeds: Annotated[int, Field(gt=0, le=1000)] = 1
     expect: dict[str, float] = {}
@@ -313,6 +411,7 @@ class Recipe(Strict):
                 raise ValueError("a search and a list of sparsities exclude each other: put the sparsities into search.space")
         if self.holdout == 0 and self.interpolate:
             raise ValueError("interpolate needs a holdout that chooses: give --holdout F, such as 0.1")
+        self._check_mixing()
         if self.holdout == 0 and self.patience:
             raise ValueError("patience needs a holdout that shows what is hopeless: give --holdout F, such as 0.1")
         if self.gate == "beats-control" and not self.control:
@@ -322,6 +421,29 @@ class Recipe(Strict):
         if self.join_with is not None and self.join is None:
             raise ValueError("join_with stands between the rows that join puts together: give join too")
         return self
+
+    def _check_mixing(self) -> None:
+        """Check `soup` and `average`."""
+        for name in ("soup", "average"):
+            asked = getattr(self, name)
+            if asked != "none" and self.holdout == 0:
+                raise ValueError(f"{name}: {asked} needs a holdout that chooses: give --holdout F, such as 0.1")
+            if asked != "none" and self.keep == "sparse":
+                raise ValueError(f"{name}: {asked} gives weights without the zeros of one mask: use keep: best")
+        tries = max(len(self.sparsities), self.search.tries or 1 if self.search else 1) * self.seeds
+        if self.soup != "none" and tries == 1:
+            raise ValueError(
+                f"soup: {self.soup} mixes several tries, and here is one: give --search N, --seeds N or sparsities"
+            )
+        if self.average == "rounds" and len(self.round_ends) < 2:
+            raise ValueError("average: rounds needs two or more rounds of a sparse and a dense phase")
+
+    @property
+    def round_ends(self) -> tuple[int, ...]:
+        """The numbers of the phases with which a round of sparse and dense phases ends, from 0."""
+        kinds = [phase.kind for phase in self.trained_phases]
+        ends = [n for n, kind in enumerate(kinds) if kind == "dense" and (n + 1 == len(kinds) or kinds[n + 1] == "sparse")]
+        return tuple(number for number in ends if "sparse" in kinds[:number])
 
     @property
     def tried(self) -> tuple[float | None, ...]:
@@ -340,6 +462,29 @@ class Recipe(Strict):
             return self.phases
         return self.phases[: max(i for i, phase in enumerate(self.phases) if phase.kind == "sparse") + 1]
 
+    @property
+    def asks_for_rates(self) -> bool:
+        """Whether a phase has a rate that the range test must find."""
+        return any(isinstance(phase.lr, AutoRate) for phase in self.phases)
+
+    def at_rates(self, rates: Mapping[str, float]) -> Self:
+        """Return the recipe with a number for each `auto`.
+
+        Args:
+            rates: Optimizer -> the rate that the range test found.
+        """
+        if not self.asks_for_rates:
+            return self
+        tested = rates[self.optimizer]
+        numbers = [float(f"{phase.lr * tested:.9g}") if isinstance(phase.lr, AutoRate) else phase.lr for phase in self.phases]
+        phases = [phase.model_copy(update={"lr": lr}) for phase, lr in zip(self.phases, numbers, strict=True)]
+        return self.model_copy(update={"phases": tuple(phases)})
+
+    @property
+    def threshold(self) -> str:
+        """The threshold of the first sparse phase: "layer" or "global"."""
+        return next((phase.threshold for phase in self.phases if phase.kind == "sparse"), "layer")
+
     def phases_at(self, sparsity: float | None) -> tuple[Phase, ...]:
         """Return the phases of one try.
 
@@ -353,9 +498,14 @@ class Recipe(Strict):
     def dump(self) -> str:
         """Return the recipe as YAML. `read_recipe` and `validate` make an equal recipe of it."""
         fields = self.model_dump(mode="json", exclude_none=True)
-        for name in ("publish", "interpolate"):  # a recipe that does not use them reads as before
+        # A recipe that does not use these fields reads as before.
+        for name in ("publish", "interpolate", "soup", "average"):
             if getattr(self, name) == Recipe.model_fields[name].default:
                 del fields[name]
+        for phase in fields["phases"]:
+            for name in ("threshold", "restore", "lr_scale"):
+                if phase[name] == Phase.model_fields[name].default:
+                    del phase[name]
         if tried := fields.pop("sparsities"):
             next(phase for phase in fields["phases"] if phase["kind"] == "sparse")["sparsity"] = tried
         return dump_recipe_yaml(fields)
@@ -545,9 +695,10 @@ def apply_flags(raw: dict[str, Any], flags: Mapping[str, Any]) -> None:
     for kind in ("sparse", "dense"):
         if f"{kind}_epochs" in flags and f"{kind}_steps" in flags:
             raise RecipeError(f"--{kind}-epochs and --{kind}-steps: give one of them")
-    lr = flags.get("lr")
-    # An `lr` that is not a number is refused by the validation.
-    dense_lr = flags.get("dense_lr", lr / 10 if isinstance(lr, int | float) else None)
+    lr = read_rate(flags.get("lr"))
+    # An `lr` that is not a rate is refused by the validation.
+    tenth = str(times(lr, 0.1)) if isinstance(lr, AutoRate) else lr / 10 if isinstance(lr, int | float) else None
+    dense_lr = flags.get("dense_lr", tenth)
     by_kind: dict[str, dict[str, Any]] = {
         "sparse": {"lr": flags.get("lr"), "sparsity": flags.get("sparsity")},
         "dense": {"lr": dense_lr},

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsd_refine.errors import RecipeError
-from dsd_refine.recipe import Phase, Recipe, put_field, validate
+from dsd_refine.recipe import AutoRate, Phase, Recipe, put_field, times, validate
 
 # Fields that may be searched. The others decide what the data, the arms or the judgement are.
 SEARCHED = ("phases", "augment", "optimizer", "momentum", "weight_decay", "max_grad_norm")
@@ -135,7 +135,7 @@ def default_space(recipe: Recipe) -> dict[str, tuple[Any, ...]]:
             space[f"phases.{number}.sparsity"] = tuple(sorted({*SPARSITIES, phase.sparsity}))
         if phase.lr:
             factors = (0.1, 0.3, 1, 3) if phase.kind == "sparse" else (0.3, 1, 3)
-            space[f"phases.{number}.lr"] = tuple(float(f"{factor * phase.lr:.3g}") for factor in factors)
+            space[f"phases.{number}.lr"] = tuple(_shown(times(phase.lr, factor)) for factor in factors)
         if phase.kind == "sparse" and phase.epochs and len(recipe.phases) > 1:
             space[f"phases.{number}.epochs"] = (phase.epochs / 2, phase.epochs, 2 * phase.epochs)
         if phase.kind == "sparse" and phase.steps and len(recipe.phases) > 1:
@@ -148,6 +148,10 @@ def default_space(recipe: Recipe) -> dict[str, tuple[Any, ...]]:
     if recipe.augment.crop != "none":
         space["augment.crop"] = (recipe.augment.crop, "none")
     return space
+
+
+def _shown(rate: float) -> float | str:
+    return str(rate) if isinstance(rate, AutoRate) else rate
 
 
 def rungs_of(recipe: Recipe) -> list[Rung]:

@@ -10,10 +10,21 @@ from transformers import TrainerCallback
 
 from dsd_refine.errors import UsageError
 from dsd_refine.own_loop import Masker
-from dsd_refine.recipe import Phase
+from dsd_refine.recipe import AutoRate, Phase
 from dsd_refine.training.optimizer import learning_rate, set_rate
 
-PLAIN = {"refresh", "average", "distill", "dropout", "frozen"}  # fields of a phase that only our own loop can do
+PLAIN = {
+    "refresh",
+    "average",
+    "distill",
+    "dropout",
+    "frozen",
+    "threshold",
+    "ramp",
+    "restore",
+    "lr_scale",
+    "sam",
+}  # fields of a phase that only our own loop can do
 
 
 class DSDCallback(TrainerCallback):
@@ -27,8 +38,8 @@ class DSDCallback(TrainerCallback):
     A run resumed by `resume_from_checkpoint` goes on in its phase.
 
     Args:
-        phases: The phases, in order. Their fields refresh, average, distill, dropout and frozen must
-            have their defaults.
+        phases: The phases, in order. Fields that only our own loop can do (such as refresh, average and
+            frozen) must have their defaults.
         include: Globs of parameter names to mask too.
         exclude: Globs of parameter names not to mask.
         first: The names of the modules whose input is pixels or sound. They are not masked.
@@ -53,6 +64,8 @@ class DSDCallback(TrainerCallback):
             for name in PLAIN:
                 if getattr(phase, name) != Phase.model_fields[name].get_default(call_default_factory=True):
                     raise UsageError(f"phases.{number}.{name}: the callback cannot do this; `dsd_refine.refine` can")
+            if isinstance(phase.lr, AutoRate):
+                raise UsageError(f"phases.{number}.lr: the callback cannot test a rate; give a number")
         self.phases = tuple(phases)
         self.masking: dict[str, Any] = {
             "include": tuple(include),

@@ -7,7 +7,7 @@ from outputs import report_of, same
 from runs import stop_after, whole
 from safetensors.torch import load_file
 
-from dsd_refine.run.interpolate import between
+from dsd_refine.training.average import between
 
 DEMO = ROOT / "recipes/demo/checkpoint"
 # The rate is too high, so that weights nearer to the source are better.

@@ -95,6 +95,22 @@ class Shares(click.ParamType):  # type: ignore[type-arg]
         return shares[0] if len(shares) == 1 else shares
 
 
+class RateOrAuto(click.ParamType):  # type: ignore[type-arg]
+    """The type of --lr: a number, or a text that begins with `auto`, which the recipe reads."""
+
+    name = "X|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the text as a float, or as it is if it begins with `auto`.
+
+        Raises:
+            click.BadParameter: The text is neither.
+        """
+        if isinstance(value, str) and value.startswith("auto"):
+            return value
+        return click.FLOAT.convert(value, param, ctx)
+
+
 def in_group(name: str, *options: tuple[tuple[str, ...], dict[str, Any]]) -> Decorator:
     """Return a decorator that adds options to a command, under the heading `name`, in this order."""
 
@@ -161,8 +177,9 @@ RECIPE_OPTIONS = together(
     ),
     in_group(
         "Optimizer",
-        option("--lr", type=float, metavar="X", help="Peak rate of the sparse phases (recipe)."),
-        option("--dense-lr", type=float, metavar="X", help="Peak rate of the dense phases (a tenth of --lr)."),
+        option("--lr", type=RateOrAuto(), metavar="X|auto",
+               help="Peak rate of the sparse phases; auto tests it on the source, and auto*0.3 is a part of that (recipe)."),
+        option("--dense-lr", type=RateOrAuto(), metavar="X|auto", help="Peak rate of the dense phases (a tenth of --lr)."),
         option("--schedule", type=click.Choice(["cosine", "linear", "constant", "step"]), help="How the rate falls (recipe)."),
         option("--warmup-steps", type=int, metavar="N", help="Steps of each phase in which the rate rises (recipe; 0)."),
         option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="SGD without Nesterov, or AdamW (recipe)."),

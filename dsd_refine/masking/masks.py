@@ -31,10 +31,11 @@ def make_masks(
     sparsity: float,
     criterion: str = "magnitude",
     seed: Sequence[int | str] = (),
+    counts: Mapping[Group, int] | None = None,
 ) -> Masks:
     """Make masks for the weights as they are now.
 
-    In each maskable layer exactly `layer.masked(sparsity)` flags are False. A parameter without a
+    In each maskable layer exactly `layer.masked(sparsity)` flags are False, or as many as `counts` say. A parameter without a
     masked weight gets no mask. A mask has the shape and the strides of its parameter.
 
     Args:
@@ -44,18 +45,24 @@ def make_masks(
         criterion: "magnitude" masks the smallest |w| (paper, section 3). Of equal weights, those
             with the lowest flat index in the file's tensor go first. "random" draws the weights.
         seed: What "random" draws from, together with the layer's name.
+        counts: How many weights of each expert (number 0 if the layer fuses none) to mask, instead of
+            the share `sparsity`. See `global_counts`.
     """
     masks: Masks = {}
     # Flat masks of parameters that hold several layers, or one in another order than the file.
     flat_masks: dict[str, torch.Tensor] = {}
     for layer in layers:
-        if not layer.masked(sparsity):
+        own = [masked_count(layer.weights // layer.groups, sparsity)] * layer.groups if layer.excluded is None else []
+        if counts is not None:
+            own = [counts.get((layer.name, number), 0) for number in range(layer.groups)]
+        if not any(own):
             continue
         first = layer.slices[0]
         if criterion == "magnitude" and layer.groups == 1 and first.whole:
-            masks[first.key] = all_but_smallest(parameters[first.key], layer.masked(sparsity))
+            masks[first.key] = all_but_smallest(parameters[first.key], own[0])
             continue
-        keep = torch.cat([_keep(group, sparsity, criterion, (*seed, layer.name, i)) for i, group in _groups(layer, parameters)])
+        groups = _groups(layer, parameters)
+        keep = torch.cat([_keep(group, own[i], criterion, (*seed, layer.name, i)) for i, group in groups])
         for tensor_slice in layer.slices:
             if tensor_slice.whole:
                 flat_masks[tensor_slice.key] = keep
@@ -87,9 +94,35 @@ def _groups(layer: Layer, parameters: Mapping[str, torch.Tensor]) -> Iterator[tu
     return enumerate(values.reshape(layer.groups, -1))
 
 
-def _keep(values: torch.Tensor, sparsity: float, criterion: str, seed: Sequence[int | str]) -> torch.Tensor:
+def global_counts(layers: Sequence[Layer], values: Mapping[str, torch.Tensor], sparsity: float) -> dict[Group, int]:
+    """Return how many of the smallest |values| of the whole model lie in each expert of each maskable layer.
+
+    Of N weights in all, round(sparsity * N) are counted, but the largest of each expert never. Ties: the
+    layers in their order, then the lowest flat index first.
+
+    Args:
+        layers: The file's tensors.
+        values: The values to rank, by parameter name.
+        sparsity: Share of all maskable weights, 0 <= sparsity < 1.
+    """
+    groups = {
+        (layer.name, number): group.detach().to("cpu", torch.float32, copy=True).abs_()
+        for layer in layers
+        if layer.excluded is None
+        for number, group in _groups(layer, values)
+    }
+    for group in groups.values():
+        group[len(group) - 1 - int(group.flip(0).argmax())] = torch.inf
+    ranked = torch.cat(list(groups.values()))
+    count = max(0, min(round(sparsity * len(ranked)), len(ranked) - len(groups)))
+    if not count:
+        return {}
+    masked = torch.split(~all_but_smallest(ranked, count), [len(group) for group in groups.values()])
+    return {name: int(flags.sum()) for name, flags in zip(groups, masked, strict=True)}
+
+
+def _keep(values: torch.Tensor, count: int, criterion: str, seed: Sequence[int | str]) -> torch.Tensor:
     """The flat mask of one expert, or of a layer that fuses none."""
-    count = masked_count(len(values), sparsity)
     if count and criterion == "magnitude":
         return all_but_smallest(values, count)
     keep = torch.ones(len(values), dtype=torch.bool, device=values.device)

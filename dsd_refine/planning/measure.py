@@ -18,10 +18,11 @@ import torch
 from dsd_refine.checkpoint.library import Library
 from dsd_refine.checkpoint.source import Source
 from dsd_refine.method import arm_phases
-from dsd_refine.planning.plan import planned_tries
+from dsd_refine.planning.plan import planned_tries, tested_optimizers
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.run.open import opened
 from dsd_refine.run.phase import enter_phase, run_phase
+from dsd_refine.run.rates import STEPS as RANGE_TEST
 from dsd_refine.run.run import Options, Run
 from dsd_refine.training.evaluate import evaluate
 from dsd_refine.training.hooks import Hooks, Step
@@ -87,16 +88,16 @@ def _by_phase(run: Run, clock: Clock, phases: Sequence[Phase]) -> list[float]:
 
     Phases that differ only in length and learning rate are measured once.
     """
-    known: dict[Phase, float] = {}
+    known: dict[str, float] = {}
     seconds = []
     for number, phase in enumerate(phases):
         if not phase.total_steps(run.loop.steps_per_epoch):
             seconds.append(0.0)
             continue
         short = phase.model_copy(update={"epochs": None, "steps": STEPS, "warmup_steps": 0, "schedule": "constant", "lr": 0.0})
-        if short not in known:
-            known[short] = _step_seconds(run, clock, number, (*phases[:number], short))
-        seconds.append(known[short])
+        if (name := short.model_dump_json()) not in known:
+            known[name] = _step_seconds(run, clock, number, (*phases[:number], short))
+        seconds.append(known[name])
     return seconds
 
 
@@ -132,7 +133,8 @@ def whole_run(run: Run, steps: Sequence[float], row: float) -> float:
     tries = [phases for _, phases in planned_tries(recipe, run.loop.steps_per_epoch)]
     rows = run.task.eval.units * (1 + len(run.arms) * recipe.seeds)
     rows += run.task.holdout.units if run.task.holdout else 0  # the source is evaluated on the holdout once
-    return sum(_try_seconds(run, phases, steps, row) for phases in tries) + rows * row
+    tests = 2 * RANGE_TEST * len(tested_optimizers(recipe)) * max(steps, default=0.0)
+    return sum(_try_seconds(run, phases, steps, row) for phases in tries) + rows * row + tests
 
 
 def _try_seconds(run: Run, phases: Sequence[Phase], steps: Sequence[float], row: float) -> float:

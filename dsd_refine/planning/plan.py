@@ -13,10 +13,11 @@ from dsd_refine.compat import BatchNorm
 from dsd_refine.data.decoded import SHARE
 from dsd_refine.data.splits import is_on_hub
 from dsd_refine.masking.checkpoint_layers import few_maskable, frozen_names, open_layers
-from dsd_refine.masking.layers import Layer
+from dsd_refine.masking.layers import Layer, masked_count
 from dsd_refine.method import arm_phases
 from dsd_refine.recipe import Phase, Recipe, first_sparsity
 from dsd_refine.run import disk as space
+from dsd_refine.run.rates import STEPS
 from dsd_refine.search import resized, rungs_of, settings_of, steps_at
 from dsd_refine.tasks.base import Task
 from dsd_refine.tasks.registry import is_held, look_at_data, parts_of, prepare_task
@@ -56,7 +57,7 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
     rows = [
         {
             "name": layer.name, "shape": list(layer.shape), "weights": layer.weights, "excluded": layer.excluded,
-            "masked": [layer.masked(share) for share in shares if share is not None],
+            "masked": [] if recipe.threshold == "global" else [layer.masked(share) for share in shares if share is not None],
         }
         for layer in layers
     ]  # fmt: skip
@@ -77,7 +78,9 @@ def _totals(
     maskable = sum(layer.weights for layer in layers if layer.excluded is None)
     totals: dict[str, Any] = {"parameters": f"{parameters:,}", "maskable": f"{maskable:,} ({maskable / parameters:.1%})"}
     for number, share in enumerate(share for share in shares if share is not None):
-        masked = sum(row["masked"][number] for row in rows)
+        # With `threshold: global` the counts of the layers depend on the weights; that of the model does not.
+        counts = [row["masked"][number] for row in rows if row["masked"]]
+        masked = sum(counts) if counts else masked_count(maskable, share)
         totals[f"masked at {share:g}"] = f"{masked:,} ({masked / maskable:.1%} of the maskable)"
     return totals
 
@@ -99,6 +102,8 @@ def _steps(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> dict[str, str]
     per_epoch = -(-micro // recipe.gradient_accumulation_steps)
     for number, phase in enumerate(recipe.phases, 1):
         lines[f"{number}-{phase.kind}"] = _phase(phase, per_epoch)
+    if tests := tested_optimizers(recipe):
+        lines["rate"] = f"tested on the source first, in at most {2 * STEPS * len(tests)} steps ({', '.join(tests)})"
     names = ("refined", *recipe.control)
     tries = planned_tries(recipe, per_epoch)
     total = sum(phase.total_steps(per_epoch) for _, phases in tries for phase in phases)
@@ -106,6 +111,12 @@ def _steps(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> dict[str, str]
         rungs = [f"{rung.size} of {rung.share:.3g} of the steps" for rung in rungs_of(recipe)]
         lines["search"] = f"tries of each arm: {', then '.join(rungs)}"
     return lines | {"in all": f"{total:,} steps: {len(tries)} runs of the phases ({', '.join(names)})"}
+
+
+def tested_optimizers(recipe: Recipe) -> list[str]:
+    """Return the optimizers for which a run tests the rate first."""
+    tried = [setting.recipe for setting in settings_of(recipe)]
+    return sorted({each.optimizer for each in tried if each.asks_for_rates})
 
 
 def planned_tries(recipe: Recipe, per_epoch: int) -> list[tuple[str, tuple[Phase, ...]]]:
@@ -159,6 +170,7 @@ def memory_of(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe, phase
     floats = (2 + int(any(each.distill for each in recipe.phases))) * weights
     floats += (1 + space.optimizer_tensors(recipe)) * (weights - frozen)
     floats += weights - frozen if phase.average != "none" else 0
+    floats += weights - frozen if phase.sam else 0
     if last and recipe.keep == "best":
         halves = {entry.name for _, entry in checkpoint.layout.where.values() if entry.dtype.itemsize < space.FLOAT}
         floats += sum(layer.weights for layer in own if layer.name in halves)

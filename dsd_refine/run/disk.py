@@ -29,8 +29,8 @@ def of_run(checkpoint: Checkpoint, layers: Sequence[Layer], recipe: Recipe, *, s
     """Return the largest number of bytes that OUT.partial/ will need.
 
     It holds two saved states, because the old one stays until the new one is complete. It also
-    holds the best weights of each arm, up to UNSAVED further ones, and the written checkpoints.
-    Masks take one bit for each weight.
+    holds the best weights of each arm, those that are to be mixed, up to UNSAVED further ones, and
+    the written checkpoints. Masks take one bit for each weight.
 
     Args:
         checkpoint: The source.
@@ -45,6 +45,8 @@ def of_run(checkpoint: Checkpoint, layers: Sequence[Layer], recipe: Recipe, *, s
     state = weights * (1 + max(map(optimizer_tensors, tried)) + averages) + maskable // 8
     bests = (1 + len(recipe.control)) * recipe.seeds + 1 + UNSAVED  # 1: the candidate of the try that runs
     tries = sum(rung.size for rung in rungs_of(recipe)) * recipe.seeds + 1
+    bests += tries + len(recipe.control) if recipe.soup != "none" else 0  # the tries of one arm, and the soups
+    bests += 1 if recipe.average == "rounds" else 0
     outputs = 1 + (len(recipe.phases) * tries if save_phases else 0)
     total: int = 2 * state + bests * weights + outputs * _output(checkpoint) + SLACK
     return total

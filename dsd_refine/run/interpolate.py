@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from dsd_refine.run.phase import use_setting
+from dsd_refine.training.average import between
 from dsd_refine.training.batchnorm import reestimate
 from dsd_refine.training.evaluate import evaluate
 from dsd_refine.training.packing import load_state
@@ -58,15 +56,3 @@ def preferred_between(run: Run, arm: str, selected: Selected) -> Selected:
             run.workspace.write_tensors(file, run.loop.model.state_dict())
             best = replace(best, file=file, holdout=metrics, share=share)
     return best
-
-
-@torch.no_grad()
-def between(source: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
-    """Return source + share * (trained - source), name by name. Integers, such as counts of batches, are the trained ones.
-
-    A value that is equal in both stays exactly as it is.
-    """
-    return {
-        name: torch.lerp(source[name].to(value.device), value, share) if value.is_floating_point() else value
-        for name, value in trained.items()
-    }

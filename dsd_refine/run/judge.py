@@ -11,6 +11,7 @@ from dsd_refine.evidence.damage import clearly_worse, harm_warnings, memory_warn
 from dsd_refine.evidence.paired import ALPHA
 from dsd_refine.run.lost import remember_source
 from dsd_refine.run.run import Run
+from dsd_refine.run.state import Selected
 from dsd_refine.tasks.base import Item, Score, Scores
 from dsd_refine.training.evaluate import evaluate, first_items, scored
 from dsd_refine.training.packing import load_state
@@ -27,13 +28,26 @@ def load_published(run: Run) -> None:
     if run.published == "baseline":
         load_state(run.loop.model, run.start)
     else:
-        load_selected(run, run.published, run.preferred(run.published))
+        load_weights(run, run.selected(run.published))
 
 
 def load_selected(run: Run, arm: str, seed: int) -> None:
     """Load the weights that the holdout chose for a seed of an arm. `seed` is its number, from 0."""
+    load_weights(run, run.state.best[arm][str(seed)])
+
+
+def load_weights(run: Run, selected: Selected) -> None:
+    """Load weights that the holdout chose."""
     run.loop.accelerator.wait_for_everyone()
-    load_state(run.loop.model, run.workspace.read_tensors(run.state.best[arm][str(seed)].file))
+    load_state(run.loop.model, run.workspace.read_tensors(selected.file))
+
+
+def score_soup(run: Run, arm: str) -> None:
+    """Score the soup of the seeds of an arm, if it is the arm's result (see `dsd_refine.run.soup`)."""
+    selected = run.selected(arm)
+    if run.recipe.seeds > 1 and selected is run.state.soups.get(arm):
+        load_weights(run, selected)
+        score_arm(run, arm, len(run.seeds[arm]))
 
 
 def score_arm(run: Run, arm: str, seed: int = 0) -> None:
@@ -44,13 +58,14 @@ def score_arm(run: Run, arm: str, seed: int = 0) -> None:
     Args:
         run: The run. Its model has the weights to score.
         arm: "baseline" or the name of a trained arm.
-        seed: The number of the seed, from 0.
+        seed: The number of the seed, from 0. The one after the last stands for the soup of all.
 
     Raises:
         UsageError: The source does not reach the recipe's `expect`.
         Interrupted: A signal came. The scores are saved.
     """
     label = f"{arm} seed {seed + 1}" if arm != "baseline" and run.recipe.seeds > 1 else arm
+    label = f"{arm} soup" if seed == run.recipe.seeds else label
     file_name = f"scores-{arm}-{seed}.safetensors"
     arm_scores = run.seeds.setdefault(arm, [])
     if label in run.state.judged:
@@ -176,10 +191,12 @@ def compare_arms(run: Run) -> None:
     """Compare the refined arm with the source and with each control, with Holm's correction over all.
 
     If a control is published, it is compared with the source too. Of each arm, the seed that the
-    holdout prefers is compared. Fills `run.scores` and `run.comparisons`.
+    holdout prefers is compared, or the soup of its seeds. Fills `run.scores` and `run.comparisons`.
     """
     run.scores = {"baseline": run.seeds["baseline"][0]}
-    run.scores |= {arm: run.seeds[arm][run.preferred(arm)] for arm in run.arms}
+    for arm in run.arms:
+        has_soup = len(run.seeds[arm]) > run.recipe.seeds
+        run.scores[arm] = run.seeds[arm].pop() if has_soup else run.seeds[arm][run.preferred(arm)]
     pairs = [("refined", other) for other in ("baseline", *run.recipe.control)]
     pairs += [(run.published, "baseline")] if run.published in run.recipe.control else []
     run.comparisons = holm({f"{arm}_vs_{other}": compared(run, arm, other) for arm, other in pairs})

@@ -1,6 +1,7 @@
 """Tries that are lost.
 
-In a search, a try that diverges is lost. With `--patience` a hopeless try is stopped early, so that a bad rate costs minutes.
+If a seed of an arm has several tries, one that diverges is lost. With `--patience` a hopeless try is
+stopped early, so that a bad rate costs minutes.
 
 From the end of its first phase on, a try is looked at whenever the holdout is evaluated: at the ends
 of phases, and at the ends of epochs of its last phase. It is hopeless if, `patience` times in a row,
@@ -78,23 +79,26 @@ def record_try(run: Run, arm: str, attempt: int, lost: str | None = None) -> Non
         {"arm": arm, "attempt": attempt, "setting": run.setting(arm, attempt), "seed": seed + 1, "steps": steps,
          "holdout": state.try_best, "lost": lost}
     )  # fmt: skip
-    if state.candidate is not None:
-        state.best.setdefault(arm, {})[str(seed)] = state.candidate
+    new, best = state.candidate, state.best.setdefault(arm, {})
+    if new is not None and run.recipe.soup != "none":
+        state.ingredients.setdefault(arm, []).append(new)
+    if new is not None and (str(seed) not in best or run.is_better(new, best[str(seed)])):
+        best[str(seed)] = new
     state.candidate = None
 
 
 @contextmanager
 def lost_if_diverged(run: Run, arm: str, attempt: int, phases: Sequence[Phase]) -> Iterator[None]:
-    """Count a try of a search as lost if it diverges inside a `with` block; the run goes on with the next one.
+    """Count a try as lost if it diverges inside a `with` block; the run goes on with the next one.
 
     Raises:
-        Diverged: There is no search, so the run fails.
+        Diverged: Each seed has only one try, so the run fails.
     """
     try:
         yield
     except Diverged as error:
         state = run.state
-        if not run.recipe.searches or state.at is None:
+        if run.tries_per_seed == 1 or state.at is None:
             raise
         number = state.at[2]
         where = {"phase": f"{number + 1}-{phases[number].kind}", "step": error.step, "loss": error.loss}

@@ -49,7 +49,7 @@ from dsd_refine.training.state import Loop
 
 PRECISIONS = ("no", "fp16", "bf16")
 KERNEL_SETTINGS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE")
-STATE = 4  # version of the saved state; a change that cannot read older states raises it
+STATE = 5  # version of the saved state; a change that cannot read older states raises it
 # How long processes wait for each other. The main one may download, write or verify for hours, and
 # the default of NCCL is ten minutes.
 PATIENCE = timedelta(days=7)
@@ -219,6 +219,8 @@ def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
     # On a CPU, Accelerate would ignore fp16 without a message.
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("--mixed-precision fp16 needs a GPU; on the CPU give bf16, or no")
+    if accelerator.scaler is not None and any(phase.sam for each in settings_of(recipe) for phase in each.recipe.phases):
+        raise UsageError("phases.*.sam does not go with --mixed-precision fp16, whose gradients are scaled; give bf16, or no")
     if accelerator.device.type == "cpu":
         # By default a few kernels add numbers in an order that depends on timing.
         torch.use_deterministic_algorithms(True, warn_only=True)

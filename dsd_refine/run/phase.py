@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,13 +19,15 @@ from dsd_refine.run.run import Run
 from dsd_refine.run.state import Metrics, Selected
 from dsd_refine.search import rung_of, steps_at
 from dsd_refine.seeding import stable_seed
-from dsd_refine.tasks.base import Batch, Scores
+from dsd_refine.tasks.base import Batch, Forward, Scores
 from dsd_refine.training import loop as training
+from dsd_refine.training.average import between
 from dsd_refine.training.batchnorm import reestimate
 from dsd_refine.training.distill import distilled
 from dsd_refine.training.evaluate import evaluate
 from dsd_refine.training.hooks import Place
 from dsd_refine.training.packing import load_state
+from dsd_refine.training.saliency import saliency
 from dsd_refine.training.settings import train_mode
 from dsd_refine.training.state import PhaseState, Progress
 
@@ -77,11 +79,19 @@ def begin(run: Run, phase: Phase, state: PhaseState) -> None:
     if not state.resumed:
         run.loop.hooks.on_phase_begin(state.place)
     state.begin(run.loop, phase)
-    run.loop.loss = distilled(run.task, run.teacher, phase.distill) if phase.distill and run.teacher else None
+    run.loop.loss = loss_of(run, phase)
+    if phase.restore == "source" and not state.resumed and follows_a_mask(phase, state):
+        groups = masking.trained_groups(run.layers, run.loop.parameters)
+        give_back(run, masking.never_back(run.layers, run.loop.parameters, run.start, groups))
     if state.progress.without_gradient is None:
         masked_before = follows_a_mask(phase, state)
         groups = masking.trained_groups(run.layers, run.loop.parameters) if masked_before else []
         state.progress.without_gradient = groups
+
+
+def loss_of(run: Run, phase: Phase) -> Callable[[Forward, Batch], torch.Tensor] | None:
+    """Return the summed loss of a phase that learns from the source too. None: the task's own."""
+    return distilled(run.task, run.teacher, phase.distill) if phase.distill and run.teacher else None
 
 
 def masks_of(run: Run, phase: Phase, state: PhaseState, refresh: int) -> Masks:
@@ -101,10 +111,22 @@ def masks_of(run: Run, phase: Phase, state: PhaseState, refresh: int) -> Masks:
         return {}
     if refresh and phase.criterion == "random":
         masking.put_back(state.masks, state.stash, parameters)
+    # A random control has as many masked weights in each layer as the arm that it is compared with.
+    ranked_by = run.recipe_of(state.place.arm, state.place.attempt - 1).phases[state.place.phase - 1].criterion
+    is_global, sparsity = phase.threshold == "global", phase.sparsity_at(refresh * (phase.refresh or 1), steps_in(run, phase))
+    needs_gradient = ranked_by == "saliency" and (is_global or phase.criterion == "saliency")
+    values = saliency(run.loop, state.key) if needs_gradient else parameters
+    counts = masking.global_counts(run.layers, values, sparsity) if is_global else None
     seed = (*state.key, refresh, "mask")
-    masks = masking.make_masks(run.layers, parameters, phase.sparsity, phase.criterion, seed)
+    criterion = "random" if phase.criterion == "random" else "magnitude"  # of the values
+    masks = masking.make_masks(run.layers, values, sparsity, criterion, seed, counts)
     state.stash = masking.masked_values(masks, parameters) if phase.refresh and phase.criterion == "random" else {}
     return masks
+
+
+def steps_in(run: Run, phase: Phase) -> int:
+    """Return the number of optimizer steps of a phase."""
+    return phase.total_steps(run.loop.steps_per_epoch)
 
 
 def after_step(run: Run, phase: Phase, state: PhaseState) -> None:
@@ -259,6 +281,7 @@ def enter_phase(run: Run, arm: str, attempt: int, number: int, phases: Sequence[
     if number == 0 and not saved:
         run.state.masked_only, run.state.returned = False, {}
         run.state.below, run.state.try_best, run.state.candidate = 0, None, None
+        run.state.rounds, run.state.round_mean = 0, None
         if run.loss_scale is not None:
             # Each try starts with the same loss scale, so that no arm profits from an earlier one.
             run.loop.accelerator.scaler.load_state_dict(run.loss_scale)
@@ -334,6 +357,8 @@ def leave_phase(run: Run, phase: Phase, state: PhaseState) -> None:
         give_up_if_hopeless(run, state, scores)
     if is_kept_here or (state.lost and not state.last):
         keep_if_best(run, state, math.ceil(progress.step / loop.steps_per_epoch), {}, scores)
+    if run.recipe.average == "rounds" and not state.lost:
+        add_round(run, state)
     state.last |= state.lost is not None
     holdout = run.task.metrics(scores) if scores else None
     run.state.phases.append(phase_entry(run, phase, state, zeros, holdout))
@@ -342,6 +367,8 @@ def leave_phase(run: Run, phase: Phase, state: PhaseState) -> None:
     if state.place.arm == "refined":
         if phase.kind == "sparse":
             run.state.zeros.setdefault(str(attempt), zeros)
+            if phase.threshold == "global":
+                run.state.masked.setdefault(str(attempt), masking.count_in_layers(run.layers, masked_flags(state)))
             run.state.empty.setdefault(str(attempt), masking.empty_filters(run.layers, loop.parameters))
         if run.options.save_phases and run.workspace.writes:
             folder = run.workspace.partial / "phases" / str(attempt) / f"{state.place.phase}-{phase.kind}"
@@ -351,6 +378,37 @@ def leave_phase(run: Run, phase: Phase, state: PhaseState) -> None:
     run.save(None if state.last else model_tensors(run))
     if loop.stopping() and loop.world == 1:
         raise Interrupted(f"stopped after {state.place.label}; go on with --resume")
+
+
+def add_round(run: Run, state: PhaseState) -> None:
+    """Add the current weights to the mean over the rounds of a try, if a round ends with this phase.
+
+    Controls have their rounds at the same phases. The mean waits in a file. After the last phase, the holdout may
+    prefer it, with BatchNorm's statistics computed again. The model keeps its own weights.
+    """
+    saved, place = run.state, state.place
+    if place.phase - 1 not in run.recipe.round_ends:
+        return
+    run.loop.accelerator.wait_for_everyone()
+    own = {key: value.detach().to("cpu", copy=True) for key, value in run.loop.model.state_dict().items()}
+    saved.rounds += 1
+    mean = between(run.workspace.read_tensors(saved.round_mean), own, 1 / saved.rounds) if saved.round_mean else own
+    saved.round_mean = f"best-{place.arm}-{place.attempt - 1}-round-{saved.rounds}.safetensors"
+    if not state.last:
+        run.workspace.write_tensors(saved.round_mean, mean)
+    elif saved.rounds > 1:
+        load_state(run.loop.model, mean)
+        reestimate(run.loop, state.key)
+        scores = evaluate(run.loop, run.task.holdout)
+        line = {"arm": place.arm, "phase": None, "step": None, "epoch": None, "rounds": saved.rounds, "part": "holdout"}
+        run.workspace.log({"event": "evaluation", **line, **run.task.metrics(scores)})
+        keep_if_best(run, state, math.ceil(state.progress.step / run.loop.steps_per_epoch), {}, scores, saved.rounds)
+        load_state(run.loop.model, own)
+
+
+def masked_flags(state: PhaseState) -> Masks:
+    """Return the opposite of the masks: parameter name -> bool tensor, True = masked."""
+    return {name: ~mask for name, mask in state.masks.items()}
 
 
 def phase_entry(run: Run, phase: Phase, state: PhaseState, zeros: dict[str, int], holdout: Metrics | None) -> dict[str, object]:
@@ -403,7 +461,9 @@ def score_holdout(run: Run, state: PhaseState, log: bool = True) -> Scores | Non
     return scores
 
 
-def keep_if_best(run: Run, state: PhaseState, epoch: int, returned: dict[str, int], scores: Scores | None) -> None:
+def keep_if_best(
+    run: Run, state: PhaseState, epoch: int, returned: dict[str, int], scores: Scores | None, rounds: int = 1
+) -> None:
     """Keep the current weights as a candidate for the result of the arm if the holdout prefers them to the best so far.
 
     The metric decides, then the loss, then the earlier weights win.
@@ -415,19 +475,23 @@ def keep_if_best(run: Run, state: PhaseState, epoch: int, returned: dict[str, in
         returned: Layer name -> number of weights that have the source's values back (see
             `give_back`).
         scores: The scores of the current weights on the holdout. None without a holdout.
+        rounds: How many rounds the current weights are the mean of.
     """
     arm, attempt, saved = state.place.arm, state.place.attempt - 1, run.state
     metrics = run.task.metrics(scores) if scores else None
     if metrics is not None and (saved.try_best is None or run.prefers(metrics, saved.try_best)):
         saved.try_best = metrics
-    best = saved.candidate or saved.best.get(arm, {}).get(str(attempt // run.tries_per_seed))
+    best = saved.candidate
+    if best is None and run.recipe.soup == "none":  # for a soup, the weights of every try are kept
+        best = saved.best.get(arm, {}).get(str(attempt // run.tries_per_seed))
     if best is not None and metrics is not None and best.holdout is not None and not run.prefers(metrics, best.holdout):
         return
-    file_name = f"best-{arm}-{attempt}-{epoch}.safetensors"
+    of_rounds = f"-mean{rounds}" if rounds > 1 else ""
+    file_name = f"best-{arm}-{attempt}-{epoch}{of_rounds}.safetensors"
     run.workspace.write_tensors(file_name, run.loop.model.state_dict())
     saved.candidate = Selected(
         file_name, attempt, epoch, first_sparsity(run.recipe_of(arm, attempt)), state.place.seed, metrics,
-        {**saved.returned, **returned},
+        {**saved.returned, **returned}, rounds=rounds,
     )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,10 +108,12 @@ def _masked(run: Run, selected: Selected) -> dict[str, Any]:
     maskable = [layer for layer in run.layers if layer.excluded is None]
     zeros, outside = run.state.zeros.get(str(selected.attempt)), outside_embeddings(run.layers)
     first = first_sparsity(run.recipe_of("refined", selected.attempt))
-    masked = 0 if first is None else sum(layer.masked(first) for layer in maskable)
+    counts = run.state.masked.get(str(selected.attempt), {})
+    if first is None or run.recipe_of("refined", selected.attempt).threshold == "layer":
+        counts = {} if first is None else {layer.name: layer.masked(first) for layer in maskable}
     return {
-        "layers": [_layer(run, layer, first, zeros) for layer in run.layers],
-        "masked_share": masked / outside,
+        "layers": [_layer(run, layer, counts, zeros) for layer in run.layers],
+        "masked_share": sum(counts.values()) / outside,
         "maskable_share": sum(layer.weights for layer in maskable) / outside,
     }
 
@@ -126,6 +130,9 @@ def _further(run: Run, verdict: str) -> dict[str, Any]:
         "lost": run.state.lost,
         "interpolated": {arm: run.selected(arm).share for arm in run.arms} if run.recipe.interpolate else None,
         "search": search_data(run),
+        "rate_tests": rate_tests(run),
+        "soups": {arm: _soup(run, arm) for arm in run.arms} if run.recipe.soup != "none" else None,
+        "rounds": {arm: run.selected(arm).rounds for arm in run.arms} if run.recipe.average == "rounds" else None,
     }
 
 
@@ -176,6 +183,21 @@ def search_data(run: Run) -> dict[str, Any] | None:
     }
 
 
+def _soup(run: Run, arm: str) -> dict[str, Any] | None:
+    """Return the tries that the soup of an arm mixes, its metrics on the holdout, and whether it is the arm's result."""
+    found = run.state.soups.get(arm)
+    if found is None:
+        return None
+    tries = [number + 1 for number in found.members]
+    return {"tries": tries, "holdout": found.holdout, "chosen": bool(run.selected(arm).members)}
+
+
+def rate_tests(run: Run) -> list[dict[str, Any]] | None:
+    """Return the range tests of the rate: all rates with their losses, and the chosen one. None: none was made."""
+    tests = [{"optimizer": name, **asdict(found)} for name, found in run.state.rates.items()]
+    return [{field: value for field, value in test.items() if field != "seconds"} for test in tests] or None
+
+
 def published_name(run: Run) -> str:
     """Return what the published arm did, such as "SWA, no mask" or "DSD, 30 % masked"."""
     arm = run.published
@@ -184,21 +206,23 @@ def published_name(run: Run) -> str:
     phases = run.recipe_of(arm, run.selected(arm).attempt).phases
     masked = " and ".join(f"{100 * phase.sparsity:.3g} %" for phase in phases if phase.sparsity is not None)
     mask = {"refined": f"{masked} masked", "random": f"{masked} masked at random"}.get(arm, "no mask") if masked else "no mask"
-    share = run.selected(arm).share
-    part = f", {100 * share:.3g} % of the way from the source" if share < 1 else ""
+    selected = run.selected(arm)
+    part = f", mean of {len(selected.members)} tries" if selected.members else ""
+    part += f", mean of {selected.rounds} rounds" if selected.rounds > 1 else ""
+    part += f", {100 * selected.share:.3g} % of the way from the source" if selected.share < 1 else ""
     average = {"swa": "SWA, ", "ema": "EMA, "}.get(phases[-1].average, "" if mask == "no mask" else "DSD, ")
     return f"{average or 'more training, '}{'distilled, ' if any(phase.distill for phase in phases) else ''}{mask}{part}"
 
 
 def _cost(run: Run) -> dict[str, Any]:
-    """Return the cost of training, all arms and tries together.
+    """Return the cost of training, all arms, tries and range tests together.
 
     The energy is that of the whole run, with loading, evaluation and writing.
     """
-    phases = run.state.phases
+    phases, tests = run.state.phases, run.state.rates.values()
     return {
-        "seconds": sum(phase["seconds"] for phase in phases),
-        "samples": sum(phase["samples"] for phase in phases),
+        "seconds": sum(phase["seconds"] for phase in phases) + sum(test.seconds for test in tests),
+        "samples": sum(phase["samples"] for phase in phases) + sum(test.samples for test in tests),
         "energy_joules": run.meter.joules() if run.meter else None,
     }
 
@@ -247,14 +271,14 @@ def _files(hashes: dict[str, str]) -> list[dict[str, str]]:
     return [{"name": name, "sha256": digest} for name, digest in hashes.items()]
 
 
-def _layer(run: Run, layer: Any, sparsity: float | None, zeros: dict[str, int] | None) -> dict[str, Any]:
+def _layer(run: Run, layer: Any, masked: Mapping[str, int], zeros: dict[str, int] | None) -> dict[str, Any]:
     raw = run.checkpoint.layout.tensor(layer.name)
     return {
         "name": layer.name,
         "shape": list(layer.shape),
         "weights": layer.weights,
         "source_zeros": int((raw == 0).sum()),
-        "masked": 0 if sparsity is None else layer.masked(sparsity),
+        "masked": masked.get(layer.name, 0),
         "zeros_in_sparse": zeros.get(layer.name) if zeros else None,
         "excluded": layer.excluded,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -157,9 +157,17 @@ class Run:
         return self.workspace.read_tensors(file_name) if first and file_name and self.state.at == position else {}
 
     @cached_property
-    def settings(self) -> list[Setting]:
-        """The settings that every arm tries: those of the search, else one for each sparsity."""
+    def given_settings(self) -> list[Setting]:
+        """The settings that every arm tries: those of the search, else one for each sparsity. Rates may be `auto`."""
         return settings_of(self.recipe)
+
+    @property
+    def settings(self) -> list[Setting]:
+        """The `given_settings`, with numbers in place of the rates that have been tested."""
+        if not self.state.rates:
+            return self.given_settings
+        rates = {name: found.rate for name, found in self.state.rates.items()}
+        return [replace(each, recipe=each.recipe.at_rates(rates)) for each in self.given_settings]
 
     @cached_property
     def rungs(self) -> list[Rung]:
@@ -219,8 +227,13 @@ class Run:
         return absolute_margin(self.recipe.margin, metric, metrics[metric])
 
     def selected(self, arm: str) -> Selected:
-        """Return the weights that the holdout chose for an arm, of all its tries and seeds."""
-        return self.state.best[arm][str(self.preferred(arm))]
+        """Return the weights that the holdout chose for an arm: of a seed, or the soup of all seeds."""
+        best, soup = self.state.best[arm][str(self.preferred(arm))], self.state.soups.get(arm)
+        return soup if soup and self.recipe.seeds > 1 and self.is_better(soup, best) else best
+
+    def is_better(self, new: Selected, old: Selected) -> bool:
+        """Return whether the holdout prefers new weights to old ones. Without a holdout it prefers none."""
+        return new.holdout is not None and old.holdout is not None and self.prefers(new.holdout, old.holdout)
 
     def preferred(self, arm: str) -> int:
         """Return the number of the seed whose result the holdout prefers, from 0.

@@ -1,4 +1,4 @@
-"""The mean of a phase's weights.
+"""The mean of weights: of a phase, or of two models.
 
 SWA (Izmailov et al. 2018) averages the weights at the end of each epoch. EMA is an exponential moving
 average over the optimizer steps.
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
+from dsd_refine.errors import UsageError
 from dsd_refine.recipe import Phase
 
 
@@ -75,3 +76,24 @@ class Average:
         """The mean and its count as tensors for the saved state; empty if there is no mean."""
         means = {f"average.mean.{name}": value for name, value in self.mean.items()}
         return {**means, "average.count": torch.tensor(self.count)} if means else {}
+
+
+@torch.no_grad()
+def between(source: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+    """Return source + share * (trained - source), name by name. Integers, such as counts of batches, are the trained ones.
+
+    A value that is equal in both stays exactly as it is.
+
+    Raises:
+        UsageError: A tensor has another shape in the other one, or is not there.
+    """
+    for name, value in trained.items():
+        if name not in source or source[name].shape != value.shape:
+            shapes = [list(each[name].shape) if name in each else "none" for each in (source, trained)]
+            raise UsageError(
+                f"{name}: weights of different shapes have no mean ({shapes[0]} and {shapes[1]}); give the same model"
+            )
+    return {
+        name: torch.lerp(source[name].to(value.device), value, share) if value.is_floating_point() else value
+        for name, value in trained.items()
+    }

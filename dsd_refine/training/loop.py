@@ -21,7 +21,8 @@ from dsd_refine.training.blame import computed
 from dsd_refine.training.hooks import Step
 from dsd_refine.training.optimizer import learning_rate, set_rate
 from dsd_refine.training.settings import train_mode
-from dsd_refine.training.state import Counts, Loop, Pending, PhaseState, on_device
+from dsd_refine.training.sharpness import uphill
+from dsd_refine.training.state import Counts, Key, Loop, Pending, PhaseState, on_device
 
 EARLY = 25  # the losses of the first steps are stored, to see whether training damages the model at its beginning
 LATE = 4  # steps of a GPU whose losses are not waited for
@@ -57,17 +58,15 @@ def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) 
     # Not at the end of the step: then the memory would return to the system, and the next step would have to
     # get it again page by page.
     state.optimizer.zero_grad()
-    device, losses = loop.accelerator.device, []
-    for number, batch in enumerate(group):
-        seed_all(stable_seed(*state.key, step, number, loop.accelerator.process_index, "dropout"), device)
-        with _sync_on_last(loop, number == len(group) - 1):
-            with loop.autocast():
-                loss = computed(loop, loop.task.train, loop.forward, on_device(loop, batch), loop.loss or loop.task.loss)
-            _scaled(loop, loss * (weight if batch.count else 0.0)).backward()  # type: ignore[no-untyped-call]
-        losses += [loss.detach()] if batch.count else []
+    device = loop.accelerator.device
+    losses = _backward(loop, state.key, step, group, weight)
+    if phase.sam:
+        with uphill(loop, state.masks, phase.sam):
+            state.optimizer.zero_grad()
+            _backward(loop, state.key, step, group, weight)
     # Before a new mask by magnitude, one step is made without the mask: masked weights get a value from their
     # gradient, and the new mask may leave them in.
-    is_unmasked = renews_mask(phase, step, total) and phase.criterion == "magnitude"
+    is_unmasked = renews_mask(phase, step, total) and phase.criterion != "random"
     _prepare_gradients(loop, phase, state, is_unmasked)
     state.optimizer.step()
     if not is_unmasked:
@@ -76,6 +75,19 @@ def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) 
     loss_sum = sum(losses[1:], losses[0]) if losses else torch.zeros((), device=device)
     state.pending.append(Pending(step, total, rate, skipped, *_sent_home(loop, loss_sum, counts)))
     _count(state, step, rate, skipped)
+
+
+def _backward(loop: Loop, key: Key, step: int, group: list[Batch], weight: float | torch.Tensor) -> list[torch.Tensor]:
+    """Add the gradients of a step's micro-batches, and return their summed losses."""
+    losses = []
+    for number, batch in enumerate(group):
+        seed_all(stable_seed(*key, step, number, loop.accelerator.process_index, "dropout"), loop.accelerator.device)
+        with _sync_on_last(loop, number == len(group) - 1):
+            with loop.autocast():
+                loss = computed(loop, loop.task.train, loop.forward, on_device(loop, batch), loop.loss or loop.task.loss)
+            _scaled(loop, loss * (weight if batch.count else 0.0)).backward()  # type: ignore[no-untyped-call]
+        losses += [loss.detach()] if batch.count else []
+    return losses
 
 
 def arrived(loop: Loop, state: PhaseState, wait: bool = False) -> Iterator[tuple[Step, bool]]:

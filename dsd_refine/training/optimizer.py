@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,11 +44,13 @@ def make_optimizer(loop: Loop, phase: Phase) -> torch.optim.Optimizer:
     until the end of the run.
     """
     recipe = loop.recipe
-    trained = [p for p in loop.model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = []
+    for factor in dict.fromkeys((1.0, *phase.lr_scale.values())):
+        trained = [p for name, p in loop.model.named_parameters() if p.requires_grad and rate_factor(phase, name) == factor]
+        groups += [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay, "factor": factor},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0, "factor": factor},
+        ]
     groups = [group for group in groups if group["params"]]
     scaler = loop.accelerator.scaler
     optimizer: torch.optim.Optimizer
@@ -59,7 +62,12 @@ def make_optimizer(loop: Loop, phase: Phase) -> torch.optim.Optimizer:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
-    """Set the learning rate of every parameter group, and return it."""
+    """Set the learning rate of every parameter group, times its factor. Returns the rate without a factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)
     return rate
+
+
+def rate_factor(phase: Phase, name: str) -> float:
+    """Return the factor of the learning rate of a parameter (see `Phase.lr_scale`)."""
+    return next((factor for pattern, factor in phase.lr_scale.items() if fnmatchcase(name, pattern)), 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -18,12 +19,17 @@ def check_settings(model: nn.Module, recipe: Recipe, filled: Filled) -> None:
     """Check that the model can have the settings of every phase.
 
     Raises:
-        UsageError: a phase sets the dropout of a model without dropout, or it freezes all parameters.
+        UsageError: a phase sets the dropout of a model without dropout, scales the rate of a parameter
+            that is not there, or freezes all parameters.
             The message names the field.
     """
     for number, phase in enumerate(recipe.phases):
         if phase.dropout is not None and not dropouts(model):
             raise UsageError(f"phases.{number}.dropout: the model has no dropout to set (stochastic depth is none)")
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in phase.lr_scale:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UsageError(f"phases.{number}.lr_scale: {pattern!r} matches no parameter, such as {names[0]}")
         frozen = frozen_names(model, phase.frozen, filled)
         if phase.total_steps(1) and all(name in frozen or not p.requires_grad for name, p in model.named_parameters()):
             raise UsageError(f"phases.{number}.frozen: leaves nothing to train")

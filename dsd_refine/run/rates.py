@@ -1,0 +1,135 @@
+"""Find a learning rate by a range test on the source (Smith 2017), before the first phase.
+
+The source is trained for some steps, with a rate that rises from step to step. The loss of each step is compared with
+the source's own loss on the same rows, so that it does not matter which rows are hard. Where the loss begins to rise,
+the rate is too high. The source's weights are restored afterwards: nothing but the rate is taken from the test.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from dsd_refine.errors import Diverged, Interrupted, RunError
+from dsd_refine.recipe import AutoRate, Phase, Recipe
+from dsd_refine.run.phase import loss_of, restored_buffers, use_setting
+from dsd_refine.run.state import RangeTest
+from dsd_refine.training import loop as training
+from dsd_refine.training.hooks import Place
+from dsd_refine.training.packing import load_state
+from dsd_refine.training.settings import settings
+from dsd_refine.training.state import PhaseState
+
+if TYPE_CHECKING:
+    from dsd_refine.run.run import Run
+
+LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 100  # the rates that are tried: each is 17.5 % above the one before
+SMOOTH = 0.9  # share of the earlier steps in the smoothed rise of the loss
+RISEN = 0.5  # the loss has risen if it is so much above the source's, as a share of it
+BELOW_EDGE = 1 / 4  # the chosen rate, as a share of the highest one before the loss rises
+
+
+def test_rates(run: Run) -> None:
+    """Find the rate that `auto` means, once for each optimizer of the settings. Nothing is done if no phase asks for it.
+
+    Raises:
+        RunError: The loss rises at every rate.
+        Interrupted: The run was asked to stop. A resumed run makes the test again.
+    """
+    recipes = {each.recipe.optimizer: each.recipe for each in reversed(run.given_settings) if each.recipe.asks_for_rates}
+    for name in sorted(recipes.keys() - run.state.rates.keys()):
+        found = range_test(run, recipes[name])
+        run.state.rates[name] = found
+        edge = f"the loss rises above {found.edge:.3g}" if found.edge else f"the loss does not rise up to {HIGHEST:g}"
+        run.options.say(f"rate: {found.rate:.3g} for {name} ({edge})")
+        run.workspace.log({"event": "rate", "optimizer": name, "rate": found.rate, "edge": found.edge})
+        run.save()
+
+
+def range_test(run: Run, recipe: Recipe) -> RangeTest:
+    """Make the range test with the first phase of a recipe whose rate is `auto`, without its mask.
+
+    Its optimizer, batches, augmentation, dropout and frozen parameters are those of the phase.
+    """
+    began, before = time.perf_counter(), run.recipe
+    phase = next(phase for phase in recipe.phases if isinstance(phase.lr, AutoRate))
+    use_setting(run, recipe)
+    source_losses, samples = sweep(run, phase, [0.0] * STEPS)
+    rates = [LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1)) for step in range(STEPS)]
+    losses, more = sweep(run, phase, rates, source_losses)
+    use_setting(run, before)
+    edge, tried = edge_of(rates, losses, source_losses), len(losses)
+    if edge == 0:
+        raise RunError(f"the range test: the loss rises at every rate from {LOWEST:g} on; give a rate: --lr")
+    rate = float(f"{BELOW_EDGE * (edge or HIGHEST):.2g}")
+    seconds = time.perf_counter() - began
+    return RangeTest(rate, edge, rates[:tried], losses, source_losses[:tried], samples + more, seconds)
+
+
+def sweep(run: Run, phase: Phase, rates: Sequence[float], source_losses: Sequence[float] = ()) -> tuple[list[float], int]:
+    """Train the source for one step at each rate, and restore it.
+
+    Args:
+        run: The run.
+        phase: The phase whose settings count.
+        rates: The rate of each step.
+        source_losses: The source's losses in these steps. The sweep ends where the loss has risen above them.
+
+    Returns:
+        The losses of the steps, and the number of examples. The losses end before one that is not finite.
+    """
+    loop, losses, samples = run.loop, list[float](), 0
+    plain = {"kind": "dense", "sparsity": None, "refresh": None, "average": "none", "schedule": "constant", "warmup_steps": 0}
+    whole = phase.model_copy(update={**plain, "epochs": None, "steps": len(rates), "lr": 0.0})
+    load_state(loop.model, run.start)
+    state = PhaseState(Place("source", 1, 1, run.recipe.seed, 1, 1, "dense", 0, len(rates)))
+    with settings(loop.model, phase, run.checkpoint.filled), restored_buffers(loop.model):
+        state.begin(loop, whole)
+        loop.loss = loss_of(run, phase)
+        for rate, group in zip(rates, training.batches_of_steps(loop, whole, state), strict=True):
+            training.train_step(loop, whole.model_copy(update={"lr": rate}), state, group)
+            try:
+                [(step, asked)] = training.arrived(loop, state, wait=True)
+            except Diverged:
+                break
+            if asked or (loop.world == 1 and loop.stopping()):
+                raise Interrupted("stopped in the range test of the rate; --resume makes it again")
+            losses.append(step.loss)
+            samples += step.samples
+            if source_losses and has_risen(losses, source_losses):
+                break
+        state.optimizer.zero_grad()
+    load_state(loop.model, run.start)
+    return losses, samples
+
+
+def rises(losses: Sequence[float], source_losses: Sequence[float]) -> list[float]:
+    """Return how far the loss of each step is above the source's, smoothed, as a share of the source's mean loss."""
+    level = sum(source_losses) / len(source_losses)
+    above = [loss - own for loss, own in zip(losses, source_losses, strict=False)]
+    means = accumulate(above, lambda mean, value: SMOOTH * mean + (1 - SMOOTH) * value, initial=0.0)
+    return [mean / (1 - SMOOTH**step) / level for step, mean in enumerate(means) if step]
+
+
+def has_risen(losses: Sequence[float], source_losses: Sequence[float]) -> bool:
+    """Return whether the smoothed loss of the last step is above the source's by more than RISEN."""
+    return rises(losses, source_losses)[-1] > RISEN
+
+
+def edge_of(rates: Sequence[float], losses: Sequence[float], source_losses: Sequence[float]) -> float | None:
+    """Return the highest rate before the loss rises for good.
+
+    Args:
+        rates: All rates, in order.
+        losses: The loss at each of the first rates.
+        source_losses: The loss of the source in the same steps.
+
+    Returns:
+        The rate; 0 if the loss rises at the first one; None if it rises at none.
+    """
+    if len(losses) == len(rates) and not has_risen(losses, source_losses):
+        return None
+    last = len(losses) - 1 - (bool(losses) and has_risen(losses, source_losses))
+    return rates[last] if last >= 0 else 0.0
