@@ -145,7 +145,7 @@ MUTATIONS = [
     Mutation(
         "dropout hangs on what was drawn before",
         "training/loop.py",
-        '        seed_all(stable_seed(*key, step, number, loop.accelerator.process_index, "dropout"), loop.accelerator.device)\n',
+        '        seed_all(stable_seed(*key, step, number, loop.accelerator.process_index, "dropout"), device)\n',
         "",
         "test_train.py::test_dropout_is_a_function_of_seed_and_step",
     ),

@@ -79,9 +79,9 @@ def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) 
 
 def _backward(loop: Loop, key: Key, step: int, group: list[Batch], weight: float | torch.Tensor) -> list[torch.Tensor]:
     """Add the gradients of a step's micro-batches, and return their summed losses."""
-    losses = []
+    device, losses = loop.accelerator.device, []
     for number, batch in enumerate(group):
-        seed_all(stable_seed(*key, step, number, loop.accelerator.process_index, "dropout"), loop.accelerator.device)
+        seed_all(stable_seed(*key, step, number, loop.accelerator.process_index, "dropout"), device)
         with _sync_on_last(loop, number == len(group) - 1):
             with loop.autocast():
                 loss = computed(loop, loop.task.train, loop.forward, on_device(loop, batch), loop.loss or loop.task.loss)
