@@ -21,7 +21,10 @@ def test_a_trial_leaves_one_line_and_is_not_run_again(tmp_path):
         ("dsd 30 %, x1", "refined", 0),
         ("dsd 30 %, x1", "dense", 0),
     ]
-    assert [[phase["kind"] for phase in line["recipe"]["phases"]] for line in lines] == [["sparse", "dense"], ["dense", "dense"]]
+    assert [[phase["kind"] for phase in line["recipe"]["phases"]] for line in lines] == [
+        ["sparse", "dense"],
+        ["dense", "dense"],
+    ]
     for line in lines:
         assert line["gain"] == round(line["gained"] - line["lost"]) / line["rows"]
         assert line["source"] == lines[0]["source"]

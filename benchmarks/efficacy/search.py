@@ -102,7 +102,7 @@ def outcome(report: dsd_refine.Report) -> ledger.Trial:
     return {
         "metric": metric, "source": source[metric], "result": result[metric], "gain": compared.delta,
         "source_loss": source.get("loss"), "loss": result.get("loss"), "gained": compared.gained, "lost": compared.lost,
-        "rows": data["data"]["eval"]["rows"], "diverged": False,
+        "rows": data["data"]["eval"]["rows"], "rate": data["phases"][0]["lr_peak"], "diverged": False,
     }  # fmt: skip
 
 
@@ -119,9 +119,9 @@ def table(trials: list[ledger.Trial]) -> str:
         error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
         losses = np.mean([each["loss"] - each["source_loss"] for each in ended]) if ended else float("nan")
         seconds = np.mean([each["seconds"] for each in group])
-        lines.append((mean, f"{setting:40} {arm:8} {len(group):3} {len(group) - len(ended):8}  {mean:+.4f} ± {error:.4f}  "
+        lines.append((mean, f"{setting:70} {arm:8} {len(group):3} {len(group) - len(ended):8}  {mean:+.4f} ± {error:.4f}  "
                             f"{losses:+.4f}  {seconds:6.0f}"))  # fmt: skip
-    head = f"{'setting':40} {'arm':8} {'n':>3} {'diverged':>8}  gain ± error     loss     seconds"
+    head = f"{'setting':70} {'arm':8} {'n':>3} {'diverged':>8}  gain ± error     loss     seconds"
     return "\n".join([head, *(line for _, line in sorted(lines, reverse=True))])
 
 

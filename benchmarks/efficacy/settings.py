@@ -15,7 +15,7 @@ EMA_DECAY = 0.98  # the last fifty steps count most
 EMA = {"average": "ema", "ema_decay": EMA_DECAY}
 
 
-def averaged(rate: float, length: float, **more: Any) -> Changes:
+def averaged(rate: float | str, length: float, **more: Any) -> Changes:
     """Train on at a constant rate; the result is the mean of the weights at the epochs' ends (SWA)."""
     return {"phases": [{"kind": "dense", "epochs": length, "lr": rate, "schedule": "constant", "average": "swa"} | more]}
 
@@ -57,6 +57,8 @@ def settings(rate: float, length: float, average: str, *, light_crop: bool) -> d
         light_crop: Whether a light augmentation of images is tried.
     """
     found = {
+        "average, rate auto": averaged("auto", length),
+        "dsd 50 % for a quarter + average, rate auto": with_rate(masked_average(1, length, 0.5, 0.25, 1.0), "auto"),
         "average, x1": averaged(rate, length),
         "average, x0.25": averaged(rate / 4, length),
         "average, x4": averaged(4 * rate, length),
@@ -83,6 +85,8 @@ def settings(rate: float, length: float, average: str, *, light_crop: bool) -> d
     }
     if light_crop:
         light = {"augment": {"crop": "random-resized", "scale": [0.75, 1.0], "flip": 0.0}}
+        strong = {"augment": {"crop": "random-resized", "flip": 0.5}}
+        found["average + strong crop and flips, x1"] = averaged(rate, length) | strong
         found["average + light crop, x1"] = averaged(rate, length) | light
         found["average + light crop, x1, twice the length"] = averaged(rate, 2 * length) | light
         found["dsd 30 % + average + light crop, x1"] = masked_average(rate, length) | light
@@ -93,6 +97,11 @@ def settings(rate: float, length: float, average: str, *, light_crop: bool) -> d
             masked_average(rate, length, 0.8, 0.25, 1.0) | light
         )
     return found if average == "swa" else {name: by_steps(changes) for name, changes in found.items()}
+
+
+def with_rate(changes: Changes, rate: float | str) -> Changes:
+    """Give every phase this rate."""
+    return changes | {"phases": [phase | {"lr": rate} for phase in changes["phases"]]}
 
 
 def by_steps(changes: Changes) -> Changes:
