@@ -7,6 +7,7 @@ the rate is too high. The source's weights are restored afterwards: nothing but 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from itertools import accumulate
@@ -120,7 +121,7 @@ def sweep(run: Run, phase: Phase, rates: Sequence[float], source_losses: Sequenc
 
 def rises(losses: Sequence[float], source_losses: Sequence[float]) -> list[float]:
     """Return how far the loss of each step is above the source's, smoothed, as a share of the source's mean loss."""
-    level = sum(source_losses) / len(source_losses)
+    level = max(sum(source_losses) / len(source_losses), sys.float_info.min)  # a loss may be 0
     above = [loss - own for loss, own in zip(losses, source_losses, strict=False)]
     means = accumulate(above, lambda mean, value: SMOOTH * mean + (1 - SMOOTH) * value, initial=0.0)
     return [mean / (1 - SMOOTH**step) / level for step, mean in enumerate(means) if step]
