@@ -29,11 +29,15 @@ if TYPE_CHECKING:
 LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 100  # the rates that are tried: each is 17.5 % above the one before
 SMOOTH = 0.9  # share of the earlier steps in the smoothed rise of the loss
 RISEN = 0.5  # the loss has risen if it is so much above the source's, as a share of it
+SHORTEST_RUN = 100  # a run of fewer steps is not worth a test
+USUAL = {"sgd": 0.01, "adamw": 2e-5}  # the rates of such a run: low ones, as released weights are trained on with
 BELOW_EDGE = 1 / 4  # the chosen rate, as a share of the highest one before the loss rises
 
 
 def test_rates(run: Run) -> None:
     """Find the rate that `auto` means, once for each optimizer of the settings. Nothing is done if no phase asks for it.
+
+    A run of fewer than SHORTEST_RUN steps has no test. Its rate is the usual one of the optimizer.
 
     Raises:
         RunError: The loss rises at every rate.
@@ -41,12 +45,21 @@ def test_rates(run: Run) -> None:
     """
     recipes = {each.recipe.optimizer: each.recipe for each in reversed(run.given_settings) if each.recipe.asks_for_rates}
     for name in sorted(recipes.keys() - run.state.rates.keys()):
+        if not is_worth_a_test(recipes[name], run.loop.steps_per_epoch):
+            run.state.rates[name] = RangeTest(USUAL[name], None, [], [], [], 0, 0.0)
+            run.options.say(f"rate: {USUAL[name]:g} for {name} (a run of fewer than {SHORTEST_RUN} steps has no range test)")
+            continue
         found = range_test(run, recipes[name])
         run.state.rates[name] = found
         edge = f"the loss rises above {found.edge:.3g}" if found.edge else f"the loss does not rise up to {HIGHEST:g}"
         run.options.say(f"rate: {found.rate:.3g} for {name} ({edge})")
         run.workspace.log({"event": "rate", "optimizer": name, "rate": found.rate, "edge": found.edge})
         run.save()
+
+
+def is_worth_a_test(recipe: Recipe, steps_per_epoch: int) -> bool:
+    """Return whether a try has at least SHORTEST_RUN steps."""
+    return sum(phase.total_steps(steps_per_epoch) for phase in recipe.trained_phases) >= SHORTEST_RUN
 
 
 def range_test(run: Run, recipe: Recipe) -> RangeTest:

@@ -194,7 +194,7 @@ def _soup(run: Run, arm: str) -> dict[str, Any] | None:
 
 def rate_tests(run: Run) -> list[dict[str, Any]] | None:
     """Return the range tests of the rate: all rates with their losses, and the chosen one. None: none was made."""
-    tests = [{"optimizer": name, **asdict(found)} for name, found in run.state.rates.items()]
+    tests = [{"optimizer": name, **asdict(found)} for name, found in run.state.rates.items() if found.rates]
     return [{field: value for field, value in test.items() if field != "seconds"} for test in tests] or None
 
 
