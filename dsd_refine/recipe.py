@@ -180,7 +180,8 @@ class Recipe(Strict):
     (`headings`, as in WikiText), or those with the same value in the column of this name. `join_with`
     stands between the rows (two line ends).
     `stride` evaluates a language model on windows that begin so many tokens apart, so that each token
-    is scored once, with the tokens before it as context.
+    is scored once, with the tokens before it as context. In question answering it is the same of the windows of
+    a context, in training too.
     `loss_on` says which tokens of conversations are targets: those of the answers, or all.
     `metric` is what decides, of the metrics that the task measures (the task's first one).
     `eval_split` and `holdout_split` name the splits of the data for evaluation and selection.
