@@ -288,7 +288,8 @@ class Recipe(Strict):
     (`headings`, as in WikiText), or those with the same value in the column of this name.
     `join_with` stands between the rows that are joined (two line ends).
     `stride` evaluates a language model on windows that begin so many tokens apart, so that each token
-    is scored once, with the tokens before it as context.
+    is scored once, with the tokens before it as context. In question answering it is the same of the windows of
+    a context, in training too.
     `eval_batch_size` is the number of rows that each process evaluates together (None: as many as it trains on, and on a GPU
     more, as its memory allows).
     `loss_on` says which tokens of conversations are targets: those of the answers, or all.

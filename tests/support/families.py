@@ -115,6 +115,15 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "modernbert": BERT,
         "qwen3": WIDE,
     },
+    "question-answering": {
+        "bert": BERT,
+        "roberta": BERT,
+        "distilbert": {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "max_position_embeddings": 32},
+        "deberta-v2": {**BERT, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["c2p", "p2c"]},
+        "xlnet": {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48},
+        "bart": {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+                 "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 32},
+    },
     "masked-lm": {"xlm-roberta": BERT, "camembert": BERT},
     "causal-lm": {
         "gpt2": GPT,
@@ -178,6 +187,15 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
                          "encoder_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
                                             "intermediate_size": 48, "num_mel_bins": 16, "subsampling_conv_channels": 8,
                                             "conv_kernel_size": 3}},
+    },
+    "audio-classification": {
+        "wav2vec2": {**SOUND, "classifier_proj_size": 16},
+        "hubert": {**SOUND, "classifier_proj_size": 16},
+        "audio-spectrogram-transformer": {**{name: VIT[name] for name in VIT if name != "image_size"}, "max_length": 32, "num_mel_bins": 16, "frequency_stride": 8,
+                                          "time_stride": 8},
+        "whisper": {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2,
+                    "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 16,
+                    "max_source_positions": 32, "max_target_positions": 32, "classifier_proj_size": 16, "pad_token_id": 0},
     },
     "image-captioning": {
         "vision-encoder-decoder": {"encoder": {**VIT, "model_type": "vit"},
