@@ -11,7 +11,7 @@ import torch
 from conftest import SHORT, hashes
 from outputs import near, report_of, same
 from pairs import LANGUAGES, pairs, pairs_file, seq2seq_checkpoint, write_lines
-from runs import stop_after, torchrun
+from runs import stop_after, two_processes
 from sacrebleu.metrics import BLEU, CHRF
 from tasks import open_task
 
@@ -394,7 +394,7 @@ def test_stopped_and_resumed(command, seen, result, tmp_path):
 def test_two_processes_are_one_of_twice_the_batch(command, seen, tmp_path):
     args = [seen / "t5", "--data", seen / "d.jsonl", "--optimizer", "sgd", "--lr", "0.01", "--warmup-steps", "0", "--quiet",
             "--sparse-steps", 3, "--dense-steps", 2, "--gate", "none", "--device", "cpu", "--control", "none"]  # fmt: skip
-    two = torchrun(*args, "-o", tmp_path / "two", "--batch-size", 3)
+    two = two_processes(*args, "-o", tmp_path / "two", "--batch-size", 3)
     assert two.returncode == 0, two.stderr
     assert command(*args, "-o", tmp_path / "one", "--batch-size", 6).code == 0
     near(tmp_path / "one", tmp_path / "two")
