@@ -33,6 +33,9 @@ VAGUE = ("pretraining", "multimodal-lm", "")  # of the kinds that a class is of,
 # ones, or learn from sounds
 WITH_MASKED_LM = ("Albert", "Bert", "BigBird", "Ernie", "FNet", "MegatronBert", "MobileBert", "RoCBert")
 OF_TEXTS = ("masked-lm", "causal-lm", "text-encoding")  # lists that have the model types which read texts alone
+TEXT_PART = ". Its text part is trained on texts, and on conversations without pictures, with --task causal-lm"
+WITH_PICTURES = "AutoModelForImageTextToText"
+CAPTIONERS = TASKS["image-captioning"].model_types
 # BatchNorm's counter, which older files have not: it starts at 0, as the library lets it
 UNCOUNTED = ".num_batches_tracked"
 
@@ -83,13 +86,18 @@ class TransformersLibrary:
         """Return the model type and the class names in `architectures` of the config."""
         return [str(self.config.model_type), *(self.config.architectures or [])]
 
+    @property
+    def auto_class(self) -> str:
+        """Return the name of transformers' class that builds and loads the model."""
+        return WITH_PICTURES if self.task == "causal-lm" and _sees_pictures(self.config) else TASKS[self.task].auto_class
+
     def build_meta(self) -> torch.nn.Module:
         """Build the task's auto class from the config on the meta device, with tied weights tied.
 
         Raises:
             CheckpointError: transformers cannot build it.
         """
-        auto = getattr(transformers, TASKS[self.task].auto_class)
+        auto = getattr(transformers, self.auto_class)
         with _building(self), torch.device("meta"):
             model: torch.nn.Module = auto.from_config(self._config(), trust_remote_code=self.trust_remote_code)
         if hasattr(model, "tie_weights"):
@@ -120,7 +128,7 @@ class TransformersLibrary:
 
     def load_plain(self, folder: Path) -> torch.nn.Module:
         """By `AutoModelFor….from_pretrained(folder)`."""
-        auto = getattr(transformers, TASKS[self.task].auto_class)
+        auto = getattr(transformers, self.auto_class)
         with _building(self):
             model: torch.nn.Module = auto.from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code, local_files_only=True
@@ -146,7 +154,12 @@ class TransformersLibrary:
 
     def snippet(self) -> str:
         """Return Python code that loads the model and its processor with `from_pretrained`."""
-        model, inputs = TASKS[self.task].auto_class, TASKS[self.task].processor
+        if self.task == "embedding" and is_sentence_model(self.folder):
+            return (
+                "from sentence_transformers import SentenceTransformer\n\n"
+                'model = SentenceTransformer("path/to/this/folder")  # or "owner/name"'
+            )
+        model, inputs = self.auto_class, TASKS[self.task].processor
         return (
             f'from transformers import {model}, {inputs}\n\nplace = "path/to/this/folder"  # or "owner/name"\n'
             f"model = {model}.from_pretrained(place)\nprepare = {inputs}.from_pretrained(place)"
@@ -254,6 +267,8 @@ def _infer(folder: Path, config: Any) -> str:
     others = [(name, kind) for name in architectures for kind in _kinds(name) if kind not in done]
     for name, kind in others[:1]:
         shown, hint = SHOWN.get(kind, kind), "; give --task if the weights have a head" if kind in VAGUE else ""
+        if config.model_type in _mappings()["image-text-to-text"] and _is_in_list(config, "causal-lm"):
+            shown, hint = "pictures and texts", TEXT_PART
         raise CheckpointError(f"{folder}: {name} is for {shown}, which is not supported yet; {_supported()}{hint}")
     named = ", ".join(architectures)[:200] or "nothing"
     raise CheckpointError(
@@ -266,7 +281,8 @@ def _refuse_task(folder: Path, config: Any, task: str) -> None:
     """Refuse a task that transformers, or this program, does not do with such a model."""
     only = TASKS[task].model_types
     if only and config.model_type not in only:
-        raise CheckpointError(f"{folder}: {task} is for {', '.join(only)}; this is {config.model_type}")
+        hint = TEXT_PART if task == "image-captioning" and _is_in_list(config, "causal-lm") else ""
+        raise CheckpointError(f"{folder}: {task} is for {', '.join(only)}; this is {config.model_type}{hint}")
     if not _is_in_list(config, task):
         raise CheckpointError(f"{folder}: transformers has no class that does {task} with {config.model_type}; {_supported()}")
 
@@ -275,7 +291,19 @@ def _is_in_list(config: Any, task: str) -> bool:
     """Has transformers a class for this task and such a config, or does code of the folder bring
     one?
     """
+    if task == "causal-lm" and _sees_pictures(config):
+        return True
     return config.model_type in _mappings()[TASKS[task].model_list] or bool(getattr(config, "auto_map", None))
+
+
+def _sees_pictures(config: Any) -> bool:
+    """Is it a model that reads pictures and writes text, for which transformers has no class of causal-lm?
+
+    Its class with pictures takes texts alone too.
+    """
+    lists = _mappings()
+    reads = config.model_type in lists["image-text-to-text"] and config.model_type not in lists["causal-lm"]
+    return reads and not getattr(config, "is_encoder_decoder", False) and config.model_type not in CAPTIONERS
 
 
 def _has_head(architecture: str, config: Any, task: str) -> bool:
