@@ -42,6 +42,9 @@ READ_MORE = {
     **dict.fromkeys(("markuplm",), "web-page (words with their places in HTML)"),
     **dict.fromkeys(("tapas",), "table"),
 }
+TEXT_PART = ". Its text part is trained on texts, and on conversations without pictures, with --task causal-lm"
+WITH_PICTURES = "AutoModelForImageTextToText"
+CAPTIONERS = TASKS["image-captioning"].model_types
 # BatchNorm's counter, which older files have not: it starts at 0, as the library lets it
 UNCOUNTED = ".num_batches_tracked"
 
@@ -87,13 +90,18 @@ class TransformersLibrary:
         """Return the model type and the class names in `architectures` of the config."""
         return [str(self.config.model_type), *(self.config.architectures or [])]
 
+    @property
+    def auto_class(self) -> str:
+        """Return the name of transformers' class that builds and loads the model."""
+        return WITH_PICTURES if self.task == "causal-lm" and _sees_pictures(self.config) else TASKS[self.task].auto_class
+
     def build_meta(self) -> torch.nn.Module:
         """Build the task's auto class from the config on the meta device, with tied weights tied.
 
         Raises:
             CheckpointError: transformers cannot build it.
         """
-        auto = getattr(transformers, TASKS[self.task].auto_class)
+        auto = getattr(transformers, self.auto_class)
         with _building(self), torch.device("meta"):
             model: torch.nn.Module = auto.from_config(self._config(), trust_remote_code=self.trust_remote_code)
         if hasattr(model, "tie_weights"):
@@ -126,7 +134,7 @@ class TransformersLibrary:
 
     def load_plain(self, folder: Path) -> torch.nn.Module:
         """By `AutoModelFor….from_pretrained(folder)`."""
-        auto = getattr(transformers, TASKS[self.task].auto_class)
+        auto = getattr(transformers, self.auto_class)
         with _building(self):
             model: torch.nn.Module = auto.from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code, local_files_only=True
@@ -152,7 +160,12 @@ class TransformersLibrary:
 
     def snippet(self) -> str:
         """Return Python code that loads the model and its processor with `from_pretrained`."""
-        model, inputs = TASKS[self.task].auto_class, TASKS[self.task].processor
+        if self.task == "embedding" and is_sentence_model(self.folder):
+            return (
+                "from sentence_transformers import SentenceTransformer\n\n"
+                'model = SentenceTransformer("path/to/this/folder")  # or "owner/name"'
+            )
+        model, inputs = self.auto_class, TASKS[self.task].processor
         return (
             f'from transformers import {model}, {inputs}\n\nplace = "path/to/this/folder"  # or "owner/name"\n'
             f"model = {model}.from_pretrained(place)\nprepare = {inputs}.from_pretrained(place)"
@@ -285,6 +298,8 @@ def _infer(folder: Path, config: Any) -> str:
         shown, hint = SHOWN.get(kind, kind), "; give --task if the weights have a head" if kind in VAGUE else ""
         if shown in TASKS:  # a task for some families only
             _refuse_task(folder, config, shown)
+        if config.model_type in _mappings()["image-text-to-text"] and _is_in_list(config, "causal-lm"):
+            shown, hint = "pictures and texts", TEXT_PART
         raise CheckpointError(f"{folder}: {name} is for {shown}, which is not supported yet; {_supported()}{hint}")
     named = ", ".join(architectures)[:200] or "nothing"
     raise CheckpointError(
@@ -297,7 +312,8 @@ def _refuse_task(folder: Path, config: Any, task: str) -> None:
     """Refuse a task that transformers, or this program, does not do with such a model."""
     only = TASKS[task].model_types
     if only and config.model_type not in only:
-        raise CheckpointError(f"{folder}: {task} is for {', '.join(only)}; this is {config.model_type}")
+        hint = TEXT_PART if task == "image-captioning" and _is_in_list(config, "causal-lm") else ""
+        raise CheckpointError(f"{folder}: {task} is for {', '.join(only)}; this is {config.model_type}{hint}")
     more = READ_MORE.get(config.model_type)
     if more and TASKS[task].processor == "AutoTokenizer":
         kind, _, what = more.partition(" ")
@@ -313,7 +329,19 @@ def _is_in_list(config: Any, task: str) -> bool:
     """Has transformers a class for this task and such a config, or does code of the folder bring
     one?
     """
+    if task == "causal-lm" and _sees_pictures(config):
+        return True
     return config.model_type in _mappings()[TASKS[task].model_list] or bool(getattr(config, "auto_map", None))
+
+
+def _sees_pictures(config: Any) -> bool:
+    """Is it a model that reads pictures and writes text, for which transformers has no class of causal-lm?
+
+    Its class with pictures takes texts alone too.
+    """
+    lists = _mappings()
+    reads = config.model_type in lists["image-text-to-text"] and config.model_type not in lists["causal-lm"]
+    return reads and not getattr(config, "is_encoder_decoder", False) and config.model_type not in CAPTIONERS
 
 
 def _has_head(architecture: str, config: Any, task: str) -> bool:
