@@ -60,8 +60,12 @@ def source_of(name, made, place):
     return made / FAMILY.get(name, "timm")
 
 
-# These have tests of their own: test_evidence.py, test_speech.py, test_captions.py, test_masked.py, test_tagging.py
-ELSEWHERE = {"token-classification", "digits", "speech", "ctc-speech", "captioning", "image-captioning", "masked-lm"}
+# These have tests of their own: test_evidence.py, test_speech.py, test_captions.py, test_masked.py, test_tagging.py,
+# test_seq2seq.py, test_speech_seq2seq.py
+ELSEWHERE = {
+    "token-classification", "digits", "speech", "ctc-speech", "captioning", "image-captioning", "masked-lm", "seq2seq-lm",
+    "speech-seq2seq",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in shipped() if name not in ELSEWHERE])

@@ -3,6 +3,7 @@
 import json
 
 import builders
+import pairs
 import pytest
 import taggers
 import torch
@@ -19,6 +20,8 @@ BUILT = {
     "ctc-speech": (builders.ctc_checkpoint, builders.speech_folder, "sounds"),
     "token-classification": (taggers.tagger_checkpoint, taggers.tagged_file, "rows.jsonl"),
     "image-captioning": (builders.caption_checkpoint, builders.caption_folder, "pictures"),
+    "seq2seq-lm": (pairs.seq2seq_checkpoint, pairs.pairs_file, "pairs.jsonl"),
+    "speech-seq2seq": (pairs.speech2text_checkpoint, builders.speech_folder, "sounds"),
 }
 
 

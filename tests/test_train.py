@@ -311,4 +311,5 @@ def test_tasks_that_augment_or_hide_say_that_they_draw(task):
     opener = importlib.import_module(f"dsd_refine.tasks.{TASKS[task].name.replace('-', '_')}")
     (made,) = [kind for kind in vars(opener).values() if isinstance(kind, type) and getattr(kind, "name", None) == task]
     assert "draws" not in {field.name for field in dataclasses.fields(made)}
-    assert made.draws is (task not in ("text-classification", "causal-lm", "token-classification"))
+    plain = {"text-classification", "causal-lm", "token-classification", "seq2seq-lm", "speech-seq2seq"}
+    assert made.draws is (task not in plain)
