@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
+from dsd_refine.checkpoint.libraries.transformers import TEXT_PART, TransformersLibrary
 from dsd_refine.errors import CheckpointError
 from dsd_refine.task_specs import TASKS, unknown_task
 
@@ -62,8 +62,8 @@ def test_one_class_for_two_tasks_is_told_apart_by_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "model_type", "kind", "more"),
     [
-        ("Gemma3ForConditionalGeneration", "gemma3", "image-text-to-text", {}),
-        ("LlavaForConditionalGeneration", "llava", "image-text-to-text", {}),
+        ("Gemma3ForConditionalGeneration", "gemma3", "pictures and texts", {}),
+        ("LlavaForConditionalGeneration", "llava", "pictures and texts", {}),
         ("RobertaForMultipleChoice", "roberta", "multiple-choice", {}),
         ("BertForNextSentencePrediction", "bert", "next-sentence-prediction", {}),
         ("DetrForObjectDetection", "detr", "object-detection", {}),
@@ -86,7 +86,8 @@ def test_what_no_task_is_for_is_called_what_it_is(tmp_path, architecture, model_
     with pytest.raises(CheckpointError) as refused:
         opened(tmp_path, architecture, model_type, **more)
     says = f"{tmp_path}: {architecture} is for {kind}, which is not supported yet; {SUPPORTED}"
-    assert str(refused.value).removesuffix("; give --task if the weights have a head") == says
+    said = str(refused.value).removesuffix("; give --task if the weights have a head")
+    assert said == says + (TEXT_PART if kind == "pictures and texts" else "")
 
 
 @pytest.mark.parametrize(

@@ -351,7 +351,7 @@ def test_statistics_are_those_of_the_rows_and_nothing_else_moves():
 
 def test_a_mask_without_training_after_has_new_statistics(command, made, tmp_path):
     args = [made / "timm", "--data", made / "pictures", "--batch-size", "8", "--device", "cpu", "--gate", "none", "--quiet"]
-    none = ["--sparse-steps", "0", "--dense-steps"]
+    none = ["--set", "phases.1.average=none", "--sparse-steps", "0", "--dense-steps"]
     assert command(*args, "-o", tmp_path / "a", *none, "0").code == 0
     assert command(*args, "-o", tmp_path / "b", *none, "2").code == 0
     assert command(*args, "-o", tmp_path / "c", *none, "0", "--sparsity", "0").code == 0
