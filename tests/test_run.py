@@ -117,6 +117,9 @@ def test_the_report_has_the_contracts_fields(runs, model):
         "lost",
         "interpolated",
         "search",
+        "rate_tests",
+        "soups",
+        "rounds",
     ]
     assert ("preprocessing" in report) == (model in ("timm", "vit"))
     assert list(report["environment"]) == ENVIRONMENT
