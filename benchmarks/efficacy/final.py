@@ -84,7 +84,7 @@ def run(place: Given, recipe: str | Recipe | None, options: dict[str, Any]) -> t
             str(place.checkpoint), data=str(place.train), eval_data=str(place.judge), output_dir=out, recipe=recipe,
             quiet=True, device="cpu", **options,
         )  # fmt: skip
-        text = summary(report).replace(f"{folder}/", "")
+        text = summary(report).replace(f"{folder}/", "").replace(f"{place.checkpoint.parent}/", "")
         return f"{text.rstrip()}\n\n{time.time() - started:.0f} s", read_recipe(out / "dsd/recipe.yaml")
 
 
