@@ -102,7 +102,7 @@ def slowly(begun, place, call, seconds, *args):
 @pytest.mark.parametrize(
     ("place", "call", "says", "saved"),
     [
-        ("dsd_refine.tasks.image_classification", "_examine", "stopped before the first step", False),
+        ("dsd_refine.tasks.image_rows", "in_threads", "stopped before the first step", False),
         ("dsd_refine.tasks.classification", "logits_of", "stopped", None),
         ("dsd_refine.run.publish", "verify", "stopped while the result was written", True),
     ],

@@ -157,7 +157,7 @@ def stopped(command, made, tmp_path):
     ("change", "says"),
     [
         (["--seed", "9"], "recipe.seed was 0, is 9"),
-        (["--lr", "0.5"], "recipe.phases.0.lr was 0.01, is 0.5"),
+        (["--lr", "0.5"], "recipe.phases.0.lr was 'auto', is 0.5"),
         (["--control", "random"], "recipe.control.0 was 'dense', is 'random'"),
     ],
 )

@@ -47,7 +47,8 @@ def kinds(library: Library) -> tuple[tuple[Kind, ...], ...]:
     """
     names, _ = library.label_names()
     several, one = (IMAGE, label_set([name[0] for name in names or ()])), (IMAGE, LABEL)
-    said = getattr(library.config, "problem_type", None)
+    config = library.config
+    said = getattr(config, "problem_type", None)
     if said == "multi_label_classification":
         return (several,)
     return (one,) if said is not None else (several, one)
