@@ -247,11 +247,18 @@ def resumed(given: Any, model: Path, data: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, 7, device=("cuda", "or cpu, to try this script"))
+    given = arguments(__doc__, 7, device=("cuda", "or cpu, to try this script"), only=("", "speed or commands"))
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device here")
     print(machine())
     print(torch.cuda.get_device_name() if given.device == "cuda" else "no GPU: figures mean nothing")
+    if given.only != "commands":
+        speeds(given)
+    if given.only != "speed":
+        commands(given)
+
+
+def speeds(given: Any) -> None:
     best = peak(given.device, 512 if given.quick else 8192)
     print(f"bf16 matrix products: {best / 1e12:.3g} TFLOP/s")
     small = given.quick
@@ -259,6 +266,9 @@ def main() -> None:
     speed(f"ResNet-50, {pixels} px, batch {images}, bf16, channels-last", lambda: resnet50(pixels, images), given, best)
     speed(f"BERT-base, {length} tokens, batch {texts}, bf16", lambda: bert_base(length, texts), given, best)
     selection(given, 1_000_000 if small else 100_000_000)
+
+
+def commands(given: Any) -> None:
     print("\nWhole commands")
     with place() as folder:
         pictures(folder / "data/train", 640, 40)
