@@ -10,8 +10,8 @@ import questions
 import sounds
 import taggers
 import torch
-from conftest import process
 from heads import write
+from runs import fresh, run_command
 from safetensors.torch import load_file
 
 from dsd_refine.task_specs import TASKS
@@ -48,7 +48,7 @@ def test_plan_of_every_task_ends_well_as_text_and_as_json(command, tmp_path, tas
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_plan_of_a_captioner_in_a_process_that_has_scored_nothing(tmp_path, options):
     model, data = builders.caption_checkpoint(tmp_path / "cap"), builders.caption_folder(tmp_path / "pics")
-    done = process("-m", "dsd_refine", "plan", model, "--data", data, *options)
+    done = fresh(run_command, "plan", model, "--data", data, *options)
     assert done.returncode == 0, done.stderr
     assert "image-captioning" in done.stdout
 
