@@ -10,6 +10,7 @@ import questions
 import sounds
 import taggers
 import torch
+import viewers
 from heads import write
 from runs import fresh, run_command
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ BUILT = {
     "question-answering": (questions.answerer_checkpoint, lambda path: write(path, questions.asked_rows()), "rows.jsonl"),
     "audio-classification": (sounds.sound_checkpoint, sounds.sound_folder, "sounds"),
     "image-captioning": (builders.caption_checkpoint, builders.caption_folder, "pictures"),
+    "image-text-to-text": (viewers.picture_chat_checkpoint, viewers.picture_chat, "talk"),
     "seq2seq-lm": (pairs.seq2seq_checkpoint, pairs.pairs_file, "pairs.jsonl"),
     "speech-seq2seq": (pairs.speech2text_checkpoint, builders.speech_folder, "sounds"),
 }

@@ -73,8 +73,8 @@ class EncoderDecoder(ABC):
         """What the encoder reads of these rows, by the model's names."""
 
     @abstractmethod
-    def measure(self, reference: str, text: str) -> tuple[float, ...]:
-        """The sums of one written text that the metrics are made of."""
+    def measure(self, references: Sequence[str], text: str) -> tuple[float, ...]:
+        """The sums of one written text that the metrics are made of. `references` are the right texts of its row."""
 
     @abstractmethod
     def row_value(self, sums: Sequence[float]) -> tuple[float, float]:
@@ -154,15 +154,15 @@ class EncoderDecoder(ABC):
             texts = self.writer.generate(forward, read) if writes else [None] * len(rows)
             for row, loss, text in zip(rows, losses, texts, strict=True):
                 targets = int((batch.targets[row] != IGNORED).sum())
-                scores[row] = self._score(batch.texts[row][0], text, loss, targets)
+                scores[row] = self._score(batch.texts[row], text, loss, targets)
         return [scores[row] for row in range(len(batch.targets))]
 
-    def _score(self, reference: str, text: str | None, loss: float, targets: int) -> Score:
+    def _score(self, references: Sequence[str], text: str | None, loss: float, targets: int) -> Score:
         if not self.writes:
             return Score(loss, targets, loss, stats=(targets,))
         if text is None:
             return Score(0.0, 0, loss, stats=(*[0.0] * self.width, targets))
-        sums = self.measure(reference, text)
+        sums = self.measure(references, text)
         score, count = self.row_value(sums)
         return Score(float(score), int(count), loss, text=text, stats=(*map(float, sums), targets))
 
@@ -179,8 +179,8 @@ class EncoderDecoder(ABC):
         return {name: found[name] for name in (self.metric, *(name for name in found if name != self.metric))}
 
     def target(self, part: TargetPart, row: int) -> str | None:
-        """The text that is to be written for the row."""
-        return part.rows.texts[row][0]
+        """The text that is to be written for the row, or several that are right, one a line."""
+        return "\n".join(part.rows.texts[row])
 
     def shown(self, prediction: int) -> str | None:
         """None: this task predicts texts, not classes."""
