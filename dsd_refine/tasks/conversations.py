@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dsd_refine.data.columns import DIALOGUE, column
+from dsd_refine.data.columns import DIALOGUE, PICTURES, column
 from dsd_refine.data.conversations import read_conversation
 from dsd_refine.data.pictures import has_pictures
 from dsd_refine.data.reading import Table
@@ -52,7 +52,15 @@ def prepare_conversations(
         for block in row_blocks(table, names):
             yield from (partial(_write, template, names, values) for values in block)
 
-    return divide_conversations(recipe, tables, evaluation, template, inputs.max_length, writers)
+    parts, warnings = divide_conversations(recipe, tables, evaluation, template, inputs.max_length, writers)
+    return parts, warnings + _picture_warnings(next(iter(tables.values())))
+
+
+def _picture_warnings(table: Table) -> list[str]:
+    """One line if a column beside the conversations is one of pictures by its name."""
+    known = {name for names, _ in PICTURES.sets for name in names}
+    columns = [name for name in table.rows.column_names if name.strip().casefold() in known]
+    return [f"the column {name!r} is not read: models that see pictures are for --task image-text-to-text" for name in columns]
 
 
 def _write(template: ChatTemplate, names: Sequence[str], values: Sequence[Any]) -> Written:
