@@ -46,7 +46,7 @@ def test_two_thousand_steps_hold_no_more_than_two_hundred(made, tmp_path):
         "phases=[{kind: sparse, steps: 1000, lr: 0.001, sparsity: 0.3, refresh: 50}, {kind: dense, steps: 1000, lr: 0.001}]"
     )
     found = watched_run(
-        made, tmp_path, made / "bert", "--data", made / "texts.csv", "--set", epochs, "--batch-size", 2, "--save-every", 0.02,
+        made, tmp_path, made / "bert", "--data", made / "texts.csv", "--set", epochs, "--batch-size", 4, "--save-every", 0.02,
         "--keep", "last",
     )  # fmt: skip
     assert [row[0] for row in found] == list(range(EVERY, 2001, EVERY))
