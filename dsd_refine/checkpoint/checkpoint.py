@@ -4,7 +4,7 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -82,8 +82,7 @@ class Checkpoint:
         """For each tensor of the file, the names of the model's tensors that hold its elements."""
         return {name: {tensor_slice.key for tensor_slice in slices} for name, slices in self.placement.items()}
 
-    @contextmanager
-    def rounded(self, model: torch.nn.Module) -> Iterator[None]:
+    def rounded(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """Round the model's weights to the file's dtypes inside a `with` block, and restore them
         after it.
 
@@ -92,7 +91,14 @@ class Checkpoint:
         Raises:
             Diverged: A value does not fit into the file's dtype, or is not finite.
         """
-        state = model.state_dict()
+        return self.rounded_state(model.state_dict())
+
+    @contextmanager
+    def rounded_state(self, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Round the tensors of a model's state, in place, as `rounded` does.
+
+        Of a sharded model they are the rows of this process.
+        """
         self._refuse_not_finite(state)
         original: dict[str, torch.Tensor] = {}
         try:
@@ -113,7 +119,7 @@ class Checkpoint:
             for key, value in original.items():
                 state[key].copy_(value)
 
-    def _refuse_not_finite(self, state: dict[str, torch.Tensor]) -> None:
+    def _refuse_not_finite(self, state: Mapping[str, torch.Tensor]) -> None:
         """Refuse values of float32 tensors that are not finite.
 
         Tensors of other dtypes are checked when rounded.
@@ -135,7 +141,11 @@ class Checkpoint:
         Raises:
             RunError: A value does not fit into the file's dtype.
         """
-        hashes = write_weights(self.layout, self.placement, model.state_dict(), folder)
+        return self.write_state(model.state_dict(), folder)
+
+    def write_state(self, state: Mapping[str, torch.Tensor], folder: Path) -> dict[str, str]:
+        """Write the tensors of a model's state, as `write` does. They are read one by one, in the order of the files."""
+        hashes = write_weights(self.layout, self.placement, state, folder)
         for name in self.side_files:
             copy_file(self.source.folder / name, folder / name)
             hashes[name] = sha256_file(folder / name)

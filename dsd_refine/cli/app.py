@@ -76,6 +76,7 @@ PASSED_ON = (
     "report_images",
     "device",
     "compile",
+    "shard",
     "allow_pickle",
 )
 

@@ -91,7 +91,7 @@ def _groups(layer: Layer, parameters: Mapping[str, torch.Tensor]) -> Iterator[tu
         for tensor_slice in layer.slices:
             source, target = tensor_slice.source.to(values.device), tensor_slice.target.to(values.device)
             values[source] = parameters[tensor_slice.key].detach().reshape(-1)[target]
-    return enumerate(values.reshape(layer.groups, -1))
+    return enumerate(values.reshape(layer.groups, len(values) // layer.groups))
 
 
 def global_counts(layers: Sequence[Layer], values: Mapping[str, torch.Tensor], sparsity: float) -> dict[Group, int]:

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +30,7 @@ from dsd_refine.recipe import Recipe
 from dsd_refine.report.data import data_lines
 from dsd_refine.report.report import environment
 from dsd_refine.run import disk as space
+from dsd_refine.run import sharded
 from dsd_refine.run.listeners import HistogramRecorder, Housekeeping
 from dsd_refine.run.probe import probes
 from dsd_refine.run.run import Options, Run
@@ -64,9 +66,14 @@ def opened(source: Source, library: Library, recipe: Recipe, options: Options) -
         UsageError: The model, the data, the recipe or the options cannot be used.
         RunError: The disk is full.
     """
-    accelerator = open_accelerator(recipe, options)
+    is_sharded = sharded.is_asked(options)
+    options = replace(options, shard=is_sharded)
+    with sharded.without_accelerates_own() if is_sharded else nullcontext():
+        accelerator = open_accelerator(recipe, options)
     # If the recipe has no precision, Accelerate's own configuration gives it.
     recipe = recipe.model_copy(update={"mixed_precision": accelerator.mixed_precision})
+    if is_sharded:
+        sharded.refuse_early(recipe, options, accelerator, library.task)
     workspace = Workspace(options.output_dir, writes=accelerator.is_main_process, save_every=options.save_every)
     if accelerator.is_main_process:
         workspace.check_target(source.folder, resume=options.resume, overwrite=options.overwrite)
@@ -126,9 +133,11 @@ def _open(
     loop = open_loop(checkpoint, task, recipe, options, accelerator, workspace, signals)
     without_gradient = first_look(loop)
     if accelerator.is_main_process:
-        check_plain(checkpoint, probes(loop, checkpoint))
+        check_plain(checkpoint, probes(loop))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in without_gradient)
+    if options.shard:
+        sharded.refuse_model(checkpoint, loop)
     for setting in settings_of(recipe):
         check_settings(model, setting.recipe, checkpoint.filled)
     layers = open_layers(checkpoint, recipe, without_gradient)
@@ -138,12 +147,15 @@ def _open(
         space.check_room(workspace.partial, workspace.need)
     workspace.begin(_identity(recipe, hashes, task, accelerator, options), options.resume)
     accelerator.wait_for_everyone()
-    start = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+    loop.layers = layers
+    if options.shard:
+        sharded.divide(loop, checkpoint, workspace)
+    start = {key: value.detach().to("cpu", copy=True) for key, value in loop.state().items()}
     teacher = _teacher(recipe, task, model)
     state = RunState.from_json(workspace.state.get("run", {}))
     run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, given, teacher=teacher, state=state)
     callers_hooks = options.hooks if accelerator.is_main_process else ()
-    loop.layers, loop.hooks = layers, Together([loop.hooks, HistogramRecorder(run), *callers_hooks])
+    loop.hooks = Together([loop.hooks, HistogramRecorder(run), *callers_hooks])
     _wrap(run)
     loop.evaluation_batch = evaluation_batch(loop)
     if accelerator.scaler is not None:
@@ -213,7 +225,9 @@ def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
         raise UsageError(f"accelerate refuses this device and precision: {error}") from None
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in kinds:
-        raise UsageError(f"{accelerator.distributed_type}: sharded training is not supported; use plain data parallelism")
+        raise UsageError(
+            f"{accelerator.distributed_type}: is not supported; use several processes, with --shard if memory is short"
+        )
     if accelerator.mixed_precision not in PRECISIONS:
         raise UsageError(
             f"mixed precision {accelerator.mixed_precision} is not supported: --mixed-precision {'|'.join(PRECISIONS)}"
@@ -245,7 +259,7 @@ def open_loop(
     Convolutional models use the channels-last memory format if it is safe (see `channels_last`).
     """
     model = checkpoint.model.to(accelerator.device)
-    use_channels_last = channels_last(model, accelerator.device)
+    use_channels_last = channels_last(model, accelerator.device) and not options.shard  # FSDP2 divides plain tensors alone
     if use_channels_last:
         model.to(memory_format=torch.channels_last)
     for module in model.modules():
@@ -293,7 +307,7 @@ def _teacher(recipe: Recipe, task: Task, model: nn.Module) -> nn.Module | None:
 def _wrap(run: Run) -> None:
     """Wrap the model for several processes, and compile it if asked."""
     loop = run.loop
-    if loop.world > 1:
+    if loop.world > 1 and loop.shards is None:
         loop.forward = parallel(loop.model, loop.accelerator.device)
     if run.options.compile:
         check_compiler(loop.accelerator.device)
@@ -329,7 +343,7 @@ def check_compiler(device: torch.device) -> None:
 
 def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: Accelerator, options: Options) -> dict[str, Any]:
     """Return everything that must be equal, so that a resumed run gives the same bytes."""
-    versions = environment(str(accelerator.device), accelerator.num_processes)
+    versions = environment(str(accelerator.device), accelerator.num_processes, options.shard)
     data = {name: rows.fingerprint for name, rows in parts_of(task).items() if rows is not None}
     versions["dsd-refine"] = __version__
     versions["form of the state"] = STATE
