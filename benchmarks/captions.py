@@ -74,16 +74,21 @@ def paint(canvas: Any, shape: str, centre: list[int], half: float, colour: tuple
 
 
 def draw_all(folder: Path) -> None:
-    """`folder/SPLIT/metadata.jsonl` and the pictures."""
+    """Draw both splits."""
     for number, (split, rows) in enumerate(ROWS.items()):
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        said = []
-        for row in range(rows):
-            picture, captions = compose(row, number)
-            picture.save(folder / split / f"{row:04}.png")
-            said.append(captions)
-        lines = [json.dumps({"file_name": f"{row:04}.png", "text": captions}) for row, captions in enumerate(said)]
-        (folder / split / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        draw(folder / split, number, rows)
+
+
+def draw(folder: Path, number: int, rows: int) -> None:
+    """`folder/metadata.jsonl` and the pictures of the split with this number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = []
+    for row in range(rows):
+        picture, captions = compose(row, number)
+        picture.save(folder / f"{row:04}.png")
+        said.append(captions)
+    lines = [json.dumps({"file_name": f"{row:04}.png", "text": captions}) for row, captions in enumerate(said)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def untrained(folder: Path) -> None:

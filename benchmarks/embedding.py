@@ -24,8 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TRAINS = ("numpy", "scipy", "pandas")
-ROWS, JUDGED = 960, 300
-OPTIONS = ("--max-length", "48", "--control", "dense", "--gate", "none", "--device", "cpu")
+ROWS, JUDGED = 360, 200
+OPTIONS = ("--max-length", "32", "--control", "dense", "--gate", "none", "--device", "cpu")
 
 
 def docstrings(folder: Path) -> Iterator[tuple[str, str]]:
@@ -92,7 +92,7 @@ def main(model: Path, out: Path) -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
     print(f"{rows:,} pairs to train on ({', '.join(TRAINS)}), {judged:,} to judge by (Python's own library)")
     print(f"$ dsd-refine all-MiniLM-L6-v2 --data train.jsonl --eval-data test.jsonl {' '.join(OPTIONS)}\n")
-    print(done.stdout.replace(str(out) + "/", "").replace(str(folder), "all-MiniLM-L6-v2"))
+    print(done.stdout.replace(str(folder), "all-MiniLM-L6-v2").replace(f"{out}/", ""))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from scipy.stats import binomtest, multinomial, nct, t, ttest_1samp
 from dsd_refine.evidence import compare
 from dsd_refine.evidence.paired import score_interval
 from dsd_refine.evidence.power import power, rows_to_decide
-from dsd_refine.tasks.image_captioning import bleu
+from dsd_refine.tasks.text_metrics import bleu
 
 Array = np.ndarray[Any, Any]
 Draw = np.random.Generator

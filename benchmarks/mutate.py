@@ -110,7 +110,7 @@ MUTATIONS = [
     Mutation(
         "a last micro-batch of one row stays alone under BatchNorm",
         "training/state.py",
-        "if has_batchnorm and len(groups) > 1 and len(groups[-1]) == 1:",
+        "if joins_single and len(groups) > 1 and len(groups[-1]) == 1:",
         "if False:",
         "test_train.py::test_a_last_batch_of_one_row_joins_the_one_before_under_batchnorm",
     ),
@@ -145,7 +145,7 @@ MUTATIONS = [
     Mutation(
         "dropout hangs on what was drawn before",
         "training/loop.py",
-        '        seed_all(stable_seed(*key, step, number, loop.accelerator.process_index, "dropout"), device)\n',
+        '                seed_all(stable_seed(*state.key, step, number, loop.accelerator.process_index, "dropout"), device)\n',
         "",
         "test_train.py::test_dropout_is_a_function_of_seed_and_step",
     ),

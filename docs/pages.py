@@ -103,7 +103,7 @@ def recipe_page() -> str:
 def field_meanings(model: type[BaseModel]) -> dict[str, str]:
     """Return field -> meaning: from the docstring of the model, else from the option of the same name.
 
-    The docstring has lines `name: meaning` under "Attributes:", or sentences that begin with `name`.
+    The docstring has lines `name: meaning` under "Attributes:", or sentences that begin with `name` or `name: value`.
     """
     options = {parameter.name: getattr(parameter, "help", "") for parameter in cli.commands["run"].params}
     known = {name: options[name] for name in model.model_fields if options.get(name)} if model is Recipe else {}
@@ -111,11 +111,11 @@ def field_meanings(model: type[BaseModel]) -> dict[str, str]:
     names: list[str] = []
     for line in (model.__doc__ or "").splitlines()[1:]:
         attribute = re.match(r" {8}(\w+): (.*)", line)
-        sentence = re.match(r" {4}(`\w+`(?: and `\w+`)*) .*", line)
+        sentence = re.match(r" {4}(`\w+(?:: \w+)?`(?: and `\w+`)*) .*", line)
         if attribute:
             names, text = [attribute[1]], attribute[2]
         elif sentence:
-            names, text = re.findall(r"`(\w+)`", sentence[1]), line.strip()
+            names, text = re.findall(r"`(\w+)", sentence[1]), line.strip()
         else:
             text = line.strip()
         for name in names:

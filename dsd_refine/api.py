@@ -43,7 +43,7 @@ from dsd_refine.report.report import Report
 from dsd_refine.run.progress import Display, in_notebook
 from dsd_refine.run.run import Options, default_workers
 from dsd_refine.run.tracking import Tracking, check_trackers, settings_of
-from dsd_refine.task_specs import TASKS
+from dsd_refine.task_specs import TASKS, unknown_task
 from dsd_refine.training.hooks import Hooks
 
 if TYPE_CHECKING:
@@ -560,7 +560,7 @@ def _given(stack: ExitStack, data: Any, eval_data: Any, recipe: Any, options: Ma
         given[name] = list(value) if isinstance(value, tuple) and name != "sets" else value
     given = {name: value for name, value in given.items() if value is not None or name == "task"} | {"recipe": recipe}
     if given["task"] not in (None, *TASKS):
-        raise UsageError(f"task {given['task']!r}: is not a task; the tasks are {', '.join(TASKS)}")
+        raise UsageError(f"task {given['task']!r}: {unknown_task(given['task'])}")
     return given | {"data": _as_path(stack, data), "eval_data": _as_path(stack, eval_data)}
 
 

@@ -6,6 +6,7 @@ and what to use if it goes.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -95,3 +96,34 @@ def accelerate_states() -> list[dict[str, Any]]:
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     return [kind._shared_state for kind in (AcceleratorState, GradientState, PartialState)]
+
+
+def shifted_right(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Return what the decoder of an encoder-decoder sees for these labels: a start, and all but the last one.
+
+    It is the model's own function. transformers documents it for most families; the others (Whisper,
+    M2M100) have it in their module. If that goes: the method `prepare_decoder_input_ids_from_labels`.
+    """
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        shifted: torch.Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return shifted
+    shift = sys.modules[type(model).__module__].shift_tokens_right
+    config = model.config
+    moved: torch.Tensor = shift(labels, config.pad_token_id, config.decoder_start_token_id)
+    return moved
+
+
+def whisper_normalizer(kind: str, spelling: dict[str, str]) -> Any:
+    """Return Whisper's `basic` or `english` normalizer of texts, a function from text to text.
+
+    transformers documents it only as a part of Whisper's slow tokenizer. If it goes: the package
+    `whisper-normalizer` has the same code.
+
+    Args:
+        kind: basic or english.
+        spelling: British spellings and the American ones that replace them, for `english`.
+    """
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+    kinds: dict[str, Any] = {"basic": BasicTextNormalizer, "english": EnglishTextNormalizer}
+    return kinds[kind]() if kind == "basic" else kinds[kind](spelling)

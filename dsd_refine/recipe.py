@@ -288,7 +288,8 @@ class Recipe(Strict):
     (`headings`, as in WikiText), or those with the same value in the column of this name.
     `join_with` stands between the rows that are joined (two line ends).
     `stride` evaluates a language model on windows that begin so many tokens apart, so that each token
-    is scored once, with the tokens before it as context.
+    is scored once, with the tokens before it as context. In question answering it is the same of the windows of
+    a context, in training too.
     `eval_batch_size` is the number of rows that each process evaluates together (None: as many as it trains on, and on a GPU
     more, as its memory allows).
     `loss_on` says which tokens of conversations are targets: those of the answers, or all.
@@ -297,6 +298,12 @@ class Recipe(Strict):
     do not see each other. Such a row counts as one of `batch_size`.
     `metric` is what decides, of the metrics that the task measures (the task's first one).
     `pooling` makes one embedding of an encoder's outputs, if the checkpoint's own files do not say how.
+    `source_column` and `target_column` name the texts that a sequence-to-sequence model reads and writes. In a column
+    of translations they are languages, such as `en` and `de`.
+    `source_language` and `target_language` are the languages of these texts, or of what is said, as the tokenizer of a
+    model for several languages calls them (what the checkpoint says).
+    `prefix` stands before each source (what the checkpoint's config says for such data; "" for none).
+    `normalizer` is applied to transcripts before their errors are counted: Whisper's `basic` or `english` one.
     `eval_split` and `holdout_split` name the splits of the data for evaluation and selection.
     `publish` says whose weights the output has: `refined`, or `best`, the arm that the holdout prefers. With `best`
     the source itself is a candidate.
@@ -362,6 +369,12 @@ class Recipe(Strict):
     pack: bool | None = None
     metric: str | None = None
     pooling: Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"] | None = None
+    source_column: str | None = None
+    target_column: str | None = None
+    source_language: str | None = None
+    target_language: str | None = None
+    prefix: str | None = None
+    normalizer: Literal["basic", "english"] | None = None
 
     @field_validator("task")
     @classmethod

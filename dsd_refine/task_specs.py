@@ -33,8 +33,8 @@ class TaskSpec:
         fields: The fields of recipes that it uses, of those that only some tasks use (`OWN_FIELDS`).
         kinds: `module:function`, if the kinds of columns depend on the model. It gives them for a library
             adapter, as a list for each way to train the model.
-        corpora: `module:function` of each metric that is no ratio of sums over rows. It computes the
-            metric from the summed statistics of rows, or is a `RowsMetric`, which computes it from all rows.
+        corpora: `module:name` of each metric that is no ratio of sums over rows: a function of the summed
+            statistics of rows, or a `RowMetric`.
     """
 
     name: str
@@ -68,9 +68,15 @@ class TaskSpec:
 
 
 # Fields of recipes that only some tasks use. A task without a field refuses a recipe that sets it.
-OWN_FIELDS = ("documents", "join", "stride", "loss_on", "group_by_length", "pack", "metric", "pooling")
+OWN_FIELDS = (
+    "documents", "join", "stride", "loss_on", "group_by_length", "pack", "metric", "pooling", "source_language",
+    "target_language", "prefix", "normalizer",
+)  # fmt: skip
 
 _CLASS_METRICS = {name: f"dsd_refine.tasks.class_counts:{name}" for name in ("f1", "f1_macro", "balanced_accuracy", "matthews")}
+_SET_METRICS = {
+    "f1_micro": "dsd_refine.tasks.class_counts:f1_micro", "map": "dsd_refine.tasks.class_counts:average_precision",
+}  # fmt: skip
 
 _ALL = (
     TaskSpec(
@@ -84,7 +90,8 @@ _ALL = (
         pipeline_tag="image-classification",
         libraries=("timm", "torchvision", "transformers"),
         fields=("metric",),
-        corpora=_CLASS_METRICS,
+        kinds="dsd_refine.tasks.image_classification:kinds",
+        corpora=_CLASS_METRICS | _SET_METRICS,
     ),
     TaskSpec(
         name="text-classification",
@@ -99,7 +106,11 @@ _ALL = (
         fields=("metric", "group_by_length"),
         kinds="dsd_refine.tasks.text_classification:kinds",
         corpora=_CLASS_METRICS
-        | {"f1_micro": "dsd_refine.tasks.class_counts:f1_micro", "pearson": "dsd_refine.tasks.text_scores:pearson"},
+        | _SET_METRICS
+        | {
+            "pearson": "dsd_refine.tasks.text_scores:pearson",
+            "spearman": "dsd_refine.tasks.text_scores:SPEARMAN",
+        },
     ),
     TaskSpec(
         name="causal-lm",
@@ -175,7 +186,7 @@ _ALL = (
         fields=("metric", "pooling"),
         kinds="dsd_refine.tasks.embedding:kinds",
         corpora={
-            "spearman": "dsd_refine.tasks.embedding_scores:SPEARMAN",
+            "spearman": "dsd_refine.tasks.text_scores:SPEARMAN",
             "pearson": "dsd_refine.tasks.text_scores:pearson",
         },
     ),
@@ -201,8 +212,79 @@ _ALL = (
         pipeline_tag="image-to-text",
         default_length=20,  # the default of transformers' generation
         model_types=("vision-encoder-decoder", "blip", "git"),  # we know how to train these on captions
-        corpora={"bleu4": "dsd_refine.tasks.image_captioning:bleu"},
+        corpora={"bleu4": "dsd_refine.tasks.text_metrics:bleu"},
+    ),
+    TaskSpec(
+        name="seq2seq-lm",
+        opener="dsd_refine.tasks.seq2seq_lm:open_task",
+        columns=("source", "target"),
+        auto_class="AutoModelForSeq2SeqLM",
+        model_list="seq-to-seq-causal-lm",
+        endings=("ForConditionalGeneration", "MTModel"),
+        processor="AutoTokenizer",
+        pipeline_tag="text2text-generation",
+        default_length=512,
+        model_types=(
+            "t5",
+            "mt5",
+            "umt5",
+            "longt5",
+            "bart",
+            "mbart",
+            "marian",
+            "m2m_100",
+            "pegasus",
+            "blenderbot",
+            "blenderbot-small",
+        ),  # others see more than tokens and their mask, or train on losses of their own
+        fields=("metric", "group_by_length", "source_language", "target_language", "prefix"),
+        corpora={"chrf": "dsd_refine.tasks.seq2seq_lm:chrf_of", "bleu": "dsd_refine.tasks.text_metrics:bleu"},
+    ),
+    TaskSpec(
+        name="speech-seq2seq",
+        opener="dsd_refine.tasks.speech_seq2seq:open_task",
+        columns=("audio", "transcript"),
+        auto_class="AutoModelForSpeechSeq2Seq",
+        model_list="speech-seq-2-seq",
+        endings=("ForConditionalGeneration",),
+        processor="AutoProcessor",
+        pipeline_tag="automatic-speech-recognition",
+        default_length=448,  # what Whisper's decoder has positions for
+        model_types=("whisper", "speech_to_text"),
+        fields=("metric", "target_language", "normalizer"),
     ),
 )
 
 TASKS: dict[str, TaskSpec] = {spec.name: spec for spec in _ALL}
+
+# Other words for these tasks, besides the Hub's.
+ALSO_CALLED = {
+    "ner": "token-classification", "pos-tagging": "token-classification", "reward-modeling": "text-classification",
+    "reward": "text-classification", "reranking": "text-classification", "text-ranking": "text-classification",
+    "sentiment-analysis": "text-classification", "speech-recognition": "ctc-speech", "asr": "ctc-speech",
+    "language-modeling": "causal-lm", "sft": "causal-lm",
+}  # fmt: skip
+
+# Tasks that people ask for and that are not here, by the names of the Hub and of trainers.
+NOT_SUPPORTED = (
+    "object-detection", "zero-shot-object-detection", "image-segmentation", "semantic-segmentation",
+    "instance-segmentation", "panoptic-segmentation", "mask-generation", "depth-estimation", "keypoint-detection",
+    "pose-estimation", "image-to-image", "image-feature-extraction", "zero-shot-image-classification",
+    "zero-shot-classification", "text-to-image", "unconditional-image-generation", "image-to-video", "text-to-video",
+    "text-to-3d", "image-to-3d", "video-classification", "text-to-speech", "text-to-audio", "audio-to-audio",
+    "voice-activity-detection", "visual-question-answering", "document-question-answering", "table-question-answering",
+    "image-text-to-text", "audio-text-to-text", "video-text-to-text", "any-to-any", "multiple-choice",
+    "next-sentence-prediction", "summarization", "translation", "text2text-generation", "feature-extraction",
+    "sentence-similarity", "time-series-forecasting", "tabular-classification", "tabular-regression",
+    "reinforcement-learning", "robotics", "graph-ml", "dpo", "ppo", "grpo", "rlhf", "orpo", "kto",
+)  # fmt: skip
+
+
+def unknown_task(name: str) -> str:
+    """Say what is to be said of a name that no task here has: another word for a task, or a task that is not supported."""
+    plain = name.strip().casefold().replace("_", "-")
+    same = next((spec.name for spec in TASKS.values() if spec.pipeline_tag == plain), None) or ALSO_CALLED.get(plain)
+    if same:
+        return f"{name} is called {same} here"
+    known = ", ".join(TASKS)
+    return f"{name} is not supported; supported are {known}" if plain in NOT_SUPPORTED else f"not a task; known are {known}"

@@ -215,37 +215,52 @@ LEARNS = "--control dense --device cpu --lr 0.02 --dense-lr 0.02 --sparse-epochs
 
 
 def release(place, weak, server, **inputs):
+    """Run the step of examples/ci/release.yml that uses the action, against a Hub on loopback that has the model."""
+    workflow = yaml.safe_load((ROOT / "examples/ci/release.yml").read_text("utf-8"))
+    (step,) = (step for step in workflow["jobs"]["refine"]["steps"] if "dsd-refine@" in step.get("uses", ""))
+    here = {"data": str(weak / "pictures"), "hf-token": TOKEN, "install": "none"}
+    given = {name.replace("-", "_"): str(value) for name, value in {**step["with"], **here}.items()}
     variables = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(place / "home")}
-    given = {"model": "org/model", "data": str(weak / "pictures"), "gate": "better", "push": "org/model", "hf-token": TOKEN}
-    given = {name.replace("-", "_"): value for name, value in given.items()}
-    return action(place, **variables).run(**given | {"install": "none"} | inputs)
+    return action(place, **variables).run(**given | inputs)
+
+
+RELEASED = "your-org/your-model"  # its name in the example
 
 
 def test_a_release_opens_a_pull_request_with_the_better_checkpoint(weak, place):
     """The whole way: the model comes from the Hub, is refined, and the better one is proposed to the Hub."""
-    with writable_hub({"org/model": weak / "net"}, place / "hub") as server:
+    with writable_hub({RELEASED: weak / "net"}, place / "hub") as server:
         ran = release(place, weak, server, args=LEARNS)
         assert ran.code == 0, ran.log
         assert ran.outputs["verdict"] == "better"
-        assert ran.outputs["url"] == f"{server.url}/org/model/discussions/1"
+        assert ran.outputs["url"] == f"{server.url}/{RELEASED}/discussions/1"
         (request,) = server.requests
+        assert server.commits == []
     assert request["summary"].startswith("dsd-refine: better, accuracy ")
     assert (request["folder"] / "model.safetensors").read_bytes() == (place / "work/dsd-output/model.safetensors").read_bytes()
-    assert hashes(server.folders["org/model"]) == hashes(weak / "net")
+    assert hashes(server.folders[RELEASED]) == hashes(weak / "net")
     assert f"Pushed: <{ran.outputs['url']}>" in ran.summary
     assert TOKEN not in ran.log + ran.summary
     assert not [path for path in place.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
 
 
 def test_a_release_that_cannot_be_improved_opens_none_and_says_what_to_try(weak, place):
-    with writable_hub({"org/model": weak / "net"}, place / "hub") as server:
+    """With a rate of 0 nothing is learned. The summary says why nothing is pushed, and what to do next."""
+    with writable_hub({RELEASED: weak / "net"}, place / "hub") as server:
         ran = release(place, weak, server, args=LEARNS.replace("0.02", "0"), sparsity="0")
         assert ran.code == 3, ran.log
         assert (server.requests, server.commits, server.objects) == ([], [], {})
+    assert ran.outputs["exit-code"] == "3"
     assert ran.outputs["verdict"] in ("inconclusive", "same")
-    assert "NOT met" in ran.summary
-    assert "**What next** " in ran.summary
-    assert ran.annotations[0][0] == "error"
+    assert ran.outputs["url"] == ""
+    assert f"## dsd-refine: {ran.outputs['verdict']}" in ran.summary
+    assert "better (the verdict is better): NOT met; the checkpoint is under rejected/" in ran.summary
+    assert "**What next** Read the warning about the source first" in ran.summary, (
+        "an untrained model is no better than guessing"
+    )
+    ((kind, text),) = ran.annotations
+    assert (kind, text) == ("error", "the gate better was not met; the job summary says why and what to try")
+    assert (place / "work/dsd-output/rejected/model.safetensors").is_file()
 
 
 def test_a_push_that_is_refused_is_annotated(finished, place):
@@ -285,6 +300,8 @@ def test_the_examples_give_the_action_inputs_that_it_has(path):
     assert len(steps) == 1
     assert set(steps[0]["with"]) <= set(inputs)
     assert {name for name, entry in inputs.items() if entry.get("required")} <= set(steps[0]["with"])
+    outputs = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))["outputs"]
+    assert set(re.findall(rf"steps\.{steps[0].get('id')}\.outputs\.([\w-]+)", path.read_text("utf-8"))) <= set(outputs)
 
 
 def test_the_examples_use_options_that_exist():

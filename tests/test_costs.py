@@ -85,7 +85,7 @@ def test_a_run_on_a_cpu_keeps_its_memory(monkeypatch, device, kept):
     asked = []
     monkeypatch.setattr(opening, "keep_freed_memory", lambda: asked.append(1))
     monkeypatch.setattr(opening, "Accelerator", lambda **_: SimpleNamespace(
-        device=torch.device(device), mixed_precision="no", distributed_type=DistributedType.NO))  # fmt: skip
+        device=torch.device(device), mixed_precision="no", distributed_type=DistributedType.NO, scaler=None))  # fmt: skip
     recipe = Recipe.model_validate({"phases": [{"kind": "dense", "steps": 1, "lr": 0.1}]})
     opening.open_accelerator(recipe, Options(output_dir=Path("out")))
     assert len(asked) == kept

@@ -18,7 +18,7 @@ SOURCES = [
     if path.suffix in (".py", ".sh", ".yaml")
 ]
 PATH = re.compile(r"(?<![\w/.:~-])(?:dsd_refine|tests|benchmarks|recipes|docs|\.ci|\.github)/[\w./-]*")
-STANDS_FOR_ANOTHER = re.compile(r"-$|\b(FILE|CARD|NAME)\b")  # the name goes on with a variable, or is one
+STANDS_FOR_ANOTHER = re.compile(r"-$|\b(FILE|CARD|NAME|TASK)\b")  # the name goes on with a variable, or is one
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
 
 

@@ -12,7 +12,7 @@ from conftest import SHORT, hashes
 from embedders import NEWER, OLD_MEAN, embedder_checkpoint, encoder_checkpoint, save_json, together_file, together_rows
 from heads import scored_file, write
 from outputs import near, report_of, same
-from runs import stop_after, torchrun
+from runs import stop_after, two_processes
 from safetensors.torch import load_file
 from scipy.stats import pearsonr, spearmanr
 
@@ -20,9 +20,9 @@ from dsd_refine.checkpoint.sentence_layout import SentenceLayout, read_sentence_
 from dsd_refine.evidence.compare import compare
 from dsd_refine.tasks.base import Score
 from dsd_refine.tasks.embedding_pairs import Together
-from dsd_refine.tasks.embedding_scores import SPEARMAN
 from dsd_refine.tasks.inputs.sentences import SentenceInputs, embeddings, prompts_of
 from dsd_refine.tasks.sentence_rows import SentencePart
+from dsd_refine.tasks.text_scores import SPEARMAN
 
 QUIET = (*SHORT, "--batch-size", "4", "--control", "none", "--quiet")
 SIDES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json")
@@ -68,6 +68,7 @@ def test_the_command_refines_pairs_and_sentence_transformers_gives_its_figures(c
     report = run(command, place / "dense", place / "pairs.jsonl", tmp_path / "out")
     assert (report["task"], report["metric"]["name"]) == ("embedding", "ndcg_at_10")
     assert report["data"]["columns"] == {"text": "query,passage"}
+    assert "SentenceTransformer(" in (tmp_path / "out/README.md").read_text()
     shown = report["preprocessing"]
     assert shown["modules"] == "mean pooling, dense 32 to 24, normalize"
     assert shown["prompts"] == {"query": "the cat ", "passage": "a dog "}
@@ -128,7 +129,7 @@ def test_two_processes_are_one_of_twice_the_batch(command, place, tmp_path):
     still = embedder_checkpoint(tmp_path / "m", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     args = [still, "--data", place / "triplets.jsonl", "--optimizer", "sgd", "--lr", "0.1", "--warmup-steps", "0", "--quiet",
             "--control", "none", "--sparse-steps", 5, "--dense-steps", 3, "--gate", "none", "--device", "cpu"]  # fmt: skip
-    two = torchrun(*args, "-o", tmp_path / "two", "--batch-size", 3)
+    two = two_processes(*args, "-o", tmp_path / "two", "--batch-size", 3)
     assert two.returncode == 0, two.stderr
     assert command(*args, "-o", tmp_path / "one", "--batch-size", 6).code == 0
     near(tmp_path / "one", tmp_path / "two")
@@ -138,8 +139,9 @@ def test_two_processes_are_one_of_twice_the_batch(command, place, tmp_path):
 
 
 def test_figures_do_not_depend_on_the_batch(command, place, tmp_path):
+    none = ("--sparse-steps", 0, "--dense-steps", 0, "--sparsity", 0)
     reports = [
-        run(command, place / "model", place / "pairs.jsonl", tmp_path / f"{size}", "--batch-size", size, "--seed", 1)
+        run(command, place / "model", place / "pairs.jsonl", tmp_path / f"{size}", *none, "--batch-size", size)
         for size in (2, 5)
     ]
     assert reports[0]["arms"]["baseline"] == pytest.approx(reports[1]["arms"]["baseline"], rel=1e-5)
@@ -149,7 +151,8 @@ def test_accumulation_is_refused_with_its_reason(refused, command, place, tmp_pa
     how = (*QUIET, "-o", tmp_path / "out", "--gradient-accumulation-steps", 2)
     said = refused(place / "model", "--data", place / "pairs.jsonl", *how)
     assert "a row's negatives are the other rows of its micro-batch" in said
-    assert command(place / "model", "--data", place / "scored.jsonl", *how).code == 0  # a sum over rows
+    plan = ("plan", place / "model", "--data", place / "scored.jsonl", "--gradient-accumulation-steps", 2)
+    assert command(*plan).code == 0  # a sum over rows
 
 
 # ---------------------------------------------------------------- the loss and the figures
@@ -200,8 +203,8 @@ def test_the_bootstrap_of_spearman_ranks_each_sample_anew():
     times = draw.multinomial(60, np.full(60, 1 / 60), size=40)
     rows = np.stack([np.ones(60), x, y], axis=1)
     wanted = [spearmanr(np.repeat(x, often), np.repeat(y, often)).statistic for often in times]
-    assert SPEARMAN.of_samples(times, rows) == pytest.approx(wanted)
-    assert SPEARMAN.of_samples(times, rows * [1, 0, 1])[0] == 0.0  # nothing varies
+    assert SPEARMAN.of_samples(rows, times) == pytest.approx(wanted)
+    assert SPEARMAN.of_samples(rows * [1, 0, 1], times)[0] == 0.0  # nothing varies
     worse = np.stack([np.ones(60), x + 4 * draw.normal(size=60), y], axis=1)
     found = compare(rows, worse, np.ones(60), higher_is_better=True, corpus=SPEARMAN)
     assert found.delta == pytest.approx(spearmanr(x, y).statistic - spearmanr(worse[:, 1], y).statistic)
@@ -337,8 +340,8 @@ def test_scores_beyond_one_are_scaled_and_said(command, place, tmp_path):
     data = write(tmp_path / "d.jsonl", [{**row, "score": 5 * row["score"]} for row in rows])
     report = run(command, place / "model", data, tmp_path / "out")
     assert report["preprocessing"]["loss"].endswith("scores from 0 to 5 become 0 to 1")
-    plain = run(command, place / "model", place / "scored.jsonl", tmp_path / "plain")
-    assert report["arms"]["baseline"]["spearman"] == pytest.approx(plain["arms"]["baseline"]["spearman"])
+    table = pq.read_table(tmp_path / "out/dsd/predictions.parquet").to_pydict()
+    assert [float(value) for value in table["target"]] == pytest.approx([rows[int(row)]["score"] for row in table["row"]])
 
 
 @pytest.mark.parametrize("how", ["unlike", "one column", "classes", "label of pairs", "one row a batch"])

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import reports
 from conftest import ROOT, SHORT
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from outputs import report_of
 from runs import stop_after
 
-from dsd_refine.evidence.damage import clearly_worse, harm_warnings, rising_warnings, view_warnings
+from dsd_refine.evidence.damage import clearly_worse, harm_warnings, memory_warnings, rising_warnings, view_warnings
 from dsd_refine.recipe import Augment, Phase, Recipe
 from dsd_refine.report import figures
-from dsd_refine.tasks.base import ChanceBaseline, Score
+from dsd_refine.tasks.base import ChanceBaseline, Score, Scores
 
 DEMO = ROOT / "recipes/demo/checkpoint"
 DIGITS = ("--recipe", "digits", "--device", "cpu", "--gate", "none", "--quiet")
@@ -35,6 +36,10 @@ def pictures(classes=10, rows=500):
 
 def right(share, rows):
     return [Score(float(number < round(share * rows)), 1, 0.1) for number in range(rows)]
+
+
+def scores_of(losses):
+    return Scores.of(enumerate(Score(1.0, 1, loss) for loss in losses), len(losses))
 
 
 def harm(report):
@@ -100,6 +105,28 @@ def test_the_source_is_seen_on_the_holdout_once(command, made, tmp_path):
     page = (tmp_path / "out/dsd/report.html").read_text()
     panel = page.partition("holdout accuracy")[2].partition("</figure>")[0]
     assert 'class="bold level baseline"' in panel
+
+
+def test_a_holdout_that_the_source_knows_is_said(command, tmp_path):
+    """Of the evaluation rows a third has a wrong label, so the source knows the carved holdout far better."""
+    rows = Dataset.from_parquet(str(ROOT / "recipes/demo/test.parquet"), cache_dir=str(tmp_path)).select(range(120))
+    wrong = [(label + (number % 3 == 0)) % 10 for number, label in enumerate(rows["label"])]
+    rows.remove_columns("label").add_column("label", wrong, feature=rows.features["label"]).to_parquet(
+        tmp_path / "wrong.parquet"
+    )
+    short = ["--sparse-steps", "1", "--dense-steps", "0", "--control", "none"]
+    found = command(DEMO, *DIGITS, "--eval-data", tmp_path / "wrong.parquet", "-o", tmp_path / "out", *short)
+    assert found.code == 0, found.err
+    [line] = [line for line in report_of(tmp_path / "out")["warnings"] if "carved from the training rows" in line]
+    assert "--holdout-split" in line
+
+
+@given(st.integers(60, 200), st.integers(60, 200), st.integers(0, 2**32 - 1))
+def test_a_holdout_like_the_evaluation_rows_is_no_reason_to_warn(first, second, seed):
+    """Losses of the same kind: the difference of their means passes five standard errors hardly ever, whatever the sizes."""
+    draw = np.random.default_rng(seed)
+    holdout, evaluation = (scores_of(draw.normal(1, 1, size)) for size in (first, second))
+    assert memory_warnings(pictures(), holdout, evaluation) == []
 
 
 def test_without_a_holdout_there_is_none_of_the_source(command, made, tmp_path):

@@ -17,8 +17,10 @@ from runs import stop_after
 from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics as judge
 
+from dsd_refine.evidence.compare import compare
+from dsd_refine.tasks.base import corpus_value
 from dsd_refine.tasks.class_counts import CLASS_METRICS, average_precision, class_stats, f1_macro, f1_micro
-from dsd_refine.tasks.text_scores import pearson, spearman
+from dsd_refine.tasks.text_scores import SPEARMAN, pearson, spearman
 
 QUIET = (*SHORT, "--batch-size", "4", "--control", "none", "--quiet")
 ANIMALS = ("cat", "dog", "bird")
@@ -68,10 +70,8 @@ def test_the_squared_error_may_decide(command, heads, refused, tmp_path):
     report, table = run(command, heads / "regression", heads / "binary.jsonl", tmp_path / "out", "--set", "metric=mse")
     assert report["metric"] == {"name": "mse", "higher_is_better": False}
     assert report["arms"]["refined"]["mse"] == pytest.approx(np.mean(table["score_refined"]))
-    said = refused(heads / "one", "--data", heads / "graded.jsonl", *QUIET, "-o", tmp_path / "x", "--set", "metric=spearman")
-    assert "spearman is reported beside it, but there is no test of it" in said
     said = refused(heads / "one", "--data", heads / "graded.jsonl", *QUIET, "-o", tmp_path / "x", "--set", "metric=accuracy")
-    assert "metric: accuracy: a head with one output is measured by pearson, mse here" in said
+    assert "metric: accuracy: a head with one output is measured by pearson, spearman, mse here" in said
 
 
 def test_yes_and_no_train_a_cross_encoder(command, heads, tmp_path):
@@ -283,7 +283,7 @@ def test_metrics_of_several_labels_are_scikit_learns(seed):
     stats = class_stats(torch.tensor(scores > 0), torch.tensor(true), torch.tensor(scores))
     assert f1_micro(stats.sum(0)) == pytest.approx(judge.f1_score(true, scores > 0, average="micro"))
     assert f1_macro(stats.sum(0)) == pytest.approx(judge.f1_score(true, scores > 0, average="macro"))
-    assert average_precision(stats) == pytest.approx(judge.average_precision_score(true, scores, average="macro"))
+    assert corpus_value(average_precision, stats) == pytest.approx(judge.average_precision_score(true, scores, average="macro"))
 
 
 def test_metrics_of_nothing_are_0_and_many_sums_are_taken_at_once():
@@ -322,9 +322,56 @@ def test_pictures_have_these_metrics_too_and_no_others(command, refused, made, t
 def test_several_runs_are_compared_by_any_metric(command, heads, tmp_path):
     from dsd_refine import compare as compare_runs
 
-    for model, data in (("one", "graded"), ("several", "sets")):
+    for model, data, metric in (("one", "graded", "spearman"), ("several", "sets", "map")):
         for seed in (0, 1):
-            run(command, heads / model, heads / f"{data}.jsonl", tmp_path / f"{model}{seed}", "--seed", seed)
+            more = ("--seed", seed, "--set", f"metric={metric}")
+            report, _ = run(command, heads / model, heads / f"{data}.jsonl", tmp_path / f"{model}{seed}", *more)
+            assert report["metric"]["name"] == metric
         found = compare_runs([tmp_path / f"{model}0", tmp_path / f"{model}1"]).comparison
         reported = report_of(tmp_path / f"{model}0")["comparison"]["refined_vs_baseline"]["delta"]
         assert found[f"{tmp_path / model}0 vs baseline"].delta == pytest.approx(reported)
+
+
+def drawn_rows(draw, rows=40):
+    """Scores and predictions with ties, for 3 classes and for one output; and how often each row is drawn, 5 times."""
+    true, scores = draw.random((rows, 3)) < 0.3, draw.integers(-4, 5, (rows, 3)) / 4
+    sets = class_stats(torch.from_numpy(scores > 0), torch.from_numpy(true), torch.from_numpy(scores))
+    x, y = draw.integers(0, 9, rows) / 8, draw.integers(0, 6, rows) / 5
+    graded = np.stack([np.ones(rows), x, y, x * y, x * x, y * y], axis=1)
+    return sets, graded, draw.multinomial(rows, np.full(rows, 1 / rows), size=5)
+
+
+def test_metrics_of_drawn_rows_are_those_of_the_rows_repeated():
+    """What the bootstrap of a rank correlation and of the mean average precision is made of."""
+    sets, graded, times = drawn_rows(np.random.default_rng(3))
+    for of_sample, areas, ranks in zip(
+        times, average_precision.of_samples(sets, times), SPEARMAN.of_samples(graded, times), strict=True
+    ):
+        rows = np.repeat(np.arange(len(of_sample)), of_sample)
+        true, scores = sets[rows, 6:9], sets[rows, 9:]
+        assert areas == pytest.approx(judge.average_precision_score(true[:, true.any(0)], scores[:, true.any(0)]))
+        assert ranks == pytest.approx(spearmanr(graded[rows, 1], graded[rows, 2]).statistic)
+
+
+@pytest.mark.parametrize("name", ["spearman", "map"])
+def test_the_bootstrap_of_a_rank_metric_sees_a_difference_and_its_sign(name):
+    draw = np.random.default_rng(4)
+    if name == "map":
+        true = torch.from_numpy(draw.random((60, 3)) < 0.4)
+        noise = torch.from_numpy(draw.normal(0, 0.5, (60, 3)))
+        good, bad = (class_stats(true, true, signal * true + noise) for signal in (2.0, 0.3))
+        metric = average_precision
+    else:
+        y, noise = draw.random(60), draw.normal(0, 1, 60)
+        good, bad = (np.stack([np.ones(60), y + size * noise, y, y, y, y], axis=1) for size in (0.1, 1.0))
+        metric = SPEARMAN
+    groups = np.repeat(np.arange(30), 2)  # equal rows are one observation
+    for of_rows in (None, groups):
+        one, two = (
+            compare(*pair, np.ones(60), higher_is_better=True, corpus=metric, groups=of_rows)
+            for pair in ((good, bad), (bad, good))
+        )
+        assert one.delta == pytest.approx(corpus_value(metric, good) - corpus_value(metric, bad))
+        assert one.p_value < 0.01 < one.ci95[0] < one.delta < one.ci95[1]
+        assert two.delta == -one.delta
+        assert one.test == "paired-bootstrap"

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from dsd_refine.checkpoint.libraries.transformers import TransformersLibrary
+from dsd_refine.checkpoint.libraries.transformers import TEXT_PART, TransformersLibrary
 from dsd_refine.errors import CheckpointError
-from dsd_refine.task_specs import TASKS
+from dsd_refine.task_specs import TASKS, unknown_task
 
 SUPPORTED = f"supported are {', '.join(TASKS)}"
 PAIRS = {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}
@@ -38,8 +38,17 @@ def opened(folder, architecture, model_type, task=None, **more):
         ("XLNetForQuestionAnsweringSimple", "xlnet", "question-answering"),
         ("Wav2Vec2ForSequenceClassification", "wav2vec2", "audio-classification"),
         ("ASTForAudioClassification", "audio-spectrogram-transformer", "audio-classification"),
+        ("BertModel", "bert", "embedding"),
+        ("MPNetModel", "mpnet", "embedding"),
         ("BlipForConditionalGeneration", "blip", "image-captioning"),
         ("GitForCausalLM", "git", "image-captioning"),
+        ("T5ForConditionalGeneration", "t5", "seq2seq-lm"),
+        ("BartForConditionalGeneration", "bart", "seq2seq-lm"),
+        ("MarianMTModel", "marian", "seq2seq-lm"),
+        ("M2M100ForConditionalGeneration", "m2m_100", "seq2seq-lm"),
+        ("MBartForConditionalGeneration", "mbart", "seq2seq-lm"),
+        ("WhisperForConditionalGeneration", "whisper", "speech-seq2seq"),
+        ("Speech2TextForConditionalGeneration", "speech_to_text", "speech-seq2seq"),
     ],
 )
 def test_the_task_is_that_of_the_class(tmp_path, architecture, model_type, task):
@@ -53,20 +62,20 @@ def test_one_class_for_two_tasks_is_told_apart_by_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "model_type", "kind", "more"),
     [
-        ("T5ForConditionalGeneration", "t5", "seq2seq-lm", {}),
-        ("BartForConditionalGeneration", "bart", "seq2seq-lm", {}),
-        ("MarianMTModel", "marian", "seq2seq-lm", {}),
-        ("EncoderDecoderModel", "encoder-decoder", "seq2seq-lm", PAIRS),
-        ("WhisperForConditionalGeneration", "whisper", "speech-seq2seq", {}),
-        ("Gemma3ForConditionalGeneration", "gemma3", "image-text-to-text", {}),
-        ("LlavaForConditionalGeneration", "llava", "image-text-to-text", {}),
+        ("Gemma3ForConditionalGeneration", "gemma3", "pictures and texts", {}),
+        ("LlavaForConditionalGeneration", "llava", "pictures and texts", {}),
         ("RobertaForMultipleChoice", "roberta", "multiple-choice", {}),
         ("BertForNextSentencePrediction", "bert", "next-sentence-prediction", {}),
         ("DetrForObjectDetection", "detr", "object-detection", {}),
         ("SegformerForSemanticSegmentation", "segformer", "semantic-segmentation", {}),
+        ("SamModel", "sam", "mask-generation", {}),
+        ("DPTForDepthEstimation", "dpt", "depth-estimation", {}),
+        ("VitsModel", "vits", "text-to-audio", {}),
+        ("SpeechT5ForTextToSpeech", "speecht5", "text-to-speech", {}),
+        ("ViltForQuestionAnswering", "vilt", "visual-question-answering", {}),
+        ("TapasForQuestionAnswering", "tapas", "table-question-answering", {}),
+        ("LayoutLMForQuestionAnswering", "layoutlm", "document-question-answering", {}),
         ("CLIPModel", "clip", "zero-shot-image-classification", {}),
-        ("BertModel", "bert", "embeddings (no task's head)", {}),
-        ("MPNetModel", "mpnet", "embeddings (no task's head)", {}),
         ("ElectraForPreTraining", "electra", "pretraining", {}),
         ("FunnelForPreTraining", "funnel", "pretraining", {}),
         ("Wav2Vec2ForPreTraining", "wav2vec2", "pretraining", {}),
@@ -77,12 +86,67 @@ def test_what_no_task_is_for_is_called_what_it_is(tmp_path, architecture, model_
     with pytest.raises(CheckpointError) as refused:
         opened(tmp_path, architecture, model_type, **more)
     says = f"{tmp_path}: {architecture} is for {kind}, which is not supported yet; {SUPPORTED}"
-    assert str(refused.value).removesuffix("; give --task if the weights have a head") == says
+    said = str(refused.value).removesuffix("; give --task if the weights have a head")
+    assert said == says + (TEXT_PART if kind == "pictures and texts" else "")
 
 
-@pytest.mark.parametrize("architecture", ["Nobody", "GPT2DoubleHeadsModel", "T5WithLMHeadModel", "Wav2Vec2ForMaskedLM"])
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "says"),
+    [
+        ("LayoutLMv3ForQuestionAnswering", "layoutlmv3", "document-question-answering (words with their places on a page)"),
+        ("LayoutLMv3ForTokenClassification", "layoutlmv3", "document-token-classification (words with their places on a page)"),
+        ("LxmertForQuestionAnswering", "lxmert", "visual-question-answering (texts with pictures)"),
+        ("TapasForSequenceClassification", "tapas", "table-text-classification"),
+    ],
+)
+def test_a_text_head_that_reads_more_than_text_is_refused(tmp_path, architecture, model_type, says):
+    with pytest.raises(CheckpointError) as refused:
+        opened(tmp_path, architecture, model_type)
+    assert str(refused.value) == f"{tmp_path}: {model_type} is for {says}, which is not supported yet; {SUPPORTED}"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("object-detection", f"object-detection is not supported; {SUPPORTED}"),
+        ("Text_To_Image", f"Text_To_Image is not supported; {SUPPORTED}"),
+        ("dpo", f"dpo is not supported; {SUPPORTED}"),
+        ("text-generation", "text-generation is called causal-lm here"),
+        ("reward-modeling", "reward-modeling is called text-classification here"),
+        ("poetry", f"not a task; known are {', '.join(TASKS)}"),
+    ],
+)
+def test_a_task_of_another_name_is_called_by_it(name, says):
+    assert unknown_task(name) == says
+
+
+def test_a_diffusers_pipeline_is_called_so(refused, tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    (tmp_path / "unet/config.json").write_text('{"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30"}')
+    assert "a pipeline of diffusers (model_index.json), such as text-to-image, which is not supported" in refused(tmp_path)
+    assert "a part of a diffusers pipeline (UNet2DConditionModel), which is not supported" in refused(tmp_path / "unet")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "task", "more"),
+    [
+        ("EncoderDecoderModel", "encoder-decoder", "seq2seq-lm", PAIRS),
+        ("LEDForConditionalGeneration", "led", "seq2seq-lm", {}),
+        ("MoonshineForConditionalGeneration", "moonshine", "speech-seq2seq", {}),
+    ],
+)
+def test_a_task_for_some_families_names_them(tmp_path, architecture, model_type, task, more):
+    families = ", ".join(TASKS[task].model_types)
+    with pytest.raises(CheckpointError, match=f"{task} is for {families}; this is {model_type}$"):
+        opened(tmp_path, architecture, model_type, **more)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["XLNetForQuestionAnswering", "Nobody", "GPT2DoubleHeadsModel", "T5WithLMHeadModel", "Wav2Vec2ForMaskedLM"]
+)
 def test_a_class_that_nobody_knows_leads_to_the_tasks(tmp_path, architecture):
-    model_type = {"G": "gpt2", "T": "t5", "W": "wav2vec2"}.get(architecture[0], "bert")
+    model_type = {"G": "gpt2", "T": "t5", "W": "wav2vec2", "X": "xlnet"}.get(architecture[0], "bert")
     with pytest.raises(CheckpointError, match=rf"names {architecture} as architecture, .*{SUPPORTED}; give --task if"):
         opened(tmp_path, architecture, model_type)
 

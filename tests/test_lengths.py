@@ -9,7 +9,7 @@ from conftest import SHORT
 from hypothesis import given
 from hypothesis import strategies as st
 from outputs import near, report_of, same
-from runs import stop_after, torchrun
+from runs import stop_after, two_processes
 
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, use_rows
@@ -147,7 +147,7 @@ def test_two_processes_are_one_of_twice_the_batch(command, tmp_path, how):
     model, data = chat_checkpoint(tmp_path / "m", **STILL), chat_file(tmp_path / "d.jsonl", rows=24)
     args = [model, "--data", data, "--optimizer", "sgd", "--lr", "0.01", "--warmup-steps", "0", "--quiet", "--control", "none",
             "--sparse-steps", 3, "--dense-steps", 2, "--gate", "none", "--device", "cpu", "--set", f"{how}=true"]  # fmt: skip
-    two = torchrun(*args, "-o", tmp_path / "two", "--batch-size", 2)
+    two = two_processes(*args, "-o", tmp_path / "two", "--batch-size", 2)
     assert two.returncode == 0, two.stderr
     assert command(*args, "-o", tmp_path / "one", "--batch-size", 4).code == 0
     near(tmp_path / "one", tmp_path / "two")

@@ -1,19 +1,25 @@
 """Fields of a phase that are off by default: threshold, criterion saliency, ramp, restore, lr_scale and sam."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ROOT
 from outputs import report_of, same
 from runs import stop_after, whole
 from safetensors.torch import load_file
+from torch import nn
 
 from dsd_refine.errors import RecipeError
 from dsd_refine.masking.layers import Layer
-from dsd_refine.masking.masks import global_counts, make_masks
+from dsd_refine.masking.masks import apply_masks, check_masks, global_counts, make_masks
 from dsd_refine.recipe import Phase, validate
+from dsd_refine.search import settings_of
+from dsd_refine.training.sharpness import uphill
 
 DEMO = ROOT / "recipes/demo/checkpoint"
 SPARSE = {"kind": "sparse", "steps": 3, "lr": 0.05, "sparsity": 0.3}
+MORE = ("--control", "dense", "--control", "random", "--keep", "last", "--holdout", "0", "--save-every", "0", "--save-phases")
 DENSE = {"kind": "dense", "steps": 2, "lr": 0.01}
 
 
@@ -95,9 +101,11 @@ def outs(tmp_path_factory, digits):
 
 
 LEVERS = {
-    "global": [{**SPARSE, "threshold": "global", "criterion": "saliency"}, {**DENSE, "steps": 0, "restore": "source"}],
+    "global": [
+        {**SPARSE, "threshold": "global", "criterion": "saliency", "sam": 0.05},
+        {**DENSE, "steps": 0, "restore": "source"},
+    ],
     "gradual": [{**SPARSE, "steps": 6, "refresh": "every 2 steps", "ramp": 0.5}, {**DENSE, "lr_scale": {'"layer1*"': 1e-9}}],
-    "sam": [{**SPARSE, "sam": 0.05}, {**DENSE, "sam": 0.05}],
 }
 
 
@@ -136,35 +144,31 @@ def test_a_scaled_rate_hardly_moves_its_parameters(outs):
     assert max(scaled) < 1e-8 < max(moved.values())
 
 
-def test_sharpness_aware_steps_differ_and_keep_the_mask(outs, digits, tmp_path):
-    plain = whole(arguments(tmp_path / "out", digits, [SPARSE, DENSE], "--keep", "last", "--holdout", "0"))
-    one, two = (load_file(out / "model.safetensors") for out in (plain, outs["sam"]))
-    assert any(not torch.equal(one[name], two[name]) for name in one)
-    for out in (plain, outs["sam"]):
-        assert [round(phase["measured_sparsity"], 2) for phase in report_of(out)["phases"][:1]] == [0.3]
-
-
-@pytest.mark.parametrize(("name", "after"), [("global", 2), ("gradual", 5), ("sam", 4)])
-def test_a_stopped_run_ends_in_the_same_bytes(outs, command, digits, tmp_path, monkeypatch, name, after):
-    more = (
-        "--control",
-        "dense",
-        "--control",
-        "random",
-        "--keep",
-        "last",
-        "--holdout",
-        "0",
-        "--save-every",
-        "0",
-        "--save-phases",
-    )
-    args = arguments(tmp_path / "out", digits, LEVERS[name], *more)
+def test_a_stopped_run_ends_in_the_same_bytes(outs, command, digits, tmp_path, monkeypatch):
+    args = arguments(tmp_path / "out", digits, LEVERS["global"], *MORE)
     with monkeypatch.context() as patched:
-        stop_after(patched, after)
+        stop_after(patched, 2)
         assert command(*args).code == 4
     assert command(*args, "--resume").code == 0
-    same(outs[name], tmp_path / "out")
+    same(outs["global"], tmp_path / "out")
+
+
+# ---------------------------------------------------------------- sharpness-aware steps
+
+
+def test_weights_are_moved_uphill_and_return_exactly():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    parameters = dict(model.named_parameters())
+    masks = make_masks([Layer.of_parameter("0.weight", parameters["0.weight"])], parameters, 0.5)
+    apply_masks(masks, parameters)
+    model(torch.randn(8, 4)).square().mean().backward()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with uphill(SimpleNamespace(model=model, parameters=parameters), masks, 0.1):
+        moves = [(parameters[name].detach() - before[name]).reshape(-1) for name in parameters]
+        assert float(torch.cat(moves).norm()) == pytest.approx(0.1, rel=1e-4)
+        check_masks(masks, parameters)
+        model(torch.randn(8, 4))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # ---------------------------------------------------------------- what is refused
@@ -193,8 +197,6 @@ def test_a_glob_that_matches_nothing_is_refused(refused, digits, tmp_path):
 
 def test_levers_can_be_searched():
     space = {"phases.0.threshold": ["layer", "global"], "phases.1.sam": [None, 0.05], "phases.1.lr_scale": [{}, {"*": 0.5}]}
-    from dsd_refine.search import settings_of
-
     recipe = validate({"phases": [SPARSE, DENSE], "search": {"tries": 6, "space": space}})
     assert len(settings_of(recipe)) == 6
 

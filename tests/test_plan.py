@@ -4,10 +4,14 @@ import json
 
 import builders
 import embedders
+import pairs
 import pytest
+import questions
+import sounds
 import taggers
 import torch
 from conftest import process
+from heads import write
 from safetensors.torch import load_file
 
 from dsd_refine.task_specs import TASKS
@@ -20,7 +24,11 @@ BUILT = {
     "ctc-speech": (builders.ctc_checkpoint, builders.speech_folder, "sounds"),
     "token-classification": (taggers.tagger_checkpoint, taggers.tagged_file, "rows.jsonl"),
     "embedding": (embedders.embedder_checkpoint, embedders.together_file, "rows.jsonl"),
+    "question-answering": (questions.answerer_checkpoint, lambda path: write(path, questions.asked_rows()), "rows.jsonl"),
+    "audio-classification": (sounds.sound_checkpoint, sounds.sound_folder, "sounds"),
     "image-captioning": (builders.caption_checkpoint, builders.caption_folder, "pictures"),
+    "seq2seq-lm": (pairs.seq2seq_checkpoint, pairs.pairs_file, "pairs.jsonl"),
+    "speech-seq2seq": (pairs.speech2text_checkpoint, builders.speech_folder, "sounds"),
 }
 
 

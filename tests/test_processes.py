@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT, environment, process
 from outputs import near, report_of
-from runs import free_port, torchrun, torchrun_arguments
+from runs import free_port, torchrun, torchrun_arguments, two_processes
 
 STEPS = ("--sparse-steps", "5", "--dense-steps", "4", "--gate", "none", "--control", "dense", "--quiet", "--lr", "0.01")
 PLAIN = ("--warmup-steps", "2", "--set", "augment={crop: none, flip: 0.0}")
@@ -175,8 +175,8 @@ def test_two_processes_stop_and_go_on_together(made, tmp_path):
     assert child.returncode != 0
     assert "dsd-refine: exit code 4" in err
     assert json.loads((tmp_path / "out.partial/state.json").read_text())["run"]["progress"]["step"] >= 9
-    resumed = torchrun(*args, "-o", tmp_path / "out", "--resume")
+    resumed = two_processes(*args, "-o", tmp_path / "out", "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert torchrun(*args, "-o", tmp_path / "whole").returncode == 0
+    assert two_processes(*args, "-o", tmp_path / "whole").returncode == 0
     near(tmp_path / "out", tmp_path / "whole")
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")

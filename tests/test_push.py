@@ -203,7 +203,7 @@ def test_force_says_what_it_overrides(push, output, made, tmp_path):
     code, said, server = push("--force", folders={"org/tiny": moved})
     assert code == 0, said
     overridden = [line for line in said.splitlines() if line.startswith("--force overrides: ")]
-    assert [words in line for words, line in zip(("gate", "verify", "no longer"), overridden, strict=True)] == [True] * 3
+    assert all(any(words in line for line in overridden) for words in ("gate", "verify", "no longer"))
     (request,) = server.requests
     assert "the push was forced" in request["description"]
     assert (request["folder"] / "model.safetensors").read_bytes() == (output / "rejected/model.safetensors").read_bytes()

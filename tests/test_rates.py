@@ -40,9 +40,10 @@ def arguments(made, out, *options):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_steps():
-    """A range test of FEW rates, to save time."""
+    """A range test of FEW rates, to save time, also of short runs."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(rates, "STEPS", FEW)
+        patched.setattr(rates, "SHORTEST_RUN", 0)
         yield
 
 
@@ -50,6 +51,16 @@ def few_steps():
 def tested(made, tmp_path_factory):
     """OUT of a run with `--lr auto`."""
     return whole(arguments(made, tmp_path_factory.mktemp("tested") / "out", "--lr", "auto"))
+
+
+def test_a_short_run_has_the_usual_rate_and_no_test(made, tmp_path, monkeypatch):
+    """Its bytes are those of a run with that rate."""
+    monkeypatch.setattr(rates, "SHORTEST_RUN", 5)
+    report = report_of(whole(arguments(made, tmp_path / "auto", "--lr", "auto")))
+    assert report["rate_tests"] is None
+    assert {phase["lr_peak"] for phase in report["phases"] if phase["kind"] == "sparse"} == {rates.USUAL["sgd"]}
+    usual = report_of(whole(arguments(made, tmp_path / "usual", "--lr", str(rates.USUAL["sgd"]))))
+    assert report["output"]["files"] == usual["output"]["files"]
 
 
 # ---------------------------------------------------------------- in a recipe

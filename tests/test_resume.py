@@ -13,13 +13,14 @@ from outputs import same
 from runs import stop_after, whole
 
 STEPS = ("--sparse-steps", "4", "--dense-steps", "4", "--gate", "none", "--batch-size", "8", "--device", "cpu", "--quiet")
+CROPS = ("--set", "augment={crop: random-resized, flip: 0.5}")
 ARMS = ("--control", "dense", "--control", "random")
 ALL = 3 * 8  # optimizer steps of the three arms
 
 
 def arguments(made, out, *more):
     """A run with what a stop must keep: BatchNorm, momentum, augmentation, a refreshed mask, epochs ending in mid-phase."""
-    return [made / "timm", "--data", made / "pictures", "-o", out, *STEPS, *ARMS, "--set", "phases.0.refresh=2", *more]
+    return [made / "timm", "--data", made / "pictures", "-o", out, *STEPS, *ARMS, *CROPS, "--set", "phases.0.refresh=2", *more]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def stopped(command, made, tmp_path):
     ("change", "says"),
     [
         (["--seed", "9"], "recipe.seed was 0, is 9"),
-        (["--lr", "0.5"], "recipe.phases.0.lr was 0.01, is 0.5"),
+        (["--lr", "0.5"], "recipe.phases.0.lr was 'auto', is 0.5"),
         (["--control", "random"], "recipe.control.0 was 'dense', is 'random'"),
     ],
 )

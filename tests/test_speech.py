@@ -15,7 +15,7 @@ import soundfile
 import torch
 from conftest import SHORT
 from outputs import near, report_of, same
-from runs import stop_after, torchrun
+from runs import stop_after, two_processes
 from tasks import open_task
 from versions import are_tested
 
@@ -513,7 +513,7 @@ def test_the_margin_of_an_error_rate_is_absolute():
 def test_two_processes_are_one_of_twice_the_batch(command, heard, tmp_path):
     args = [heard / "group", "--data", heard / "data", "--optimizer", "sgd", "--lr", "0.01", "--warmup-steps", "0", "--quiet",
             "--sparse-steps", 3, "--dense-steps", 2, "--gate", "none", "--device", "cpu"]  # fmt: skip
-    two = torchrun(*args, "-o", tmp_path / "two", "--batch-size", 4)
+    two = two_processes(*args, "-o", tmp_path / "two", "--batch-size", 4)
     assert two.returncode == 0, two.stderr
     assert command(*args, "-o", tmp_path / "one", "--batch-size", 8).code == 0
     near(tmp_path / "one", tmp_path / "two")
@@ -550,9 +550,9 @@ def test_plan_counts_clips(command, heard):
 
 
 def test_missing_packages_are_named(refused, heard, monkeypatch):
-    from dsd_refine.tasks import base
+    from dsd_refine import extras
 
-    monkeypatch.setattr(base, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     message = refused(heard / "group", "--data", heard / "data")
     assert message == "ctc-speech needs soundfile and jiwer: pip install 'dsd-refine[speech]'"
 

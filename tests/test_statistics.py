@@ -14,7 +14,7 @@ from scipy.stats import binomtest, multinomial, nct, t
 from dsd_refine.evidence import compare
 from dsd_refine.evidence.compare import bootstrap, bootstrap_corpus, holm, mcnemar, over_seeds, verdict
 from dsd_refine.evidence.power import chance_of_same, critical, power, rows_to_decide
-from dsd_refine.tasks.image_captioning import bleu
+from dsd_refine.tasks.text_metrics import bleu
 
 SETS = 1000
 MOST = 0.05 + 3 * math.sqrt(0.05 * 0.95 / SETS)  # what a rate of 5 % stays below

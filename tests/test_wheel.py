@@ -12,7 +12,7 @@ from conftest import ROOT
 from installed import install, link, needed
 from packaging.requirements import Requirement
 
-EXTRAS = ("captions", "speech", "tagging", "timm", "torchvision")
+EXTRAS = ("captions", "rouge", "seq2seq", "speech", "tagging", "timm", "torchvision")
 
 
 def build(checkout, place, *targets):

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("method", "model", "data"), [("spawn", "timm", "pictures"), ("forkserver", "vit", "colours")])
+@pytest.mark.parametrize(("method", "model", "data"), [("spawn", "timm", "pictures")])
 def test_workers_that_are_not_forked_change_nothing(command, made, tmp_path, method, model, data):
     """Forked ones: test_run.py::test_workers_change_nothing."""
     (tmp_path / "start.py").write_text(SCRIPT)

@@ -203,8 +203,8 @@ CASES = [
              lambda folder, given=given: config_alone(folder, given[0], **given[1]),
              refused(words, never=NOT_THAT))
         for number, name, given, words in (
-            (7, "T5", ("T5ForConditionalGeneration", T5), "t5|text.to.text|seq2seq"),
-            (8, "Whisper", ("WhisperForConditionalGeneration", WHISPER), "whisper|speech"),
+            (7, "T5", ("T5ForConditionalGeneration", T5), "target column"),
+            (8, "Whisper", ("WhisperForConditionalGeneration", WHISPER), "audio column"),
             (9, "a Gemma that sees pictures", ("PaliGemmaForConditionalGeneration", GEMMA), "gemma|vision.language|chat"),
         )
     ),
@@ -213,7 +213,7 @@ CASES = [
              lambda folder, given=given: config_alone(folder, given[0], **given[1]),
              refused(words, never="has no task's head"))
         for number, name, given, words in (
-            (10, "Marian", ("MarianMTModel", MARIAN), "translat|seq2seq|marian"),
+            (10, "Marian", ("MarianMTModel", MARIAN), "target column"),
             (11, "a BERT that names entities", ("BertForTokenClassification", BERT), "token"),
             (12, "a BERT that answers questions", ("BertForQuestionAnswering", BERT), "question"),
         )

@@ -25,6 +25,7 @@ from dsd_refine.errors import CheckpointError, UsageError
 from dsd_refine.extras import is_installed, require
 from dsd_refine.files import leads_out
 from dsd_refine.hub import ask_hub, check_blobs
+from dsd_refine.task_specs import TASKS
 
 # Files that may hold weights. They are not fetched if only the config is needed.
 HEAVY = (
@@ -188,6 +189,11 @@ def _what_instead(config_file: Path, adapter: str | None, names: Iterable[str]) 
             f"it is {adapter} alone, and only whole weights are refined: merge it first, and give the merged folder, with the "
             f"tokenizer saved into it too. peft: {MERGE}"
         )
+    if "model_index.json" in names:
+        return (
+            "it is a pipeline of diffusers (model_index.json), such as text-to-image, which is not supported; supported are "
+            f"{', '.join(TASKS)}"
+        )
     if MODULES in names:
         return (
             "its encoder is not at the top of the folder, as sentence-transformers once wrote it: "
@@ -208,6 +214,11 @@ def _library(config_file: Path, config: dict[str, Any]) -> str:
         return "timm"
     if "model_type" in config or "architectures" in config:
         return "transformers"
+    if "_diffusers_version" in config:
+        raise CheckpointError(
+            f"{config_file}: is of a part of a diffusers pipeline ({config.get('_class_name')!s:.40}), which is not supported; "
+            f"supported are {', '.join(TASKS)}"
+        )
     raise CheckpointError(
         f"{config_file}: names neither a timm `architecture` nor a transformers `model_type`, nor `library: torchvision`; "
         "which library is it for?"

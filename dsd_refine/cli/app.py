@@ -34,7 +34,7 @@ from dsd_refine.cli.suggest import nearest, nearest_verb
 from dsd_refine.errors import CheckpointError, DsdError, Interrupted, RunError, UsageError, is_full_memory
 from dsd_refine.quiet import quiet_libraries
 from dsd_refine.run.signals import Signals
-from dsd_refine.task_specs import TASKS
+from dsd_refine.task_specs import TASKS, unknown_task
 
 BUG = 1
 # Libraries shall print only errors, show no progress bars and send nothing. They read these variables
@@ -328,9 +328,9 @@ def show(name: str) -> None:
 
 def _check_task(given: dict[str, Any]) -> None:
     if given["task"] not in (None, *TASKS):
-        close = nearest(given["task"], [*TASKS])
-        hint = f"did you mean {close}? " if close else ""
-        raise UsageError(f"{hint}--task {given['task']}: not a task; known are {', '.join(TASKS)}")
+        said, close = unknown_task(given["task"]), nearest(given["task"], [*TASKS])
+        hint = f"did you mean {close}? " if close and said.startswith("not a task") else ""
+        raise UsageError(f"{hint}--task {given['task']}: {said}")
 
 
 def _finished(out: Path, given: dict[str, Any], display: Any, write_outcome: WriteOutcome) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
+import pyarrow
 
 from dsd_refine.data.conversations import COLUMN_SETS
 from dsd_refine.data.names import MOST
@@ -42,7 +43,7 @@ class Kind:
     """What a task looks for in a table.
 
     Attributes:
-        what: image, audio, label or text.
+        what: image, audio, label, text, source or target.
         known: Known column names in ranks. A column of an earlier rank is preferred.
         feature: The type of `datasets` that such a column may have.
         decides: If there are columns of that type, no other column can be meant.
@@ -50,6 +51,7 @@ class Kind:
         sets: Columns that together are the content: those that must be there, and those that may be.
         lists: The column has a list in each row.
         advice: What else helps if there is no such column, for the message.
+        inside: Columns of mappings, each of whose entries counts as a column (`data.translations`).
     """
 
     what: str
@@ -60,11 +62,12 @@ class Kind:
     sets: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
     lists: bool = False
     advice: str = ""
+    inside: tuple[str, ...] = ()
 
     @property
     def flag(self) -> str:
         """The option that names such a column."""
-        return f"--{self.what}-column"
+        return f"--set {self.what}_column=NAME" if self.inside else f"--{self.what}-column"
 
     def rank(self, name: str) -> int | None:
         """Return the rank of a column's name in any case, or None for an unknown name."""
@@ -125,6 +128,24 @@ CAPTION = Kind(
 )
 
 
+# a text, and the text that a model is to write for it: a translation, a summary, an answer
+SOURCE = Kind(
+    "source",
+    (
+        ("source", "src", "source_text"),
+        ("input", "inputs", "input_text", "article", "document", "dialogue", "text"),
+    ),
+    inside=("translation",),
+)
+TARGET = Kind(
+    "target",
+    (
+        ("target", "tgt", "target_text"),
+        ("output", "outputs", "output_text", "targets", "summary", "highlights", "abstract"),
+    ),
+    inside=("translation",),
+)
+
 WORDS = Kind("text", (("tokens", "words"),), lists=True)
 TAGS = Kind(
     "label",
@@ -163,7 +184,8 @@ def label_set(names: Sequence[str]) -> Kind:
     of the classes `names`.
     """
     sets = ((tuple(name.strip().casefold() for name in names), ()),) if len(names) > 1 else ()
-    return Kind("label", (("label", "labels"), ("tags", "categories", "genres", "emotions", "topics", "classes")), sets=sets)
+    known = (("label", "labels"), ("tags", "categories", "genres", "emotions", "topics", "classes"))
+    return Kind("label", known, sets=sets, lists=True)
 
 
 def is_preference(names: Sequence[str]) -> bool:
@@ -174,13 +196,32 @@ def is_preference(names: Sequence[str]) -> bool:
 def has_set(table: Table, kind: Kind, asked: str | None) -> bool:
     """Return whether the table (or the user, with `asked`) has all columns of a set of this kind.
 
-    A label column that the user names counts, whatever its name is.
+    A label column of single values that the user names counts, whatever its name is.
     """
-    if kind.what == "label" and asked is not None:
+    if kind.what == "label" and asked is not None and not kind.lists:
         return True
     names = table.rows.column_names if asked is None else asked.split(",")
     plain = {name.strip().casefold() for name in names}
     return any(plain >= set(needed) for needed, _ in kind.sets)
+
+
+def fits(table: Table, kind: Kind, asked: str | None) -> bool:
+    """Return whether the table has what tells this kind from others: all columns of a set, or a column of lists.
+
+    True for a kind that nothing of that tells.
+    """
+    if not kind.sets and not kind.lists:
+        return True
+    names = [name for name in table.rows.column_names if (kind.rank(name) is not None if asked is None else name == asked)]
+    return has_set(table, kind, asked) or any(_has_lists(table, name) for name in names)
+
+
+def _has_lists(table: Table, name: str) -> bool:
+    """True if the column holds lists, and not one value in each."""
+    values = table.rows.with_format("arrow")[:SAMPLE][name].combine_chunks()
+    if not (pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type)):
+        return False
+    return any(length not in (None, 1) for length in values.value_lengths().to_pylist())
 
 
 class MissingColumn(DataError):
@@ -381,6 +422,8 @@ def _missing(table: Table, what: str, kind: Kind) -> MissingColumn:
     if str(table.origin).endswith(".txt") and kind.what != "text":
         table_of = f"give a CSV, JSON-lines or Parquet file with a column of each, text and {kind.what}"
         return MissingColumn(f"{named} A .txt file holds texts alone: {table_of}")
+    if kind.inside:
+        return MissingColumn(f"{named} Say which text is for which: {SOURCE.flag} {TARGET.flag}")
     return MissingColumn(f"{named} Name it with {kind.flag}{kind.advice}")
 
 

@@ -23,6 +23,7 @@ COLUMN_SETS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("instruction", "output"), ("input",)),
 )
 
+USER = "user"
 ASSISTANT = "assistant"
 SAMPLED = 100  # rows that are read to tell a column of lists from one of texts
 # what data sets with `from` and `value` call the speakers

@@ -12,10 +12,11 @@ from typing import Any
 
 import datasets
 
-from dsd_refine.data.columns import Kind, aligned, choose, has_set, in_short, unused_columns
+from dsd_refine.data.columns import Kind, aligned, choose, fits, in_short, unused_columns
 from dsd_refine.data.reading import Reading, Table, speaks_of
 from dsd_refine.data.splits import Rows, Splits, by_role, where_of
 from dsd_refine.data.tables import read_tables
+from dsd_refine.data.translations import with_languages
 from dsd_refine.errors import DataError
 
 Columns = dict[str, tuple[str, ...]]
@@ -36,6 +37,7 @@ class Given:
         columns: The used columns by what they contain (`text`, `label`, …).
         unused: Lines that name what is not used, without paths of the machine.
         notes: Lines that say how the rows were read, without paths of the machine.
+        kinds: What the columns were chosen as.
     """
 
     tables: dict[str, Table]
@@ -43,6 +45,7 @@ class Given:
     columns: Columns
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    kinds: tuple[Kind, ...] = ()
 
     def entry(self, parts: Mapping[str, Rows | None]) -> dict[str, Any]:
         """Return the report's `data`: the rows of each part, their places, the rule, the columns,
@@ -88,6 +91,11 @@ class _Side:
         for place in [path.absolute(), path.resolve()] if path else []:
             lines = [line.replace(str(place), place.name) for line in lines]
         return [f"{name}: {line}" if several and not line.startswith(name) else line for line in lines]
+
+    def with_languages(self, names: Sequence[str]) -> _Side:
+        """Make columns of the entries of these columns of mappings."""
+        tables = {role: with_languages(table, names) for role, table in self.splits.tables.items()}
+        return replace(self, splits=replace(self.splits, tables=tables))
 
     def aligned(
         self, columns: Columns, kinds: Sequence[Kind], asked: Mapping[str, str | None], *, may_lack_label: bool
@@ -146,8 +154,10 @@ def read_given(
     if eval_data:
         reading = read_tables(eval_data, cache, **how)
         sides.append(_Side(eval_data, reading, by_role(reading, eval_data, evaluates=evaluates, use="evaluate")))
+    if inside := [name for way in ways for kind in way for name in kind.inside]:
+        sides = [side.with_languages(inside) for side in sides]
     train = sides[0].splits.tables["train"]
-    kinds = next((way for way in ways[:-1] if all(has_set(train, kind, asked[kind.what]) for kind in way)), ways[-1])
+    kinds = next((way for way in ways[:-1] if all(fits(train, kind, asked[kind.what]) for kind in way)), ways[-1])
     columns = choose(train, kinds, asked)
     sides = [side.aligned(columns, kinds, asked, may_lack_label=not number) for number, side in enumerate(sides)]
     several = len(sides) > 1
@@ -160,6 +170,7 @@ def read_given(
         columns,
         (*(line for side in sides for line in side.public(side.unused(columns, beside), several=several)), *unread),
         tuple(line for side in sides for line in side.public(side.reading.notes, several=several)),
+        tuple(kinds),
     )
 
 

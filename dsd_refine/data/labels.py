@@ -482,7 +482,7 @@ def _as_texts(table: Table, name: str, values: Sequence[Any]) -> Iterator[str | 
                 raise DataError(f"row {table.name(row)}: {name!r} holds one label in a list ({value!r:.60}): write it plain")
             raise DataError(
                 f"row {table.name(row)}: {name!r} holds several labels ({value!r:.60}); several labels a row need a text "
-                "model whose config says `problem_type: multi_label_classification`"
+                "or image model whose config says `problem_type: multi_label_classification`"
             )
         if isinstance(value, float) and value == value and not value.is_integer():
             raise DataError(f"row {table.name(row)}: the label {value} is no class; scores need a text model with one output")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,12 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from dsd_refine.evidence.paired import ALPHA, Z, score_interval, sign_flips
-from dsd_refine.tasks.base import RowsMetric
+from dsd_refine.tasks.base import Corpus, RowMetric, corpus_value
 
 DRAWS = 10_000
 FEWEST_CHANGED = 6  # fewer changed rows can never be significant in a sign test: 2 / 2**6 < ALPHA < 2 / 2**5
 
 Array = np.ndarray[Any, Any]
-
-Corpus = Callable[[Array], Array]  # sums of statistics, shape (…, statistics) -> metrics, shape (…)
 
 REPORTED = ("delta", "ci95", "p_value", "p_adjusted", "gained", "lost", "test")
 
@@ -88,7 +85,7 @@ def compare(
     *,
     higher_is_better: bool,
     seed: int = 0,
-    corpus: Corpus | RowsMetric | None = None,
+    corpus: Corpus | None = None,
     groups: Array | None = None,
 ) -> Comparison:
     """Compare two arms by the scores of the same rows.
@@ -103,12 +100,10 @@ def compare(
         count: What each score is divided by, shape (rows,). The metric is sum(score) / sum(count).
         higher_is_better: False for losses and error rates.
         seed: What the bootstrap draws from.
-        corpus: Computes a metric that is no ratio of sums (BLEU) from the summed statistics, or from
-            the statistics of all rows.
+        corpus: Computes a metric that is no ratio of sums from the summed statistics (BLEU), or from those of all
+            rows (a rank correlation).
         groups: What `groups_of` returns. The rows of one group count as one observation.
     """
-    if isinstance(corpus, RowsMetric):
-        return bootstrap_rows(first, second, corpus, higher_is_better=higher_is_better, seed=seed, groups=groups)
     if corpus is not None:
         return bootstrap_corpus(first, second, corpus, higher_is_better=higher_is_better, seed=seed, groups=groups)
     binary = bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all() and (count == 1).all())
@@ -174,6 +169,8 @@ def bootstrap_corpus(
 
     `first` and `second` have shape (rows, statistics). Rows are drawn and their statistics summed.
     """
+    if isinstance(corpus, RowMetric):
+        return _bootstrap_rows(first, second, corpus, higher_is_better=higher_is_better, seed=seed, groups=groups)
     sign = 1.0 if higher_is_better else -1.0
     both = add_up(np.concatenate([first, second], axis=1).astype(np.float64), groups)
     width, deltas = first.shape[1], np.empty(DRAWS)
@@ -189,26 +186,19 @@ def bootstrap_corpus(
     return _of_draws(float(difference(both.sum(0))), deltas, changed, unseen)
 
 
-def bootstrap_rows(
-    first: Array, second: Array, metric: RowsMetric, *, higher_is_better: bool, seed: int = 0, groups: Array | None = None
+def _bootstrap_rows(
+    first: Array, second: Array, metric: RowMetric, *, higher_is_better: bool, seed: int, groups: Array | None
 ) -> Comparison:
-    """Compare a metric of all rows (a rank correlation) by a paired bootstrap: it is computed anew for each sample.
-
-    `first` and `second` have shape (rows, statistics). Equal rows are drawn together.
-    """
-    sign, rows, deltas = 1.0 if higher_is_better else -1.0, len(first), np.empty(DRAWS)
-    for samples, times in _row_draws(rows, groups, seed):
-        deltas[samples] = sign * (metric.of_samples(times, first) - metric.of_samples(times, second))
-    mine, theirs = (float(metric.of_samples(np.ones((1, rows)), arm)[0]) for arm in (first, second))
-    changed = int(np.count_nonzero(add_up((first != second).any(1).astype(np.int64), groups)))
-    unseen = max(1.0, abs(mine), abs(theirs)) * _unseen_share(rows, groups)
-    return _of_draws(sign * (mine - theirs), deltas, changed, unseen)
-
-
-def _row_draws(rows: int, groups: Array | None, seed: int) -> Iterator[tuple[slice, Array]]:
-    """As `_draws`, with the times of each row where groups of equal rows are drawn."""
-    for samples, times in _draws(rows if groups is None else int(groups.max()) + 1, seed):
-        yield samples, times if groups is None else times[:, groups]
+    """The same for a metric that needs all rows together. Equal rows are drawn together."""
+    sign = 1.0 if higher_is_better else -1.0
+    differ = add_up((first != second).any(1).astype(np.int64), groups) > 0
+    deltas = np.empty(DRAWS)
+    for samples, times in _draws(len(differ), seed):
+        of_rows = times if groups is None else times[:, groups]
+        deltas[samples] = sign * (metric.of_samples(first, of_rows) - metric.of_samples(second, of_rows))
+    values = [corpus_value(metric, arm) for arm in (first, second)]
+    unseen = max(1.0, *map(abs, values)) * _unseen_share(len(first), groups)
+    return _of_draws(sign * (values[0] - values[1]), deltas, int(differ.sum()), unseen)
 
 
 def _unseen_share(rows: int, groups: Array | None) -> float:
@@ -294,43 +284,38 @@ def over_seeds(
 def corpus_over_seeds(
     first: Sequence[Array],
     second: Sequence[Array],
-    corpus: Corpus | RowsMetric,
+    corpus: Corpus,
     *,
     higher_is_better: bool,
     seed: int = 0,
     groups: Array | None = None,
 ) -> tuple[float, tuple[float, float], float]:
-    """Do what `over_seeds` does for a metric of summed statistics (`corpus`).
+    """Do what `over_seeds` does for a metric of summed statistics or of all rows (`corpus`).
 
     `first` and `second` have one array of statistics for each seed, shape (rows, statistics).
     """
-    sign, seeds = 1.0 if higher_is_better else -1.0, len(first)
-    if isinstance(corpus, RowsMetric):
-        mine, theirs = (np.stack([rows.astype(np.float64) for rows in arm]) for arm in (first, second))
-        draws, of = _row_draws(mine.shape[1], groups, seed), partial(_of_each, corpus)
-        whole = np.ones((1, mine.shape[1]))
-        by_seed = sign * (of(whole, mine) - of(whole, theirs))[:, 0]
-    else:
-        mine, theirs = (np.stack([add_up(sums.astype(np.float64), groups) for sums in arm]) for arm in (first, second))
-        draws, of = _draws(mine.shape[1], seed), partial(_of_sums, corpus)
-        by_seed = sign * (corpus(mine.sum(1)) - corpus(theirs.sum(1)))
+    sign = 1.0 if higher_is_better else -1.0
+    is_of_rows = isinstance(corpus, RowMetric)  # then equal rows are drawn together, and not added up
+    mine, theirs = (
+        np.stack([add_up(of_rows.astype(np.float64), None if is_of_rows else groups) for of_rows in arm])
+        for arm in (first, second)
+    )
+
+    def values(stats: Array, times: Array) -> Array:
+        if not isinstance(corpus, RowMetric):
+            return corpus(np.matmul(times, stats))
+        times = times if groups is None else times[:, groups]
+        return np.stack([corpus.of_samples(of_seed, times) for of_seed in stats])
+
+    by_seed = sign * np.array([corpus_value(corpus, a) - corpus_value(corpus, b) for a, b in zip(mine, theirs, strict=True)])
+    seeds = len(by_seed)
     generator, deltas = np.random.default_rng([seed, seeds]), np.empty(DRAWS)
-    for samples, times in draws:
-        of_sample = sign * (of(times, mine) - of(times, theirs))  # (seeds, samples)
+    for samples, times in _draws(mine.shape[1] if groups is None else int(groups.max()) + 1, seed):
+        of_sample = sign * (values(mine, times) - values(theirs, times))  # (seeds, samples)
         of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=len(times)) / seeds
         deltas[samples] = (of_sample.T * of_seeds).sum(1)
     low, high = np.quantile(deltas, [0.025, 0.975])
     return float(by_seed.mean()), (float(low), float(high)), float(by_seed.std(ddof=1)) if seeds > 1 else 0.0
-
-
-def _of_each(metric: RowsMetric, times: Array, arms: Array) -> Array:
-    """The metric of samples for each arm, shape (arms, samples)."""
-    return np.stack([metric.of_samples(times, rows) for rows in arms])
-
-
-def _of_sums(corpus: Corpus, times: Array, arms: Array) -> Array:
-    """The same for a metric of summed statistics."""
-    return corpus(np.matmul(times, arms))
 
 
 def holm(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:

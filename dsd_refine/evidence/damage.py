@@ -16,6 +16,7 @@ from dsd_refine.tasks.base import ChanceBaseline, Score, Scores, Task
 FEWEST_SEEN = 20  # with fewer rows or steps there is no warning
 ERRORS = 3.0  # standard errors that a loss of accuracy must exceed
 RARE = 0.001  # the level of the sign test
+MEMORY = 5.0  # standard errors by which the source must be better on the holdout than on the evaluation rows
 NOISE = 2.0  # standard errors that count as the noise of a holdout
 
 
@@ -60,6 +61,31 @@ def _surely_above(values: np.ndarray[Any, Any], limit: float) -> bool:
     """True if the mean is above the limit by more than ERRORS standard errors."""
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
     return bool(values.mean() - ERRORS * error > limit)
+
+
+def memory_warnings(task: Task, holdout: Scores, evaluation: Scores) -> list[str]:
+    """Warn if the source surely does better on a holdout of training rows than on the evaluation rows.
+
+    Then it was probably trained on these rows. Such a holdout prefers weights that remember them.
+    The loss decides, because every task has one.
+
+    Args:
+        task: The task.
+        holdout: The source's scores on the holdout.
+        evaluation: Its scores on the evaluation rows.
+    """
+    known, unknown = (scores.loss / np.maximum(1, scores.count) for scores in (holdout, evaluation))
+    if min(len(known), len(unknown)) < FEWEST_SEEN:
+        return []
+    error = math.sqrt(known.var(ddof=1) / len(known) + unknown.var(ddof=1) / len(unknown))
+    if unknown.mean() - known.mean() <= MEMORY * error:
+        return []
+    here, there = (task.metrics(scores)[task.metric] for scores in (holdout, evaluation))
+    return [
+        f"the source's {task.metric} is {here:.4f} on the holdout, which was carved from the training rows, and {there:.4f} on "
+        "the evaluation rows: it was probably trained on the rows of the holdout. Then the holdout prefers weights that "
+        "remember them, and with `publish: best` the source. Name rows that the source does not know: --holdout-split"
+    ]
 
 
 def rising_warnings(label: str, losses: Sequence[float], source: float, *, masked: bool = False) -> list[str]:

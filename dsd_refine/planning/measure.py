@@ -23,6 +23,7 @@ from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.run.open import opened
 from dsd_refine.run.phase import enter_phase, run_phase
 from dsd_refine.run.rates import STEPS as RANGE_TEST
+from dsd_refine.run.rates import is_worth_a_test
 from dsd_refine.run.run import Options, Run
 from dsd_refine.training.evaluate import evaluate
 from dsd_refine.training.hooks import Hooks, Step
@@ -133,7 +134,8 @@ def whole_run(run: Run, steps: Sequence[float], row: float) -> float:
     tries = [phases for _, phases in planned_tries(recipe, run.loop.steps_per_epoch)]
     rows = run.task.eval.units * (1 + len(run.arms) * recipe.seeds)
     rows += run.task.holdout.units if run.task.holdout else 0  # the source is evaluated on the holdout once
-    tests = 2 * RANGE_TEST * len(tested_optimizers(recipe)) * max(steps, default=0.0)
+    tested = len(tested_optimizers(recipe)) if is_worth_a_test(recipe, run.loop.steps_per_epoch) else 0
+    tests = 2 * RANGE_TEST * tested * max(steps, default=0.0)
     return sum(_try_seconds(run, phases, steps, row) for phases in tries) + rows * row + tests
 
 

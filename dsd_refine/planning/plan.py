@@ -17,7 +17,7 @@ from dsd_refine.masking.layers import Layer, masked_count
 from dsd_refine.method import arm_phases
 from dsd_refine.recipe import Phase, Recipe, first_sparsity
 from dsd_refine.run import disk as space
-from dsd_refine.run.rates import STEPS
+from dsd_refine.run import rates
 from dsd_refine.search import resized, rungs_of, settings_of, steps_at
 from dsd_refine.tasks.base import Task
 from dsd_refine.tasks.registry import is_held, look_at_data, parts_of, prepare_task
@@ -103,7 +103,9 @@ def _steps(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> dict[str, str]
     for number, phase in enumerate(recipe.phases, 1):
         lines[f"{number}-{phase.kind}"] = _phase(phase, per_epoch)
     if tests := tested_optimizers(recipe):
-        lines["rate"] = f"tested on the source first, in at most {2 * STEPS * len(tests)} steps ({', '.join(tests)})"
+        usual = ", ".join(f"{rates.USUAL[name]:g} for {name}" for name in tests)
+        tested = f"tested on the source first, in at most {2 * rates.STEPS * len(tests)} steps ({', '.join(tests)})"
+        lines["rate"] = tested if rates.is_worth_a_test(recipe, per_epoch) else f"{usual}: too few steps for a range test"
     names = ("refined", *recipe.control)
     tries = planned_tries(recipe, per_epoch)
     total = sum(phase.total_steps(per_epoch) for _, phases in tries for phase in phases)

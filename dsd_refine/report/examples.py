@@ -169,7 +169,7 @@ def contents_of(rows: Rows, columns: Mapping[str, Sequence[str]]) -> ContentOf:
             except OSError:  # the file is gone since it was scored, which must not fail a finished run
                 return None
             return Content(picture=picture) if picture else None
-        if "audio" in columns or not (names := list(columns.get("text", ()))):
+        if "audio" in columns or not (names := list(columns.get("text") or columns.get("source", ()))):
             return None
         values = table.rows.select_columns(names)[position]
         return Content(text=excerpt(" | ".join(str(values[name]) for name in names)))

@@ -22,7 +22,8 @@ NAMES = {"wer": "word error rate", "cer": "character error rate", **{f"bleu{n}":
 NAMES |= {
     "f1": "F1", "f1_macro": "macro F1", "f1_micro": "micro F1", "balanced_accuracy": "balanced accuracy",
     "matthews": "Matthews correlation", "pearson": "Pearson correlation", "spearman": "Spearman correlation",
-    "mse": "mean squared error", "map": "mean average precision",
+    "mse": "mean squared error", "map": "mean average precision", "bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "exact_match": "exact match",
 }  # fmt: skip
 
 TESTS = {
@@ -64,7 +65,7 @@ def value(metric: str, number: float) -> str:
     """Return a metric's value as text: 98.66 % for a fraction, 31.20 for BLEU, 0.1324 for a loss."""
     if metric in RAW:
         return f"{number:.4f}"
-    return f"{100 * number:.2f}" if metric.startswith("bleu") else f"{100 * number:.2f} %"
+    return f"{100 * number:.2f}" if metric.startswith(("bleu", "chrf", "rouge")) else f"{100 * number:.2f} %"
 
 
 def signed(number: float) -> str:

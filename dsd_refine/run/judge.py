@@ -7,7 +7,7 @@ import torch
 from dsd_refine.errors import Interrupted
 from dsd_refine.evidence.baseline_checks import check_baseline
 from dsd_refine.evidence.compare import Comparison, compare, holm
-from dsd_refine.evidence.damage import clearly_worse, harm_warnings, rising_warnings, view_warnings
+from dsd_refine.evidence.damage import clearly_worse, harm_warnings, memory_warnings, rising_warnings, view_warnings
 from dsd_refine.evidence.paired import ALPHA
 from dsd_refine.run.lost import remember_source
 from dsd_refine.run.run import Run
@@ -105,8 +105,9 @@ def warn(run: Run, lines: list[str]) -> None:
 def look_at_source(run: Run) -> None:
     """Score the source on the holdout and on the first training rows, and save the results.
 
-    The trained arms are compared with them, so that damage shows early. The training rows are scored
-    in training form, that is with augmentation. If this makes them much harder, that is a warning.
+    The trained arms are compared with them, so that damage shows early. A source that knows the rows of
+    the holdout is a warning. The training rows are scored in training form, that is with augmentation. If
+    this makes them much harder, that is a warning.
     """
     if run.state.looked:
         return
@@ -115,6 +116,8 @@ def look_at_source(run: Run) -> None:
         scores = evaluate(loop, task.holdout)
         state.source_holdout = task.metrics(scores)
         remember_source(run, scores)
+        if task.holdout.rows.table is task.train.rows.table:  # it was carved from the training rows
+            warn(run, memory_warnings(task, scores, run.seeds["baseline"][0]))
         place = {"arm": "baseline", "phase": None, "step": None, "epoch": None}
         run.workspace.log({"event": "evaluation", **place, "part": "holdout", **state.source_holdout})
     steps = run.recipe.phases[0].total_steps(loop.steps_per_epoch)

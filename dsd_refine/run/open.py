@@ -320,8 +320,12 @@ def parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     `accelerator.prepare_model` is not used, because it puts autocast into the model's own `forward`.
     Then the check of the output, which needs float32, would compute in bf16 or fp16. Instead, the
     loop uses autocast around each of its calls.
+
+    Buffers are copied before each evaluation (`training.evaluate`), and not at each forward: a task may
+    call the model once for each length of its rows, so that processes make different numbers of calls.
     """
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=True)
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, devices, find_unused_parameters=True, broadcast_buffers=False)
 
 
 def check_compiler(device: torch.device) -> None:

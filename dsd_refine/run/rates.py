@@ -7,6 +7,7 @@ the rate is too high. The source's weights are restored afterwards: nothing but 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from itertools import accumulate
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
 LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 100  # the rates that are tried: each is 17.5 % above the one before
 SMOOTH = 0.9  # share of the earlier steps in the smoothed rise of the loss
 RISEN = 0.5  # the loss has risen if it is so much above the source's, as a share of it
+SHORTEST_RUN = 100  # a run of fewer steps is not worth a test
+USUAL = {"sgd": 0.01, "adamw": 2e-5}  # the rates of such a run: low ones, as released weights are trained on with
 BELOW_EDGE = 1 / 4  # the chosen rate, as a share of the highest one before the loss rises
 
 
 def test_rates(run: Run) -> None:
     """Find the rate that `auto` means, once for each optimizer of the settings. Nothing is done if no phase asks for it.
+
+    A run of fewer than SHORTEST_RUN steps has no test. Its rate is the usual one of the optimizer.
 
     Raises:
         RunError: The loss rises at every rate.
@@ -40,12 +45,21 @@ def test_rates(run: Run) -> None:
     """
     recipes = {each.recipe.optimizer: each.recipe for each in reversed(run.given_settings) if each.recipe.asks_for_rates}
     for name in sorted(recipes.keys() - run.state.rates.keys()):
+        if not is_worth_a_test(recipes[name], run.loop.steps_per_epoch):
+            run.state.rates[name] = RangeTest(USUAL[name], None, [], [], [], 0, 0.0)
+            run.options.say(f"rate: {USUAL[name]:g} for {name} (a run of fewer than {SHORTEST_RUN} steps has no range test)")
+            continue
         found = range_test(run, recipes[name])
         run.state.rates[name] = found
         edge = f"the loss rises above {found.edge:.3g}" if found.edge else f"the loss does not rise up to {HIGHEST:g}"
         run.options.say(f"rate: {found.rate:.3g} for {name} ({edge})")
         run.workspace.log({"event": "rate", "optimizer": name, "rate": found.rate, "edge": found.edge})
         run.save()
+
+
+def is_worth_a_test(recipe: Recipe, steps_per_epoch: int) -> bool:
+    """Return whether a try has at least SHORTEST_RUN steps."""
+    return sum(phase.total_steps(steps_per_epoch) for phase in recipe.trained_phases) >= SHORTEST_RUN
 
 
 def range_test(run: Run, recipe: Recipe) -> RangeTest:
@@ -107,7 +121,7 @@ def sweep(run: Run, phase: Phase, rates: Sequence[float], source_losses: Sequenc
 
 def rises(losses: Sequence[float], source_losses: Sequence[float]) -> list[float]:
     """Return how far the loss of each step is above the source's, smoothed, as a share of the source's mean loss."""
-    level = sum(source_losses) / len(source_losses)
+    level = max(sum(source_losses) / len(source_losses), sys.float_info.min)  # a loss may be 0
     above = [loss - own for loss, own in zip(losses, source_losses, strict=False)]
     means = accumulate(above, lambda mean, value: SMOOTH * mean + (1 - SMOOTH) * value, initial=0.0)
     return [mean / (1 - SMOOTH**step) / level for step, mean in enumerate(means) if step]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from dsd_refine.checkpoint.safetensors_file import listed
-from dsd_refine.evidence.compare import Corpus, corpus_over_seeds, credit, over_seeds
+from dsd_refine.evidence.compare import corpus_over_seeds, credit, over_seeds
 from dsd_refine.evidence.power import rows_to_decide
 from dsd_refine.masking.checkpoint_layers import few_maskable, outside_embeddings
 from dsd_refine.recipe import first_sparsity
@@ -194,7 +194,7 @@ def _soup(run: Run, arm: str) -> dict[str, Any] | None:
 
 def rate_tests(run: Run) -> list[dict[str, Any]] | None:
     """Return the range tests of the rate: all rates with their losses, and the chosen one. None: none was made."""
-    tests = [{"optimizer": name, **asdict(found)} for name, found in run.state.rates.items()]
+    tests = [{"optimizer": name, **asdict(found)} for name, found in run.state.rates.items() if found.rates]
     return [{field: value for field, value in test.items() if field != "seconds"} for test in tests] or None
 
 
@@ -254,7 +254,7 @@ def seeds_data(run: Run) -> dict[str, Any]:
 
 def _over_seeds(run: Run, arm: str, other: str) -> tuple[float, tuple[float, float], float]:
     """Return the mean difference of two arms, its interval, and its deviation."""
-    corpus: Corpus | None = getattr(run.task, "corpus", None)
+    corpus = getattr(run.task, "corpus", None)
     mine = [scores.compared(corpus) for scores in run.seeds[arm]]
     theirs = [scores.compared(corpus) for scores in run.seeds[other]] * (len(mine) if other == "baseline" else 1)
     better, seed = run.task.higher_is_better, run.recipe.seed

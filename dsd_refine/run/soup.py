@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dsd_refine.errors import Diverged
 from dsd_refine.run.phase import use_setting
 from dsd_refine.training.average import between
 from dsd_refine.training.batchnorm import reestimate
@@ -72,7 +73,10 @@ def measured(run: Run, arm: str, mean: dict[str, torch.Tensor], members: Sequenc
     first = members[0]
     load_state(run.loop.state(), mean)
     reestimate(run.loop, Key(first.seed, len(run.recipe.trained_phases)))
-    metrics = run.task.metrics(evaluate(run.loop, run.task.holdout))
+    try:
+        metrics = run.task.metrics(evaluate(run.loop, run.task.holdout))
+    except Diverged:  # tries far from each other may have a mean that computes nothing
+        return replace(first, holdout=None, members=[each.attempt for each in members])
     numbers = [each.attempt for each in members]
     place = {"arm": arm, "phase": None, "step": None, "epoch": None, "soup": [number + 1 for number in numbers]}
     run.workspace.log({"event": "evaluation", **place, "part": "holdout", **metrics})

@@ -142,14 +142,25 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class RowsMetric:
-    """A metric that is made of all rows and not of their sums, such as a rank correlation.
+class RowMetric:
+    """A metric that needs all rows together, such as a rank correlation: no function of sums over rows.
 
-    `of_samples(times, rows)` gives it for samples of the rows, shape (samples,): `rows` are the statistics of
-    each row, shape (rows, statistics), and `times` how often each row is in each sample, shape (samples, rows).
+    `of_samples(stats, times)` computes it for samples of the rows. `stats` are the rows' statistics, of
+    shape (rows, statistics). `times` says how often each row is in each sample, of shape (samples, rows).
+    The result has shape (samples,).
     """
 
     of_samples: Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+
+
+Corpus = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] | RowMetric  # from sums (…, statistics) to (…), or of rows
+
+
+def corpus_value(corpus: Corpus, stats: np.ndarray[Any, Any]) -> float:
+    """The metric of all rows, from their statistics, shape (rows, statistics)."""
+    if isinstance(corpus, RowMetric):
+        return float(corpus.of_samples(stats, np.ones((1, len(stats))))[0])
+    return float(corpus(stats.sum(0)))
 
 
 @dataclass(frozen=True)

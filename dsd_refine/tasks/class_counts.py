@@ -2,7 +2,7 @@
 
 A row's statistics are four numbers for each class, in four blocks: 1 where the class is predicted and
 true, 1 where it is predicted, 1 where it is true, and its score (the logit). All functions here take
-their sums, of shape (…, 4 x classes), and return metrics of shape (…).
+their sums, of shape (…, 4 x classes), and return metrics of shape (…); but `average_precision` needs all rows.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from dsd_refine.tasks.base import RowMetric
 
 Array = np.ndarray[Any, Any]
 Metric = Callable[[Array], Array]
@@ -76,24 +78,32 @@ def matthews(sums: Array) -> Array:
     return _divided(covariance, np.sqrt(np.maximum(spread, 0)))
 
 
-def average_precision(stats: Array) -> float:
-    """The mean over classes of the area under precision and recall, from the rows' statistics (rows, 4 x classes).
+def _average_precisions(stats: Array, times: Array) -> Array:
+    """The mean over classes of the area under precision and recall, for samples of rows.
 
-    Classes without a true row are left out. Rows of equal score count together.
+    Classes without a true row in a sample are left out of it. Rows of equal score count together.
+
+    Args:
+        stats: The rows' statistics, shape (rows, 4 x classes).
+        times: How often each row is in each sample, shape (samples, rows).
     """
     classes = stats.shape[1] // 4
     true, scores = stats[:, 2 * classes : 3 * classes], stats[:, 3 * classes :]
-    found = [_precision_area(true[:, k], scores[:, k]) for k in range(classes) if true[:, k].any()]
-    return float(np.mean(found)) if found else 0.0
+    areas, occurring = np.zeros(len(times)), np.zeros(len(times))
+    for k in range(classes):
+        order = np.argsort(-scores[:, k], kind="stable")
+        ordered = scores[order, k]
+        starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))  # the first row of each score
+        drawn = times[:, order]
+        rows = np.add.reduceat(drawn, starts, axis=1).cumsum(1)
+        hits = np.add.reduceat(drawn * true[order, k], starts, axis=1).cumsum(1)
+        recall = _divided(hits, hits[:, -1:])
+        areas += (np.diff(recall, prepend=0.0, axis=1) * _divided(hits, rows)).sum(1)
+        occurring += hits[:, -1] > 0
+    return _divided(areas, occurring)
 
 
-def _precision_area(true: Array, scores: Array) -> float:
-    order = np.argsort(-scores, kind="stable")
-    ordered, hits = scores[order], np.cumsum(true[order])
-    ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))  # the last row of each score
-    precision, recall = hits[ends] / (ends + 1), hits[ends] / hits[-1]
-    return float((np.diff(recall, prepend=0.0) * precision).sum())
-
+average_precision = RowMetric(_average_precisions)
 
 CLASS_METRICS: dict[str, Metric] = {
     "f1": f1,

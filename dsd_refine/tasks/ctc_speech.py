@@ -21,7 +21,7 @@ from dsd_refine.checkpoint.library import Library
 from dsd_refine.data.columns import AUDIO, TRANSCRIPT, column
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Rows, divide, use_rows
-from dsd_refine.data.tables import in_threads, raw_bytes, undecoded
+from dsd_refine.data.tables import in_threads, undecoded
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Recipe
 from dsd_refine.tasks.base import IGNORED, Batch, ChanceBaseline, Forward, Item, Score, Scores, Tables, ratio, require
@@ -32,14 +32,14 @@ from dsd_refine.tasks.inputs.audio import (
     Samples,
     SpecAugment,
     count_frames,
-    decode,
+    hear,
     lengths_of,
     open_feature_extractor,
-    resample,
     spec_augment,
 )
 from dsd_refine.tasks.inputs.clips import clip_inputs, features_of, hold_samples, logits_of_clips
 from dsd_refine.tasks.inputs.tokens import load_tokenizer, or_reason, tokenized
+from dsd_refine.tasks.text_metrics import character_errors, word_errors
 
 
 @dataclass(frozen=True)
@@ -226,18 +226,8 @@ class CTCSpeech:
 
 def row_score(reference: str, text: str, loss: float, labels: int) -> Score:
     """Word and character edits of one row, as jiwer counts them."""
-    import jiwer
-
-    words, characters = jiwer.process_words(reference, text), jiwer.process_characters(reference, text)
-    edits, count = _edits(words)
-    character_edits, characters_count = _edits(characters)
-    return Score(edits, count, loss, text=text, stats=(character_edits, characters_count, labels))
-
-
-def _edits(measured: Any) -> tuple[int, int]:
-    """(edits, length of the reference) of what jiwer measured."""
-    edits = measured.substitutions + measured.deletions + measured.insertions
-    return edits, measured.hits + measured.substitutions + measured.deletions
+    (edits, count), (character_edits, characters) = word_errors(reference, text), character_errors(reference, text)
+    return Score(edits, count, loss, text=text, stats=(character_edits, characters, labels))
 
 
 def open_task(recipe: Recipe, library: Library, model: torch.nn.Module, tables: Tables, evaluation: Tables | None) -> CTCSpeech:
@@ -300,13 +290,10 @@ def _examine(
         if labels is None:
             return Examined(b"", reason=reason), None
         try:
-            raw = raw_bytes(table, audio, row)
-            samples = resample(*decode(raw), extractor.rate)
+            raw, samples = hear(table, audio, row, extractor.rate)
             clip = _clip(samples, labels, extractor, decoder, lengths)
-        except OSError as error:
-            return Examined(b"", reason=f"unreadable file ({error.strerror or error})"), None
-        except (DataError, TypeError) as error:
-            return Examined(b"", reason=str(error) if isinstance(error, DataError) else "no audio"), None
+        except DataError as error:
+            return Examined(b"", reason=str(error)), None
         hold_samples(table, row, samples)
         return Examined(hashlib.sha256(raw).digest(), texts=(said[row],), length=clip.length), clip
 

@@ -43,7 +43,10 @@ def open_task(recipe: Recipe, library: Library, model: torch.nn.Module, tables: 
         )
     columns = tuple((recipe.text_column or "").split(","))
     if len(columns) < 2:
-        raise DataError(f"embedding compares texts, and {columns[0]!r} is one column: name two with --text-column A,B")
+        raise DataError(
+            f"embedding compares texts, and {columns[0]!r} is one column: name two with --text-column A,B. (The config names a "
+            "class with no task's head; if the weights have one, give --task)"
+        )
     inputs = open_sentence_inputs(recipe, library, model, columns)
     prepare = prepare_scored_pairs if recipe.label_column else prepare_together
     task: Any = prepare(recipe, tables, evaluation, inputs, columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,11 @@ from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Rows
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks.base import Batch, ChanceBaseline, Forward, RowsMetric, Score, Scores, Tables, choose_metric, ratio
+from dsd_refine.tasks.base import Batch, ChanceBaseline, Corpus, Forward, Score, Scores, Tables, choose_metric, ratio
 from dsd_refine.tasks.inputs.sentences import SentenceInputs
 from dsd_refine.tasks.inputs.texts import text_digest
 from dsd_refine.tasks.sentence_rows import Examiner, SentencePart, Sentences, divided
-from dsd_refine.tasks.text_scores import pearson, scores_of, spearman
+from dsd_refine.tasks.text_scores import SPEARMAN, pearson, scores_of, spearman
 
 Array = np.ndarray[Any, Any]
 
@@ -41,9 +41,9 @@ class ScoredPairs(Sentences):
         return self.metric != "mse"
 
     @property
-    def corpus(self) -> Callable[[Array], Array] | RowsMetric | None:
+    def corpus(self) -> Corpus | None:
         """The metric of `stats`, for the bootstrap. None: it is a ratio of sums."""
-        found: dict[str, Callable[[Array], Array] | RowsMetric] = {"spearman": SPEARMAN, "pearson": pearson}
+        found: dict[str, Corpus] = {"spearman": SPEARMAN, "pearson": pearson}
         return found.get(self.metric)
 
     @property
@@ -98,32 +98,6 @@ class ScoredPairs(Sentences):
         low, high = self.scale
         scaled = "" if (low, high) == (0, 1) else f"; scores from {low:g} to {high:g} become 0 to 1"
         return self.report_of(f"squared difference of {self.sentences.layout.similarity} similarity and score{scaled}")
-
-
-def _spearman_of_samples(times: Array, rows: Array) -> Array:
-    """Spearman's rank correlation of samples of rows, as `RowsMetric` wants it. Ties have their mean rank.
-
-    It is 0 where similarities or scores do not vary.
-    """
-    times = times.astype(np.float64)
-    (x, spread_x), (y, spread_y) = (_ranks(times, rows[:, column]) for column in (1, 2))
-    both = spread_x * spread_y
-    return np.where(both > 0, np.einsum("sr,sr,sr->s", times, x, y) / np.sqrt(np.where(both > 0, both, 1.0)), 0.0)
-
-
-def _ranks(times: Array, values: Array) -> tuple[Array, Array]:
-    """Ranks about their mean, shape (samples, rows), and the sum of their squares in each sample.
-
-    Row i occurs `times[:, i]` times.
-    """
-    _, place = np.unique(values, return_inverse=True)
-    order = np.argsort(place, kind="stable")
-    held = np.add.reduceat(times[:, order], np.searchsorted(place[order], np.arange(place.max() + 1)), axis=1)  # of each value
-    ranks = held.cumsum(1) - (held + times.sum(1, keepdims=True)) / 2
-    return ranks[:, place], np.einsum("sv,sv,sv->s", held, ranks, ranks)
-
-
-SPEARMAN = RowsMetric(_spearman_of_samples)
 
 
 def prepare_scored_pairs(

@@ -4,9 +4,8 @@ evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, ClassVar
 
 import datasets
@@ -30,9 +29,7 @@ from dsd_refine.tasks.classification import overlap_warning, skip_warnings
 from dsd_refine.tasks.inputs.captioner import CaptionGenerator, open_caption_generator
 from dsd_refine.tasks.inputs.images import Seen, examine_picture, look_warnings, picture, pixels
 from dsd_refine.tasks.inputs.tokens import beyond_warnings, load_tokenizer, or_reason
-
-ORDERS = 4  # BLEU counts n-grams of 1 to 4 words
-BLEU_STATS = 2 + 2 * ORDERS  # lengths of caption and reference, matching n-grams, generated n-grams
+from dsd_refine.tasks.text_metrics import BLEU_STATS, ORDERS, bleu, bleu_signature, bleu_sums
 
 Array = np.ndarray[Any, Any]
 
@@ -195,45 +192,8 @@ def row_score(references: Sequence[str], text: str | None, loss: float, targets:
     """
     if text is None:
         return Score(0.0, 0, loss, stats=(*[0.0] * BLEU_STATS, targets))
-    measured = _sacrebleu().corpus_score([text], [[reference] for reference in references])
-    stats = (measured.sys_len, measured.ref_len, *measured.counts, *measured.totals, targets)
-    return Score(measured.counts[-1], measured.totals[-1], loss, text=text, stats=stats)
-
-
-def bleu_signature(counts: Iterable[int]) -> str:
-    """sacrebleu's own signature, for rows with so many references each: sacrebleu itself would name
-    those of the last row.
-    """
-    different = {*counts}
-    metric = _new_metric()
-    metric.num_refs = different.pop() if len(different) == 1 else -1  # sacrebleu's number for rows that differ
-    return str(metric.get_signature().format())
-
-
-@cache
-def _sacrebleu() -> Any:
-    return _new_metric()
-
-
-def _new_metric() -> Any:
-    from sacrebleu.metrics import BLEU
-
-    return BLEU(max_ngram_order=ORDERS, force=True)
-
-
-def bleu(sums: Array, order: int = ORDERS) -> Array:
-    """BLEU-`order` as a fraction, of sums (…, statistics), as sacrebleu makes it: brevity penalty,
-    exponential smoothing.
-    """
-    written, wanted = sums[..., 0], sums[..., 1]
-    matching, total = sums[..., 2 : 2 + order], sums[..., 2 + ORDERS : 2 + ORDERS + order]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        halvings = np.cumsum(matching == 0, axis=-1)
-        precision = np.where(matching > 0, matching, 0.5**halvings) / total
-        penalty = np.where(written < wanted, np.exp(1 - wanted / written), 1.0)
-        value = penalty * np.exp(np.log(precision).mean(-1))
-    nothing = (matching.sum(-1) == 0) | (total.min(-1) == 0) | (written == 0)
-    return np.where(nothing, 0.0, value)
+    sums = bleu_sums(references, text)
+    return Score(sums[1 + ORDERS], sums[-1], loss, text=text, stats=(*sums, targets))
 
 
 def open_task(

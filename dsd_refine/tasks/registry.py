@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -23,7 +23,9 @@ from dsd_refine.data.columns import (
     LABEL,
     QUESTION,
     SCORE_COLUMN,
+    SOURCE,
     TAGS,
+    TARGET,
     TEXT,
     TOGETHER,
     TRANSCRIPT,
@@ -40,7 +42,7 @@ from dsd_refine.data.splits import Rows
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Recipe
 from dsd_refine.task_specs import OWN_FIELDS, TASKS, TaskSpec
-from dsd_refine.tasks.base import Task
+from dsd_refine.tasks.base import Corpus, Task
 
 Download = Callable[[str, int], bool]
 
@@ -63,6 +65,8 @@ KINDS: dict[str, Kind] = {
     "caption": CAPTION,
     "together": TOGETHER,
     "score": SCORE_COLUMN,
+    "source": SOURCE,
+    "target": TARGET,
 }
 
 
@@ -103,7 +107,7 @@ def look_at_data(
     given = replace(given, tables=named(given.tables, classes), evaluation=evaluation)
     if store is not None and is_held(name):
         given = replace(given, tables=_held(given.tables, store), evaluation=_held(given.evaluation, store))
-    if LABEL in kinds:
+    if LABEL in given.kinds:
         _check_labels(given, recipe, spec, library)
     return given
 
@@ -157,7 +161,7 @@ def _refuse_useless(recipe: Recipe, spec: TaskSpec, kinds: Sequence[Kind]) -> No
     for name in OWN_FIELDS:
         if getattr(recipe, name) is not None and name not in spec.fields:
             raise DataError(f"{name}: {spec.name} has no use for it: leave it out")
-    for kind in (IMAGE, AUDIO, LABEL, TEXT):
+    for kind in (IMAGE, AUDIO, LABEL, TEXT, SOURCE, TARGET):
         if kind.what not in used and getattr(recipe, f"{kind.what}_column") is not None:
             raise DataError(f"{kind.flag}: {spec.name} reads columns of {' and '.join(used)}, and no {kind.what}: leave it out")
     if recipe.max_length is not None and spec.default_length is None:
@@ -199,13 +203,13 @@ def prepare_task(recipe: Recipe, name: str, library: Library, model: torch.nn.Mo
     return task
 
 
-def corpus_of(task: str, metric: str) -> Callable[[Any], Any] | None:
-    """The function that computes a metric from summed statistics of rows; None: it is a ratio of sums."""
+def corpus_of(task: str, metric: str) -> Corpus | None:
+    """What computes a metric from the statistics of rows; None: it is a ratio of sums."""
     place = TASKS[task].corpora.get(metric) if task in TASKS else None
     if place is None:
         return None
     module, function = place.split(":")
-    found: Callable[[Any], Any] = getattr(import_module(module), function)
+    found: Corpus = getattr(import_module(module), function)
     return found
 
 

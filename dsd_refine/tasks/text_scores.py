@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -19,7 +19,19 @@ from dsd_refine.data.tables import row_blocks
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks.base import Batch, ChanceBaseline, Forward, Item, Score, Scores, Tables, choose_metric, ratio
+from dsd_refine.tasks.base import (
+    Batch,
+    ChanceBaseline,
+    Corpus,
+    Forward,
+    Item,
+    RowMetric,
+    Score,
+    Scores,
+    Tables,
+    choose_metric,
+    ratio,
+)
 from dsd_refine.tasks.classification import overlap_warning, skip_warnings
 from dsd_refine.tasks.inputs.texts import TextInputs
 from dsd_refine.tasks.inputs.tokens import beyond_warnings
@@ -68,16 +80,16 @@ class TextScores(TextRows):
         return self.metric != "mse"
 
     @property
-    def corpus(self) -> Callable[[Array], Array] | None:
-        """The metric of summed `stats`, for the bootstrap. None: it is a ratio of sums."""
-        return pearson if self.metric == "pearson" else None
+    def corpus(self) -> Corpus | None:
+        """The correlation of `stats`, for the bootstrap. None: the metric is a ratio of sums."""
+        return CORRELATIONS.get(self.metric)
 
     @property
     def chance_baselines(self) -> tuple[ChanceBaseline, ...]:
         """The figures of always giving the same score."""
         truth = self.eval.scores.astype(np.float64)
-        if self.metric == "pearson":
-            return (ChanceBaseline("pearson", 0.0, "guessing", higher_is_better=True),)
+        if self.metric in CORRELATIONS:
+            return (ChanceBaseline(self.metric, 0.0, "guessing", higher_is_better=True),)
         if self.metric == "mse":
             return (ChanceBaseline("mse", float(truth.var()), "always giving the mean score"),)
         share = float((truth >= 0.5).mean())
@@ -106,7 +118,7 @@ class TextScores(TextRows):
         """For each row its loss, the predicted score, and the sums that correlations are made of.
 
         `score` is 1 if a yes or no is right (accuracy), the squared error (mse), or the squared error
-        with a minus (pearson).
+        with a minus (correlations).
         """
         outputs = self.logits(forward, batch)[:, 0]
         losses = self._losses(outputs, batch.targets).tolist()
@@ -115,7 +127,7 @@ class TextScores(TextRows):
 
     def _score(self, x: float, y: float, loss: float) -> Score:
         error = (x - y) ** 2
-        values = {"accuracy": float((x >= 0.5) == (y >= 0.5)), "mse": error, "pearson": -error}
+        values = {"accuracy": float((x >= 0.5) == (y >= 0.5)), "mse": error, "pearson": -error, "spearman": -error}
         return Score(values[self.metric], 1, loss, text=f"{x:.6g}", stats=(1.0, x, y, x * y, x * x, y * y))
 
     def metrics(self, scores: Scores) -> dict[str, float]:
@@ -148,6 +160,32 @@ def pearson(sums: Array) -> Array:
     spread = (n * xx - x * x) * (n * yy - y * y)
     some = spread > 1e-18 * np.maximum(1.0, n) ** 4
     return np.where(some, (n * xy - x * y) / np.sqrt(np.where(some, spread, 1.0)), 0.0)
+
+
+def _spearmans(stats: Array, times: Array) -> Array:
+    """Spearman's rank correlation for samples of rows, from the rows' `stats` (rows, statistics); 0 where one
+    does not vary. `times` says how often each row is in each sample, shape (samples, rows).
+    """
+    x, y = _ranks(stats[:, 1], times), _ranks(stats[:, 2], times)
+    sums = [times, times * x, times * y, times * x * y, times * x * x, times * y * y]
+    return pearson(np.stack([each.sum(1) for each in sums], axis=-1))
+
+
+def _ranks(values: Array, times: Array) -> Array:
+    """The rank of each row in each sample, shape (samples, rows): equal values have their mean rank."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    is_first = np.append(True, ordered[1:] != ordered[:-1])
+    counts = np.add.reduceat(times[:, order], np.flatnonzero(is_first), axis=1)
+    middles = counts.cumsum(1) - (counts - 1) / 2
+    ranks = np.empty(times.shape)
+    ranks[:, order] = middles[:, np.cumsum(is_first) - 1]
+    ranks -= times.sum(1, keepdims=True) / 2  # around 0, so that no digits are lost
+    return ranks
+
+
+SPEARMAN = RowMetric(_spearmans)
+CORRELATIONS: dict[str, Corpus] = {"pearson": pearson, "spearman": SPEARMAN}
 
 
 def spearman(x: Array, y: Array) -> float:
@@ -190,8 +228,8 @@ def prepare_scores(
     judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
     divided = divide(used, judged, recipe.holdout)
     sigmoid = _is_logit(config, held)
-    allowed = ("accuracy", "pearson", "mse") if sigmoid and is_yes_or_no else ("pearson", "mse")
-    metric = choose_metric("a head with one output", recipe.metric, allowed, ("spearman", "loss"))
+    allowed = ("accuracy", "pearson", "spearman", "mse") if sigmoid and is_yes_or_no else ("pearson", "spearman", "mse")
+    metric = choose_metric("a head with one output", recipe.metric, allowed, ("loss",))
 
     def part(rows: Rows | None) -> ScoredPart | None:
         if rows is None:

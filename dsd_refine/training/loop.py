@@ -22,7 +22,7 @@ from dsd_refine.training.hooks import Step
 from dsd_refine.training.optimizer import learning_rate, let_go_of_gradients, set_rate
 from dsd_refine.training.settings import train_mode
 from dsd_refine.training.sharpness import uphill
-from dsd_refine.training.state import Counts, Key, Loop, Pending, PhaseState, on_device
+from dsd_refine.training.state import Counts, Loop, Pending, PhaseState, on_device
 
 EARLY = 25  # the losses of the first steps are stored, to see whether training damages the model at its beginning
 LATE = 4  # steps of a GPU whose losses are not waited for
@@ -55,17 +55,21 @@ def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) 
     step, total = state.progress.step + 1, phase.total_steps(loop.steps_per_epoch)
     rate = set_rate(state.optimizer, learning_rate(phase, step, total))
     counts, weight = _counts(loop, group)
-    # Not at the end of the step: then the memory would return to the system, and the next step would have to
-    # get it again page by page.
-    let_go_of_gradients(state.optimizer)
-    device = loop.accelerator.device
-    losses = _backward(loop, state.key, step, group, weight)
-    if loop.shards is not None:
-        loop.shards.take_gradients()
-    if phase.sam:
-        with uphill(loop, state.masks, phase.sam):
+    device, loss_of, losses = loop.accelerator.device, loop.loss or loop.task.loss, []
+    for is_uphill in (False, True) if phase.sam else (False,):
+        with uphill(loop, state.masks, phase.sam or 0.0) if is_uphill else nullcontext():
+            # Not at the end of the step: then the memory would return to the system, and the next step would have to
+            # get it again page by page.
             let_go_of_gradients(state.optimizer)
-            _backward(loop, state.key, step, group, weight)
+            for number, batch in enumerate(group):
+                seed_all(stable_seed(*state.key, step, number, loop.accelerator.process_index, "dropout"), device)
+                with _sync_on_last(loop, number == len(group) - 1):
+                    with loop.autocast():
+                        loss = computed(loop, loop.task.train, loop.forward, on_device(loop, batch), loss_of)
+                    _scaled(loop, loss).backward(_as_gradient(loss, weight if batch.count else 0.0))  # type: ignore[no-untyped-call]
+                losses += [loss.detach()] if batch.count and not is_uphill else []
+    if loop.shards is not None:  # with steps uphill it is refused
+        loop.shards.take_gradients()
     # Before a new mask by magnitude, one step is made without the mask: masked weights get a value from their
     # gradient, and the new mask may leave them in.
     is_unmasked = renews_mask(phase, step, total) and phase.criterion != "random"
@@ -77,19 +81,6 @@ def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) 
     loss_sum = sum(losses[1:], losses[0]) if losses else torch.zeros((), device=device)
     state.pending.append(Pending(step, total, rate, skipped, *_sent_home(loop, loss_sum, counts)))
     _count(state, step, rate, skipped)
-
-
-def _backward(loop: Loop, key: Key, step: int, group: list[Batch], weight: float | torch.Tensor) -> list[torch.Tensor]:
-    """Add the gradients of a step's micro-batches, and return their summed losses."""
-    device, losses = loop.accelerator.device, []
-    for number, batch in enumerate(group):
-        seed_all(stable_seed(*key, step, number, loop.accelerator.process_index, "dropout"), device)
-        with _sync_on_last(loop, number == len(group) - 1):
-            with loop.autocast():
-                loss = computed(loop, loop.task.train, loop.forward, on_device(loop, batch), loop.loss or loop.task.loss)
-            _scaled(loop, loss).backward(_as_gradient(loss, weight if batch.count else 0.0))  # type: ignore[no-untyped-call]
-        losses += [loss.detach()] if batch.count else []
-    return losses
 
 
 def arrived(loop: Loop, state: PhaseState, wait: bool = False) -> Iterator[tuple[Step, bool]]:

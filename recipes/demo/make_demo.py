@@ -92,7 +92,7 @@ def to_dataset(pixels: Pixels, labels: npt.NDArray[np.int64]) -> Any:
     return Dataset.from_dict(columns, features=Features({"image": Image(), "label": ClassLabel(names=NAMES)}))
 
 
-def train_model(rows: Any) -> nn.Module:
+def train_model(rows: Any, epochs: int = EPOCHS) -> nn.Module:
     """A dense baseline: plain SGD with a cosine from `PEAK_LR` to 0, no augmentation."""
     torch.manual_seed(SEED)
     model: nn.Module = timm.create_model(
@@ -100,9 +100,9 @@ def train_model(rows: Any) -> nn.Module:
     )
     inputs, targets = preprocess(model, rows)
     optimizer = torch.optim.SGD(model.parameters(), lr=PEAK_LR, momentum=0.9, weight_decay=5e-4)
-    steps = EPOCHS * (len(targets) // BATCH)
+    steps = epochs * (len(targets) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for batch in torch.randperm(len(targets)).split(BATCH):  # type: ignore[no-untyped-call]
             loss = F.cross_entropy(model(inputs[batch]), targets[batch])
             optimizer.zero_grad()

@@ -50,6 +50,10 @@ SOUND = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
          "conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_feat_extract_layers": 2,
          "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "pad_token_id": 0}  # fmt: skip
 BOTH = {"vision_config": VIT, "text_config": BERT}
+PAIRED = {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+          "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0, "bos_token_id": 1,
+          "eos_token_id": 2, "decoder_start_token_id": 2}  # fmt: skip
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2}
 
 # task -> model type -> config: small, with every kind of tensor that the family has
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -93,7 +97,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "squeezebert": {**BERT, "embedding_size": 32, "q_groups": 2, "k_groups": 2, "v_groups": 2, "intermediate_groups": 2,
                         "output_groups": 2},
         "ibert": BERT,
-        "t5": {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2},
+        "t5": T5,
     },
     "token-classification": {
         "bert": BERT,
@@ -110,6 +114,15 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         "xlm-roberta": BERT,
         "modernbert": BERT,
         "qwen3": WIDE,
+    },
+    "question-answering": {
+        "bert": BERT,
+        "roberta": BERT,
+        "distilbert": {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "max_position_embeddings": 32},
+        "deberta-v2": {**BERT, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["c2p", "p2c"]},
+        "xlnet": {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48},
+        "bart": {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+                 "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 32},
     },
     "masked-lm": {"xlm-roberta": BERT, "camembert": BERT},
     "causal-lm": {
@@ -175,12 +188,34 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
                                             "intermediate_size": 48, "num_mel_bins": 16, "subsampling_conv_channels": 8,
                                             "conv_kernel_size": 3}},
     },
+    "audio-classification": {
+        "wav2vec2": {**SOUND, "classifier_proj_size": 16},
+        "hubert": {**SOUND, "classifier_proj_size": 16},
+        "audio-spectrogram-transformer": {**{name: VIT[name] for name in VIT if name != "image_size"}, "max_length": 32, "num_mel_bins": 16, "frequency_stride": 8,
+                                          "time_stride": 8},
+        "whisper": {"vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2,
+                    "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 16,
+                    "max_source_positions": 32, "max_target_positions": 32, "classifier_proj_size": 16, "pad_token_id": 0},
+    },
     "image-captioning": {
         "vision-encoder-decoder": {"encoder": {**VIT, "model_type": "vit"},
                                    "decoder": {**GPT, "model_type": "gpt2", "add_cross_attention": True, "is_decoder": True}},
         "blip": {"vision_config": VIT, "projection_dim": 16,
                  "text_config": {**BERT, "encoder_hidden_size": 32, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2}},
         "git": {**BERT, "vision_config": VIT, "bos_token_id": 1, "eos_token_id": 2},
+    },
+    "seq2seq-lm": {
+        "t5": T5,
+        "mt5": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        "umt5": T5,
+        "longt5": T5,
+        **{family: {**PAIRED, "max_position_embeddings": 32}
+           for family in ("bart", "mbart", "marian", "m2m_100", "pegasus", "blenderbot", "blenderbot-small")},
+    },
+    "speech-seq2seq": {
+        "whisper": {**PAIRED, "num_mel_bins": 16, "max_source_positions": 20, "max_target_positions": 32},
+        "speech_to_text": {**PAIRED, "input_feat_per_channel": 16, "conv_channels": 16, "max_source_positions": 40,
+                           "max_target_positions": 32},
     },
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 from builders import WORDS
+from PIL import Image
 
 
 def words(draw, least=2, most=6):
@@ -47,3 +48,26 @@ def labelled_rows(names, rows=24, seed=0):
         held = [name for name in names if draw.random() < 0.5]
         found.append({"text": " ".join([words(draw), *held]), "labels": held})
     return found
+
+
+def striped_folder(folder, names, rows=24, size=32, seed=0, flags=False):
+    """`folder/metadata.jsonl` and grey PNGs with some of the names, each of which is a bright stripe.
+
+    With `flags` there is a column of 0 and 1 for each name, else a list of names.
+    """
+    draw, found = np.random.default_rng(seed), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in range(rows):
+        pixels = draw.integers(0, 96, (size, size), dtype=np.uint8)
+        held = [draw.random() < 0.5 for _ in names]
+        for number, is_held in enumerate(held):
+            pixels[number * size // len(names) : (number + 1) * size // len(names)] += 128 * is_held
+        Image.fromarray(pixels).save(folder / f"{row:03}.png")
+        of_row = (
+            dict(zip(names, map(int, held), strict=True))
+            if flags
+            else {"labels": [n for n, h in zip(names, held, strict=True) if h]}
+        )
+        found.append({"file_name": f"{row:03}.png", **of_row})
+    write(folder / "metadata.jsonl", found)
+    return folder

@@ -27,12 +27,24 @@ if TYPE_CHECKING:
 
 
 # transformers' words for what a class is for, where a reader knows others
-SHOWN = {"seq-to-seq-causal-lm": "seq2seq-lm", "speech-seq-2-seq": "speech-seq2seq", "": "embeddings (no task's head)"}
+SHOWN = {"seq-to-seq-causal-lm": "seq2seq-lm", "speech-seq-2-seq": "speech-seq2seq", "text-to-waveform": "text-to-audio",
+         "text-to-spectrogram": "text-to-speech", "audio-xvector": "speaker-verification",
+         "": "embeddings (no task's head)"}  # fmt: skip
 VAGUE = ("pretraining", "multimodal-lm", "")  # of the kinds that a class is of, those that say least
 # families whose …ForPreTraining has the head of masked-lm; others tell real tokens from replaced
 # ones, or learn from sounds
 WITH_MASKED_LM = ("Albert", "Bert", "BigBird", "Ernie", "FNet", "MegatronBert", "MobileBert", "RoCBert")
 OF_TEXTS = ("masked-lm", "causal-lm", "text-encoding")  # lists that have the model types which read texts alone
+# families with the heads of text models that read more than text; without it they would be another model
+READ_MORE = {
+    **dict.fromkeys(("layoutlm", "layoutlmv2", "layoutlmv3", "lilt", "bros"), "document (words with their places on a page)"),
+    **dict.fromkeys(("lxmert", "visual_bert", "vilt"), "visual (texts with pictures)"),
+    **dict.fromkeys(("markuplm",), "web-page (words with their places in HTML)"),
+    **dict.fromkeys(("tapas",), "table"),
+}
+TEXT_PART = ". Its text part is trained on texts, and on conversations without pictures, with --task causal-lm"
+WITH_PICTURES = "AutoModelForImageTextToText"
+CAPTIONERS = TASKS["image-captioning"].model_types
 # BatchNorm's counter, which older files have not: it starts at 0, as the library lets it
 UNCOUNTED = ".num_batches_tracked"
 
@@ -78,13 +90,18 @@ class TransformersLibrary:
         """Return the model type and the class names in `architectures` of the config."""
         return [str(self.config.model_type), *(self.config.architectures or [])]
 
+    @property
+    def auto_class(self) -> str:
+        """Return the name of transformers' class that builds and loads the model."""
+        return WITH_PICTURES if self.task == "causal-lm" and _sees_pictures(self.config) else TASKS[self.task].auto_class
+
     def build_meta(self) -> torch.nn.Module:
         """Build the task's auto class from the config on the meta device, with tied weights tied.
 
         Raises:
             CheckpointError: transformers cannot build it.
         """
-        auto = getattr(transformers, TASKS[self.task].auto_class)
+        auto = getattr(transformers, self.auto_class)
         with _building(self), torch.device("meta"):
             model: torch.nn.Module = auto.from_config(self._config(), trust_remote_code=self.trust_remote_code)
         if hasattr(model, "tie_weights"):
@@ -93,7 +110,8 @@ class TransformersLibrary:
 
     def load(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
         """As in `Library`; transformers' renaming and conversion are applied."""
-        cls = type(self.build_meta())
+        built = self.build_meta()
+        cls = type(built)
         with _building(self):
             model, info = cls.from_pretrained(  # type: ignore[attr-defined]
                 None,
@@ -111,11 +129,12 @@ class TransformersLibrary:
             raise CheckpointError(
                 f"{self.folder}: the weights lack what {cls.__name__} needs, and nothing is ever made up: {listed(lost)}.{hint}"
             )
+        _freeze_as_built(model, built)
         return model  # type: ignore[no-any-return]
 
     def load_plain(self, folder: Path) -> torch.nn.Module:
         """By `AutoModelFor….from_pretrained(folder)`."""
-        auto = getattr(transformers, TASKS[self.task].auto_class)
+        auto = getattr(transformers, self.auto_class)
         with _building(self):
             model: torch.nn.Module = auto.from_pretrained(
                 folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code, local_files_only=True
@@ -141,7 +160,12 @@ class TransformersLibrary:
 
     def snippet(self) -> str:
         """Return Python code that loads the model and its processor with `from_pretrained`."""
-        model, inputs = TASKS[self.task].auto_class, TASKS[self.task].processor
+        if self.task == "embedding" and is_sentence_model(self.folder):
+            return (
+                "from sentence_transformers import SentenceTransformer\n\n"
+                'model = SentenceTransformer("path/to/this/folder")  # or "owner/name"'
+            )
+        model, inputs = self.auto_class, TASKS[self.task].processor
         return (
             f'from transformers import {model}, {inputs}\n\nplace = "path/to/this/folder"  # or "owner/name"\n'
             f"model = {model}.from_pretrained(place)\nprepare = {inputs}.from_pretrained(place)"
@@ -177,6 +201,16 @@ class TransformersLibrary:
         config = copy.deepcopy(self.config)
         config.dtype = None
         return config
+
+
+def _freeze_as_built(model: torch.nn.Module, built: torch.nn.Module) -> None:
+    """Freeze what the class itself freezes, such as Whisper's and Marian's sinusoidal positions. transformers' loading
+    makes every parameter trainable.
+    """
+    frozen = {name for name, value in built.named_parameters(remove_duplicate=False) if not value.requires_grad}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        if name in frozen:
+            value.requires_grad_(False)
 
 
 def _is_head(model: Any, lost: list[str]) -> bool:
@@ -262,6 +296,10 @@ def _infer(folder: Path, config: Any) -> str:
     others = [(name, kind) for name in architectures for kind in _kinds(name) if kind not in done]
     for name, kind in others[:1]:
         shown, hint = SHOWN.get(kind, kind), "; give --task if the weights have a head" if kind in VAGUE else ""
+        if shown in TASKS:  # a task for some families only
+            _refuse_task(folder, config, shown)
+        if config.model_type in _mappings()["image-text-to-text"] and _is_in_list(config, "causal-lm"):
+            shown, hint = "pictures and texts", TEXT_PART
         raise CheckpointError(f"{folder}: {name} is for {shown}, which is not supported yet; {_supported()}{hint}")
     named = ", ".join(architectures)[:200] or "nothing"
     raise CheckpointError(
@@ -274,7 +312,15 @@ def _refuse_task(folder: Path, config: Any, task: str) -> None:
     """Refuse a task that transformers, or this program, does not do with such a model."""
     only = TASKS[task].model_types
     if only and config.model_type not in only:
-        raise CheckpointError(f"{folder}: {task} is for {', '.join(only)}; this is {config.model_type}")
+        hint = TEXT_PART if task == "image-captioning" and _is_in_list(config, "causal-lm") else ""
+        raise CheckpointError(f"{folder}: {task} is for {', '.join(only)}; this is {config.model_type}{hint}")
+    more = READ_MORE.get(config.model_type)
+    if more and TASKS[task].processor == "AutoTokenizer":
+        kind, _, what = more.partition(" ")
+        raise CheckpointError(
+            f"{folder}: {config.model_type} is for {kind}-{task}{f' {what}' if what else ''}, which is not supported yet; "
+            f"{_supported()}"
+        )
     if not _is_in_list(config, task):
         raise CheckpointError(f"{folder}: transformers has no class that does {task} with {config.model_type}; {_supported()}")
 
@@ -283,7 +329,19 @@ def _is_in_list(config: Any, task: str) -> bool:
     """Has transformers a class for this task and such a config, or does code of the folder bring
     one?
     """
+    if task == "causal-lm" and _sees_pictures(config):
+        return True
     return config.model_type in _mappings()[TASKS[task].model_list] or bool(getattr(config, "auto_map", None))
+
+
+def _sees_pictures(config: Any) -> bool:
+    """Is it a model that reads pictures and writes text, for which transformers has no class of causal-lm?
+
+    Its class with pictures takes texts alone too.
+    """
+    lists = _mappings()
+    reads = config.model_type in lists["image-text-to-text"] and config.model_type not in lists["causal-lm"]
+    return reads and not getattr(config, "is_encoder_decoder", False) and config.model_type not in CAPTIONERS
 
 
 def _has_head(architecture: str, config: Any, task: str) -> bool:
@@ -293,8 +351,10 @@ def _has_head(architecture: str, config: Any, task: str) -> bool:
     if TASKS[task].model_types:
         return config.model_type in TASKS[task].model_types
     kinds = _kinds(architecture)
-    if task == "embedding" and not any(config.model_type in _mappings()[kind] for kind in OF_TEXTS):
-        return False  # the class without a head also exists for pictures and sounds
+    if task == "embedding" and not (kinds and any(config.model_type in _mappings()[kind] for kind in OF_TEXTS)):
+        return False  # the class without a head also exists for pictures and sounds, and many names end in Model
+    if _mappings()[TASKS[task].model_list].get(config.model_type) == f"{architecture}Simple":
+        return False  # XLNetForQuestionAnswering and its like: another head, which no auto class builds
     return TASKS[task].model_list in kinds if kinds else _is_in_list(config, task)
 
 

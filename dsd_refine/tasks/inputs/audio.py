@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsd_refine.data.tables import in_words
+from dsd_refine.data.reading import Table
+from dsd_refine.data.tables import in_words, raw_bytes
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.tasks.inputs.padding import same_but_for_rounding
@@ -29,7 +30,7 @@ MOST_SAMPLES, RATES = 100_000_000, (1_000, 400_000)
 
 _one_at_a_time = threading.Lock()
 
-MOST_SILENCE = 1 << 20  # samples that the search for the shortest clip tries: a minute gives a frame in any model
+MOST_TRIED = 1 << 20  # samples that the search for the shortest clip tries: a minute gives a frame in any model
 
 Samples = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -76,6 +77,29 @@ def resample(samples: Samples, rate: int, wanted: int) -> Samples:
     divisor = math.gcd(rate, wanted)
     resampled: Samples = resample_poly(samples, wanted // divisor, rate // divisor).astype(np.float32)
     return resampled
+
+
+def hear(table: Table, column: str, row: int, rate: int) -> tuple[bytes, Samples]:
+    """The bytes of a row's sound file, and its samples at `rate`.
+
+    Raises:
+        DataError: the row has no sound that can be used; the message is the reason.
+    """
+    try:
+        raw = raw_bytes(table, column, row)
+    except OSError as error:
+        raise DataError(f"unreadable file ({error.strerror or error})") from None
+    except TypeError:
+        raise DataError("no audio") from None
+    return raw, resample(*decode(raw), rate)
+
+
+def hear_again(table: Table, column: str, row: int, rate: int) -> Samples:
+    """The samples of a row that was heard before, from where they are held."""
+    held = table.decoded.get(row) if table.decoded is not None else None
+    if held is not None:
+        return np.frombuffer(bytearray(held[0]), dtype=np.float32)
+    return resample(*decode(raw_bytes(table, column, row)), rate)
 
 
 @dataclass(frozen=True)
@@ -156,6 +180,21 @@ def open_feature_extractor(
     Raises:
         CheckpointError: the folder has no usable feature extractor, or the model says no lengths.
     """
+    extractor, gives_mask = load_feature_extractor(folder, trust_remote_code)
+    frames, _ = lengths_of(model, one_answer=one_answer)
+    extractor = replace(extractor, shortest=shortest_clip(extractor, frames))
+    # convolutions with one norm over a whole clip were trained without a mask (wav2vec2-base), and
+    # must not be given one
+    whole_clip = getattr(model.config, "feat_extract_norm", None) == "group"
+    return replace(extractor, masked=gives_mask and not whole_clip and _ignores_padding(model, extractor, frames))
+
+
+def load_feature_extractor(folder: Path, trust_remote_code: bool = False) -> tuple[FeatureExtractor, bool]:
+    """The checkpoint's feature extractor, and whether it gives an attention mask beside the features.
+
+    Raises:
+        CheckpointError: the folder has no usable feature extractor.
+    """
     from transformers import AutoFeatureExtractor
 
     try:
@@ -168,15 +207,9 @@ def open_feature_extractor(
         silence = theirs(np.zeros(rate, dtype=np.float32), sampling_rate=rate, return_tensors="pt")
     except Exception as error:  # transformers raises whatever a strange config makes it raise
         raise CheckpointError(f"{folder}: its feature extractor cannot be used: {' '.join(str(error).split())[:200]}") from None
-    frames, _ = lengths_of(model, one_answer=one_answer)
     name = str(theirs.model_input_names[0])
     extractor = FeatureExtractor(theirs, rate, name, axis=2 if silence[name].shape[:2] == (1, 1) else 1)
-    extractor = replace(extractor, shortest=_shortest(extractor, frames))
-    # convolutions with one norm over a whole clip were trained without a mask (wav2vec2-base), and
-    # must not be given one
-    whole_clip = getattr(model.config, "feat_extract_norm", None) == "group"
-    masked = "attention_mask" in silence and not whole_clip and _ignores_padding(model, extractor, frames)
-    return replace(extractor, masked=masked)
+    return extractor, "attention_mask" in silence
 
 
 @torch.no_grad()
@@ -217,10 +250,18 @@ def count_frames(lengths: Lengths, values: torch.Tensor) -> int:
     return int(lengths(torch.tensor([len(values)]))[0])
 
 
-def _shortest(extractor: FeatureExtractor, frames: Lengths) -> int:
+def shortest_clip(extractor: FeatureExtractor, frames: Lengths) -> int:
+    """The least number of samples that gives finite features and an output frame.
+
+    Raises:
+        CheckpointError: no length of noise does.
+    """
+    # no silence: Speech2Text divides by its deviation
+    noise = np.random.default_rng(0).normal(0, 0.1, MOST_TRIED).astype(np.float32)
+
     def gives_a_frame(samples: int) -> bool:
         try:
-            values = extractor.features(np.zeros(samples, dtype=np.float32))
+            values = extractor.features(noise[:samples])
         except (ValueError, RuntimeError, IndexError, ZeroDivisionError):  # too short for a window of the spectrogram
             return False
         return bool(values.isfinite().all()) and count_frames(frames, values) > 0
@@ -228,8 +269,8 @@ def _shortest(extractor: FeatureExtractor, frames: Lengths) -> int:
     low, high = 0, 1
     while not gives_a_frame(high):
         low, high = high, 2 * high
-        if high > MOST_SILENCE:
-            raise CheckpointError("the model's frames cannot be counted: no length of silence gives one")
+        if high > MOST_TRIED:
+            raise CheckpointError("the model's frames cannot be counted: no length of sound gives one")
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if gives_a_frame(middle) else (middle, high)

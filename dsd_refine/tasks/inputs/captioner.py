@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dsd_refine.errors import CheckpointError, DataError
+from dsd_refine.tasks.inputs.generation import as_tokens, first_set, read_generation_config
 from dsd_refine.tasks.inputs.tokens import tokenized
 
 Array = np.ndarray[Any, Any]
@@ -74,18 +75,21 @@ def open_caption_generator(folder: Path, tokenizer: Any, model: Any, asked: int 
     """
     config = model.config
     text = config.get_text_config(decoder=True)
-    generation = _generation(folder, model)
+    generation = read_generation_config(folder, model)
     if config.model_type == "blip":  # its `generate` takes these from the text config, whatever else says
         start, ends = text.bos_token_id, text.sep_token_id
     elif config.model_type == "git":
-        start, ends = _first(generation.bos_token_id, config.bos_token_id), _first(generation.eos_token_id, config.eos_token_id)
+        start, ends = (
+            first_set(generation.bos_token_id, config.bos_token_id),
+            first_set(generation.eos_token_id, config.eos_token_id),
+        )
     else:
         starts = (config.decoder_start_token_id, generation.decoder_start_token_id, generation.bos_token_id)
-        start = _first(*starts, getattr(text, "bos_token_id", None))
-        ends = _first(generation.eos_token_id, config.eos_token_id, getattr(text, "eos_token_id", None))
+        start = first_set(*starts, getattr(text, "bos_token_id", None))
+        ends = first_set(generation.eos_token_id, config.eos_token_id, getattr(text, "eos_token_id", None))
     if start is None:
         raise CheckpointError(f"{folder}: its configs name no token that a caption starts with (decoder_start_token_id)")
-    positions = _first(getattr(text, "max_position_embeddings", None), getattr(text, "n_positions", None))
+    positions = first_set(getattr(text, "max_position_embeddings", None), getattr(text, "n_positions", None))
     if asked is not None and positions and asked > positions:
         raise DataError(f"--max-length {asked}: the model has only {positions} positions")
     own = generation.max_new_tokens or (generation.max_length or default + 1) - 1
@@ -94,21 +98,5 @@ def open_caption_generator(folder: Path, tokenizer: Any, model: Any, asked: int 
     named = config.model_type == "vision-encoder-decoder"
     inputs = ("decoder_input_ids", "decoder_attention_mask") if named else ("input_ids", "attention_mask")
     cut = asked or positions or 10**6
-    stops = tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (int(ends),)
     size = getattr(text, "vocab_size", None)
-    return CaptionGenerator(tokenizer, generation, int(start), stops, most, cut, inputs, keeps_first=named, size=size)
-
-
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
-
-
-def _generation(folder: Path, model: Any) -> Any:
-    """A copy of the folder's generation config, else of what the model's config says (for BLIP: of
-    its decoder's).
-    """
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return copy.deepcopy(getattr(model, "text_decoder", model).generation_config)
+    return CaptionGenerator(tokenizer, generation, int(start), as_tokens(ends), most, cut, inputs, keeps_first=named, size=size)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsd_refine.data.conversations import ASSISTANT, Conversation, Message
+from dsd_refine.checkpoint.safetensors_file import read_json
+from dsd_refine.data.conversations import ASSISTANT, USER, Conversation, Message
 from dsd_refine.data.tables import in_words
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.tasks.inputs.tokens import tokenized
@@ -52,7 +54,9 @@ class ChatTemplate:
             CheckpointError: the tokenizer has no chat template, or does not tell where its tokens
                 stand in the text.
         """
-        self.tokenizer, self.size, self.on_answers = tokenizer, size, on_answers
+        self.tokenizer, self.size, self.on_answers, self.in_parts = tokenizer, size, on_answers, False
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = _template_of_processor(Path(tokenizer.name_or_path))
         if not tokenizer.chat_template:
             raise CheckpointError(
                 f"{tokenizer.name_or_path}: its tokenizer has no chat template, which writes conversations as text. Is it a "
@@ -68,6 +72,17 @@ class ChatTemplate:
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)  # of two that fit, the longer one
         self.uncut = re.compile("|".join(map(re.escape, added)) or "(?!)")
         self.source = "".join(templates.values()) if isinstance(templates, dict) else str(templates)
+        self.in_parts = self._wants_parts()
+
+    def _wants_parts(self) -> bool:
+        """Does the template write a content only if it is a list of parts, as those of models with pictures do?"""
+        probe, written = "probe", []
+        for self.in_parts in (False, True):
+            try:
+                written.append(probe in self._text(({"role": USER, "content": probe},), None))
+            except DataError:
+                written.append(False)
+        return written == [False, True]
 
     def write(self, conversation: Conversation, by_marks: bool | None = None) -> Written:
         """A conversation as text and tokens.
@@ -102,7 +117,8 @@ class ChatTemplate:
             template = self.tokenizer.get_chat_template(None, tools)
             if "strftime_now" in template:
                 template = FIXED_DATE + template
-            return self.tokenizer.apply_chat_template(list(messages), tools=tools, chat_template=template, **options)
+            messages = [_in_parts(message) if self.in_parts else message for message in messages]
+            return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, **options)
         except Exception as error:  # a template raises whatever messages that it is not made for make it raise
             raise DataError(f"the chat template refuses it ({in_words(error)[:120]})") from None
 
@@ -169,6 +185,19 @@ class ChatTemplate:
         if "strftime_now" not in self.source:
             return []
         return ["the chat template writes the date of the day: it is always 26 July 2024 here, so that a run can be repeated"]
+
+
+def _in_parts(message: Message) -> Message:
+    """The message with its text as the only part of its content."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _template_of_processor(folder: Path) -> str | None:
+    """The chat template that a processor's older file has, which tokenizers do not read."""
+    file = folder / "chat_template.json"
+    template = read_json(file).get("chat_template") if file.is_file() else None
+    return template if isinstance(template, str) else None
 
 
 def _common(one: str, other: str) -> str:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from dsd_refine.data.reading import Table
-from dsd_refine.data.tables import raw_bytes
 from dsd_refine.forward import logits_of
-from dsd_refine.tasks.inputs.audio import FeatureExtractor, Samples, SpecAugment, decode, resample
+from dsd_refine.tasks.inputs.audio import FeatureExtractor, Samples, SpecAugment, hear_again
 
 Inputs = dict[str, torch.Tensor]
 
@@ -24,10 +22,7 @@ def hold_samples(table: Table, row: int, samples: Samples) -> None:
 
 def features_of(extractor: FeatureExtractor, table: Table, name: str, row: int) -> torch.Tensor:
     """The features of a row's clip in the column `name`: of the held sound, or of the file read again."""
-    held = table.decoded.get(row) if table.decoded is not None else None
-    if held is not None:
-        return extractor.features(np.frombuffer(bytearray(held[0]), dtype=np.float32))
-    return extractor.features(resample(*decode(raw_bytes(table, name, row)), extractor.rate))
+    return extractor.features(hear_again(table, name, row, extractor.rate))
 
 
 def clip_inputs(
