@@ -31,11 +31,11 @@ from dsd_refine.tasks.inputs.audio import (
     FeatureExtractor,
     Samples,
     hear,
-    hear_again,
     lengths_of,
     load_feature_extractor,
     shortest_clip,
 )
+from dsd_refine.tasks.inputs.clips import features_of, hold_samples
 from dsd_refine.tasks.inputs.texts import no_text
 from dsd_refine.tasks.inputs.tokens import Unknown, beyond_warnings, load_tokenizer, or_reason
 from dsd_refine.tasks.inputs.writer import TextWriter, has_limit, open_writer, shift
@@ -97,7 +97,7 @@ class SpeechSeq2Seq(EncoderDecoder):
 
     def _features(self, part: TargetPart, unit: int) -> torch.Tensor:
         row = int(part.rows.numbers[unit])
-        return self.extractor.features(hear_again(part.rows.table, self.audio_column, row, self.extractor.rate))
+        return features_of(self.extractor, part.rows.table, self.audio_column, row)
 
     def measure(self, reference: str, text: str) -> tuple[float, ...]:
         """(word edits, words, character edits, characters) of a transcript, both sides normalized."""
@@ -209,8 +209,7 @@ class _Examiner:
                 self._check(samples)
             except DataError as error:
                 return Examined(b"", reason=str(error))
-            if table.decoded is not None:
-                table.decoded.put(row, samples.tobytes(), len(samples), 0)
+            hold_samples(table, row, samples)
             return Examined(hashlib.sha256(raw).digest(), texts=(" ".join(texts[row].split()),))
 
         return use_rows(table, in_threads(examine_row, len(texts)))

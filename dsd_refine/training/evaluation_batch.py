@@ -7,7 +7,7 @@ import torch
 from dsd_refine.training.evaluate import evaluation_order, scored
 from dsd_refine.training.state import Loop
 
-MOST = 8  # times the batch of training: larger batches are hardly faster
+MOST = 8  # times the batch of training
 SHARE = 0.5  # of the free memory: rows of other parts may need more than those that are tried
 TRAINING = 24  # bytes a weight that training takes later: gradient, two moments, average, what a mask took out, the mask
 
@@ -15,8 +15,8 @@ TRAINING = 24  # bytes a weight that training takes later: gradient, two moments
 def evaluation_batch(loop: Loop) -> int:
     """Choose the rows of a batch of evaluation, for each process.
 
-    It is `eval_batch_size` of the recipe. Without it: on a CPU the batch of training, because larger batches are not faster
-    there; on a GPU a multiple of it, as the memory that one batch takes shows.
+    It is `eval_batch_size` of the recipe. Without it: on a CPU the batch of training; on a GPU
+    a multiple of it, as the memory that one batch takes shows.
     """
     recipe, device = loop.recipe, loop.accelerator.device
     if recipe.eval_batch_size is not None or device.type != "cuda":
