@@ -62,6 +62,8 @@ class NonRecipeOptions(Strict):
     device: Literal["auto", "cpu", "cuda", "mps"] | None = None
     compile: bool | None = None
     shard: bool | None = None
+    activation_checkpointing: bool | None = None
+    cpu_offload: bool | None = None
     allow_pickle: bool | None = None
     trust_remote_code: bool | None = None
     workers: Annotated[int, Field(ge=0)] | None = None
@@ -92,6 +94,8 @@ RUN_OPTIONS = (
     "device",
     "compile",
     "shard",
+    "activation_checkpointing",
+    "cpu_offload",
     "allow_pickle",
 )
 # Fields that are lists of names. A caller may give one name without a list.

@@ -77,6 +77,8 @@ PASSED_ON = (
     "device",
     "compile",
     "shard",
+    "activation_checkpointing",
+    "cpu_offload",
     "allow_pickle",
 )
 

@@ -59,7 +59,7 @@ def publish(run: Run, verdict: str, passed: bool) -> Report:
         report = Report(report_data(run, verdict, passed, written, source_card.warnings), run.options.output_dir)
         _write_card(run, report, source_card, folder)
         _write_dsd(run, report, ready, measured)
-        problems = verify(run.checkpoint, ready)
+        problems = verify(run.checkpoint, ready, computes=run.loop.shards is None)
         if problems:
             lines = "\n  - ".join(problems)
             raise VerifyError(f"the written checkpoint failed its check, nothing was published:\n  - {lines}")
@@ -102,7 +102,10 @@ class Measured(NamedTuple):
 def _measured(run: Run) -> Measured:
     loop = run.loop
     before, after = mean_abs(run.layers, loop.whole(run.start)), mean_abs(run.layers, loop.whole(loop.parameters))
-    return Measured({name: (before[name], after[name]) for name in before}, probes(loop))
+    computed = probes(loop)
+    if loop.shards is not None and loop.shards.policy.half:  # the dtype tells `verify` how near its outputs must be
+        computed = [(inputs, outputs.bfloat16()) for inputs, outputs in computed]
+    return Measured({name: (before[name], after[name]) for name in before}, computed)
 
 
 def _page(run: Run, report: Report, log: Path, rows: pa.Table, means: dict[str, tuple[float, float]]) -> str:

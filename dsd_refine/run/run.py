@@ -47,6 +47,8 @@ class Options:
         device: "auto", "cpu", "cuda" or "mps".
         compile: Use `torch.compile` for the training forward.
         shard: Divide the model among the processes (FSDP2).
+        activation_checkpointing: Compute the activations of each block again in the backward pass, in place of storing them.
+        cpu_offload: Keep the shards and the optimizer's state in the memory of the host. It needs `shard`.
         workers: The number of processes that load data.
         allow_pickle: Read .bin and .pth weights too.
         argv: The command line, for the report.
@@ -65,6 +67,8 @@ class Options:
     device: str = "auto"
     compile: bool = False
     shard: bool = False
+    activation_checkpointing: bool = False
+    cpu_offload: bool = False
     workers: int = 0
     allow_pickle: bool = False
     argv: tuple[str, ...] = ()
@@ -102,7 +106,8 @@ class Run:
         layers: All layers, masked or not.
         workspace: The files of the run.
         source_hashes: File name -> SHA-256 of the source's files.
-        start: The state dict of the source, on the CPU. In a sharded run the rows that this process has.
+        start: The state dict of the source, on the CPU. In a sharded run the rows that this process has, which are read
+            from the files at each use.
         given: The data as they were read, before the split.
         teacher: A copy of the source, if a phase distills.
         meter: Measures energy. None with several processes, and in a resumed run, because nothing
@@ -124,7 +129,7 @@ class Run:
     layers: list[Layer]
     workspace: Workspace
     source_hashes: dict[str, str]
-    start: dict[str, torch.Tensor]
+    start: Mapping[str, torch.Tensor]
     given: Given
     teacher: nn.Module | None = None
     meter: EnergyMeter | None = None
@@ -158,7 +163,7 @@ class Run:
         Raises:
             RunError: A value does not fit into the file's dtype.
         """
-        state = self.loop.whole(self.loop.state())
+        state = self.loop.whole(self.loop.state(), to=0)
         if self.workspace.writes:
             return self.checkpoint.write_state(state, folder)
         if self.loop.shards is not None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
+from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_unread
+from dsd_refine.checkpoint.verify import check_plain_values
 from dsd_refine.errors import UsageError
 from dsd_refine.masking.kinds import find_routers
 from dsd_refine.search import settings_of
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dsd_refine.checkpoint.checkpoint import Checkpoint
+    from dsd_refine.checkpoint.library import Library
+    from dsd_refine.checkpoint.source import Source
     from dsd_refine.recipe import Phase, Recipe
     from dsd_refine.run.run import Options
     from dsd_refine.run.workspace import Workspace
@@ -45,6 +51,8 @@ def is_asked(options: Options) -> bool:
             "Accelerate is configured for FSDP version 1, which joins the parameters of a block in one flat tensor; "
             f"masks and the saved state need parameters. Give `accelerate launch --use_fsdp --fsdp_version 2 …`, or {LAUNCH}"
         )
+    if options.cpu_offload and not (options.shard or by_accelerate):
+        raise UsageError(f"--cpu-offload keeps the shards of a divided model in the host's memory; give --shard too: {LAUNCH}")
     return options.shard or by_accelerate
 
 
@@ -77,7 +85,7 @@ def refuse_early(recipe: Recipe, options: Options, accelerator: Accelerator, tas
         raise UsageError(f"--shard divides the model among several processes, and this is one. Start them: {LAUNCH}")
     fields = {
         "--compile": options.compile,
-        f"--mixed-precision {accelerator.mixed_precision}": accelerator.mixed_precision != "no",
+        "--mixed-precision fp16": accelerator.mixed_precision == "fp16",
         f"the task {task}": task not in TASKS,
         "lr: auto": recipe.asks_for_rates,
         "soup": recipe.soup != "none",
@@ -123,18 +131,59 @@ def _refuse(names: list[str]) -> None:
         raise UsageError(f"--shard: {listed} is not supported in a sharded run yet; leave it or --shard out")
 
 
-def divide(loop: Loop, checkpoint: Checkpoint, workspace: Workspace) -> None:
+def open_source(source: Source, library: Library, recipe: Recipe, options: Options, accelerator: Accelerator) -> Checkpoint:
+    """Open the source of a sharded run, if possible without its values in memory. The main process checks the values.
+
+    Raises:
+        CheckpointError: As `open_checkpoint`.
+    """
+    pickles, key = options.allow_pickle, recipe.weights_key
+    checkpoint = open_unread(source, library, allow_pickle=pickles, weights_key=key)
+    if checkpoint is None:
+        options.say("--shard: the files hold tensors in another form than the model, so each process first opens it whole")
+        return open_checkpoint(source, library, allow_pickle=pickles, weights_key=key)
+    _refuse_other_files(checkpoint, accelerator)
+    if accelerator.is_main_process:
+        checkpoint.refuse_broken()
+        check_plain_values(checkpoint)
+    return checkpoint
+
+
+def _refuse_other_files(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
+    """Compare the headers of the weight files that the processes see, which may be on several machines.
+
+    Raises:
+        UsageError: They differ.
+    """
+    heads = b"".join(file.name.encode() + file.head for file in checkpoint.layout.files)
+    seen: list[str] = gather_object([hashlib.sha256(heads).hexdigest()])
+    others = [str(number) for number, digest in enumerate(seen) if digest != seen[0]]
+    if others:
+        raise UsageError(
+            f"--shard: {checkpoint.source.folder}: process {', '.join(others)} sees other weight files there than process 0; "
+            "give the same files to all machines"
+        )
+
+
+def hashes(checkpoint: Checkpoint, accelerator: Accelerator) -> dict[str, str]:
+    """Return the SHA-256 of the source's files, which the main process computes."""
+    found: list[dict[str, str]] = broadcast_object_list([checkpoint.hashes() if accelerator.is_main_process else {}])
+    return found[0]
+
+
+def divide(loop: Loop, checkpoint: Checkpoint, workspace: Workspace, options: Options) -> None:
     """Divide the model among the processes. From here on, `loop.parameters` are the rows of this process.
 
     Raises:
         UsageError: FSDP2 cannot divide the model, or the processes do not share a disk.
     """
     # Imported here, because other runs need none of it.
-    from dsd_refine.training.shards import Shards
+    from dsd_refine.training.shards import Policy, Shards
 
-    loop.shards = workspace.shards = shards = Shards(loop.model, loop.accelerator.device)
+    policy = Policy(half=loop.accelerator.mixed_precision == "bf16", offload=options.cpu_offload)
+    shards = Shards(loop.model, loop.accelerator.device, checkpoint.values, policy)
+    loop.shards = workspace.shards = shards
     loop.parameters = shards.parameters
-    loop.layers = shards.own_layers(loop.layers)
     loop.as_written = lambda _: shards.agreed(checkpoint.rounded_state(shards.state()))
     if not all(shards.exchanged((workspace.partial / "pid").is_file())):
         raise UsageError(

@@ -63,20 +63,24 @@ class Loop:
         return self.hooks.should_stop()
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which the model computes: with a mixed precision, Accelerate's autocast."""
+        """The context in which the model computes: with a mixed precision, Accelerate's autocast.
+
+        A sharded model computes in bf16 by itself.
+        """
         context: AbstractContextManager[Any] = nullcontext()
-        return context if self.accelerator.mixed_precision == "no" else self.accelerator.autocast()
+        return context if self.shards is not None or self.accelerator.mixed_precision == "no" else self.accelerator.autocast()
 
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors of the model's state by name; in a sharded run the rows of them that this process has."""
         return self.model.state_dict() if self.shards is None else self.shards.state()
 
-    def whole(self, own: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    def whole(self, own: Mapping[str, torch.Tensor], to: int | None = None) -> Mapping[str, torch.Tensor]:
         """The whole tensors of which this process has rows in `own`: `own` itself, unless the run is sharded.
 
-        In a sharded run, all processes must read the same tensors in the same order.
+        In a sharded run, all processes must read the same tensors in the same order. With `to`, only the process of this
+        number gets them.
         """
-        return own if self.shards is None else self.shards.whole(own)
+        return own if self.shards is None else self.shards.whole(own, to)
 
     def summed(self, counts: dict[str, int]) -> dict[str, int]:
         """Counts of `layers`, summed over the processes of a sharded run, which must all call this."""

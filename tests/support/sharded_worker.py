@@ -7,12 +7,14 @@ Each run is written to the folder `NAME`. The run `stopped` is stopped, kept as 
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from dsd_refine.cli.app import main
@@ -27,7 +29,8 @@ SGD = {"lr": 0.1, "momentum": 0.9, "fused": True}
 
 
 def command(*args):
-    """Run the command in this process, and return its exit code."""
+    """Run the command in this process, and return its exit code. The next run may have another precision."""
+    AcceleratorState._reset_state()
     with pytest.raises(SystemExit) as ended:
         main([str(arg) for arg in args])
     return ended.value.code
@@ -128,11 +131,34 @@ def check_refusals():
         Shards(scalar, CPU)
 
 
-def runs(folder):
-    """Make the runs of `arguments.json`."""
-    arguments = json.loads((folder / "arguments.json").read_text())
+def check_other_files(folder, arguments):
+    """Processes that see other files refuse to begin, all of them."""
+    other = folder / ("gpt2" if dist.get_rank() else "llama-source")
+    assert command(other, *arguments["llama"][1:], "-o", folder / "other", "--shard") == 2
+    dist.barrier()
+    assert not (folder / "other.partial").exists()
+
+
+def die_in_the_middle(folder, arguments):
+    """The second process of a run is killed, as by a lack of memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "1":
+            step, made = train.train_step, [0]
+
+            def killed(*args):
+                made[0] += 1
+                if made[0] == 7:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return step(*args)
+
+            patch.setattr(train, "train_step", killed)
+        command(*arguments["killed"], "-o", folder / "killed", "--shard", "--save-every", 0)
+
+
+def runs(folder, arguments):
+    """Make the runs of `arguments.json`. The run `killed` was begun by another launch."""
     for name, args in arguments.items():
-        args = [*args, "-o", folder / name, "--shard"]
+        args = [*args, "-o", folder / name, "--shard", *(["--resume"] if name == "killed" else [])]
         if name == "stopped":
             with pytest.MonkeyPatch.context() as patch:
                 stop_after(patch, 4)
@@ -147,7 +173,13 @@ def runs(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    runs(Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    arguments = json.loads((folder / "arguments.json").read_text())
+    if sys.argv[2:] == ["die"]:
+        die_in_the_middle(folder, arguments)
+        sys.exit(1)  # the other one has lost its partner
+    runs(folder, arguments)
+    check_other_files(folder, arguments)
     check_masks()
     check_step()
     check_refusals()
