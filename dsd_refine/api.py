@@ -61,6 +61,9 @@ class NonRecipeOptions(Strict):
     report_images: Annotated[int, Field(ge=0, le=100)] | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] | None = None
     compile: bool | None = None
+    shard: bool | None = None
+    activation_checkpointing: bool | None = None
+    cpu_offload: bool | None = None
     allow_pickle: bool | None = None
     trust_remote_code: bool | None = None
     workers: Annotated[int, Field(ge=0)] | None = None
@@ -90,6 +93,9 @@ RUN_OPTIONS = (
     "report_images",
     "device",
     "compile",
+    "shard",
+    "activation_checkpointing",
+    "cpu_offload",
     "allow_pickle",
 )
 # Fields that are lists of names. A caller may give one name without a list.

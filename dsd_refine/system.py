@@ -22,6 +22,7 @@ SAMPLED = 60.0
 
 NEVER = 2**31 - 1
 HIGHEST = 32 << 20  # bytes, the highest value that glibc accepts for M_MMAP_THRESHOLD on 64 bits (mallopt(3))
+LARGE = 1 << 18  # bytes of a tensor that is returned at once in a sharded run
 
 
 def keep_freed_memory() -> bool:
@@ -37,6 +38,17 @@ def keep_freed_memory() -> bool:
         return False
     library = ctypes.CDLL(None)
     return bool(library.mallopt(M_MMAP_THRESHOLD, HIGHEST) and library.mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+def return_freed_memory() -> bool:
+    """Return freed memory of large tensors to the system at once.
+
+    Return whether the C library (glibc) can do so.
+
+    A model that is divided among processes is gathered block by block. glibc would keep the freed blocks, in a heap of
+    each thread that exchanges them: together several times the model.
+    """
+    return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE))
 
 
 @contextmanager

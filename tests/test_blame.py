@@ -158,6 +158,7 @@ def test_a_model_that_fails_on_every_row_is_refused_as_a_whole(refused, monkeypa
 def test_no_row_is_blamed_for_a_wrapper_around_the_model():
     """What torch.compile or a process group cannot do is no fault of the data, and stays what it is."""
     loop = SimpleNamespace(
+        shards=None,
         model=torch.nn.Linear(1, 1),
         accelerator=SimpleNamespace(device=torch.device("cpu")),
         autocast=nullcontext,

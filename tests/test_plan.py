@@ -1,6 +1,7 @@
 """`plan` for every task: it ends well, and says what the run would say."""
 
 import json
+import re
 
 import builders
 import embedders
@@ -15,6 +16,7 @@ from heads import write
 from runs import fresh, run_command
 from safetensors.torch import load_file
 
+from dsd_refine.planning import plan as planning
 from dsd_refine.task_specs import TASKS
 
 BUILT = {
@@ -85,3 +87,13 @@ def test_plan_warns_of_the_weights_and_files_as_the_run_does(command, made, tmp_
     assert report["labels"]["rule"] in text
     key = command("plan", *args, "--json", "--weights-key", "ema.module")
     assert any("'ema.module' is taken (--weights-key), left: model" in each for each in json.loads(key.out)["warnings"])
+
+
+def test_plan_says_how_many_gpus_a_model_needs_that_one_cannot_hold(command, made, monkeypatch):
+    """Each doubling of the GPUs halves what is divided; a block that is whole for a moment is not divided."""
+    monkeypatch.setattr(planning, "USUAL_GPU", 450_000)
+    found = command("plan", made / "gpt2", "--data", made / "documents.txt", "--json")
+    assert found.code == 0, found.err
+    text = json.loads(found.out)["totals"]["sharded"]
+    assert re.match(r"needs (2|4|8) x 0 GB, 0\.00 GB a GPU and the activations: torchrun --nproc-per-node \1 ", text)
+    assert text.endswith(f"-m dsd_refine {made / 'gpt2'} … --shard")

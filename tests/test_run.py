@@ -53,7 +53,18 @@ PHASE = [
     "holdout",
 ]
 LAYER = ["name", "shape", "weights", "source_zeros", "masked", "zeros_in_sparse", "excluded"]
-ENVIRONMENT = ["python", "torch", "timm", "transformers", "accelerate", "datasets", "safetensors", "device", "processes"]
+ENVIRONMENT = [
+    "python",
+    "torch",
+    "timm",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "device",
+    "processes",
+    "sharded",
+]
 COMPARISON = ["delta", "ci95", "p_value", "p_adjusted", "gained", "lost", "test"]
 DATA = {"timm": "pictures", "vit": "colours", "bert": "texts.csv", "gpt2": "documents.txt"}
 STRONG = ("--optimizer", "adamw", "--lr", "0.01", "--warmup-steps", "0")

@@ -4,9 +4,9 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from dsd_refine.checkpoint.guard import bounded
 from dsd_refine.checkpoint.layout import SINGLE, Layout, read_layout
 from dsd_refine.checkpoint.library import Library
-from dsd_refine.checkpoint.placement import Placement, place
+from dsd_refine.checkpoint.placement import Placement, place, storage_of
 from dsd_refine.checkpoint.safetensors_file import (
     TRAINABLE,
     WeightFile,
@@ -46,6 +46,8 @@ class Checkpoint:
         model: The model with the source's values in float32, or on the meta device without values.
         placement: Where the model holds each tensor of the files.
         warnings: For the user.
+        values: The model's tensors by name, as views of the files, of a model whose parameters are on the meta device
+            until a sharded run has divided it (`open_unread`). Empty: the model has its values.
     """
 
     source: Source
@@ -54,6 +56,22 @@ class Checkpoint:
     model: torch.nn.Module
     placement: Placement
     warnings: tuple[str, ...]
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def file_values(self) -> dict[str, torch.Tensor]:
+        """Return the model's tensors by name as views of the files, in their dtypes. The model must hold each one whole."""
+        tensors = {name: tensor for file in self.layout.files for name, tensor in file.mapped().items()}
+        return {slices[0].key: tensors[name] for name, slices in self.placement.items()}
+
+    def refuse_broken(self) -> None:
+        """Check the values of a checkpoint that `open_unread` opened, as `open_checkpoint` does.
+
+        Raises:
+            CheckpointError: A value is not finite, or a parameter has a dtype that cannot be trained.
+        """
+        tensors = {name: tensor for file in self.layout.files for name, tensor in file.mapped().items()}
+        trained = {key for key, _ in self.model.named_parameters(remove_duplicate=False)}
+        _refuse_values(self.layout, self.placement, tensors, trained)
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of every file in `counted`, by file name."""
@@ -82,8 +100,7 @@ class Checkpoint:
         """For each tensor of the file, the names of the model's tensors that hold its elements."""
         return {name: {tensor_slice.key for tensor_slice in slices} for name, slices in self.placement.items()}
 
-    @contextmanager
-    def rounded(self, model: torch.nn.Module) -> Iterator[None]:
+    def rounded(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """Round the model's weights to the file's dtypes inside a `with` block, and restore them
         after it.
 
@@ -92,7 +109,14 @@ class Checkpoint:
         Raises:
             Diverged: A value does not fit into the file's dtype, or is not finite.
         """
-        state = model.state_dict()
+        return self.rounded_state(model.state_dict())
+
+    @contextmanager
+    def rounded_state(self, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Round the tensors of a model's state, in place, as `rounded` does.
+
+        Of a sharded model they are the rows of this process.
+        """
         self._refuse_not_finite(state)
         original: dict[str, torch.Tensor] = {}
         try:
@@ -113,7 +137,7 @@ class Checkpoint:
             for key, value in original.items():
                 state[key].copy_(value)
 
-    def _refuse_not_finite(self, state: dict[str, torch.Tensor]) -> None:
+    def _refuse_not_finite(self, state: Mapping[str, torch.Tensor]) -> None:
         """Refuse values of float32 tensors that are not finite.
 
         Tensors of other dtypes are checked when rounded.
@@ -135,7 +159,11 @@ class Checkpoint:
         Raises:
             RunError: A value does not fit into the file's dtype.
         """
-        hashes = write_weights(self.layout, self.placement, model.state_dict(), folder)
+        return self.write_state(model.state_dict(), folder)
+
+    def write_state(self, state: Mapping[str, torch.Tensor], folder: Path) -> dict[str, str]:
+        """Write the tensors of a model's state, as `write` does. They are read one by one, in the order of the files."""
+        hashes = write_weights(self.layout, self.placement, state, folder)
         for name in self.side_files:
             copy_file(self.source.folder / name, folder / name)
             hashes[name] = sha256_file(folder / name)
@@ -190,6 +218,62 @@ def open_checkpoint(
     _refuse_values(layout, placement, tensors, {key for key, _ in model.named_parameters(remove_duplicate=False)})
     warnings = (*library.warnings(model), *_layout_warnings(source, layout, placement))
     return Checkpoint(source, library, layout, model.eval(), placement, warnings)
+
+
+def open_unread(
+    source: Source, library: Library, *, allow_pickle: bool = False, weights_key: str | None = None
+) -> Checkpoint | None:
+    """Open a source without its values in memory, for a model that is divided afterwards.
+
+    The library loads the model in the dtype of the files. It takes the tensors over as they are, so they stay views of
+    the mapped files, and their addresses tell where each one went. The checkpoint's model is another one, with its
+    parameters on the meta device and with the values of its buffers.
+
+    Returns:
+        The checkpoint, with its `values`. None: the weights are a pickle, or the model holds a tensor of the files in
+        another form, so that only `open_checkpoint` can open it.
+
+    Raises:
+        CheckpointError: As `open_checkpoint`. The values are not checked (see `refuse_broken`).
+    """
+    source.fetch()
+    layout = read_layout(source.folder, allow_pickle, weights_key)
+    _refuse_quantised(layout)
+    if layout.from_pickle:
+        return None
+    tensors = {name: tensor for file in layout.files for name, tensor in file.mapped().items()}
+    with _size_guard(layout):
+        loaded, model = library.load(tensors, layout.main_dtype), library.build_meta(buffers=True)
+    placement = _placed_by_address(layout, loaded, tensors)
+    values = {slices[0].key: tensors[name] for name, slices in placement.items()} if placement else {}
+    covered = {first for name, first in _ties(loaded).items() if name in values}
+    if _ties(loaded) != _ties(model) or covered != set(_ties(loaded).values()):
+        return None
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(loaded.get_parameter(name).requires_grad)
+    warnings = (*library.warnings(loaded), *_layout_warnings(source, layout, placement or {}))
+    return Checkpoint(source, library, layout, model.eval(), placement or {}, warnings, values)
+
+
+def _placed_by_address(layout: Layout, loaded: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Placement | None:
+    """Return where a model has the tensors of the files, all of them whole. None: it has some in another form."""
+    state = loaded.state_dict()
+    name_at = {storage_of(tensor): name for name, tensor in tensors.items() if tensor.numel()}
+    renamed = {key: name_at[storage_of(tensor)] for key, tensor in state.items() if storage_of(tensor) in name_at}
+
+    def same(name: str) -> bool:
+        return storage_of(tensors[name]) == storage_of(state[name]) or _equal_values(tensors[name], state[name])
+
+    try:
+        return place(layout, loaded, None, same, renamed)
+    except CheckpointError:  # the usual opening finds the tensors by tracing, or says what is wrong
+        return None
+
+
+def _ties(model: torch.nn.Module) -> dict[str, str]:
+    """Return for each name of a parameter the first name of the same parameter."""
+    first: dict[tuple[object, ...], str] = {}
+    return {name: first.setdefault(storage_of(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def _layout_warnings(source: Source, layout: Layout, placement: Placement) -> list[str]:

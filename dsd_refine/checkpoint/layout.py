@@ -6,6 +6,7 @@ safetensors format. The writer follows nothing else. This code knows no models.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,14 @@ class Layout:
     def notes(self) -> list[str]:
         """Warnings of how a pickle was read."""
         return [note for file in self.files if isinstance(file, PickleFile) for note in file.notes]
+
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most elements, among those that hold fractions."""
+        elements: Counter[torch.dtype] = Counter()
+        for _, entry in self.where.values():
+            elements[entry.dtype] += entry.numel if entry.dtype.is_floating_point else 0
+        return elements.most_common(1)[0][0]
 
     def names(self) -> Iterator[str]:
         """Yield the name of every tensor, in the order of the files."""

@@ -52,8 +52,8 @@ class Library(Protocol):
         """The model's names, which the `models` globs of a recipe are matched with."""
         ...
 
-    def build_meta(self) -> torch.nn.Module:
-        """The model on the meta device: shapes without memory.
+    def build_meta(self, *, buffers: bool = False) -> torch.nn.Module:
+        """The model on the meta device: shapes without memory. With `buffers`, its buffers have their values in float32.
 
         Raises:
             CheckpointError: the library cannot build what the config says.
@@ -72,8 +72,8 @@ class Library(Protocol):
         """
         ...
 
-    def load_plain(self, folder: Path) -> torch.nn.Module:
-        """The model of a folder in float32, loaded as a user of the library loads it.
+    def load_plain(self, folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        """The model of a folder, loaded as a user of the library loads it.
 
         Raises:
             CheckpointError: the library cannot load it.

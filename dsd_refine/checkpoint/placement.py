@@ -50,9 +50,9 @@ Placement = dict[str, tuple[TensorSlice, ...]]  # name in the file -> its slices
 
 def storage_of(tensor: torch.Tensor) -> tuple[object, ...]:
     """Return a key that is equal for two names of one storage: same device, address, shape,
-    strides.
+    strides. A tensor that is divided among processes has no address of its own.
     """
-    if tensor.is_meta:
+    if tensor.is_meta or hasattr(tensor, "to_local"):
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
@@ -71,7 +71,13 @@ def gather(slices: tuple[TensorSlice, ...], start: torch.Tensor, state: Mapping[
     return out.reshape(start.shape)
 
 
-def place(layout: Layout, model: torch.nn.Module, load: Load | None, same: Callable[[str], bool]) -> Placement:
+def place(
+    layout: Layout,
+    model: torch.nn.Module,
+    load: Load | None,
+    same: Callable[[str], bool],
+    renamed: Mapping[str, str] | None = None,
+) -> Placement:
     """Find the slices of every tensor of the file that the model uses.
 
     All other tensors are left out.
@@ -82,6 +88,7 @@ def place(layout: Layout, model: torch.nn.Module, load: Load | None, same: Calla
         load: Repeats the library's loading with given tensors and dtype. None: no tensor is traced.
         same: `same(name)` says whether the model's tensor of that name has the file's values. On
             the meta device, where there are no values, it says yes.
+        renamed: Names in the model of tensors that are known to be whole ones of the file: name -> name in the file.
 
     Raises:
         CheckpointError: A parameter has no tensor in the file, or the loader computes new values.
@@ -91,6 +98,9 @@ def place(layout: Layout, model: torch.nn.Module, load: Load | None, same: Calla
     for name in layout.names():
         if name in state and tuple(state[name].shape) == layout.entry(name).shape and same(name):
             placement[name] = (TensorSlice(name),)
+    moved = {key: name for key, name in (renamed or {}).items() if key not in placement}
+    for key, name in moved.items():
+        placement.setdefault(name, (TensorSlice(key),))
     # The rest may not belong to the model, or have another name in it, or be a second copy of a
     # tied tensor.
     unplaced = [n for n in layout.names() if n not in placement and _traceable(layout.entry(n))]

@@ -5,6 +5,7 @@ ones.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ LONGEST_PATH = 1000  # characters of a file's name in the report: systems allow 
 # Other kernels may compute the outputs (channels-last, threads, another machine), so float32 noise
 # is allowed.
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
+OF_HALF = 0.05  # of the largest output, where a sharded run computed the outputs in bfloat16
 
 
 def weights_folder(output: Path) -> Path:
@@ -37,7 +39,7 @@ def weights_folder(output: Path) -> Path:
     return output / "rejected" if (output / "rejected").is_dir() else output
 
 
-def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
+def verify(checkpoint: Checkpoint, output: Path, *, computes: bool = True) -> list[str]:
     """Return everything that is wrong with an output of `checkpoint`: one text each, empty if all
     is right.
 
@@ -50,6 +52,8 @@ def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
     Args:
         checkpoint: The source. `open_shapes` is enough.
         output: The output's folder.
+        computes: Compare outputs on the examples. Else compare the values that the library loads, in the dtype of the files,
+            with those in the files: this takes no memory, where the model is too large for one process.
     """
     folder = weights_folder(output)
     try:
@@ -65,7 +69,8 @@ def verify(checkpoint: Checkpoint, output: Path) -> list[str]:
         problems += _tensors(checkpoint, written)
         side_problems = [*_side_files(checkpoint, folder, hashed)]
         try:
-            differing = [] if side_problems else [*_outputs(checkpoint, output, folder)]
+            compared = _outputs(checkpoint, output, folder) if computes else _values(checkpoint, written, folder)
+            differing = [] if side_problems else [*compared]
         except CheckpointError as error:
             differing = [f"its own library does not load it: {error}"]
         hashed |= of_weights()
@@ -154,7 +159,7 @@ def save_probe(path: Path, probes: Sequence[tuple[dict[str, torch.Tensor], torch
     tensors: dict[str, torch.Tensor] = {}
     for number, (inputs, outputs) in enumerate(probes):
         tensors |= {f"{number}.input.{name}": value.cpu().contiguous() for name, value in inputs.items()}
-        tensors[f"{number}.output"] = outputs.cpu().float().contiguous()
+        tensors[f"{number}.output"] = outputs.cpu().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(save(tensors))
 
@@ -198,7 +203,23 @@ def _outputs(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str
             yield f"example {number}: the model as loaded from the output computes something else than was evaluated"
 
 
+def _values(checkpoint: Checkpoint, written: Layout, folder: Path) -> Iterator[str]:
+    """Load the output by its library in the dtype of the files, and compare the model's values with those in the files.
+
+    The model must hold each tensor of the files whole.
+    """
+    state = checkpoint.library.load_plain(folder, written.main_dtype).state_dict()
+    tensors = {name: tensor for file in written.files for name, tensor in file.mapped().items()}
+    for name, slices in checkpoint.placement.items():
+        loaded = state.get(slices[0].key)
+        if loaded is None or not torch.equal(loaded, tensors[name].to(loaded.dtype)):
+            yield f"{name}: the model as loaded from the output has other values than the file"
+
+
 def _near(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    if expected.dtype == torch.bfloat16:
+        expected = expected.float()
+        return logits.shape == expected.shape and bool((logits - expected).abs().max() <= OF_HALF * expected.abs().max())
     return logits.shape == expected.shape and torch.allclose(logits, expected, rtol=RELATIVE, atol=ABSOLUTE)
 
 
@@ -219,27 +240,55 @@ def check_plain(checkpoint: Checkpoint, probes: Sequence[tuple[dict[str, torch.T
     """
     if checkpoint.layout.from_pickle:
         return
-    source, names = checkpoint.source, ", ".join(checkpoint.weight_files)
-    with TemporaryDirectory() as place, torch.random.fork_rng(devices=[]):
-        folder = Path(place) / source.folder.name  # only with the files that an output will have
-        for name in checkpoint.counted:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).symlink_to((source.folder / name).resolve())
-        try:
-            model = checkpoint.library.load_plain(folder).eval()
-        except CheckpointError as error:
-            text = str(error).replace(str(folder), str(source.folder))
-            raise CheckpointError(
-                f"{text}\n{source.folder}: its own library must load it from {names}; nothing was trained"
-            ) from None
+    with _alone(checkpoint) as folder:
+        model = _loaded_plain(checkpoint, folder, torch.float32)
         for inputs, expected in probes:
             with torch.no_grad():
                 logits = logits_of(model, inputs)
             if not _near(logits, expected.cpu().float()):
-                raise CheckpointError(
-                    f"{source.folder}: what its own library loads from {names} computes something else than these weights do; "
-                    "nothing was trained"
-                )
+                raise _other_model(checkpoint, "computes something else than these weights do")
+
+
+def check_plain_values(checkpoint: Checkpoint) -> None:
+    """Check before training what `check_plain` does, by values in the dtype of the files. This takes no memory.
+
+    The model must hold each tensor of the files whole.
+
+    Raises:
+        CheckpointError: The library cannot load the source from its folder, or loads other values.
+    """
+    with _alone(checkpoint) as folder:
+        state = _loaded_plain(checkpoint, folder, checkpoint.layout.main_dtype).state_dict()
+        for key, value in checkpoint.file_values().items():
+            if key not in state or not torch.equal(state[key], value.to(state[key].dtype)):
+                raise _other_model(checkpoint, f"has other values in {key}")
+
+
+@contextmanager
+def _alone(checkpoint: Checkpoint) -> Iterator[Path]:
+    """Yield a folder with links to the files of the source that an output will have. Random generators are restored."""
+    source = checkpoint.source.folder
+    with TemporaryDirectory() as place, torch.random.fork_rng(devices=[]):
+        folder = Path(place) / source.name
+        for name in checkpoint.counted:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to((source / name).resolve())
+        yield folder
+
+
+def _loaded_plain(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """Load a folder of `_alone` by its library."""
+    source = checkpoint.source.folder
+    try:
+        return checkpoint.library.load_plain(folder, dtype).eval()
+    except CheckpointError as error:
+        names, text = ", ".join(checkpoint.weight_files), str(error).replace(str(folder), str(source))
+        raise CheckpointError(f"{text}\n{source}: its own library must load it from {names}; nothing was trained") from None
+
+
+def _other_model(checkpoint: Checkpoint, what: str) -> CheckpointError:
+    names = ", ".join(checkpoint.weight_files)
+    return CheckpointError(f"{checkpoint.source.folder}: what its own library loads from {names} {what}; nothing was trained")
 
 
 def report_lines(problems: list[str], output: Path) -> str:

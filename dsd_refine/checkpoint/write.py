@@ -52,6 +52,13 @@ def entry_value(start: torch.Tensor, entry: Entry, placement: Placement, state: 
     return value
 
 
+def keys_in_order(layout: Layout, placement: Placement) -> Iterator[str]:
+    """Yield the names of the model's tensors in the order in which `write_weights` reads them."""
+    for name in layout.names():
+        for tensor_slice in placement.get(name, ()):
+            yield tensor_slice.key
+
+
 def write_weights(layout: Layout, placement: Placement, state: Mapping[str, torch.Tensor], folder: Path) -> dict[str, str]:
     """Write every weight file of the layout, and its index, into `folder`.
 

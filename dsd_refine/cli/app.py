@@ -76,6 +76,9 @@ PASSED_ON = (
     "report_images",
     "device",
     "compile",
+    "shard",
+    "activation_checkpointing",
+    "cpu_offload",
     "allow_pickle",
 )
 

@@ -233,6 +233,9 @@ RUN_OPTIONS = together(
         option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", help="Where to train (auto)."),
         option("--mixed-precision", type=click.Choice(["no", "fp16", "bf16"]), help="For training (accelerate's own setting)."),
         option("--compile", is_flag=True, help="torch.compile the training forward."),
+        option("--shard", is_flag=True, help="Divide the model among the processes (FSDP2); for models too large for one GPU."),
+        option("--activation-checkpointing", is_flag=True, help="Compute activations twice in place of storing them."),
+        option("--cpu-offload", is_flag=True, help="With --shard: keep weights and optimizer state in the host's memory."),
         option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes that load data (0 on a CPU)."),
     ),
 )  # fmt: skip

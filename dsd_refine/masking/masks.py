@@ -52,9 +52,7 @@ def make_masks(
     # Flat masks of parameters that hold several layers, or one in another order than the file.
     flat_masks: dict[str, torch.Tensor] = {}
     for layer in layers:
-        own = [masked_count(layer.weights // layer.groups, sparsity)] * layer.groups if layer.excluded is None else []
-        if counts is not None:
-            own = [counts.get((layer.name, number), 0) for number in range(layer.groups)]
+        own = counts_of(layer, sparsity, counts)
         if not any(own):
             continue
         first = layer.slices[0]
@@ -71,6 +69,13 @@ def make_masks(
                 ones = torch.ones(parameters[tensor_slice.key].numel(), dtype=torch.bool, device=keep.device)
                 flat_masks.setdefault(tensor_slice.key, ones)[target] = keep[source]
     return masks | {key: _shaped(mask, parameters[key]) for key, mask in flat_masks.items()}
+
+
+def counts_of(layer: Layer, sparsity: float, counts: Mapping[Group, int] | None = None) -> list[int]:
+    """Return how many weights of each expert of a layer are masked (see `make_masks`). Empty: the layer is not masked."""
+    if counts is not None:
+        return [counts.get((layer.name, number), 0) for number in range(layer.groups)]
+    return [masked_count(layer.weights // layer.groups, sparsity)] * layer.groups if layer.excluded is None else []
 
 
 def _shaped(flat_mask: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -91,7 +96,7 @@ def _groups(layer: Layer, parameters: Mapping[str, torch.Tensor]) -> Iterator[tu
         for tensor_slice in layer.slices:
             source, target = tensor_slice.source.to(values.device), tensor_slice.target.to(values.device)
             values[source] = parameters[tensor_slice.key].detach().reshape(-1)[target]
-    return enumerate(values.reshape(layer.groups, -1))
+    return enumerate(values.reshape(layer.groups, len(values) // layer.groups))
 
 
 def global_counts(layers: Sequence[Layer], values: Mapping[str, torch.Tensor], sparsity: float) -> dict[Group, int]:

@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dsd_refine.checkpoint.checkpoint import Checkpoint, open_shapes
 from dsd_refine.checkpoint.library import Library
 from dsd_refine.checkpoint.source import Source
@@ -21,8 +23,13 @@ from dsd_refine.run import rates
 from dsd_refine.search import resized, rungs_of, settings_of, steps_at
 from dsd_refine.tasks.base import Task
 from dsd_refine.tasks.registry import is_held, look_at_data, parts_of, prepare_task
+from dsd_refine.training.blocks import repeated_blocks
 from dsd_refine.training.settings import check_settings
 from dsd_refine.training.state import micro_batches
+
+USABLE = 0.9  # share of a GPU's memory for what is counted here: the activations need the rest, or more
+USUAL_GPU = 80 * 10**9  # bytes, where this machine has no GPU
+MOST_GPUS = 4096
 
 
 def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle: bool = False) -> dict[str, Any]:
@@ -145,9 +152,52 @@ def _sizes(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe) -> dict[
     memory = max(memory_of(checkpoint, layers, recipe, phase, last=phase is recipe.phases[-1]) for phase in recipe.phases)
     disk = space.of_run(checkpoint, layers, recipe)  # a run checks the same number before it begins
     lines = {"memory": f"{memory / 1e9:.2f} GB and the activations", "disk": f"{disk / 1e9:.2f} GB at most while running"}
+    lines |= gpu_lines(checkpoint, memory)
     if is_held(checkpoint.library.task):
         lines["cache"] = f"decoded rows in at most {SHARE:.0%} of the disk space that is free (--cache-gb)"
     return lines
+
+
+def gpu_lines(checkpoint: Checkpoint, memory: int) -> dict[str, str]:
+    """Return the line about several GPUs, among which a model that is too large for one can be divided.
+
+    Args:
+        checkpoint: The source.
+        memory: The bytes that training needs in one process, without the activations.
+    """
+    size, command, name = gpu_bytes(), "torchrun --nproc-per-node", checkpoint.source.model
+    if memory > USABLE * size:
+        count = gpus_needed(checkpoint, memory, size)
+        each = sharded_memory(checkpoint, memory, count)
+        text = f"{each / 1e9:.2f} GB a GPU and the activations: {command} {count} -m dsd_refine {name} … --shard"
+        return {"sharded": f"needs {count} x {size / 1e9:.0f} GB, {text}"}
+    return {}
+
+
+def gpu_bytes() -> int:
+    """Return the memory of this machine's smallest GPU. Without one, that of a usual large GPU."""
+    sizes = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+    return min(sizes, default=USUAL_GPU)
+
+
+def gpus_needed(checkpoint: Checkpoint, memory: int, size: int) -> int:
+    """Return how many GPUs of `size` bytes hold a divided model: a power of two."""
+    count = 2
+    while count < MOST_GPUS and sharded_memory(checkpoint, memory, count) > USABLE * size:
+        count *= 2
+    return count
+
+
+def sharded_memory(checkpoint: Checkpoint, memory: int, count: int) -> int:
+    """Return the bytes that each of `count` processes needs if the model is divided, without the activations.
+
+    Two blocks are whole at a time, with their gradients. The source's weights are not held: they are read from the files.
+    """
+    model = checkpoint.model
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    inside = [sum(parameter.numel() for parameter in block.parameters()) for block in repeated_blocks(model)]
+    largest = max([*inside, weights - sum(inside)])
+    return (memory - space.FLOAT * weights) // count + 2 * 2 * space.FLOAT * largest
 
 
 def memory_of(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe, phase: Phase, *, last: bool) -> int:

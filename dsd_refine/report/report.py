@@ -208,13 +208,13 @@ class Report:
         return f'<iframe srcdoc="{page}" style="width: 100%; height: 800px; border: 0" sandbox></iframe>'
 
 
-def environment(device: str, processes: int) -> dict[str, Any]:
-    """Return the versions of Python and the libraries, the device and the number of processes.
+def environment(device: str, processes: int, sharded: bool) -> dict[str, Any]:
+    """Return the versions of Python and the libraries, the device, the number of processes, and whether they divide the model.
 
     The version of a library that is not installed is None.
     """
     versions = {name: version(name) if is_installed(name) else None for name in LIBRARIES}
-    return {"python": platform.python_version(), **versions, "device": device, "processes": processes}
+    return {"python": platform.python_version(), **versions, "device": device, "processes": processes, "sharded": sharded}
 
 
 def summary(report: Report) -> str:

@@ -42,17 +42,17 @@ def interpolate(run: Run, arm: str) -> None:
 def preferred_between(run: Run, arm: str, selected: Selected) -> Selected:
     """Return the weights that the holdout prefers: the selected ones, or some between them and the source."""
     run.loop.accelerator.wait_for_everyone()
-    trained, best = run.workspace.read_tensors(selected.file), selected
+    trained, best = run.workspace.read_weights(selected.file), selected
     recipe = run.recipe_of(arm, selected.attempt)
     use_setting(run, recipe)
     for share in run.recipe.interpolate:
-        load_state(run.loop.model, between(run.start, trained, share))
+        load_state(run.loop.state(), between(run.start, trained, share))
         reestimate(run.loop, Key(selected.seed, len(recipe.trained_phases)))
         metrics = run.task.metrics(evaluate(run.loop, run.task.holdout))
         place = {"arm": arm, "phase": None, "step": None, "epoch": None, "share": share}
         run.workspace.log({"event": "evaluation", **place, "part": "holdout", **metrics})
         if best.holdout is not None and run.prefers(metrics, best.holdout):
             file = f"best-{arm}-{selected.attempt}-{selected.epoch}-{share:g}.safetensors"
-            run.workspace.write_tensors(file, run.loop.model.state_dict())
+            run.workspace.write_weights(file, run.loop.state())
             best = replace(best, file=file, holdout=metrics, share=share)
     return best

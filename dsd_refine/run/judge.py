@@ -26,7 +26,7 @@ SAMPLED = 16
 def load_published(run: Run) -> None:
     """Load the weights that are published: those of an arm, or the source's."""
     if run.published == "baseline":
-        load_state(run.loop.model, run.start)
+        load_state(run.loop.state(), run.start)
     else:
         load_weights(run, run.selected(run.published))
 
@@ -39,7 +39,7 @@ def load_selected(run: Run, arm: str, seed: int) -> None:
 def load_weights(run: Run, selected: Selected) -> None:
     """Load weights that the holdout chose."""
     run.loop.accelerator.wait_for_everyone()
-    load_state(run.loop.model, run.workspace.read_tensors(selected.file))
+    load_state(run.loop.state(), run.workspace.read_weights(selected.file))
 
 
 def score_soup(run: Run, arm: str) -> None:

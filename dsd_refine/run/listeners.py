@@ -63,5 +63,5 @@ class HistogramRecorder(Hooks):
 
     def _record(self, place: Place, moment: str) -> None:
         if place.arm == "refined":
-            parameters = self.run.loop.parameters
+            parameters = self.run.loop.whole(self.run.loop.parameters)
             histograms.record(self._recorded(place), histograms.choose_layers(self.run.layers, parameters), parameters, moment)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +30,7 @@ from dsd_refine.recipe import Recipe
 from dsd_refine.report.data import data_lines
 from dsd_refine.report.report import environment
 from dsd_refine.run import disk as space
+from dsd_refine.run import sharded
 from dsd_refine.run.listeners import HistogramRecorder, Housekeeping
 from dsd_refine.run.probe import probes
 from dsd_refine.run.run import Options, Run
@@ -37,7 +39,7 @@ from dsd_refine.run.state import RunState
 from dsd_refine.run.workspace import Workspace
 from dsd_refine.search import settings_of
 from dsd_refine.seeding import seed_all
-from dsd_refine.system import EnergyMeter, energy_counters, keep_freed_memory
+from dsd_refine.system import EnergyMeter, energy_counters, keep_freed_memory, return_freed_memory
 from dsd_refine.tasks.base import Item, Task
 from dsd_refine.tasks.registry import look_at_data, parts_of, prepare_task
 from dsd_refine.training.batchnorm import without_variance
@@ -64,13 +66,18 @@ def opened(source: Source, library: Library, recipe: Recipe, options: Options) -
         UsageError: The model, the data, the recipe or the options cannot be used.
         RunError: The disk is full.
     """
-    accelerator = open_accelerator(recipe, options)
-    # If the recipe has no precision, Accelerate's own configuration gives it.
-    recipe = recipe.model_copy(update={"mixed_precision": accelerator.mixed_precision})
-    workspace = Workspace(options.output_dir, writes=accelerator.is_main_process, save_every=options.save_every)
-    if accelerator.is_main_process:
-        workspace.check_target(source.folder, resume=options.resume, overwrite=options.overwrite)
+    is_sharded = sharded.is_asked(options)
+    options = replace(options, shard=is_sharded)
     with ExitStack() as stack:
+        stack.enter_context(sharded.without_accelerates_own() if is_sharded else nullcontext())
+        accelerator = open_accelerator(recipe, options)
+        # If the recipe has no precision, Accelerate's own configuration gives it.
+        recipe = recipe.model_copy(update={"mixed_precision": accelerator.mixed_precision})
+        if is_sharded:
+            sharded.refuse_early(recipe, options, accelerator, library.task)
+        workspace = Workspace(options.output_dir, writes=accelerator.is_main_process, save_every=options.save_every)
+        if accelerator.is_main_process:
+            workspace.check_target(source.folder, resume=options.resume, overwrite=options.overwrite)
         signals = stack.enter_context(Signals())
         stack.enter_context(workspace.locked() if accelerator.is_main_process else nullcontext())
         accelerator.wait_for_everyone()
@@ -115,7 +122,10 @@ def _open(
         store = Store(cache / "decoded", options.cache_bytes, writes=accelerator.is_main_process)
         given = look_at_data(recipe, library.task, library, cache, options.download, store)
     seed_all(recipe.seed, accelerator.device)
-    checkpoint = open_checkpoint(source, library, allow_pickle=options.allow_pickle, weights_key=recipe.weights_key)
+    if options.shard:
+        checkpoint = sharded.open_source(source, library, recipe, options, accelerator)
+    else:
+        checkpoint = open_checkpoint(source, library, allow_pickle=options.allow_pickle, weights_key=recipe.weights_key)
     model = checkpoint.model
     with accelerator.main_process_first():
         task = prepare_task(recipe, library.task, library, model, given)
@@ -124,26 +134,36 @@ def _open(
     if store.budget.full:
         options.say("cache: it holds a part of the rows; the others are decoded whenever they are used (--cache-gb)")
     loop = open_loop(checkpoint, task, recipe, options, accelerator, workspace, signals)
+    if options.activation_checkpointing:
+        checkpoint_activations(model)
+    if options.shard:
+        sharded.refuse_model(checkpoint, loop)
+        sharded.divide(loop, checkpoint, workspace, options)
     without_gradient = first_look(loop)
-    if accelerator.is_main_process:
-        check_plain(checkpoint, probes(loop, checkpoint))
-    for name, parameter in model.named_parameters():
+    if accelerator.is_main_process and not options.shard:
+        check_plain(checkpoint, probes(loop))
+    for name, parameter in model.named_parameters() if loop.shards is None else loop.parameters.items():
         parameter.requires_grad_(parameter.requires_grad and name not in without_gradient)
     for setting in settings_of(recipe):
         check_settings(model, setting.recipe, checkpoint.filled)
     layers = open_layers(checkpoint, recipe, without_gradient)
-    hashes = checkpoint.hashes()
+    hashes = sharded.hashes(checkpoint, accelerator) if options.shard else checkpoint.hashes()
     workspace.need = space.of_run(checkpoint, layers, recipe, save_phases=options.save_phases)
     if workspace.writes:
         space.check_room(workspace.partial, workspace.need)
     workspace.begin(_identity(recipe, hashes, task, accelerator, options), options.resume)
     accelerator.wait_for_everyone()
-    start = {key: value.detach().to("cpu", copy=True) for key, value in model.state_dict().items()}
+    loop.layers = layers if loop.shards is None else loop.shards.own_layers(layers)
+    start: Mapping[str, torch.Tensor]
+    if loop.shards is None:
+        start = {key: value.detach().to("cpu", copy=True) for key, value in loop.state().items()}
+    else:
+        start = loop.shards.source(checkpoint.file_values())
     teacher = _teacher(recipe, task, model)
     state = RunState.from_json(workspace.state.get("run", {}))
     run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, given, teacher=teacher, state=state)
     callers_hooks = options.hooks if accelerator.is_main_process else ()
-    loop.layers, loop.hooks = layers, Together([loop.hooks, HistogramRecorder(run), *callers_hooks])
+    loop.hooks = Together([loop.hooks, HistogramRecorder(run), *callers_hooks])
     _wrap(run)
     loop.evaluation_batch = evaluation_batch(loop)
     if accelerator.scaler is not None:
@@ -181,7 +201,8 @@ def first_look(loop: Loop) -> list[str]:
         if is_full_memory(error):
             raise
         items: list[Item] = [(unit, None) for unit in range(min(8, loop.task.train.units))]
-        failed = failing(loop, loop.task.train, items, loop.task.loss)
+        # A forward of a divided model needs all processes, so no row is tried alone.
+        failed = [] if loop.shards is not None else failing(loop, loop.task.train, items, loop.task.loss)
         if 0 < len(failed) < len(items):
             rows = rows_of(loop, loop.task.train, failed)
             raise UsageError(f"the model fails on the {rows}: {in_short(error)}. Take it out of the data") from None
@@ -213,7 +234,9 @@ def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
         raise UsageError(f"accelerate refuses this device and precision: {error}") from None
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in kinds:
-        raise UsageError(f"{accelerator.distributed_type}: sharded training is not supported; use plain data parallelism")
+        raise UsageError(
+            f"{accelerator.distributed_type}: is not supported; use several processes, with --shard if memory is short"
+        )
     if accelerator.mixed_precision not in PRECISIONS:
         raise UsageError(
             f"mixed precision {accelerator.mixed_precision} is not supported: --mixed-precision {'|'.join(PRECISIONS)}"
@@ -227,6 +250,9 @@ def open_accelerator(recipe: Recipe, options: Options) -> Accelerator:
         # By default a few kernels add numbers in an order that depends on timing.
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if options.shard:
+        return_freed_memory()
+    elif accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
 
@@ -242,10 +268,11 @@ def open_loop(
 ) -> Loop:
     """Move the model to its device, and return the training loop over it.
 
-    Convolutional models use the channels-last memory format if it is safe (see `channels_last`).
+    Convolutional models use the channels-last memory format if it is safe (see `channels_last`). A model to divide
+    stays where it is: its shards are moved.
     """
-    model = checkpoint.model.to(accelerator.device)
-    use_channels_last = channels_last(model, accelerator.device)
+    model = checkpoint.model if options.shard else checkpoint.model.to(accelerator.device)
+    use_channels_last = channels_last(model, accelerator.device) and not options.shard  # FSDP2 divides plain tensors alone
     if use_channels_last:
         model.to(memory_format=torch.channels_last)
     for module in model.modules():
@@ -264,6 +291,23 @@ def open_loop(
         channels_last=use_channels_last,
         parameters=dict(model.named_parameters(remove_duplicate=False)),
     )
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let the model compute the activations of its blocks again in the backward pass, in place of storing them.
+
+    It is the model's own way of doing so. It restores the random generators, so that dropout is the same both times.
+
+    Raises:
+        UsageError: The model has no such way.
+    """
+    try:
+        if getattr(model, "supports_gradient_checkpointing", False):
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        else:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):  # timm's models say no by an assertion
+        raise UsageError("--activation-checkpointing: this model cannot compute activations again; leave it out") from None
 
 
 def channels_last(model: nn.Module, device: torch.device) -> bool:
@@ -293,7 +337,7 @@ def _teacher(recipe: Recipe, task: Task, model: nn.Module) -> nn.Module | None:
 def _wrap(run: Run) -> None:
     """Wrap the model for several processes, and compile it if asked."""
     loop = run.loop
-    if loop.world > 1:
+    if loop.world > 1 and loop.shards is None:
         loop.forward = parallel(loop.model, loop.accelerator.device)
     if run.options.compile:
         check_compiler(loop.accelerator.device)
@@ -333,7 +377,7 @@ def check_compiler(device: torch.device) -> None:
 
 def _identity(recipe: Recipe, hashes: dict[str, str], task: Task, accelerator: Accelerator, options: Options) -> dict[str, Any]:
     """Return everything that must be equal, so that a resumed run gives the same bytes."""
-    versions = environment(str(accelerator.device), accelerator.num_processes)
+    versions = environment(str(accelerator.device), accelerator.num_processes, options.shard)
     data = {name: rows.fingerprint for name, rows in parts_of(task).items() if rows is not None}
     versions["dsd-refine"] = __version__
     versions["form of the state"] = STATE

@@ -62,7 +62,7 @@ def run_phase(run: Run, phase: Phase, state: PhaseState) -> None:
         state.average.step_end()
         after_step(run, phase, state)
         end_epoch(run, phase, state)
-        if loop.hooks.should_save():
+        if loop.hooks.should_save() if loop.shards is None else state.must_save:
             save(run, state)
     warn_of_rising_losses(run, state)
 
@@ -83,7 +83,7 @@ def begin(run: Run, phase: Phase, state: PhaseState) -> None:
     run.loop.loss = loss_of(run, phase)
     if phase.restore == "source" and not state.resumed and follows_a_mask(phase, state):
         groups = masking.trained_groups(run.layers, run.loop.parameters)
-        give_back(run, masking.never_back(run.layers, run.loop.parameters, run.start, groups))
+        give_back(run, masking.never_back(run.loop.layers, run.loop.parameters, run.start, groups))
     if state.progress.without_gradient is None:
         masked_before = follows_a_mask(phase, state)
         groups = masking.trained_groups(run.layers, run.loop.parameters) if masked_before else []
@@ -120,7 +120,8 @@ def masks_of(run: Run, phase: Phase, state: PhaseState, refresh: int) -> Masks:
     counts = masking.global_counts(run.layers, values, sparsity) if is_global else None
     seed = (*state.key, refresh, "mask")
     criterion = "random" if phase.criterion == "random" else "magnitude"  # of the values
-    masks = masking.make_masks(run.layers, values, sparsity, criterion, seed, counts)
+    make_masks = masking.make_masks if run.loop.shards is None else run.loop.shards.make_masks
+    masks = make_masks(run.layers, values, sparsity, criterion, seed, counts)
     state.stash = masking.masked_values(masks, parameters) if phase.refresh and phase.criterion == "random" else {}
     return masks
 
@@ -220,7 +221,7 @@ def lost_weights(run: Run, phase: Phase, state: PhaseState) -> Masks:
     progress = state.progress
     if not progress.without_gradient or not progress.optimizer_steps or not progress.lr_peak:
         return {}
-    return masking.never_back(run.layers, run.loop.parameters, run.start, progress.without_gradient)
+    return masking.never_back(run.loop.layers, run.loop.parameters, run.start, progress.without_gradient)
 
 
 @torch.no_grad()
@@ -233,7 +234,7 @@ def give_back(run: Run, lost: Masks) -> dict[str, int]:
     for key, flags in lost.items():
         parameter = run.loop.parameters[key]
         parameter.copy_(torch.where(flags, run.start[key].to(parameter.device), parameter))
-    return masking.count_in_layers(run.layers, lost)
+    return run.loop.summed(masking.count_in_layers(run.loop.layers, lost))
 
 
 @contextmanager
@@ -274,9 +275,9 @@ def enter_phase(run: Run, arm: str, attempt: int, number: int, phases: Sequence[
     if saved:
         # Wait, because the next save of the main process removes the file that all processes read.
         run.loop.accelerator.wait_for_everyone()
-        load_state(run.loop.model, {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")})
+        load_state(run.loop.state(), {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")})
     elif number == 0:
-        load_state(run.loop.model, run.start)
+        load_state(run.loop.state(), run.start)
     use_setting(run, run.recipe_of(arm, attempt))
     progress = run.state.progress if saved else None
     if number == 0 and not saved:
@@ -351,7 +352,7 @@ def leave_phase(run: Run, phase: Phase, state: PhaseState) -> None:
     swap_in_average(run, phase, state)
     masking.check_masks(state.masks, loop.parameters)
     loop.hooks.on_phase_end(state.place)
-    zeros = masking.count_zeros(run.layers, loop.parameters)
+    zeros = masking.count_zeros(run.layers, loop.whole(loop.parameters))
     is_kept_here = state.last and (run.recipe.keep != "best" or progress.step == 0)
     scores = score_holdout(run, state, log=is_kept_here or not state.last)
     if not state.last:
@@ -369,12 +370,14 @@ def leave_phase(run: Run, phase: Phase, state: PhaseState) -> None:
         if phase.kind == "sparse":
             run.state.zeros.setdefault(str(attempt), zeros)
             if phase.threshold == "global":
-                run.state.masked.setdefault(str(attempt), masking.count_in_layers(run.layers, masked_flags(state)))
-            run.state.empty.setdefault(str(attempt), masking.empty_filters(run.layers, loop.parameters))
-        if run.options.save_phases and run.workspace.writes:
+                counts = loop.summed(masking.count_in_layers(loop.layers, masked_flags(state)))
+                run.state.masked.setdefault(str(attempt), counts)
+            run.state.empty.setdefault(str(attempt), masking.empty_filters(run.layers, loop.whole(loop.parameters)))
+        if run.options.save_phases:
             folder = run.workspace.partial / "phases" / str(attempt) / f"{state.place.phase}-{phase.kind}"
-            folder.mkdir(parents=True, exist_ok=True)
-            run.checkpoint.write(loop.model, folder)
+            if run.workspace.writes:
+                folder.mkdir(parents=True, exist_ok=True)
+            run.write_checkpoint(folder)
     run.state.at, run.state.progress = next_place(run, state), None
     run.save(None if state.last else model_tensors(run))
     if loop.stopping() and loop.world == 1:
@@ -391,20 +394,20 @@ def add_round(run: Run, state: PhaseState) -> None:
     if place.phase - 1 not in run.recipe.round_ends:
         return
     run.loop.accelerator.wait_for_everyone()
-    own = {key: value.detach().to("cpu", copy=True) for key, value in run.loop.model.state_dict().items()}
+    own = {key: value.detach().to("cpu", copy=True) for key, value in run.loop.state().items()}
     saved.rounds += 1
-    mean = between(run.workspace.read_tensors(saved.round_mean), own, 1 / saved.rounds) if saved.round_mean else own
+    mean = between(run.workspace.read_weights(saved.round_mean), own, 1 / saved.rounds) if saved.round_mean else own
     saved.round_mean = f"best-{place.arm}-{place.attempt - 1}-round-{saved.rounds}.safetensors"
     if not state.last:
-        run.workspace.write_tensors(saved.round_mean, mean)
+        run.workspace.write_weights(saved.round_mean, mean)
     elif saved.rounds > 1:
-        load_state(run.loop.model, mean)
+        load_state(run.loop.state(), mean)
         reestimate(run.loop, state.key)
         scores = evaluate(run.loop, run.task.holdout)
         line = {"arm": place.arm, "phase": None, "step": None, "epoch": None, "rounds": saved.rounds, "part": "holdout"}
         run.workspace.log({"event": "evaluation", **line, **run.task.metrics(scores)})
         keep_if_best(run, state, math.ceil(state.progress.step / run.loop.steps_per_epoch), {}, scores, saved.rounds)
-        load_state(run.loop.model, own)
+        load_state(run.loop.state(), own)
 
 
 def masked_flags(state: PhaseState) -> Masks:
@@ -490,7 +493,7 @@ def keep_if_best(
         return
     of_rounds = f"-mean{rounds}" if rounds > 1 else ""
     file_name = f"best-{arm}-{attempt}-{epoch}{of_rounds}.safetensors"
-    run.workspace.write_tensors(file_name, run.loop.model.state_dict())
+    run.workspace.write_weights(file_name, run.loop.state())
     saved.candidate = Selected(
         file_name, attempt, epoch, first_sparsity(run.recipe_of(arm, attempt)), state.place.seed, metrics,
         {**saved.returned, **returned}, rounds=rounds,
@@ -500,13 +503,14 @@ def keep_if_best(
 def save(run: Run, state: PhaseState) -> None:
     """Save the state in the middle of a phase."""
     report_steps(run, state, wait=True)
+    state.must_save = False
     run.state.progress = state.progress
     run.save(model_tensors(run) | state.state_dict())
 
 
 def model_tensors(run: Run) -> dict[str, torch.Tensor]:
     """Return the tensors of the model under their names in a saved state: "model." and the key."""
-    return {f"model.{key}": value for key, value in run.loop.model.state_dict().items()}
+    return {f"model.{key}": value for key, value in run.loop.state().items()}
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,13 +12,10 @@ from dsd_refine.training.blame import computed
 from dsd_refine.training.evaluate import exact
 from dsd_refine.training.state import Loop
 
-if TYPE_CHECKING:
-    from dsd_refine.checkpoint.checkpoint import Checkpoint
-
 PROBES = 2  # evaluation examples that are saved for `verify`
 
 
-def probes(loop: Loop, checkpoint: Checkpoint) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+def probes(loop: Loop) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Return the inputs and the outputs of PROBES evaluation examples.
 
     Each example is a batch of its own, so that the outputs do not depend on padding. The outputs are
@@ -28,7 +24,7 @@ def probes(loop: Loop, checkpoint: Checkpoint) -> list[tuple[dict[str, torch.Ten
     loop.model.eval()
     task, device = loop.task, loop.accelerator.device
     units = range(min(PROBES, task.eval.units))
-    with exact(), checkpoint.rounded(loop.model):
+    with exact(), loop.as_written(loop.model):
         batches = [replace(task.batch(task.eval, [(unit, None)]), items=((unit, None),)) for unit in units]
         return [(b.inputs, computed(loop, task.eval, loop.model, b.to(device), _outputs)) for b in batches]
 

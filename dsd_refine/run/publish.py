@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow.parquet as pq
 
@@ -22,6 +22,7 @@ from dsd_refine.run.report_data import predictions, report_data
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
 
     from dsd_refine.run.run import Run
 
@@ -45,18 +46,20 @@ def publish(run: Run, verdict: str, passed: bool) -> Report:
     """
     accelerator, workspace = run.loop.accelerator, run.workspace
     report = Report({}, run.options.output_dir)
+    ready = workspace.ready
+    folder = ready if passed else ready / "rejected"
     if accelerator.is_main_process:
-        ready = workspace.ready
         shutil.rmtree(ready, ignore_errors=True)
-        folder = ready if passed else ready / "rejected"
         folder.mkdir(parents=True)
-        written = run.checkpoint.write(run.loop.model, folder)
+    written = run.write_checkpoint(folder)
+    measured = _measured(run) if accelerator.is_main_process or run.loop.shards is not None else None
+    if accelerator.is_main_process and measured is not None:
         _stop_if_asked(run)
         source_card = read_card(run.checkpoint.source.folder)
         report = Report(report_data(run, verdict, passed, written, source_card.warnings), run.options.output_dir)
         _write_card(run, report, source_card, folder)
-        _write_dsd(run, report, ready)
-        problems = verify(run.checkpoint, ready)
+        _write_dsd(run, report, ready, measured)
+        problems = verify(run.checkpoint, ready, computes=run.loop.shards is None)
         if problems:
             lines = "\n  - ".join(problems)
             raise VerifyError(f"the written checkpoint failed its check, nothing was published:\n  - {lines}")
@@ -84,16 +87,31 @@ def _write_card(run: Run, report: Report, source_card: SourceCard, folder: Path)
         write_text(folder / ".eval_results" / name, text)
 
 
-def _page(run: Run, report: Report, log: Path, rows: pa.Table) -> str:
-    """Return report.html.
+class Measured(NamedTuple):
+    """What is measured on the published weights: in a sharded run by all processes together.
 
-    The model has the published weights, `run.start` has the source's, and `rows` are the
-    predictions.
+    Attributes:
+        means: Layer -> its mean |w| in the source and in the published weights.
+        probes: Inputs and outputs of a few rows, for `verify`.
     """
+
+    means: dict[str, tuple[float, float]]
+    probes: list[tuple[dict[str, torch.Tensor], torch.Tensor]]
+
+
+def _measured(run: Run) -> Measured:
+    loop = run.loop
+    before, after = mean_abs(run.layers, loop.whole(run.start)), mean_abs(run.layers, loop.whole(loop.parameters))
+    computed = probes(loop)
+    if loop.shards is not None and loop.shards.policy.half:  # the dtype tells `verify` how near its outputs must be
+        computed = [(inputs, outputs.bfloat16()) for inputs, outputs in computed]
+    return Measured({name: (before[name], after[name]) for name in before}, computed)
+
+
+def _page(run: Run, report: Report, log: Path, rows: pa.Table, means: dict[str, tuple[float, float]]) -> str:
+    """Return report.html. `rows` are the predictions, and `means` those of `Measured`."""
     attempt = str(run.selected("refined").attempt)
     pictures = run.state.histograms.get(attempt, {})
-    before, after = mean_abs(run.layers, run.start), mean_abs(run.layers, run.loop.parameters)
-    means = {name: (before[name], after[name]) for name in before}
     changed_rows = examples(
         rows,
         arm=run.published,
@@ -105,7 +123,7 @@ def _page(run: Run, report: Report, log: Path, rows: pa.Table) -> str:
     return page(report.data, read_lines(log), pictures, run.recipe.dump(), means, changed_rows)
 
 
-def _write_dsd(run: Run, report: Report, ready: Path) -> None:
+def _write_dsd(run: Run, report: Report, ready: Path, measured: Measured) -> None:
     """Write the folder dsd/: report, recipe, log, predictions, page, phases and probe."""
     dsd = ready / "dsd"
     write_text(dsd / "report.json", report.to_json())
@@ -114,9 +132,9 @@ def _write_dsd(run: Run, report: Report, ready: Path) -> None:
     copy_file(run.workspace.log_file, dsd / "log.jsonl")
     rows = predictions(run)
     pq.write_table(rows, dsd / "predictions.parquet")
-    write_text(dsd / "report.html", _page(run, report, dsd / "log.jsonl", rows))
+    write_text(dsd / "report.html", _page(run, report, dsd / "log.jsonl", rows, measured.means))
     phases = run.workspace.partial / "phases" / str(run.selected("refined").attempt)
     if phases.is_dir():
         for file in (path for path in sorted(phases.rglob("*")) if path.is_file()):
             copy_file(file, dsd / "phases" / file.relative_to(phases))
-    save_probe(ready / PROBE, probes(run.loop, run.checkpoint))
+    save_probe(ready / PROBE, measured.probes)

@@ -134,7 +134,7 @@ def sweep(
     loop, losses, samples = run.loop, list[float](), 0
     plain = {"kind": "dense", "sparsity": None, "refresh": None, "average": "none", "schedule": "constant", "warmup_steps": 0}
     whole = phase.model_copy(update={**plain, "epochs": None, "steps": len(rates), "lr": 0.0})
-    load_state(loop.model, run.start)
+    load_state(loop.state(), run.start)
     state = PhaseState(Place("source", 1, 1, run.recipe.seed, 1, 1, "dense", 0, len(rates)))
     with settings(loop.model, phase, run.checkpoint.filled), restored_buffers(loop.model):
         state.begin(loop, whole)
@@ -155,7 +155,7 @@ def sweep(
             if source_losses and has_risen(losses, source_losses):
                 break
         state.optimizer.zero_grad()
-    load_state(loop.model, run.start)
+    load_state(loop.state(), run.start)
     return losses, samples
 
 

@@ -80,7 +80,7 @@ def report_data(
         "argv": [from_home(arg) for arg in run.options.argv],
         "seed": recipe.seed,
         "exit_code": 0 if passed else GATE_EXIT,
-        "environment": environment(str(run.loop.accelerator.device), run.loop.world),
+        "environment": environment(str(run.loop.accelerator.device), run.loop.world, run.loop.shards is not None),
         "source": {
             "model": from_home(source.model), "resolved": _resolved(source), "revision": source.revision,
             "library": source.library, "weights_key": run.checkpoint.layout.weights_key, "files": _files(run.source_hashes),

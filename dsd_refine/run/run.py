@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dsd_refine.checkpoint.checkpoint import Checkpoint
+from dsd_refine.checkpoint.write import keys_in_order
 from dsd_refine.data.given import Given
 from dsd_refine.evidence.compare import Comparison, groups_of, with_source
 from dsd_refine.masking.layers import Layer
@@ -45,6 +46,9 @@ class Options:
             content.
         device: "auto", "cpu", "cuda" or "mps".
         compile: Use `torch.compile` for the training forward.
+        shard: Divide the model among the processes (FSDP2).
+        activation_checkpointing: Compute the activations of each block again in the backward pass, in place of storing them.
+        cpu_offload: Keep the shards and the optimizer's state in the memory of the host. It needs `shard`.
         workers: The number of processes that load data.
         allow_pickle: Read .bin and .pth weights too.
         argv: The command line, for the report.
@@ -62,6 +66,9 @@ class Options:
     report_images: int = 0
     device: str = "auto"
     compile: bool = False
+    shard: bool = False
+    activation_checkpointing: bool = False
+    cpu_offload: bool = False
     workers: int = 0
     allow_pickle: bool = False
     argv: tuple[str, ...] = ()
@@ -99,7 +106,8 @@ class Run:
         layers: All layers, masked or not.
         workspace: The files of the run.
         source_hashes: File name -> SHA-256 of the source's files.
-        start: The state dict of the source, on the CPU.
+        start: The state dict of the source, on the CPU. In a sharded run the rows that this process has, which are read
+            from the files at each use.
         given: The data as they were read, before the split.
         teacher: A copy of the source, if a phase distills.
         meter: Measures energy. None with several processes, and in a resumed run, because nothing
@@ -121,7 +129,7 @@ class Run:
     layers: list[Layer]
     workspace: Workspace
     source_hashes: dict[str, str]
-    start: dict[str, torch.Tensor]
+    start: Mapping[str, torch.Tensor]
     given: Given
     teacher: nn.Module | None = None
     meter: EnergyMeter | None = None
@@ -144,6 +152,25 @@ class Run:
         self.workspace.save(tensors, self.state.to_json())
         self.loop.hooks.save()
 
+    def write_checkpoint(self, folder: Path) -> dict[str, str]:
+        """Write the model's weights and the side files into an empty folder. Only the main process writes.
+
+        In a sharded run all processes must call this. The tensors are gathered one at a time.
+
+        Returns:
+            The SHA-256 of every written file by its name; empty in the other processes.
+
+        Raises:
+            RunError: A value does not fit into the file's dtype.
+        """
+        state = self.loop.whole(self.loop.state(), to=0)
+        if self.workspace.writes:
+            return self.checkpoint.write_state(state, folder)
+        if self.loop.shards is not None:
+            for key in keys_in_order(self.checkpoint.layout, self.checkpoint.placement):
+                state[key]  # this process gives its rows
+        return {}
+
     def restored(self, position: list[int]) -> dict[str, torch.Tensor]:
         """Return the saved tensors of the phase that this process resumes.
 
@@ -154,7 +181,7 @@ class Run:
         """
         first, self.entered = not self.entered, True
         file_name = self.workspace.state.get("tensors")
-        return self.workspace.read_tensors(file_name) if first and file_name and self.state.at == position else {}
+        return self.workspace.read_weights(file_name) if first and file_name and self.state.at == position else {}
 
     @cached_property
     def given_settings(self) -> list[Setting]:

@@ -50,18 +50,18 @@ def soup(run: Run, arm: str) -> None:
 
 def uniform(run: Run, arm: str, members: Sequence[Selected]) -> Selected:
     """Return the mean of all tries. Its file is written only if the holdout prefers it to the best try."""
-    mean = run.workspace.read_tensors(members[0].file)
+    mean = run.workspace.read_weights(members[0].file)
     for number, each in enumerate(members[1:], 2):
-        mean = between(mean, run.workspace.read_tensors(each.file), 1 / number)
+        mean = between(mean, run.workspace.read_weights(each.file), 1 / number)
     return measured(run, arm, mean, members, members[0])
 
 
 def greedy(run: Run, arm: str, members: Sequence[Selected]) -> Selected | None:
     """Return the mean of the best try and those that improve the mean on the holdout. None: no try does."""
     best, chosen = members[0], [members[0]]
-    mean = run.workspace.read_tensors(best.file)
+    mean = run.workspace.read_weights(best.file)
     for each in members[1:]:
-        wider = between(mean, run.workspace.read_tensors(each.file), 1 / (len(chosen) + 1))
+        wider = between(mean, run.workspace.read_weights(each.file), 1 / (len(chosen) + 1))
         found = measured(run, arm, wider, [*chosen, each], best)
         if run.is_better(found, best):
             best, mean, chosen = found, wider, [*chosen, each]
@@ -71,7 +71,7 @@ def greedy(run: Run, arm: str, members: Sequence[Selected]) -> Selected | None:
 def measured(run: Run, arm: str, mean: dict[str, torch.Tensor], members: Sequence[Selected], best: Selected) -> Selected:
     """Score a mean on the holdout, with BatchNorm's statistics computed again. Write it if it is better than `best`."""
     first = members[0]
-    load_state(run.loop.model, mean)
+    load_state(run.loop.state(), mean)
     reestimate(run.loop, Key(first.seed, len(run.recipe.trained_phases)))
     try:
         metrics = run.task.metrics(evaluate(run.loop, run.task.holdout))
@@ -82,5 +82,5 @@ def measured(run: Run, arm: str, mean: dict[str, torch.Tensor], members: Sequenc
     run.workspace.log({"event": "evaluation", **place, "part": "holdout", **metrics})
     found = replace(first, file=f"best-{arm}-soup.safetensors", holdout=metrics, members=numbers)
     if run.is_better(found, best):
-        run.workspace.write_tensors(found.file, run.loop.model.state_dict())
+        run.workspace.write_weights(found.file, run.loop.state())
     return found

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import torch
@@ -29,6 +30,9 @@ from dsd_refine.errors import RunError, UsageError
 from dsd_refine.files import remove, replace_parts, replace_text, sha256_file, sync, sync_file, sync_folder, umask
 from dsd_refine.run import disk as space
 
+if TYPE_CHECKING:
+    from dsd_refine.training.shards import Shards
+
 REPORT = "dsd/report.json"
 LOG_EVERY = 1.0  # seconds in which lines of log.jsonl are gathered
 # If this file is in OUT.partial/, out/ is complete and verified. If out/ is then missing, it was
@@ -38,6 +42,7 @@ KEPT = ("lock", "pid", "cache")  # files in OUT.partial/ that a new start does n
 # Patterns of all names that a run uses in OUT.partial/.
 OURS = ("lock", "pid", "cache", MOVING, "out", "replaced", "phases", "log.jsonl", "state*", "best-*", "scores-*", "*.tmp")
 SWEPT = ("state-*.safetensors", "best-*.safetensors")
+PART = re.compile(r"\.part-\d+-of-\d+(?=\.safetensors$)")  # in the name of a file that one process of a sharded run wrote
 CHANGED = "it has changed since it was saved"
 
 
@@ -47,6 +52,7 @@ class Workspace:
     Attributes:
         state: The JSON part of the saved state, empty in a new run.
         need: The number of bytes that the run needs on the disk.
+        shards: How the model is divided among processes. None: this process has all of it.
 
     Args:
         out: The output directory.
@@ -67,6 +73,7 @@ class Workspace:
         self.overwrite = False
         self.state: dict[str, Any] = {}
         self.need = 0
+        self.shards: Shards | None = None
         self.last_save = time.monotonic()
         self.unsaved = 0
         self._log_hash = hashlib.sha256()
@@ -237,18 +244,17 @@ class Workspace:
         """
         self.last_save = time.monotonic()
         self.state["run"] = run or {}
-        if self.writes:
-            self._write_state(tensors)
-        self.unsaved = 0
-
-    def _write_state(self, tensors: dict[str, torch.Tensor] | None) -> None:
-        number = int(self.state.get("save", 0)) + 1
-        self.state["save"] = number
-        self.state["log_bytes"], self.state["log_sha256"] = self._sync_log(), self._log_hash.hexdigest()
+        self.state["save"] = number = int(self.state.get("save", 0)) + 1
         self.state["tensors"] = None
         if tensors is not None:
             self.state["tensors"] = f"state-{number}.safetensors"
-            self.write_tensors(self.state["tensors"], tensors)
+            self.write_weights(self.state["tensors"], tensors)
+        if self.writes:
+            self._write_state()
+        self.unsaved = 0
+
+    def _write_state(self) -> None:
+        self.state["log_bytes"], self.state["log_sha256"] = self._sync_log(), self._log_hash.hexdigest()
         replace_text(self.partial / "state.json", json.dumps(self.state | {"sha256": _digest(self.state)}))
         self._sweep()
 
@@ -265,7 +271,7 @@ class Workspace:
         """
         named = set(_texts(self.state))
         for path in [path for pattern in SWEPT for path in self.partial.glob(pattern)]:
-            if path.name not in named:
+            if PART.sub("", path.name) not in named:
                 path.unlink()
                 self.state.get("files", {}).pop(path.name, None)
 
@@ -277,13 +283,44 @@ class Workspace:
         """
         self.unsaved += 1
         if self.writes:
-            # The widest dtypes first: so each tensor starts at a multiple of its element size,
-            # which mapping needs.
-            ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-            head, entries = build_header(ordered, {})
-            parts: Iterator[bytes | memoryview] = chain([head], map(memory, ordered.values()))
-            size = max((entry.end for entry in entries), default=len(head))
-            self.state.setdefault("files", {})[name] = replace_parts(self.partial / name, parts, size)
+            self.state.setdefault("files", {})[name] = self._write_file(name, tensors)
+
+    def _write_file(self, name: str, tensors: dict[str, torch.Tensor]) -> str:
+        """Write a safetensors file, and return its SHA-256."""
+        # The widest dtypes first: so each tensor starts at a multiple of its element size,
+        # which mapping needs.
+        ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+        head, entries = build_header(ordered, {})
+        parts: Iterator[bytes | memoryview] = chain([head], map(memory, ordered.values()))
+        size = max((entry.end for entry in entries), default=len(head))
+        return replace_parts(self.partial / name, parts, size)
+
+    def write_weights(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Write tensors of the model's shapes, as `write_tensors` does.
+
+        In a sharded run each process writes a file with its rows of them, and the saved state has the
+        hashes of all.
+        """
+        if self.shards is None:
+            self.write_tensors(name, tensors)
+            return
+        self.unsaved += 1
+        part = self._part(name)
+        written = self.shards.exchanged((part, self._write_file(part, tensors)))
+        self.state.setdefault("files", {}).update(written)
+
+    def read_weights(self, name: str) -> dict[str, torch.Tensor]:
+        """Read what `write_weights` wrote: in a sharded run, the rows of this process.
+
+        Raises:
+            UsageError: The file is missing, or has changed.
+        """
+        return self.read_tensors(name if self.shards is None else self._part(name))
+
+    def _part(self, name: str) -> str:
+        """Return the name of this process's part of a file of weights."""
+        assert self.shards is not None
+        return name.replace(".safetensors", f".part-{self.shards.rank + 1}-of-{self.shards.world}.safetensors")
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Read a file that `write_tensors` wrote.

@@ -86,6 +86,8 @@ def _message(loop: Loop, part: Any, batch: Batch, compute: Compute[Any], error: 
     None if the model can compute on the batch without its wrapper: then the wrapper fails, not a row.
     """
     items, remedy = batch.items, f"{in_short(error)}. Take it out of the data, or cure its content; then start anew"
+    if loop.shards is not None:  # a forward needs all processes, so no row can be tried alone
+        return f"the model fails on one of the {rows_of(loop, part, items)}: {remedy}"
     if "device-side assert" in str(error) or type(error).__name__ == "AcceleratorError":  # the device cannot be used any more
         return f"the model fails on one of the {rows_of(loop, part, items)}: {remedy} (--device cpu tells which)"
     failing_items = failing(loop, part, items, compute)

@@ -69,15 +69,18 @@ def scored(loop: Loop, part: Any, items: Sequence[Item]) -> list[tuple[int, Scor
     rank, size = loop.accelerator.process_index, loop.evaluation_batch or loop.recipe.batch_size
     numbers = range(rank, len(items), loop.world)
     groups = [numbers[i : i + size] for i in range(0, len(numbers), size)]
-    plan = [([items[number] for number in group], True) for group in groups]
+    most = -(-len(range(0, len(items), loop.world)) // size)  # batches of the first process
+    if loop.shards is not None and len(groups) < most:
+        groups.append(range(0))  # a forward needs all processes: this one computes a batch that does not count
+    plan = [([items[number] for number in group] or [items[0]], True) for group in groups]
     own_scores: list[tuple[int, Score]] = []
     with exact(), loop.as_written(loop.model):
         for group, batch in zip(groups, loader(loop, part, plan), strict=True):
             with loop.autocast():
                 scores = computed(loop, part, loop.model, on_device(loop, batch), loop.task.score)
-            own_scores += zip(group, scores, strict=True)
+            own_scores += zip(group, scores[: len(group)], strict=True)
             _stop_if_asked(loop)
-        for _ in range(len(plan), -(-len(range(0, len(items), loop.world)) // size)):
+        for _ in range(len(plan), most):
             _stop_if_asked(loop)  # the first process has one more batch, and all must exchange the signal together
     loop.model.train(was_training)
     all_scores: list[tuple[int, Score]] = gather_object(own_scores) if loop.world > 1 else own_scores

@@ -68,6 +68,8 @@ def train_step(loop: Loop, phase: Phase, state: PhaseState, group: list[Batch]) 
                         loss = computed(loop, loop.task.train, loop.forward, on_device(loop, batch), loss_of)
                     _scaled(loop, loss).backward(_as_gradient(loss, weight if batch.count else 0.0))  # type: ignore[no-untyped-call]
                 losses += [loss.detach()] if batch.count and not is_uphill else []
+    if loop.shards is not None:  # with steps uphill it is refused
+        loop.shards.take_gradients()
     # Before a new mask by magnitude, one step is made without the mask: masked weights get a value from their
     # gradient, and the new mask may leave them in.
     is_unmasked = renews_mask(phase, step, total) and phase.criterion != "random"
@@ -101,7 +103,7 @@ def arrived(loop: Loop, state: PhaseState, wait: bool = False) -> Iterator[tuple
         made = state.pending.popleft()
         if made.copied is not None:
             made.copied.synchronize()
-        loss_sum, stops = made.sums.tolist() if loop.world > 1 else (float(made.sums), 0.0)
+        loss_sum, stops, saves = made.sums.tolist() if loop.world > 1 else (float(made.sums), 0.0, 0.0)
         targets, samples = (int(number) for number in made.counts)
         mean = loss_sum / max(1, targets)
         if not math.isfinite(mean):
@@ -110,6 +112,7 @@ def arrived(loop: Loop, state: PhaseState, wait: bool = False) -> Iterator[tuple
         epoch = made.step / loop.steps_per_epoch
         step = Step(state.place, made.step, made.total, epoch, made.lr, mean, samples, made.skipped)
         _know(state, step)
+        state.must_save |= saves > 0
         yield step, stops > 0
 
 
@@ -124,9 +127,12 @@ def renews_mask(phase: Phase, step: int, total: int) -> bool:
 
 
 def _sync_on_last(loop: Loop, is_last: bool) -> AbstractContextManager[Any]:
-    """A context in which processes exchange gradients only for the last micro-batch of a step."""
+    """A context in which processes exchange gradients only for the last micro-batch of a step.
+
+    In a sharded run they exchange them for each, because the sum of whole gradients needs as much memory as the model.
+    """
     context: AbstractContextManager[Any] = nullcontext()
-    if loop.world > 1 and not is_last:
+    if loop.world > 1 and not is_last and loop.shards is None:
         context = loop.accelerator.no_sync(loop.forward)
     return context
 
@@ -135,7 +141,8 @@ def _prepare_gradients(loop: Loop, phase: Phase, state: PhaseState, is_unmasked:
     """Mask and clip the gradients, and update the list of layers that had none yet, if there is one."""
     progress, clip = state.progress, loop.recipe.max_grad_norm
     if progress.without_gradient:
-        progress.without_gradient = without_gradient(loop.layers, loop.parameters, progress.without_gradient)
+        still = without_gradient(loop.layers, loop.parameters, progress.without_gradient)
+        progress.without_gradient = still if loop.shards is None else loop.shards.in_all(still)
     if (phase.refresh or clip is not None) and not is_unmasked:
         # The norm for clipping must not count masked weights. Where the mask changes within the phase, a masked
         # weight may come back with its momentum, so its gradients must not enter the momentum. In other phases the
@@ -143,7 +150,10 @@ def _prepare_gradients(loop: Loop, phase: Phase, state: PhaseState, is_unmasked:
         mask_gradients(state.masks, loop.parameters)
     if clip is not None:
         loop.accelerator.unscale_gradients(state.optimizer)
-        nn.utils.clip_grad_norm_(loop.model.parameters(), clip)
+        if loop.shards is None:
+            nn.utils.clip_grad_norm_(loop.model.parameters(), clip)
+        else:
+            loop.shards.clip(clip)
 
 
 def _scaled(loop: Loop, loss: torch.Tensor) -> torch.Tensor:
@@ -176,8 +186,9 @@ def _sent_home(loop: Loop, loss_sum: torch.Tensor, counts: Counts) -> tuple[torc
     """Add up the step's loss over all processes, and begin to copy it to the host. For the end of `Pending`."""
     sums = loss_sum
     if loop.world > 1:
-        stopping = torch.tensor(float(loop.stopping()), device=loss_sum.device)
-        sums = loop.accelerator.reduce(torch.stack([loss_sum, stopping]), "sum")
+        saving = loop.shards is not None and loop.hooks.should_save()  # all processes must save together
+        asked = torch.tensor([loop.stopping(), saving], dtype=loss_sum.dtype, device=loss_sum.device)
+        sums = loop.accelerator.reduce(torch.cat([loss_sum.reshape(1), asked]), "sum")
     if sums.device.type != "cuda":
         return sums, counts, None
     sums, counts = _copied(sums), _copied(counts) if isinstance(counts, torch.Tensor) else counts

@@ -45,8 +45,11 @@ def make_optimizer(loop: Loop, phase: Phase) -> torch.optim.Optimizer:
     """
     recipe = loop.recipe
     groups: list[dict[str, Any]] = []
+    named: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, parameter in loop.parameters.items():
+        named.setdefault(id(parameter), (name, parameter))  # a tied parameter counts once, under its first name
     for factor in dict.fromkeys((1.0, *phase.lr_scale.values())):
-        trained = [p for name, p in loop.model.named_parameters() if p.requires_grad and rate_factor(phase, name) == factor]
+        trained = [p for name, p in named.values() if p.requires_grad and rate_factor(phase, name) == factor]
         decaying, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
         if not recipe.weight_decay:
             decaying, others = [], decaying + others  # one group is one pass

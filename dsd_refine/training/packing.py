@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 
 def pack_masks(masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -60,10 +60,10 @@ def unpack_optimizer(tensors: dict[str, torch.Tensor], optimizer: Any) -> None:
 
 
 @torch.no_grad()
-def load_state(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy the tensors into the model's state, by name.
+def load_state(state: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy the tensors into the model's state (`Loop.state`), by name.
 
     Parameters keep their storage, because optimizers, wrappers and cuDNN have references to it.
     """
-    for key, value in model.state_dict().items():
+    for key, value in state.items():
         value.copy_(tensors[key])

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,9 @@ from dsd_refine.training.hooks import Hooks, Place
 from dsd_refine.training.optimizer import make_optimizer
 from dsd_refine.training.packing import pack_masks, pack_optimizer, unpack_masks, unpack_optimizer
 
+if TYPE_CHECKING:
+    from dsd_refine.training.shards import Shards
+
 
 @dataclass
 class Loop:
@@ -31,10 +34,11 @@ class Loop:
         forward: `model`, wrapped for several processes or compiled.
         as_written: a context in which a model has its weights rounded as in the written checkpoint.
         workers: number of worker processes that load batches.
-        parameters: name -> parameter of the model.
-        layers: the layers that masks may take weights of.
+        parameters: name -> parameter of the model; in a sharded run the rows of it that this process has.
+        layers: the layers that masks may take weights of, with the shapes of `parameters`.
         loss: a summed loss that replaces the task's own (with distillation).
         evaluation_batch: rows of a batch in evaluation; None: as many as in training.
+        shards: how the model is divided among the processes; None: each process has all of it.
     """
 
     accelerator: Accelerator
@@ -52,15 +56,35 @@ class Loop:
     begun: bool = False  # has the training of a phase begun?
     loss: Callable[[Forward, Batch], torch.Tensor] | None = None
     evaluation_batch: int | None = None
+    shards: Shards | None = None
 
     def stopping(self) -> bool:
         """Has this process been asked to stop?"""
         return self.hooks.should_stop()
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which the model computes: with a mixed precision, Accelerate's autocast."""
+        """The context in which the model computes: with a mixed precision, Accelerate's autocast.
+
+        A sharded model computes in bf16 by itself.
+        """
         context: AbstractContextManager[Any] = nullcontext()
-        return context if self.accelerator.mixed_precision == "no" else self.accelerator.autocast()
+        return context if self.shards is not None or self.accelerator.mixed_precision == "no" else self.accelerator.autocast()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors of the model's state by name; in a sharded run the rows of them that this process has."""
+        return self.model.state_dict() if self.shards is None else self.shards.state()
+
+    def whole(self, own: Mapping[str, torch.Tensor], to: int | None = None) -> Mapping[str, torch.Tensor]:
+        """The whole tensors of which this process has rows in `own`: `own` itself, unless the run is sharded.
+
+        In a sharded run, all processes must read the same tensors in the same order. With `to`, only the process of this
+        number gets them.
+        """
+        return own if self.shards is None else self.shards.whole(own, to)
+
+    def summed(self, counts: dict[str, int]) -> dict[str, int]:
+        """Counts of `layers`, summed over the processes of a sharded run, which must all call this."""
+        return counts if self.shards is None else self.shards.summed(counts)
 
     @property
     def world(self) -> int:
@@ -110,7 +134,7 @@ Counts = Sequence[int] | torch.Tensor  # the numbers of targets and of samples o
 class Pending(NamedTuple):
     """Step number `step` of `total`, which is made, and what is still to be fetched from the device.
 
-    `sums` is the summed loss; with several processes also how many of them were asked to stop.
+    `sums` is the summed loss; with several processes also how many of them were asked to stop, and to save.
     `copied` is an event of the GPU: once it is reached, `sums` and `counts` are in the host's memory.
     None if they are there already.
     """
@@ -148,6 +172,7 @@ class PhaseState:
     apply: Callable[[], None] = field(default=lambda: None, init=False)  # sets the masked weights to 0
     lost: str | None = field(default=None, init=False)  # why the try is lost: it ends here
     must_stop: bool = field(default=False, init=False)  # was one of several processes asked to stop?
+    must_save: bool = field(default=False, init=False)  # was one of several processes asked to save?
     pending: deque[Pending] = field(default_factory=deque, init=False)  # finished steps whose losses are not fetched yet
 
     @property

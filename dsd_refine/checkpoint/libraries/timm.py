@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from accelerate import init_empty_weights
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.models import clean_state_dict
@@ -75,13 +76,15 @@ class TimmLibrary:
         """Return the name of the timm architecture alone."""
         return [self.architecture]
 
-    def build_meta(self) -> torch.nn.Module:
+    def build_meta(self, *, buffers: bool = False) -> torch.nn.Module:
         """Build the model of `config.json` on the meta device with `timm.create_model`.
+
+        With `buffers`, only the parameters are on the meta device.
 
         Raises:
             CheckpointError: timm cannot build it.
         """
-        with _building(self), torch.device("meta"):
+        with _building(self), init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             model: torch.nn.Module = timm.create_model(
                 self.architecture, pretrained=False, pretrained_cfg=self._source_free(), **self.args
             )
@@ -101,11 +104,11 @@ class TimmLibrary:
         del model.pretrained_cfg["state_dict"]  # type: ignore[union-attr, operator]
         return model
 
-    def load_plain(self, folder: Path) -> torch.nn.Module:
+    def load_plain(self, folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         """By `timm.create_model("local-dir:…", pretrained=True)`."""
         with _building(self):
             model = _created(f"local-dir:{folder}")
-        return model.to(torch.float32)
+        return model.to(dtype)
 
     def _source_free(self) -> dict[str, Any]:
         return {key: value for key, value in self.cfg.items() if key not in ("source", "file", "url", "hf_hub_id")}

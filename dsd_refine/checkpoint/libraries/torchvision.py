@@ -86,8 +86,10 @@ class TorchvisionLibrary:
         """Return the name of the torchvision architecture alone."""
         return [self.architecture]
 
-    def build_meta(self) -> torch.nn.Module:
+    def build_meta(self, *, buffers: bool = False) -> torch.nn.Module:
         """Build the model of `config.json` on the meta device with `torchvision.models.get_model`.
+
+        Only its parameters are there: its buffers have their values in any case.
 
         Raises:
             CheckpointError: torchvision cannot build it.
@@ -112,12 +114,12 @@ class TorchvisionLibrary:
             raise CheckpointError(f"{self.folder}: the weights lack what {self.architecture} needs: {listed(missing)}")
         return model
 
-    def load_plain(self, folder: Path) -> torch.nn.Module:
+    def load_plain(self, folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         """By `get_model(…)` and `load_state_dict`, as `snippet` does."""
         tensors: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             tensors |= load_file(file)
-        return self.load(tensors, torch.float32)
+        return self.load(tensors, dtype)
 
     def label_names(self) -> tuple[list[list[str]] | None, int]:
         """As in `Library`. The names of ImageNet-1k have a second one: the WordNet id."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers.models.auto import modeling_auto
 
 from dsd_refine.checkpoint.placement import other_size
@@ -95,14 +96,16 @@ class TransformersLibrary:
         """Return the name of transformers' class that builds and loads the model."""
         return WITH_PICTURES if self.task == "causal-lm" and _sees_pictures(self.config) else TASKS[self.task].auto_class
 
-    def build_meta(self) -> torch.nn.Module:
+    def build_meta(self, *, buffers: bool = False) -> torch.nn.Module:
         """Build the task's auto class from the config on the meta device, with tied weights tied.
+
+        With `buffers`, only the parameters are on the meta device.
 
         Raises:
             CheckpointError: transformers cannot build it.
         """
         auto = getattr(transformers, self.auto_class)
-        with _building(self), torch.device("meta"):
+        with _building(self), init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             model: torch.nn.Module = auto.from_config(self._config(), trust_remote_code=self.trust_remote_code)
         if hasattr(model, "tie_weights"):
             model.tie_weights()  # type: ignore[operator]
@@ -132,12 +135,12 @@ class TransformersLibrary:
         _freeze_as_built(model, built)
         return model  # type: ignore[no-any-return]
 
-    def load_plain(self, folder: Path) -> torch.nn.Module:
+    def load_plain(self, folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         """By `AutoModelFor….from_pretrained(folder)`."""
         auto = getattr(transformers, self.auto_class)
         with _building(self):
             model: torch.nn.Module = auto.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code, local_files_only=True
+                folder, dtype=dtype, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
         return model
 

@@ -1,0 +1,229 @@
+"""A sharded run (FSDP2) does what one process with the batches of all does; what it cannot do is refused."""
+
+import json
+from types import SimpleNamespace
+
+import builders
+import pytest
+import timm
+import torch
+from conftest import ROOT, process
+from outputs import near, report_of, same
+from runs import free_port
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, BertConfig, LlamaConfig, LlamaForCausalLM
+
+from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_unread
+from dsd_refine.checkpoint.libraries.open import open_library
+from dsd_refine.checkpoint.source import find_source
+from dsd_refine.checkpoint.verify import check_plain_values
+from dsd_refine.errors import UsageError
+from dsd_refine.recipe import Recipe
+from dsd_refine.run import sharded
+from dsd_refine.run.open import checkpoint_activations
+from dsd_refine.run.run import Options
+from dsd_refine.training.blocks import repeated_blocks
+
+STEPS = ("--sparse-steps", "5", "--dense-steps", "4", "--gate", "none", "--quiet", "--device", "cpu", "--optimizer", "sgd")
+TEXTS = (
+    *STEPS, "--lr", "0.05", "--control", "dense", "--control", "random", "--gradient-accumulation-steps", "2",
+    "--max-grad-norm", "0.5", "--set", "phases.0.refresh=2", "--set", "phases.1.average=ema", "--set", "phases.1.ema_decay=0.5",
+    "--set", "phases.1.restore=source", "--set", "interpolate=[0.5]", "--save-phases",
+)  # fmt: skip
+LLAMA = (
+    *STEPS, "--lr", "0.05", "--control", "none", "--include", "lm_head.weight", "--max-grad-norm", "0.5",
+)  # fmt: skip
+PICTURES = (*STEPS, "--lr", "0.01", "--control", "none", "--set", "augment={crop: none, flip: 0.0}")
+
+
+@pytest.fixture(scope="module")
+def place(made, tmp_path_factory):
+    """A folder with the outputs of sharded runs in two processes, all of one launch (see tests/support/sharded_worker.py)."""
+    folder = tmp_path_factory.mktemp("sharded")
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    builders.gpt2_checkpoint(folder / "gpt2", vocab_size=41, n_embd=36, n_head=3, **still)
+    llama_checkpoint(folder / "llama-source")
+    texts = [folder / "gpt2", "--data", made / "documents.txt", *TEXTS]
+    pictures = [made / "vit", "--data", made / "colours", *PICTURES]
+    llama = [folder / "llama-source", "--data", made / "documents.txt", *LLAMA]
+    arguments = {
+        "texts": [*texts, "--batch-size", 2],
+        "stopped": [*texts, "--batch-size", 2],
+        "killed": [*texts, "--batch-size", 2],
+        "pictures": [*pictures, "--batch-size", 3],
+        "llama": [*llama, "--batch-size", 2, "--activation-checkpointing", "--cpu-offload"],
+        "half": [*llama, "--batch-size", 2, "--mixed-precision", "bf16"],
+    }
+    (folder / "arguments.json").write_text(json.dumps(arguments, default=str))
+    died = launch(folder, "die")
+    assert died.returncode != 0
+    assert "exitcode: -9" in died.stderr
+    assert "another process of this run has ended; see its message, then go on with --resume" in died.stderr
+    assert not (folder / "killed").exists()
+    assert (folder / "killed.partial/state.json").is_file()
+    done = launch(folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is done") == 2
+    (folder / "one").mkdir()
+    one = {
+        "texts": [*texts, "--batch-size", 4],
+        "pictures": [*pictures, "--batch-size", 6],
+        "llama": [*llama, "--batch-size", 4],
+    }
+    return SimpleNamespace(folder=folder, **one)
+
+
+def launch(*args):
+    """Start tests/support/sharded_worker.py in two processes."""
+    support = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/support'}"
+    how = ("--nproc-per-node", 2, "--master-addr", "127.0.0.1", "--master-port", free_port())
+    worker = ROOT / "tests/support/sharded_worker.py"
+    return process("-m", "torch.distributed.run", *how, worker, *args, PYTHONPATH=support)
+
+
+def llama_checkpoint(folder):
+    """A Llama with sizes that no number of processes divides, in bfloat16, in two files, with a head of its own."""
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=41, hidden_size=36, intermediate_size=101, num_hidden_layers=3, num_attention_heads=3,
+            num_key_value_heads=1, head_dim=12, max_position_embeddings=32, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(0.5)[::2] *= -1  # nothing but ties
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("model-*.safetensors"))) == 2
+    builders.word_tokenizer().save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["texts", "pictures", "llama"])
+def test_a_sharded_run_is_one_process_with_twice_the_batch(place, command, name):
+    """Weights, counts, ties, the reports and the phases; a tied head, odd sizes, clipping, accumulation, refreshed masks."""
+    one, two = place.folder / "one" / name, place.folder / name
+    found = command(*getattr(place, name), "-o", one)
+    assert found.code == 0, found.err
+    near(one, two, 0.004 if name == "llama" else 1e-5)  # a step of bfloat16
+    reports = [report_of(out) for out in (one, two)]
+    assert [report["environment"]["sharded"] for report in reports] == [False, True]
+    assert [report["environment"]["processes"] for report in reports] == [1, 2]
+    for field in ("layers", "masked_share", "data", "interpolated", "selected"):
+        assert reports[0][field] == reports[1][field], field
+    counted = ("arm", "kind", "sparsity", "measured_sparsity", "optimizer_steps", "samples", "lr_first", "lr_last")
+    assert [[[phase[key] for key in counted] for phase in report["phases"]] for report in reports[:1]] == [
+        [[phase[key] for key in counted] for phase in report["phases"]] for report in reports[1:]
+    ]
+    for arm, figures in reports[0]["arms"].items():
+        assert reports[1]["arms"][arm] == pytest.approx(figures, abs=1e-5)
+    assert command("verify", getattr(place, name)[0], two).code == 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "vit", "llama-source"])
+def test_a_model_to_divide_is_opened_without_its_values(place, made, name):
+    """Its parameters have no memory; the files' tensors are where the usual opening finds them."""
+    source = find_source(str(made / "vit" if name == "vit" else place.folder / name))
+    library = open_library(source, None, False)
+    unread, usual = open_unread(source, library), open_checkpoint(source, library)
+    assert all(parameter.is_meta for parameter in unread.model.parameters())
+    assert [*unread.placement] == [*usual.placement]
+    state = usual.model.state_dict()
+    for key, value in unread.values.items():
+        assert torch.equal(value.float(), state[key].float())
+    for key, buffer in unread.model.named_buffers():
+        assert torch.equal(buffer, usual.model.get_buffer(key))
+    check_plain_values(unread)
+    ties = [len({id(p) for _, p in model.named_parameters(remove_duplicate=False)}) for model in (unread.model, usual.model)]
+    assert ties[0] == ties[1]
+
+
+def test_a_sharded_run_computes_in_bf16(place, command):
+    """The outputs of the proof are bf16 too; the weights are near those of float32."""
+    assert report_of(place.folder / "half")["environment"]["sharded"]
+    assert command("verify", place.llama[0], place.folder / "half").code == 0
+    outputs = load_file(place.folder / "half/dsd/probe.safetensors")
+    assert {value.dtype for name, value in outputs.items() if name.endswith("output")} == {torch.bfloat16}
+    near(place.folder / "llama", place.folder / "half", 0.05)
+
+
+def test_the_checkpoint_at_the_end_of_the_sparse_phase_has_its_zeros(place):
+    """It is written tensor by tensor from the rows of all processes."""
+    weights = load_file(place.folder / "texts/dsd/phases/1-sparse/model.safetensors")
+    layers = [layer for layer in report_of(place.folder / "texts")["layers"] if layer["excluded"] is None]
+    assert layers
+    for layer in layers:
+        assert int((weights[layer["name"]] == 0).sum()) == layer["zeros_in_sparse"] == layer["masked"]
+
+
+@pytest.mark.parametrize("name", ["stopped", "killed"])
+def test_an_ended_sharded_run_goes_on_to_the_same_bytes(place, name):
+    """After a signal, and after one of its processes was killed: then the others end too, and nothing is published."""
+    same(place.folder / "texts", place.folder / name)
+
+
+def test_a_sharded_state_is_a_file_of_each_process_and_needs_as_many(place, refused):
+    left = place.folder / "left.partial"
+    state = json.loads((left / "state.json").read_text())
+    parts = [state["tensors"].replace(".safetensors", f".part-{n}-of-2.safetensors") for n in (1, 2)]
+    assert all((left / part).is_file() and part in state["files"] for part in parts)
+    message = refused(*place.texts, "-o", place.folder / "left", "--resume")
+    assert "processes was 2, is 1" in message
+    assert "sharded was True, is False" in message
+
+
+def test_one_process_has_nothing_to_divide(made, refused, tmp_path):
+    message = refused(made / "gpt2", "--data", made / "documents.txt", "-o", tmp_path / "out", *STEPS, "--shard")
+    assert "torchrun --nproc-per-node" in message
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_options_of_memory_name_what_they_need(made, refused, tmp_path):
+    args = [made / "gpt2", "--data", made / "documents.txt", "-o", tmp_path / "out", *STEPS]
+    assert "give --shard too" in refused(*args, "--cpu-offload")
+    with pytest.raises(UsageError, match="this model cannot compute activations again"):
+        checkpoint_activations(torch.nn.Linear(2, 2))
+
+
+def test_accelerates_configuration_chooses_the_engine(monkeypatch):
+    options = Options(output_dir=None)
+    assert not sharded.is_asked(options)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match=r"version 1.*--fsdp_version 2.*--shard"):
+        sharded.is_asked(options)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert sharded.is_asked(options)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UsageError, match=r"DeepSpeed.*--shard"):
+        sharded.is_asked(options)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "task", "named"),
+    [
+        ({"soup": "greedy", "seeds": 2}, {}, "causal-lm", "soup"),
+        ({"search": 4}, {}, "causal-lm", "search"),
+        ({}, {"compile": True}, "causal-lm", "--compile"),
+        ({}, {}, "image-captioning", "the task image-captioning"),
+        ({"mixed_precision": "fp16"}, {}, "causal-lm", "--mixed-precision fp16"),
+        ({"phase": {"frozen": ["*"]}}, {}, "causal-lm", "phases.0.frozen"),
+        ({"phase": {"sam": 0.1}}, {}, "causal-lm", "phases.0.sam"),
+        ({"phase": {"threshold": "global"}}, {}, "causal-lm", "phases.0.threshold: global"),
+        ({"phase": {"criterion": "saliency"}}, {}, "causal-lm", "phases.0.criterion: saliency"),
+        ({"phase": {"distill": {"weight": 0.5}}}, {}, "causal-lm", "phases.0.distill"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(recipe, options, task, named):
+    recipe = dict(recipe)
+    phases = [{"kind": "sparse", "steps": 1, "lr": 0.1, "sparsity": 0.3} | recipe.pop("phase", {})]
+    whole = Recipe.model_validate({"phases": [*phases, {"kind": "dense", "steps": 1, "lr": 0.1}], "holdout": 0.1, **recipe})
+    accelerator = SimpleNamespace(num_processes=2, mixed_precision=whole.mixed_precision or "no")
+    with pytest.raises(UsageError) as error:
+        sharded.refuse_early(whole, Options(output_dir=None, **options), accelerator, task)
+    assert named in str(error.value)
+
+
+def test_the_blocks_of_a_model_are_its_repeated_layers():
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8)
+    bert = AutoModelForMaskedLM.from_config(config)
+    assert repeated_blocks(bert) == list(bert.bert.encoder.layer)
+    vit = timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=24, num_heads=3)
+    assert repeated_blocks(vit) == list(vit.blocks)
