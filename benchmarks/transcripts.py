@@ -2,7 +2,7 @@
 
 espeak-ng reads one to three digits in several voices, pitches and speeds, over noise. A small Whisper is taught on them as the
 first Dense phase, then refined by the default command, and with a rate for so small a model, each beside a control of the same
-budget. Prints word error rates with their intervals for benchmarks/results/transcripts.txt.
+budget. Prints word error rates with their intervals.
 """
 
 from __future__ import annotations
