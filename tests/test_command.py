@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import bert_checkpoint, copy_folder, image_folder, text_csv, timm_checkpoint, write_shards
 from conftest import ROOT, SHORT, hashes, process
-from runs import fresh, run_program
+from runs import fresh, run_program, start
 from safetensors.torch import load_file
 
 import dsd_refine
@@ -319,7 +319,7 @@ def test_help_version_and_recipes(command):
 
 def test_stdout_is_the_result_alone(made, tmp_path):
     one, two = tmp_path / "a", tmp_path / "b"
-    loud = process("-m", "dsd_refine", *picture_run(made, one, *SHORT), "--json")
+    loud = start(*picture_run(made, one, *SHORT), "--json", absent="transformers")
     quiet = fresh(run_program, ROOT / "cli.py", *picture_run(made, two, *SHORT), "--json", "--quiet")
     for found, out in ((loud, one), (quiet, two)):
         assert found.returncode == 0, found.stderr

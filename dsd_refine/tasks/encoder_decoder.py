@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dsd_refine.data.splits import Rows
 from dsd_refine.forward import logits_of
-from dsd_refine.tasks.base import IGNORED, Batch, ChanceBaseline, Forward, Item, Score, Scores, ratio
+from dsd_refine.tasks.base import IGNORED, Batch, ChanceBaseline, Forward, Item, RowPart, Score, Scores, ratio
 from dsd_refine.tasks.causal_lm import uniform_baseline
 from dsd_refine.tasks.inputs.writer import TextWriter
 
@@ -24,25 +23,15 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class TargetPart:
+class TargetPart(RowPart):
     """Rows with their targets. `labels[u]` are the tokens that the decoder is to write for row u, and
     `shifted[u]` those that it sees before each of them. `sources[u]` are the encoder's tokens (empty: the
     encoder reads the table).
     """
 
-    rows: Rows
     labels: list[Array]
     shifted: list[Array]
     sources: list[Array] = field(default_factory=list)
-
-    @property
-    def units(self) -> int:
-        """The number of rows: each row is one unit."""
-        return len(self.rows)
-
-    def row_of(self, unit: int) -> int:
-        """The unit itself, because each row is one unit."""
-        return unit
 
 
 @dataclass

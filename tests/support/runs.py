@@ -74,6 +74,18 @@ def in_two(work, *given, timeout=200):
         return _ended(both, Path(place))
 
 
+def start(*args, absent):
+    """Run the command in a Python that starts for it; returns subprocess.CompletedProcess.
+
+    Raises:
+        AssertionError: At its end the library `absent` was imported.
+    """
+    last = f"sys.stderr.write('{absent}: ' + str('{absent}' in sys.modules))"
+    found = process("-c", f"import sys\nfrom dsd_refine.cli.app import main\ntry:\n    main()\nfinally:\n    {last}", *args)
+    assert found.stderr.endswith(f"{absent}: False"), found.stderr
+    return found
+
+
 def fresh(work, *given, timeout=300, **env):
     """Call `work(*given)` in a process that has imported everything and run nothing: as a new one, but it starts at once.
 
