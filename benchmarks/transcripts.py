@@ -2,7 +2,7 @@
 
 espeak-ng reads one to three digits in several voices, pitches and speeds, over noise. A small Whisper is taught on them as the
 first Dense phase, then refined by the default command, and with a rate for so small a model, each beside a control of the same
-budget. Prints word error rates with their intervals.
+budget. Prints word error rates with their intervals (benchmarks/results/transcripts.txt).
 """
 
 from __future__ import annotations
