@@ -4,7 +4,7 @@ Ours is the public call: refined, dense and random arm, SEEDS seeds each, the ho
 split, the checks, the written checkpoint, the report. Against it: the same number of trainings and evaluations as one writes
 them, without evidence, masks or outputs: each arm and seed trains from the source, over files that are decoded each time, with
 the same fused optimizer; the holdout after each epoch of the last phase, the evaluation rows at the end. Both have the same
-rows in each part. Pictures: ResNet-18 at 128 px on JPEG files of 512 px (ImageNet's have 400 x 350 in the mean), random crops
+rows in each part. Pictures: ResNet-18 at 128 px on JPEG files of 512 px, random crops
 and flips. Texts: a BERT of 6 layers, tokenized as they are read. Seconds of all, in processes of their own, in turn.
 """
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 
 import numpy as np
 import timm
 import torch
 from digits import write_over
 from PIL import Image
-from places import Given, Sources, fold_of, needed
+from places import Given, Sources, copy_pictures, needed
 from torch.nn import functional as F
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -23,10 +22,7 @@ def elpv_trial(sources: Sources, fold: int) -> Given:
     place = sources.work / f"elpv/{fold}"
     given = Given(place / "checkpoint", place / "train", place / "judge")
     if not given.checkpoint.is_dir():
-        for picture in sorted((needed(sources.data, "--realdata") / "elpv/train").rglob("*.png")):
-            part = given.judge if fold_of(picture.read_bytes()) == fold else given.train
-            (part / picture.parent.name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(picture, part / picture.parent.name)
+        copy_pictures(needed(sources.data, "--realdata") / "elpv/train", given, fold)
         teach_cells(sources, given)
     return given
 

@@ -4,7 +4,7 @@ The source is trained for some steps, with a rate that rises from step to step. 
 the source's own loss on the same rows, so that it does not matter which rows are hard. Where the loss begins to rise,
 the rate is too high. That alone is not enough: a source that knows its rows by heart has small gradients, and a rate that is
 harmless for some steps ruins it over an epoch. So the rate is lowered until a step moves the weights by no more than
-MOST_MOVED of their size. The source's weights are restored afterwards: nothing but the rate is taken from the test.
+about MOST_MOVED of their size. The source's weights are restored afterwards: nothing but the rate is taken from the test.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ RISEN = 0.5  # the loss has risen if it is so much above the source's, as a shar
 SHORTEST_RUN = 100  # a run of fewer steps is not worth a test
 USUAL = {"sgd": 0.01, "adamw": 2e-5}  # the rates of such a run: low ones, as released weights are trained on with
 BELOW_EDGE = 1 / 4  # the first rate to measure, as a share of the highest one before the loss rises
-MOST_MOVED = 5e-4  # of a layer's norm in a step; what moved more gained less or was ruined (docs/when-it-helps.md)
+MOST_MOVED = 5e-4  # of a layer's norm in a step: docs/decisions.md says from which trials
 MEASURED, ATTEMPTS = 20, 4  # steps with one rate, of which the second half counts; how often it is lowered
-NEAR = 1.25  # times MOST_MOVED that is near enough: the next measure would find no better rate
+NEAR = 1.25  # a move of up to NEAR times MOST_MOVED is accepted without another measure
 
 
 def test_rates(run: Run) -> None:
@@ -126,7 +126,7 @@ def sweep(
         phase: The phase whose settings count.
         rates: The rate of each step.
         source_losses: The source's losses in these steps. The sweep ends where the loss has risen above them.
-        moves: Gets what each step moved (see `moved`).
+        moves: A list that gets what each step moved (see `moved`); then weights are copied before each step.
 
     Returns:
         The losses of the steps, and the number of examples. The losses end before one that is not finite.
@@ -160,7 +160,7 @@ def sweep(
 
 
 def copies(run: Run) -> dict[str, torch.Tensor]:
-    """Return copies of the weights that can be masked and that are trained."""
+    """Return copies of the parameters that can be masked and that are trained, by name in the model."""
     keys = dict.fromkeys(part.key for layer in run.layers if layer.excluded is None for part in layer.slices)
     return {key: run.loop.parameters[key].detach().clone() for key in keys if run.loop.parameters[key].requires_grad}
 
