@@ -248,6 +248,11 @@ class Augment(Strict):
     ratio: Annotated[tuple[Rate, Rate], Field(strict=False)] = (0.75, 4 / 3)
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0
 
+    @property
+    def draws(self) -> bool:
+        """Does any of it depend on chance?"""
+        return self.crop != "none" or self.flip > 0
+
 
 class Search(Strict):
     """A search over settings (see `dsd_refine.search`). Without `tries` the space is there, but not searched.

@@ -18,7 +18,7 @@ from dsd_refine.recipe import Augment
 from dsd_refine.seeding import seed_all
 from dsd_refine.tasks.inputs import images
 from dsd_refine.tasks.inputs.audio import SpecAugment
-from dsd_refine.tasks.inputs.images import crop_place
+from dsd_refine.tasks.inputs.pixels import crop_place
 from dsd_refine.training.batches import one_ahead
 
 CROPS = ("--set", "augment={crop: random-resized, flip: 0.5}")
@@ -110,8 +110,9 @@ def test_drawing_for_a_row_leaves_the_model_s_generators_alone():
 
 
 @pytest.mark.parametrize("how", [["--cache-gb", "0"], ["--cache-gb", "0.000001"], ["--workers", "2"]])
-def test_a_run_without_a_cache_ends_in_the_same_bytes(command, made, tmp_path, how):
-    args = (made / "timm", "--data", made / "pictures", *SHORT, *CROPS, "--quiet")
+@pytest.mark.parametrize("augment", [CROPS, ("--set", "augment={flip: 0.5}"), ()], ids=["crops", "mirrored", "as it is"])
+def test_a_run_without_a_cache_ends_in_the_same_bytes(command, made, tmp_path, how, augment):
+    args = (made / "timm", "--data", made / "pictures", *SHORT, *augment, "--quiet")
     assert command(*args, "-o", tmp_path / "held").code == 0
     assert command(*args, "-o", tmp_path / "again", *how).code == 0
     same(tmp_path / "held", tmp_path / "again")

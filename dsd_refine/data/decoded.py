@@ -46,10 +46,13 @@ class DecodedRows:
         rows: The number of the table's rows.
         budget: The bytes that are left, shared with other tables.
         writes: This process makes the files. Others only read them.
+
+    Attributes:
+        prepared: The rows are held as the model sees them, not only decoded.
     """
 
     def __init__(self, path: Path, rows: int, budget: Budget, writes: bool) -> None:
-        self.path, self.budget, self.writes = path, budget, writes
+        self.path, self.budget, self.writes, self.prepared = path, budget, writes, False
         self._end, self._lock = 0, threading.Lock()
         self._files: tuple[int, int] | None = None
         if writes:
@@ -60,10 +63,11 @@ class DecodedRows:
 
     def __getstate__(self) -> dict[str, Any]:
         """For worker processes, which only read."""
-        return {"path": self.path}
+        return {"path": self.path, "prepared": self.prepared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.path, self.writes, self._files, self._lock = state["path"], False, None, threading.Lock()
+        self.path, self.prepared = state["path"], state["prepared"]
+        self.writes, self._files, self._lock = False, None, threading.Lock()
 
     def __del__(self) -> None:
         for descriptor in self._files or ():
@@ -99,15 +103,16 @@ class DecodedRows:
             self.budget.take(1 << 62)
             self.writes = False
 
-    def get(self, row: int) -> tuple[bytes, int, int] | None:
+    def get(self, row: int) -> tuple[bytearray, int, int] | None:
         """Return the content of a row and the two numbers of its shape, or None if it is not held."""
         try:
             values, entries = self._open()
             begin, size, first, second = ENTRY.unpack(os.pread(entries, ENTRY.size, row * ENTRY.size))
-            content = os.pread(values, size, begin)
+            content = bytearray(size)
+            read = os.preadv(values, [content], begin)
         except (OSError, struct.error):  # another machine's processes have no such files
             return None
-        return (content, first, second) if size and len(content) == size else None
+        return (content, first, second) if size and read == size else None
 
 
 class Store:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import datasets
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -18,7 +17,7 @@ from dsd_refine.checkpoint.preprocessing import Preprocessing
 from dsd_refine.data.columns import CAPTION, IMAGE, column
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Rows, divide, use_rows
-from dsd_refine.data.tables import in_threads, undecoded
+from dsd_refine.data.tables import in_threads
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.task_specs import TASKS
@@ -26,8 +25,10 @@ from dsd_refine.tasks.base import IGNORED, Batch, ChanceBaseline, Forward, Item,
 from dsd_refine.tasks.causal_lm import uniform_baseline
 from dsd_refine.tasks.causality import WINDOWS, refuse_foresight
 from dsd_refine.tasks.classification import overlap_warning, skip_warnings
+from dsd_refine.tasks.image_rows import stacked, with_files
 from dsd_refine.tasks.inputs.captioner import CaptionGenerator, open_caption_generator
-from dsd_refine.tasks.inputs.images import Seen, examine_picture, look_warnings, picture, pixels
+from dsd_refine.tasks.inputs.images import Seen, examine_picture, look_warnings
+from dsd_refine.tasks.inputs.pixels import pixels
 from dsd_refine.tasks.inputs.tokens import beyond_warnings, load_tokenizer, or_reason
 from dsd_refine.tasks.text_metrics import BLEU_STATS, ORDERS, bleu, bleu_signature, bleu_sums
 
@@ -99,13 +100,13 @@ class ImageCaptioning:
         rows, table = [part.row_of(unit) for unit, _ in items], part.rows.table
         images = []
         for row, (_, seed) in zip(rows, items, strict=True):
-            image = picture(table, self.image_column, int(part.rows.numbers[row]), self.preprocessing.channels)
-            images.append(pixels(image, self.preprocessing, self.augment, seed))
+            number = int(part.rows.numbers[row])
+            images.append(pixels(table, self.image_column, number, self.preprocessing, self.augment, seed))
         tokens = [torch.from_numpy(part.tokens[unit]) for unit, _ in items]
         padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)  # what fills is masked by length, never by id
         real = torch.arange(1, padded.shape[1]) < torch.tensor([[len(ids)] for ids in tokens])
         name, mask = self.generator.inputs
-        inputs = {self.preprocessing.input_name: torch.stack(images), name: padded[:, :-1], mask: real.long()}
+        inputs = {self.preprocessing.input_name: stacked(images), name: padded[:, :-1], mask: real.long()}
         final = torch.tensor([part is self.eval and part.leads(unit) for unit, _ in items])
         texts = tuple(part.rows.texts[row] for row in rows)
         return Batch(inputs, torch.where(real, padded[:, 1:], IGNORED), int(real.sum()), {"final": final}, texts)
@@ -228,11 +229,11 @@ def prepare_captions(
     image = column(first, recipe.image_column, IMAGE)
 
     def examined(table: Table) -> Rows:
-        table = undecoded(table, image, datasets.Image)
         text = column(table, recipe.text_column, CAPTION, [image])
-        return use_rows(table, _examine(table, image, table.rows[text][:], preprocessing.channels, generator, looked))
+        return use_rows(table, _examine(table, image, table.rows[text][:], preprocessing, generator, looked))
 
     looked: list[tuple[str | int, Seen]] = []
+    tables, evaluation = with_files(tables, evaluation, image, preprocessing, recipe.augment)
     used = {name: examined(table) for name, table in tables.items()}
     judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
     divided = divide(used, judged, recipe.holdout)
@@ -248,7 +249,7 @@ def _examine(
     table: Table,
     image: str,
     texts: Sequence[Any],
-    channels: int,
+    preprocessing: Preprocessing,
     generator: CaptionGenerator,
     looked: list[tuple[str | int, Seen]],
 ) -> list[Examined]:
@@ -259,7 +260,7 @@ def _examine(
     def examine_row(row: int) -> tuple[Examined, Seen]:
         if reasons[row]:
             return Examined(b"", reason=reasons[row]), Seen()
-        digest, seen, reason = examine_picture(table, image, row, channels)
+        digest, seen, reason = examine_picture(table, image, row, preprocessing)
         return (Examined(digest, reason=reason) if reason else Examined(digest, texts=said[row])), seen
 
     examined = in_threads(examine_row, len(texts))

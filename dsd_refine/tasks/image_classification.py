@@ -80,8 +80,8 @@ def prepare_images(
         DataError: no image or label column, no usable rows, labels that do not match.
     """
     image = column(next(iter(tables.values())), recipe.image_column, IMAGE)
-    tables, evaluation = with_files(tables, image), with_files(evaluation, image) if evaluation else None
-    examiner = ImageExaminer(image, preprocessing.channels)
+    tables, evaluation = with_files(tables, evaluation, image, preprocessing, recipe.augment)
+    examiner = ImageExaminer(image, preprocessing)
 
     def label(table: Table) -> str:
         return column(table, recipe.label_column, LABEL)

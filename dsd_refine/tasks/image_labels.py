@@ -43,11 +43,11 @@ def prepare_image_labels(
     first = tables.get("train") or next(iter(tables.values()))
     chosen = choose(first, kinds, {"image": recipe.image_column, "label": recipe.label_column})
     (image,) = chosen["image"]
-    examiner = ImageExaminer(image, preprocessing.channels)
+    examiner = ImageExaminer(image, preprocessing)
+    tables, evaluation = with_files(tables, evaluation, image, preprocessing, recipe.augment)
     matched, (train, holdout, judge), divided = label_set_parts(
-        recipe, with_files(tables, image), with_files(evaluation, image) if evaluation else None,
-        chosen["label"], examiner.examine, aliases, classes,
-    )  # fmt: skip
+        recipe, tables, evaluation, chosen["label"], examiner.examine, aliases, classes
+    )
     warnings = overlap_warning(divided) + skip_warnings(divided) + examiner.warnings()
     task = ImageLabels(matched, train, holdout, judge, metric, warnings)  # type: ignore[arg-type]
     task.reads(image, preprocessing, recipe.augment)

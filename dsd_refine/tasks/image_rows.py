@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 
 from dsd_refine.checkpoint.preprocessing import Preprocessing
@@ -15,7 +16,9 @@ from dsd_refine.data.tables import in_threads, undecoded
 from dsd_refine.errors import DataError
 from dsd_refine.recipe import Augment
 from dsd_refine.tasks.base import Item, Tables
-from dsd_refine.tasks.inputs.images import Seen, examine_picture, look_warnings, picture, pixels
+from dsd_refine.tasks.inputs.held_pictures import choose_what_is_held
+from dsd_refine.tasks.inputs.images import Seen, examine_picture, look_warnings
+from dsd_refine.tasks.inputs.pixels import pixels
 
 
 class ImageRows:
@@ -31,23 +34,30 @@ class ImageRows:
 
     def inputs(self, part: Any, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         """Decode the images, prepare them as the checkpoint does, and augment those with a seed: images x C x H x W."""
-        return {self.preprocessing.input_name: torch.stack([self._pixels(part, unit, seed) for unit, seed in items])}
+        return {self.preprocessing.input_name: stacked([self._pixels(part, unit, seed) for unit, seed in items])}
 
     def _pixels(self, part: Any, unit: int, seed: int | None) -> torch.Tensor:
         table, row = part.rows.table, int(part.rows.numbers[unit])
         try:
-            image = picture(table, self.image_column, row, self.preprocessing.channels)
-            return pixels(image, self.preprocessing, self.augment, seed)
+            return pixels(table, self.image_column, row, self.preprocessing, self.augment, seed)
         except DataError as error:  # it was readable when the run began
             raise DataError(f"{part.rows.name(unit)}: {error}") from None
+
+
+def stacked(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Images of one size as a batch.
+
+    torch's own `stack` would use several threads, which belong to the model while a thread makes the next batch.
+    """
+    return torch.from_numpy(np.stack([image.numpy() for image in images]))
 
 
 class ImageExaminer:
     """Looks through rows of images before they are used: which can be used, and what to warn of."""
 
-    def __init__(self, image: str, channels: int) -> None:
-        """`image` is the column, `channels` those that the model takes."""
-        self.image, self.channels = image, channels
+    def __init__(self, image: str, preprocessing: Preprocessing) -> None:
+        """`image` is the column, `preprocessing` the model's."""
+        self.image, self.preprocessing = image, preprocessing
         self.looked_at: list[tuple[str | int, Seen]] = []
 
     def examine(self, table: Table, labels: Sequence[str | None]) -> list[Examined]:
@@ -59,7 +69,7 @@ class ImageExaminer:
     def _row(self, table: Table, row: int, label: str | None) -> tuple[Examined, Seen]:
         if label is None:
             return Examined(b"", None, "no label"), Seen()
-        digest, seen, reason = examine_picture(table, self.image, row, self.channels)
+        digest, seen, reason = examine_picture(table, self.image, row, self.preprocessing)
         return Examined(digest, label, reason), seen
 
     def warnings(self) -> list[str]:
@@ -67,6 +77,14 @@ class ImageExaminer:
         return look_warnings(self.looked_at)
 
 
-def with_files(tables: Tables, image: str) -> Tables:
-    """The tables with the images as files, not decoded."""
-    return {name: undecoded(table, image, datasets.Image) for name, table in tables.items()}
+def with_files(
+    tables: Tables, evaluation: Tables | None, image: str, preprocessing: Preprocessing, augment: Augment
+) -> tuple[Tables, Tables | None]:
+    """Both with the images as files, not decoded. Also decides what is held of them."""
+    both = []
+    for given in (tables, evaluation):
+        if given is not None:
+            choose_what_is_held(given, preprocessing, augment, judges=given is evaluation)
+            given = {name: undecoded(table, image, datasets.Image) for name, table in given.items()}
+        both.append(given)
+    return both[0] or {}, both[1]

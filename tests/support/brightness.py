@@ -21,7 +21,7 @@ from dsd_refine.data.tables import raw_bytes, undecoded
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Augment, Recipe
 from dsd_refine.tasks.base import Batch, ChanceBaseline, Forward, Item, Score, Scores, Tables, ratio
-from dsd_refine.tasks.inputs.images import picture, pixels
+from dsd_refine.tasks.inputs.pixels import pixels
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Brightness:
 
     def batch(self, part: ImagePart, items: Sequence[Item]) -> Batch:
         rows = [(int(part.rows.numbers[unit]), seed) for unit, seed in items]
-        raws = [(picture(part.rows.table, self.image_column, row, self.preprocessing.channels), seed) for row, seed in rows]
-        images = torch.stack([pixels(raw, self.preprocessing, Augment(), seed) for raw, seed in raws])
+        given = part.rows.table, self.image_column
+        images = torch.stack([pixels(*given, row, self.preprocessing, Augment(), seed) for row, seed in rows])
         return Batch({self.preprocessing.input_name: images}, images.mean((1, 2, 3)), len(items))
 
     def logits(self, forward: Forward, batch: Batch) -> torch.Tensor:

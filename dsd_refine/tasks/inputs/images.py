@@ -1,12 +1,9 @@
-"""Images as models take them: safe decoding, then the checkpoint's own preprocessing and the
-recipe's augmentation.
-"""
+"""Pictures of any file, decoded safely, and what is odd about them."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import math
 import threading
 import warnings
 from collections.abc import Sequence
@@ -15,15 +12,13 @@ from dataclasses import dataclass
 
 import datasets
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.transforms import functional
 
-from dsd_refine.checkpoint.preprocessing import Preprocessing
+from dsd_refine.checkpoint.preprocessing import MODES, Preprocessing
 from dsd_refine.data.reading import Table
 from dsd_refine.data.tables import in_words, raw_bytes, undecoded
 from dsd_refine.errors import DataError
-from dsd_refine.recipe import Augment
+from dsd_refine.tasks.inputs.held_pictures import hold
 
 # the formats that are opened, whatever a file's name says: others run programs (PostScript) or are
 # documents
@@ -31,8 +26,6 @@ Image.init()
 
 _SAFE = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 FORMATS: list[str] = [name for name in _SAFE if name in Image.OPEN]
-
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the channels that a model takes
 
 PIXELS, ELONGATED = 100_000_000, 200  # limits: pixels of a picture, and its long side over its short side
 
@@ -159,51 +152,6 @@ def _converted(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == wanted else image.convert(wanted)
 
 
-def picture(table: Table, name: str, row: int, channels: int) -> Image.Image:
-    """A row's picture: as it is held, or decoded again. Raises as `decode` does."""
-    held = table.decoded.get(row) if table.decoded is not None else None
-    if held is None:
-        return decode(raw_bytes(table, name, row), channels)
-    content, height, width = held
-    return Image.frombytes(MODES[channels], (width, height), content)
-
-
-def pixels(image: Image.Image, preprocessing: Preprocessing, augment: Augment, seed: int | None) -> torch.Tensor:
-    """A picture as the model sees it: augmented by what `seed` draws, or (None) as in evaluation."""
-    if seed is None:
-        return preprocessing.evaluation(image)
-    draw = torch.Generator().manual_seed(seed)  # a generator of its own: the model draws from torch's at the same time
-    if augment.flip and torch.rand(1, generator=draw) < augment.flip:
-        image = functional.hflip(image)
-    if augment.crop == "none":
-        return preprocessing.training(image)
-    place = crop_place(image.height, image.width, augment, draw)
-    return preprocessing.normalise(functional.resized_crop(image, *place, preprocessing.size, preprocessing.interpolation))
-
-
-def crop_place(height: int, width: int, augment: Augment, draw: torch.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random-resized crop, as torchvision's RandomResizedCrop draws them.
-
-    Its own function draws from torch's global generator, which belongs to the model's dropout.
-    """
-    (shallow, wide), area = torch.log(torch.tensor(augment.ratio)).tolist(), height * width
-    for _ in range(10):
-        wanted = area * torch.empty(1).uniform_(*augment.scale, generator=draw).item()
-        ratio = torch.exp(torch.empty(1).uniform_(shallow, wide, generator=draw)).item()
-        w, h = round(math.sqrt(wanted * ratio)), round(math.sqrt(wanted / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            top = torch.randint(0, height - h + 1, (1,), generator=draw).item()
-            left = torch.randint(0, width - w + 1, (1,), generator=draw).item()
-            return int(top), int(left), h, w
-    own = width / height  # no such crop fits: the largest one in the middle whose ratio is allowed
-    w, h = width, height
-    if own < min(augment.ratio):
-        h = round(w / min(augment.ratio))
-    elif own > max(augment.ratio):
-        w = round(h * max(augment.ratio))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
 def is_picture(table: Table, names: Sequence[str], row: int) -> bool:
     """Can a row's picture be read, by a model of whatever channels?"""
     (image,) = names
@@ -214,15 +162,15 @@ def is_picture(table: Table, names: Sequence[str], row: int) -> bool:
     return True
 
 
-def examine_picture(table: Table, name: str, row: int, channels: int) -> tuple[bytes, Seen, str | None]:
-    """The digest of a row's picture, what is odd about it, and why it cannot be used (None: it
-    can).
+def examine_picture(table: Table, name: str, row: int, preprocessing: Preprocessing) -> tuple[bytes, Seen, str | None]:
+    """The digest of a row's picture, what is odd about it, and why it cannot be used (None: it can).
+
+    A picture that can be used is held for the run, if there is room.
     """
     try:
         raw = raw_bytes(table, name, row)
-        image, seen = look(raw, channels)
-        if table.decoded is not None:
-            table.decoded.put(row, image.tobytes(), image.height, image.width)
+        image, seen = look(raw, preprocessing.channels)
+        hold(table, row, image, preprocessing)
     except OSError as error:
         return b"", Seen(), f"unreadable file ({error.strerror or error})"
     except (DataError, TypeError) as error:
