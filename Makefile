@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 
 # What `make bench` measures, one table each in benchmarks/results/; alone on the machine, about an hour and a half on two cores.
-BENCHES := step overhead pictures throughput evaluate lengths workers masks checkpoint start growth
+BENCHES := step overhead pictures throughput evaluate whole lengths workers masks checkpoint start growth
 
 .PHONY: demo test test-lowest coverage check docs release-check bench format clean
 

@@ -5,7 +5,8 @@ split, the checks, the written checkpoint, the report. Against it: the same numb
 them, without evidence, masks or outputs: each arm and seed trains from the source, over files that are decoded each time, with
 the same fused optimizer; the holdout after each epoch of the last phase, the evaluation rows at the end. Both have the same
 rows in each part. Pictures: ResNet-18 at 128 px on JPEG files of 512 px, random crops
-and flips. Texts: a BERT of 6 layers, tokenized as they are read. Seconds of all, in processes of their own, in turn.
+and flips. Texts: a BERT of 6 layers, tokenized as they are read. Seconds of all, in processes of their own, in turn. Of ours
+also the memory at the ends of the first and the last training, above that at the beginning of the call.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Round, apart, arguments, each_in_a_place, ratio, table, timed, verdict
+from common import Round, anonymous, apart, arguments, each_in_a_place, ratio, table, timed, verdict
 from made import bert_folder, pictures, text_table, timm_folder
 from torch import nn
+
+from dsd_refine.training.hooks import Hooks, Place
 
 BATCH, SIZE, LENGTH = 32, 128, 48
 ARMS, SEEDS = ("refined", "dense", "random"), 3
 CROP = {"crop": "random-resized", "scale": (0.35, 1.0), "ratio": (0.75, 4 / 3), "flip": 0.5}
 BERT = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
-PARTS = {"train": 288, "validation": 32, "test": 80}  # rows
+PARTS = {"train": 160, "validation": 32, "test": 64}  # rows
 MOST = {"pictures": 0.9, "texts": 1.0}  # our seconds over the bare loops'
 Example = tuple[torch.Tensor, int]
 Read = Callable[[Any, bool], Example]  # a row, and whether it is augmented
@@ -37,16 +40,27 @@ def ours(source: Path, data: Path, out: Path, epochs: int, **recipe: Any) -> Ite
     """The whole call; a round is a new output."""
     import dsd_refine
 
-    number = iter(range(1 << 20))
+    number, held = iter(range(1 << 20)), Held()
 
     def run() -> None:
+        held.clear()
+        held.append(anonymous())
         dsd_refine.refine(
             str(source), data=str(data), output_dir=out / f"out-{next(number)}", control=["dense", "random"], seeds=SEEDS,
             sparse_epochs=epochs, dense_epochs=epochs, lr=1e-3, schedule="constant", batch_size=BATCH, gate="none",
-            device="cpu", **recipe,
+            device="cpu", callbacks=[held], **recipe,
         )  # fmt: skip
 
     yield timed(run)
+    first, last = (f"{(held[place] - held[0]) / 1e6:.0f}" for place in (2, -1))
+    print(f"memory of ours, MB: {first} after the first training, {last} after the last of {len(held) // 2}", flush=True)
+
+
+class Held(Hooks, list[int]):
+    """Bytes of memory at the ends of phases."""
+
+    def on_phase_end(self, place: Place) -> None:
+        self.append(anonymous())
 
 
 def trainings(build: Callable[[], nn.Module], parts: list[list[Any]], read: Read, epochs: int, adamw: bool) -> None:
@@ -177,7 +191,7 @@ def texts(given: Any, folder: Path) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, 3)
+    given = arguments(__doc__, 7)
     each_in_a_place(given, images, texts)
 
 

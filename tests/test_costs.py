@@ -10,13 +10,16 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from conftest import SHORT, process
+from outputs import report_of
 from runs import start
 
 from dsd_refine.checkpoint.libraries.timm import TimmLibrary
 from dsd_refine.recipe import Recipe
 from dsd_refine.run import open as opening
+from dsd_refine.run import phase as phases
 from dsd_refine.run.run import Options
 from dsd_refine.system import keep_freed_memory
+from dsd_refine.training.evaluate import evaluate
 
 EPOCHS = ("--sparse-epochs", "2", "--dense-epochs", "1", "--gate", "none", "--device", "cpu", "--quiet", "--batch-size", "8")
 
@@ -42,6 +45,22 @@ def test_the_source_is_loaded_once_whatever_the_arms(command, made, tmp_path, mo
     found = command(made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *SHORT, "--gate", "none", *arms)
     assert found.code == 0, found.err
     assert loads == {"load": 1, "load_plain": 2}
+
+
+@pytest.mark.parametrize("averaged", ["none", "swa"])
+def test_the_same_weights_are_scored_once_on_the_holdout(command, made, tmp_path, monkeypatch, averaged):
+    """At the end of the sparse phase, and of each epoch of the last one. That of the last epoch is the phase's."""
+    seen = []
+    monkeypatch.setattr(phases, "evaluate", lambda loop, part, *more: seen.append(part) or evaluate(loop, part, *more))
+    args = ("--sparse-epochs", "2", "--dense-epochs", "3", "--gate", "none", "--control", "none", "--batch-size", "8")
+    args += ("--set", f"phases.1.average={averaged}", "--device", "cpu", "-o", tmp_path / "out")
+    found = command(made / "timm", "--data", made / "pictures", *args)
+    assert found.code == 0, found.err
+    assert len(seen) == 4
+    again = command(made / "timm", "--data", made / "pictures", *args[:-1], tmp_path / "again", "--keep", "last")
+    assert again.code == 0, again.err
+    (one, other), (once, anew) = (report_of(tmp_path / name)["phases"] for name in ("out", "again"))
+    assert (one["holdout"], other["holdout"]) == (once["holdout"], anew["holdout"])
 
 
 FAULTS = """

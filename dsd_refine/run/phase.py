@@ -177,6 +177,7 @@ def end_epoch(run: Run, phase: Phase, state: PhaseState) -> None:
             if averaged or returned:
                 reestimate(loop, state.key)
             scores = score_holdout(run, state)
+            state.scores = scores
             keep_if_best(run, state, epoch, returned, scores)
             give_up_if_hopeless(run, state, scores)
     progress.ended = progress.step
@@ -354,7 +355,10 @@ def leave_phase(run: Run, phase: Phase, state: PhaseState) -> None:
     loop.hooks.on_phase_end(state.place)
     zeros = masking.count_zeros(run.layers, loop.whole(loop.parameters))
     is_kept_here = state.last and (run.recipe.keep != "best" or progress.step == 0)
-    scores = score_holdout(run, state, log=is_kept_here or not state.last)
+    # The end of the last epoch has scored these weights, or their average, with the same statistics.
+    scores = state.scores
+    if scores is None:
+        scores = score_holdout(run, state, log=is_kept_here or not state.last)
     if not state.last:
         give_up_if_hopeless(run, state, scores)
     if is_kept_here or (state.lost and not state.last):

@@ -16,7 +16,7 @@ from torch import nn
 from dsd_refine.masking.layers import Layer
 from dsd_refine.masking.masks import Masks, masker
 from dsd_refine.recipe import Phase, Recipe
-from dsd_refine.tasks.base import Batch, Forward, Task
+from dsd_refine.tasks.base import Batch, Forward, Scores, Task
 from dsd_refine.training.average import Average
 from dsd_refine.training.hooks import Hooks, Place
 from dsd_refine.training.optimizer import make_optimizer
@@ -171,6 +171,7 @@ class PhaseState:
     reestimated: str | None = None  # why BatchNorm's statistics were computed again at the end of the phase
     apply: Callable[[], None] = field(default=lambda: None, init=False)  # sets the masked weights to 0
     lost: str | None = field(default=None, init=False)  # why the try is lost: it ends here
+    scores: Scores | None = field(default=None, init=False)  # on the holdout, of the weights at the end of the latest epoch
     must_stop: bool = field(default=False, init=False)  # was one of several processes asked to stop?
     must_save: bool = field(default=False, init=False)  # was one of several processes asked to save?
     pending: deque[Pending] = field(default_factory=deque, init=False)  # finished steps whose losses are not fetched yet
