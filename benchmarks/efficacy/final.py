@@ -1,6 +1,6 @@
 """The final comparison of a task, with the default recipe: what a user gets.
 
-    python benchmarks/efficacy/final.py TASK WORK [--realdata DIR] [--released DIR] [--seeds N] [--recipe NAME]
+    python benchmarks/efficacy/final.py TASK WORK [--realdata DIR] [--released DIR] [--seeds N] [--recipe NAME] [--keep last]
 
 Runs the default command (no flag of the task) with `--publish best`, the controls dense and random, and five seeds; then SWA
 of the same budget: one phase without a mask at the recipe's first rate, held constant. Writes both summaries, with intervals
@@ -40,12 +40,13 @@ def main() -> None:
     parser.add_argument("--released", type=Path, help="their checkpoints")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--recipe", help="another recipe than the default one")
+    parser.add_argument("--keep", choices=("best", "last"), help="otherwise than the recipe says")
     parser.add_argument("--device", default="cpu", help="where the runs run")
     parser.add_argument("--out", type=Path, help="the file of the result")
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     place = TASKS[given.task].final(Sources(given.released, given.realdata, given.work))
-    text = f"{machine(given.device)}\n\n{compared(TASKS[given.task], place, given.seeds, given.recipe, given.device)}"
+    text = f"{machine(given.device)}\n\n{compared(TASKS[given.task], place, given)}"
     out = given.out or ledger.FOLDER / f"{given.task}.txt"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
@@ -58,15 +59,17 @@ def machine(device: str) -> str:
     return f"{where}, Python {platform.python_version()}, {versions}"
 
 
-def compared(task: EfficacyTask, place: Given, seeds: int, recipe: str | None, device: str) -> str:
+def compared(task: EfficacyTask, place: Given, given: argparse.Namespace) -> str:
     """Both runs: the default command with its controls, and SWA of the same budget."""
-    common = {"seeds": seeds, "gate": "none", "device": device}
+    common = {"seeds": given.seeds, "gate": "none", "device": given.device}
+    common |= {"keep": given.keep} if given.keep else {}
     if "max_length" in task.recipe:  # what the checkpoint was trained with; the command cannot know it
         common["max_length"] = task.recipe["max_length"]
-    first, used = run(place, recipe, common | {"control": ["dense", "random"], "publish": "best"})
+    first, used = run(place, given.recipe, common | {"control": ["dense", "random"], "publish": "best"})
     swa = used | {"name": "swa of the same budget", "phases": [averaged(used["phases"])], "control": [], "publish": "refined"}
-    second, _ = run(place, validate(swa), {"device": device})
-    return f"# the default command, --publish best\n\n{first}\n\n# SWA of the same budget, no mask\n\n{second}\n"
+    second, _ = run(place, validate(swa), {"device": given.device})
+    kept = f", --keep {given.keep}" if given.keep else ""
+    return f"# the default command, --publish best{kept}\n\n{first}\n\n# SWA of the same budget, no mask\n\n{second}\n"
 
 
 def averaged(phases: list[dict[str, Any]]) -> dict[str, Any]:

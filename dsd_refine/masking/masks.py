@@ -307,7 +307,12 @@ def check_masks(masks: Masks, parameters: Mapping[str, torch.Tensor]) -> None:
 @torch.no_grad()
 def count_zeros(layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Count the weights of each layer that are exactly 0 now, by the layer's name."""
-    return {layer.name: sum(int((group == 0).sum()) for _, group in _groups(layer, parameters)) for layer in layers}
+    return {layer.name: sum(zeros_in(group) for _, group in _groups(layer, parameters)) for layer in layers}
+
+
+def zeros_in(values: torch.Tensor) -> int:
+    """Count the values that are exactly 0."""
+    return values.numel() - int(torch.count_nonzero(values))
 
 
 @torch.no_grad()
