@@ -84,7 +84,8 @@ def memory_warnings(task: Task, holdout: Scores, evaluation: Scores) -> list[str
     return [
         f"the source's {task.metric} is {here:.4f} on the holdout, which was carved from the training rows, and {there:.4f} on "
         "the evaluation rows: it was probably trained on the rows of the holdout. Then the holdout prefers weights that "
-        "remember them, and with `publish: best` the source. Name rows that the source does not know: --holdout-split"
+        "remember them, and with `publish: best` the source. Name rows that the source does not know "
+        "(--holdout-split), or keep the weights of the last epoch whatever the holdout prefers (--keep last)"
     ]
 
 
