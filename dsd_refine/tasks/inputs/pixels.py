@@ -29,19 +29,19 @@ def pixels(table: Table, name: str, row: int, preprocessing: Preprocessing, augm
     It is taken as it is held, or decoded again. Raises as `decode` does.
     """
     if seed is not None and augment.draws:
-        levels = held_whole(table, row, preprocessing.channels)
-        return augmented(_decoded(table, name, row, preprocessing) if levels is None else levels, preprocessing, augment, seed)
+        return augmented(whole(table, name, row, preprocessing.channels), preprocessing, augment, seed)
     prepare = preprocessing.evaluation if seed is None or preprocessing.is_one else preprocessing.training
     held = held_pixels(table, row, preprocessing) if prepare is preprocessing.evaluation else None
+    return prepare(image_of(whole(table, name, row, preprocessing.channels).transpose(2, 0, 1))) if held is None else held
+
+
+def whole(table: Table, name: str, row: int, channels: int) -> Array:
+    """The image of a row: uint8, height x width x channels. As it is held, or decoded again."""
+    held = held_whole(table, row, channels)
     if held is not None:
         return held
-    levels = held_whole(table, row, preprocessing.channels)
-    return prepare(image_of((_decoded(table, name, row, preprocessing) if levels is None else levels).transpose(2, 0, 1)))
-
-
-def _decoded(table: Table, name: str, row: int, preprocessing: Preprocessing) -> Array:
-    image = decode(raw_bytes(table, name, row), preprocessing.channels)
-    return np.array(image).reshape(image.height, image.width, preprocessing.channels)
+    image = decode(raw_bytes(table, name, row), channels)
+    return np.array(image).reshape(image.height, image.width, channels)
 
 
 def augmented(levels: Array, preprocessing: Preprocessing, augment: Augment, seed: int) -> torch.Tensor:
