@@ -360,8 +360,9 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
 
 
 def _advice(rows: Rows) -> str:
-    """The reader's advice on a table with few rows, or nothing."""
-    return f"\n{rows.table.advice}" if rows.table.advice else ""
+    """Why rows of a table with few rows were skipped, and the reader's advice on it, or nothing."""
+    skipped = f". Beside these rows{_why(rows).removeprefix(':')}" if rows.skipped else ""
+    return skipped + (f"\n{rows.table.advice}" if rows.table.advice else "")
 
 
 def _option_of(rows: Rows) -> str:
