@@ -226,6 +226,9 @@ def test_rows_of_other_names_are_refused_with_what_would_do(refused, chat, tmp_p
     assert "chosen and rejected are pairs for a reward model, whose head has one output" in said
     said = refused(chat / "model", "--data", write(tmp_path / "d.jsonl", *[{"q": "a dog", "a": "a cat"}] * 9), *QUIET)
     assert "or a question and its answer: --text-column QUESTION,ANSWER" in said
+    texts = write(tmp_path / "texts.jsonl", *[{"text": f"the cat {n}"} for n in range(3)])
+    said = refused(chat / "model", "--data", chat / "talk.jsonl", "--eval-data", texts, *QUIET)
+    assert "no usable rows in --eval-data: 3 rows were skipped (3 ends with a message of the user" in said
 
 
 def test_the_loss_is_that_of_the_answers_tokens(command, chat, tmp_path):
