@@ -1,17 +1,17 @@
-"""A small model and made data for three tasks: `python benchmarks/small_tasks.py OUT [questions|sounds|digits …]`.
+"""A small model and made data for seven tasks: `python benchmarks/small_tasks.py OUT [questions|sounds|digits|tags …]`.
 
-Each model is taught here as the first Dense phase, then refined by the task's default recipe with rates and lengths for so
-small a model, beside a control of the same budget. Prints the summaries.
+Each model is taught here as the first Dense phase, then refined by the default command, and with rates and lengths for so
+small a model, each beside a control of the same budget. Prints the summaries.
 It takes some minutes on one core.
 
 questions: a BERT finds the answer in facts about invented people; a fifth of the questions has no answer in its context.
 sounds: a wav2vec2 tells eight rising and falling tones in noise.
 digits: a ViT names which of the ten digits of scikit-learn stand in a picture of three.
+tags, scores, answers, words: see benchmarks/small_texts.py.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import small_texts
 import soundfile
 import torch
 import transformers
@@ -44,15 +45,11 @@ VERBS = {"lives in": "where does {} live", "works in": "where does {} work", "co
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 GLIDES = {f"{begin} to {end}": (begin, end) for begin, end in
           ((300, 600), (600, 300), (300, 900), (900, 300), (600, 900), (900, 600), (500, 500), (800, 800))}  # fmt: skip
-COMMON = (
-    "--optimizer", "adamw", "--schedule", "cosine", "--warmup-steps", "10", "--control", "dense", "--gate", "none", "--quiet",
-    "--overwrite", "--sparse-epochs", "3", "--dense-epochs", "2", "--batch-size", "16", "--lr", "5e-4",
+COMMON = ("--control", "dense", "--gate", "none", "--quiet", "--overwrite")
+RATE = (
+    "--optimizer", "adamw", "--schedule", "cosine", "--warmup-steps", "10", "--sparse-epochs", "3", "--dense-epochs", "2",
+    "--batch-size", "16", "--lr", "5e-4",
 )  # fmt: skip
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def asked(draw: np.random.Generator) -> dict[str, Any]:
@@ -80,7 +77,7 @@ def questions(out: Path) -> Any:
     """Rows in SQuAD's layout, and an untrained BERT with a tokenizer of whole words."""
     for number, split in enumerate(ROWS):
         draw = np.random.default_rng([0, number])
-        _write_lines(out / "data" / f"{split}.jsonl", [asked(draw) for _ in range(2 * ROWS[split])])
+        small_texts.write_lines(out / "data" / f"{split}.jsonl", [asked(draw) for _ in range(2 * ROWS[split])])
     words = sorted({word for text in (*VERBS, *VERBS.values()) for word in text.split()} - {"{}"})
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, ".", "old", *words, *PEOPLE, *PLACES])}
     whole = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -163,7 +160,7 @@ def digits(out: Path) -> Any:
                 picture[top : top + 8, left : left + 8] = images[digit].reshape(8, 8)
             Image.fromarray((picture * 15.9).astype(np.uint8)).save(place / f"{row:04}.png")
             rows.append({"file_name": f"{row:04}.png", "labels": sorted({names[labels[digit]] for digit in chosen})})
-        _write_lines(place / "metadata.jsonl", rows)
+        small_texts.write_lines(place / "metadata.jsonl", rows)
     size = {"height": 24, "width": 24}
     transformers.ViTImageProcessor(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(out / "model")
     return transformers.ViTForImageClassification(
@@ -186,7 +183,11 @@ def digits(out: Path) -> Any:
 TASKS: dict[str, tuple[Callable[[Path], Any], str, int, float, tuple[str, ...]]] = {
     "questions": (questions, "question-answering", 12, 2e-3, ()),
     "sounds": (sounds, "audio-classification", 12, 2e-3, ()),
-    "digits": (digits, "image-classification", 12, 2e-3, ("--set", "augment={}", "--set", "metric=map")),
+    "digits": (digits, "image-classification", 12, 2e-3, ("--set", "metric=map")),
+    "tags": (small_texts.tags, "token-classification", 6, 2e-3, ()),
+    "scores": (small_texts.scores, "text-classification", 6, 2e-3, ()),
+    "answers": (small_texts.answers, "text-classification", 6, 2e-3, ()),
+    "words": (small_texts.words, "masked-lm", 4, 2e-3, ("--task", "masked-lm")),
 }
 
 
@@ -204,7 +205,8 @@ def main() -> None:
         print(
             f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, first Dense in {time.time() - started:.0f} s"
         )
-        refine(out, "model", "refined", (*COMMON, *options))
+        refine(out, "model", "default", (*options, *COMMON))
+        refine(out, "model", "rate", (*options, *COMMON, *RATE))
 
 
 if __name__ == "__main__":

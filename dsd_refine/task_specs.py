@@ -271,12 +271,13 @@ _ALL = (
 
 TASKS: dict[str, TaskSpec] = {spec.name: spec for spec in _ALL}
 
-# Other words for these tasks, besides the Hub's.
+# Other words for these tasks or for the Hub's names of them.
 ALSO_CALLED = {
     "ner": "token-classification", "pos-tagging": "token-classification", "reward-modeling": "text-classification",
     "reward": "text-classification", "reranking": "text-classification", "text-ranking": "text-classification",
-    "sentiment-analysis": "text-classification", "speech-recognition": "ctc-speech", "asr": "ctc-speech",
-    "language-modeling": "causal-lm", "sft": "causal-lm",
+    "sentiment-analysis": "text-classification", "speech-recognition": "automatic-speech-recognition",
+    "asr": "automatic-speech-recognition", "language-modeling": "causal-lm", "sft": "causal-lm",
+    "summarization": "seq2seq-lm", "translation": "seq2seq-lm", "feature-extraction": "embedding",
 }  # fmt: skip
 
 # Tasks that people ask for and that are not here, by the names of the Hub and of trainers.
@@ -288,8 +289,7 @@ NOT_SUPPORTED = (
     "text-to-3d", "image-to-3d", "video-classification", "text-to-speech", "text-to-audio", "audio-to-audio",
     "voice-activity-detection", "visual-question-answering", "document-question-answering", "table-question-answering",
     "audio-text-to-text", "video-text-to-text", "any-to-any", "multiple-choice",
-    "next-sentence-prediction", "summarization", "translation", "text2text-generation", "feature-extraction",
-    "sentence-similarity", "time-series-forecasting", "tabular-classification", "tabular-regression",
+    "next-sentence-prediction", "time-series-forecasting", "tabular-classification", "tabular-regression",
     "reinforcement-learning", "robotics", "graph-ml", "dpo", "ppo", "grpo", "rlhf", "orpo", "kto",
 )  # fmt: skip
 
@@ -297,8 +297,9 @@ NOT_SUPPORTED = (
 def unknown_task(name: str) -> str:
     """Say what is to be said of a name that no task here has: another word for a task, or a task that is not supported."""
     plain = name.strip().casefold().replace("_", "-")
-    same = next((spec.name for spec in TASKS.values() if spec.pipeline_tag == plain), None) or ALSO_CALLED.get(plain)
+    meant = ALSO_CALLED.get(plain, plain)
+    same = [spec.name for spec in TASKS.values() if meant in (spec.name, spec.pipeline_tag)]
     if same:
-        return f"{name} is called {same} here"
+        return f"{name} is called {' or '.join(same)} here"
     known = ", ".join(TASKS)
     return f"{name} is not supported; supported are {known}" if plain in NOT_SUPPORTED else f"not a task; known are {known}"

@@ -5,6 +5,7 @@ import math
 
 import builders
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -108,12 +109,15 @@ def test_every_form_of_a_row_is_the_same_conversation():
         {"prompt": TALK[:1], "completion": TALK[1:]},
         {"instruction": asked, "output": answer},
         {"instruction": asked, "input": " ", "output": answer},
+        {"instruction": asked, "context": "", "response": answer},
+        {"messages": json.dumps(TALK)},
     ]
     found = [read_conversation(list(row), list(row.values())) for row in rows]
     assert all(talk == found[0] for talk in found)
     assert found[0].answers == (1,)
-    with_input = read_conversation(["instruction", "input", "output"], ["now", "the cat", "a dog"])
-    assert with_input.messages[0]["content"] == "now\n\nthe cat"
+    for names in (["instruction", "input", "output"], ["instruction", "context", "response"]):
+        with_input = read_conversation(names, ["now", "the cat", "a dog"])
+        assert [message["content"] for message in with_input.messages] == ["now\n\nthe cat", "a dog"]
 
 
 def test_of_a_prompt_that_holds_answers_only_the_completion_is_learned():
@@ -159,6 +163,7 @@ def test_calls_of_tools_are_answers_too(end):
         (None, "no messages"),
         ([{"content": "the"}], "message 1 does not say whose it is"),
         (["the"], "message 1 is no mapping"),
+        ("[{'role': 'user'}]", "its messages are a text that is no JSON list"),
     ],
 )
 def test_conversations_that_teach_nothing_are_refused_with_the_reason(messages, reason):
@@ -199,6 +204,31 @@ def test_the_command_refines_on_conversations(command, chat, tmp_path):
     assert (tmp_path / "out/chat_template.jinja").read_bytes() == (chat / "model/chat_template.jinja").read_bytes()
     other = run(command, chat / "unmarked", chat / "talk.jsonl", tmp_path / "other")
     assert other["arms"] == report["arms"]  # the same answers are found without marks
+
+
+def test_lists_that_are_written_as_json_texts_are_conversations(command, refused, chat, tmp_path):
+    """Lists as Python writes them are refused: as texts they would be trained on, brackets and all."""
+    rows = [json.loads(line)["messages"] for line in (chat / "talk.jsonl").read_text().splitlines()]
+    pq.write_table(pa.table({"messages": [json.dumps(row) for row in rows]}), tmp_path / "d.parquet")
+    arms = [
+        run(command, chat / "model", data, tmp_path / "out", "--overwrite")["arms"]
+        for data in (chat / "talk.jsonl", tmp_path / "d.parquet")
+    ]
+    assert arms[0] == arms[1]
+    said = refused(chat / "model", "--data", write(tmp_path / "d.jsonl", *({"messages": repr(row)} for row in rows)), *QUIET)
+    assert "16 its messages are a text that is no JSON list" in said
+
+
+def test_rows_of_other_names_are_refused_with_what_would_do(refused, chat, tmp_path):
+    row = {"chosen": "a dog", "rejected": "a cat"}
+    said = refused(chat / "model", "--data", write(tmp_path / "d.jsonl", *[row] * 9), *QUIET)
+    assert "prompt+completion, instruction+output" in said
+    assert "chosen and rejected are pairs for a reward model, whose head has one output" in said
+    said = refused(chat / "model", "--data", write(tmp_path / "d.jsonl", *[{"q": "a dog", "a": "a cat"}] * 9), *QUIET)
+    assert "or a question and its answer: --text-column QUESTION,ANSWER" in said
+    texts = write(tmp_path / "texts.jsonl", *[{"text": f"the cat {n}"} for n in range(3)])
+    said = refused(chat / "model", "--data", chat / "talk.jsonl", "--eval-data", texts, *QUIET)
+    assert "no usable rows in --eval-data: 3 rows were skipped (3 ends with a message of the user" in said
 
 
 def test_the_loss_is_that_of_the_answers_tokens(command, chat, tmp_path):

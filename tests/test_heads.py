@@ -184,7 +184,7 @@ def test_rows_without_a_score_are_skipped_and_others_than_numbers_refused(comman
     assert {item["reason"] for item in report["data"]["train"]["skipped"]} == {"no score", "no text"}
     named = [{"text": "the cat", "label": "good"}, {"text": "a dog", "label": "bad"}]
     said = refused(heads / "one", "--data", write(tmp_path / "n.jsonl", named * 6), *QUIET)
-    assert "'label' is 'good', and the model's head has one output, which learns numbers" in said
+    assert "'label' is 'good', which is no number. Heads with one output" in said
     said = refused(heads / "one", "--data", heads / "graded.jsonl", *QUIET, "--set", "label_map={good: '1'}")
     assert "label_names and label_map are of classes" in said
 

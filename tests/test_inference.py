@@ -113,6 +113,9 @@ def test_a_text_head_that_reads_more_than_text_is_refused(tmp_path, architecture
         ("dpo", f"dpo is not supported; {SUPPORTED}"),
         ("text-generation", "text-generation is called causal-lm here"),
         ("reward-modeling", "reward-modeling is called text-classification here"),
+        ("summarization", "summarization is called seq2seq-lm here"),
+        ("asr", "asr is called ctc-speech or speech-seq2seq here"),
+        ("feature-extraction", "feature-extraction is called embedding here"),
         ("poetry", f"not a task; known are {', '.join(TASKS)}"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from builders import SPECIAL, WORDS, word_tokenizer
 from conftest import SHORT
 from datasets import Dataset
+from runs import stop_after
 
 from dsd_refine.data.reading import Table
 from dsd_refine.errors import CheckpointError, DataError
@@ -191,9 +192,12 @@ def test_the_run_is_of_its_task_and_verifies(ran, masked, command):
     assert command("verify", masked, ran).code == 0
 
 
-def test_the_same_command_gives_the_same_bytes(ran, masked, made, command, tmp_path):
-    args = ("--data", made / "documents.txt", *SHORT, "--dense-lr", "0.01", "--optimizer", "sgd")
-    assert command(masked, "-o", tmp_path / "out", *args, "--workers", 1).code == 0
+def test_the_same_command_gives_the_same_bytes_stopped_and_resumed_too(ran, masked, made, command, tmp_path):
+    args = ("--data", made / "documents.txt", *SHORT, "--dense-lr", "0.01", "--optimizer", "sgd", "-o", tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 4)
+        assert command(masked, *args, "--workers", 1).code == 4
+    assert command(masked, *args, "--workers", 1, "--resume").code == 0
     assert (tmp_path / "out/model.safetensors").read_bytes() == (ran / "model.safetensors").read_bytes()
     assert (tmp_path / "out/dsd/predictions.parquet").read_bytes() == (ran / "dsd/predictions.parquet").read_bytes()
 

@@ -189,6 +189,9 @@ def test_causal_lm_and_other_families_point_to_it(refused, seen, tmp_path):
     data = write(tmp_path / "d", [{"messages": [said("user", ["3.png"], word), said("assistant", "b")]} for word in "abcd"])
     message = refused(seen / "plain", "--data", data, "--task", "causal-lm", "--max-length", "60", "-o", tmp_path / "o", *SHORT)
     assert "has a picture, which causal-lm does not read: --task image-text-to-text is for models that do" in message
+    message = refused(seen / "plain", "--data", seen / "data", "--task", "causal-lm", "-o", tmp_path / "o", *SHORT)
+    assert "too few rows: 0.2 of 2 rows" in message
+    assert "14 rows were skipped (14 has a picture" in message
     other = viewer_checkpoint(tmp_path / "q", "qwen2_vl", QWEN2_VL)
     assert "image-text-to-text is for idefics3, smolvlm; this is qwen2_vl" in refused(other, "--data", seen / "data")
 

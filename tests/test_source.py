@@ -154,6 +154,7 @@ def test_an_adapter_alone_says_what_it_is_to_be_merged_into(refused, tmp_path):
     message = refused(adapter(tmp_path / "a"), "--data", tmp_path)
     assert "it is a LoRA adapter of org/base alone, and only whole weights are refined: merge it first" in message
     assert "peft: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(out)" in message
+    assert "peft merges an adapter into its base, PeftModel.from_pretrained(" in refused("merge", tmp_path, "base", "out")
 
 
 @pytest.mark.parametrize("build", [builders.bert_checkpoint, builders.timm_checkpoint])

@@ -62,6 +62,10 @@ class DefaultRun(click.Group):
         a later error.
         """
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h", "--version"):
+            if args[0] == "merge" and not Path("merge").exists():
+                from dsd_refine.checkpoint.copies import MERGE
+
+                raise click.UsageError(f"merge is no verb here: peft merges an adapter into its base, {MERGE}", ctx)
             ctx.meta[NEAREST_VERB] = nearest_verb(args[0], [*self.commands])
             args = ["run", *args]
         return super().parse_args(ctx, args)

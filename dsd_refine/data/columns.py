@@ -116,7 +116,8 @@ TEXT = Kind(
 )
 
 DOCUMENT = replace(TEXT, pairs=False)
-DIALOGUE = replace(DOCUMENT, sets=COLUMN_SETS)  # documents, or conversations
+# documents, or conversations
+DIALOGUE = replace(DOCUMENT, sets=COLUMN_SETS, advice=", or a question and its answer: --text-column QUESTION,ANSWER")
 # the pictures of a conversation, which its messages have places for
 PICTURES = Kind("image", (), sets=((("images",), ()), (("image",), ())))
 TRANSCRIPT = Kind(
@@ -255,7 +256,7 @@ def column(table: Table, asked: str | None, kind: Kind, taken: Sequence[str] = (
         raise DataError(
             f"{_listed(candidates)} could each be the {kind.what} column: name the one that is meant with {kind.flag}"
         )
-    looked = ", ".join([name for names in kind.known for name in names] or ["+".join(names) for names, _ in kind.sets])
+    looked = ", ".join([*(name for names in kind.known for name in names), *("+".join(names) for names, _ in kind.sets)])
     raise _missing(table, f"no {kind.what} column found (looked for {looked})", kind)
 
 
@@ -287,7 +288,7 @@ def choose(table: Table, kinds: Sequence[Kind], asked: Mapping[str, str | None])
     for kind in kinds:
         if kind.what in missing:
             raise missing[kind.what]
-    _refuse_two_uses(chosen)
+    _refuse_two_uses(chosen, {kind.what: kind.flag for kind in kinds})
     return {kind.what: chosen[kind.what] for kind in kinds}
 
 
@@ -312,7 +313,7 @@ def _set_of_columns(table: Table, asked: str | None, kind: Kind, taken: Sequence
     return sets[0] if sets else (column(table, None, kind, taken),)
 
 
-def _refuse_two_uses(chosen: Mapping[str, tuple[str, ...]]) -> None:
+def _refuse_two_uses(chosen: Mapping[str, tuple[str, ...]], flags: Mapping[str, str]) -> None:
     """Refuse a column that is used as two things.
 
     A label in the text would tell the model the answer.
@@ -323,8 +324,8 @@ def _refuse_two_uses(chosen: Mapping[str, tuple[str, ...]]) -> None:
             uses.setdefault(name, []).append(what)
     for name, whats in uses.items():
         if len(whats) > 1:
-            flags = " or ".join(f"--{what}-column" for what in dict.fromkeys(whats))
-            raise DataError(f"the column {name!r} would be read as {' and as '.join(whats)}: name another one with {flags}")
+            named = " or ".join(flags[what] for what in dict.fromkeys(whats))
+            raise DataError(f"the column {name!r} would be read as {' and as '.join(whats)}: name another one with {named}")
 
 
 def in_short(names: Sequence[str]) -> str:
@@ -424,6 +425,8 @@ def _missing(table: Table, what: str, kind: Kind) -> MissingColumn:
     if str(table.origin).endswith(".txt") and kind.what != "text":
         table_of = f"give a CSV, JSON-lines or Parquet file with a column of each, text and {kind.what}"
         return MissingColumn(f"{named} A .txt file holds texts alone: {table_of}")
+    if is_preference(table.rows.column_names):
+        return MissingColumn(f"{named} chosen and rejected are pairs for a reward model, whose head has one output")
     if kind.inside:
         return MissingColumn(f"{named} Say which text is for which: {SOURCE.flag} {TARGET.flag}")
     return MissingColumn(f"{named} Name it with {kind.flag}{kind.advice}")

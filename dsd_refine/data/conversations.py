@@ -48,11 +48,15 @@ class Conversation:
 
 
 def is_conversation(table: Table, names: Sequence[str]) -> bool:
-    """Return whether these columns hold a conversation: several columns, or one of lists."""
+    """Return whether these columns hold a conversation: several columns, or one of lists.
+
+    A column of messages by its name may have the lists as JSON texts, as in a CSV file.
+    """
     if len(names) > 1:
         return True
     values = table.rows.select_columns([names[0]])[:SAMPLED][names[0]]
-    return any(isinstance(value, list) for value in values)
+    is_named = names[0].strip().casefold() in {needed[0] for needed, _ in COLUMN_SETS if len(needed) == 1}
+    return any(isinstance(value, list) or (is_named and _is_written_list(value)) for value in values)
 
 
 def read_conversation(names: Sequence[str], values: Sequence[Any]) -> Conversation:
@@ -60,7 +64,8 @@ def read_conversation(names: Sequence[str], values: Sequence[Any]) -> Conversati
 
     Args:
         names: The columns. `tools` and `input` are known by their names; of the others, the first
-            is the list of messages or the question, and the second is the answer.
+            is the list of messages or the question, the last is the answer, and texts between them
+            follow the question.
         values: The row's values in these columns.
 
     Raises:
@@ -71,10 +76,13 @@ def read_conversation(names: Sequence[str], values: Sequence[Any]) -> Conversati
     more = next((row.pop(name) for name in names if name.casefold() == "input" and len(names) > 2), None)
     first, *rest = row.values()
     if rest:
-        asked, answer = _turns(_with_input(first, more), "user"), _turns(rest[0], ASSISTANT)
+        *between, last = rest
+        for text in (more, *between):
+            first = _with_input(first, text)
+        asked, answer = _turns(first, "user"), _turns(last, ASSISTANT)
         messages, start = (*asked, *answer), len(asked)
     else:
-        messages, start = _turns(first, "user"), 0
+        messages, start = _turns(_parsed_list(first) if _is_written_list(first) else first, "user"), 0
     answers = tuple(n for n, message in enumerate(messages) if n >= start and message["role"] == ASSISTANT)
     _check(messages, answers)
     return Conversation(messages, answers, tools)
@@ -137,6 +145,18 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _is_written_list(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("[")
+
+
+def _parsed_list(text: str) -> Any:
+    """The messages of a JSON text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise DataError("its messages are a text that is no JSON list") from None
 
 
 def _tools(value: Any) -> list[Any] | None:

@@ -330,7 +330,7 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
     if evaluation is not None:
         usable = [evaluation[name] for name in ("test", "validation", "train") if name in evaluation and len(evaluation[name])]
         if not usable:
-            raise DataError("no usable rows in --eval-data")
+            raise DataError(f"no usable rows in --eval-data{''.join(map(_why, evaluation.values()))}")
         judge, rule = usable[0], "--eval-data"
     elif test is not None:
         judge, rule = test, role_of(test.table.split) or "test"
@@ -360,8 +360,9 @@ def divide(tables: dict[str, Rows], evaluation: dict[str, Rows] | None, holdout_
 
 
 def _advice(rows: Rows) -> str:
-    """The reader's advice on a table with few rows, or nothing."""
-    return f"\n{rows.table.advice}" if rows.table.advice else ""
+    """Why rows of a table with few rows were skipped, and the reader's advice on it, or nothing."""
+    skipped = f". Beside these rows{_why(rows).removeprefix(':')}" if rows.skipped else ""
+    return skipped + (f"\n{rows.table.advice}" if rows.table.advice else "")
 
 
 def _option_of(rows: Rows) -> str:

@@ -254,8 +254,8 @@ def _number(value: Any, is_class: bool, table: Table, row: int, name: str) -> fl
         number = float(value)
     except (TypeError, ValueError):
         raise DataError(
-            f"row {table.name(row)}: {name!r} is {value!r:.40}, and the model's head has one output, which learns numbers: "
-            "scores (regression), or 0 and 1 (relevance)"
+            f"row {table.name(row)}: {name!r} is {value!r:.40}, which is no number. Heads with one output, and embedding "
+            "models, learn scores: numbers, or 0 and 1 (relevance)"
         ) from None
     return number if math.isfinite(number) else None
 

@@ -313,8 +313,8 @@ def _refuse_task(folder: Path, config: Any, task: str) -> None:
     """Refuse a task that transformers, or this program, does not do with such a model."""
     only = TASKS[task].model_types
     if only and config.model_type not in only:
-        reads_both = task in ("image-captioning", "image-text-to-text") and _is_in_list(config, "causal-lm")
-        hint = TEXT_PART if reads_both else ""
+        is_viewer = config.model_type in _mappings()["image-text-to-text"] and _is_in_list(config, "causal-lm")
+        hint = TEXT_PART if is_viewer else ""
         raise CheckpointError(f"{folder}: {task} is for {', '.join(only)}; this is {config.model_type}{hint}")
     more = READ_MORE.get(config.model_type)
     if more and TASKS[task].processor == "AutoTokenizer":
