@@ -64,6 +64,7 @@ class NonRecipeOptions(Strict):
     shard: bool | None = None
     activation_checkpointing: bool | None = None
     cpu_offload: bool | None = None
+    spread: Literal["tries"] | None = None
     allow_pickle: bool | None = None
     trust_remote_code: bool | None = None
     workers: Annotated[int, Field(ge=0)] | None = None
@@ -96,6 +97,7 @@ RUN_OPTIONS = (
     "shard",
     "activation_checkpointing",
     "cpu_offload",
+    "spread",
     "allow_pickle",
 )
 # Fields that are lists of names. A caller may give one name without a list.

@@ -79,6 +79,7 @@ PASSED_ON = (
     "shard",
     "activation_checkpointing",
     "cpu_offload",
+    "spread",
     "allow_pickle",
 )
 

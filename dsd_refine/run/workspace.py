@@ -38,9 +38,23 @@ LOG_EVERY = 1.0  # seconds in which lines of log.jsonl are gathered
 # If this file is in OUT.partial/, out/ is complete and verified. If out/ is then missing, it was
 # already renamed to OUT.
 MOVING = "moving"
-KEPT = ("lock", "pid", "cache")  # files in OUT.partial/ that a new start does not remove
+KEPT = ("lock", "pid", "cache", "tries")  # what a new start does not remove from OUT.partial/
 # Patterns of all names that a run uses in OUT.partial/.
-OURS = ("lock", "pid", "cache", MOVING, "out", "replaced", "phases", "log.jsonl", "state*", "best-*", "scores-*", "*.tmp")
+OURS = (
+    "lock",
+    "pid",
+    "cache",
+    "tries",
+    MOVING,
+    "out",
+    "replaced",
+    "phases",
+    "log.jsonl",
+    "state*",
+    "best-*",
+    "scores-*",
+    "*.tmp",
+)
 SWEPT = ("state-*.safetensors", "best-*.safetensors")
 PART = re.compile(r"\.part-\d+-of-\d+(?=\.safetensors$)")  # in the name of a file that one process of a sharded run wrote
 CHANGED = "it has changed since it was saved"
@@ -202,7 +216,8 @@ class Workspace:
         """Remove OUT.partial/ after a run that trained nothing, unless it has the state of an
         earlier run.
         """
-        if not (self.partial / "state.json").is_file():
+        has_tries = any(self.partial.glob("tries/*/*.json"))
+        if not (self.partial / "state.json").is_file() and not has_tries:
             self.discard()
 
     def _cut_log(self) -> None:

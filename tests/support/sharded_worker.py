@@ -21,6 +21,7 @@ from dsd_refine.cli.app import main
 from dsd_refine.errors import UsageError
 from dsd_refine.masking.layers import Layer
 from dsd_refine.masking.masks import make_masks
+from dsd_refine.run import rates
 from dsd_refine.training import loop as train
 from dsd_refine.training.shards import Shards, unique
 
@@ -178,6 +179,7 @@ if __name__ == "__main__":
     if sys.argv[2:] == ["die"]:
         die_in_the_middle(folder, arguments)
         sys.exit(1)  # the other one has lost its partner
+    rates.STEPS, rates.SHORTEST_RUN = 8, 1
     runs(folder, arguments)
     check_other_files(folder, arguments)
     check_masks()
