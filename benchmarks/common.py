@@ -100,8 +100,9 @@ def apart(
     pipes, names, processes = {name: context.Pipe() for name in ways}, list(ways), []
     for name, way in ways.items():
         served = (way, CLOCK[-1] is time.process_time, pipes[name][1])
-        processes.append(context.Process(target=_serve, args=served, daemon=True))
+        processes.append(context.Process(target=_serve, args=served))  # no daemon: it may have loading processes of its own
         processes[-1].start()
+        pipes[name][1].close()  # so that the end of a process that fails is seen
         pipes[name][0].recv()  # it is ready: nobody prepares while others are measured
     for number in range(-warm, rounds):
         start = number % len(names)

@@ -1,9 +1,10 @@
 """What a GPU does: `benchmarks/gpu.sh [PYTHON]`, which keeps the output, or `python benchmarks/gpu.py [--device cpu --quick]`.
 
 ResNet-50 at 224 px and BERT-base at 128 tokens in bf16, channels-last where there are convolutions, plain and under
-`torch.compile`: samples a second of a dense and of a sparse step of our loop, what the mask adds, the share of the card's
-own peak in matrix products (measured first), and the most memory. Then whole commands: fp16 with its loss scaling, bf16, an
-LSTM through cuDNN whose weights come back after unmasking, and a run that is stopped and resumed.
+`torch.compile`: samples a second of a dense and of a sparse step of our loop beside a bare loop, what the mask adds, the share
+of the card's own peak in matrix products (measured first), and the most memory. Then the selection of the smallest weights by
+counters beside torch's own ways. Then whole commands: fp16 with its loss scaling, bf16, an LSTM through cuDNN whose weights
+come back after unmasking, and a run that is stopped and resumed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsd_refine.masking.masks import make_masks, masker
+from dsd_refine.masking.selection import all_but_smallest
+from dsd_refine.tasks.base import Batch
 from dsd_refine.training.optimizer import make_optimizer
+from dsd_refine.training.state import Loop, on_device
 
 SPARSITY = 0.3
 Step = Callable[[], object]
@@ -67,7 +71,7 @@ def bert_base(length: int, batch: int) -> tuple[nn.Module, Fixed]:
 
 
 def steps_of(model: nn.Module, task: Fixed, accelerator: Accelerator, compiled: bool) -> dict[str, Step]:
-    """A dense and a sparse step of our loop."""
+    """A step of a bare loop with our optimizer, and a dense and a sparse step of our loop."""
     model.to(accelerator.device)
     loop = loop_of(model, task, recipe_of(len(task.targets), 1), accelerator=accelerator)
     loop.forward = torch.compile(model) if compiled else model
@@ -77,9 +81,21 @@ def steps_of(model: nn.Module, task: Fixed, accelerator: Accelerator, compiled: 
     mask = masker(masks, loop.parameters)
     model.train()
     return {
+        "bare": bare(loop, optimizer, on_device(loop, batch[0])),
         "dense": stepper(loop, phase_of(1), batch, {}, lambda: None, optimizer),
         "sparse": stepper(loop, phase_of(1), batch, masks, mask, optimizer),
     }
+
+
+def bare(loop: Loop, optimizer: Any, batch: Batch) -> Step:
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with loop.autocast():
+            loss = loop.task.loss(loop.forward, batch)
+        (loss / batch.count).backward()
+        optimizer.step()
+
+    return step
 
 
 def operations(step: Step) -> int:
@@ -105,14 +121,35 @@ def speed(title: str, make: Callable[[], tuple[nn.Module, Fixed]], given: Any, b
             for name, step in steps.items():
                 found[name].append(seconds(step, given.device, 2 if given.quick else 10))
         most = torch.cuda.max_memory_allocated() if given.device == "cuda" else 0
-        added = median(one / other for one, other in zip(found["sparse"], found["dense"], strict=True))
         for name, times in found.items():
-            took, extra = median(times), f"{added - 1:+.2%}" if name == "sparse" else ""
+            took, extra = median(times), over(found, name)
             samples, share = len(task.targets) / took, count / took / best
             shown = f"{name}{', compiled' if compiled else ''}"
             rows.append([shown, f"{samples:.0f}", f"{share:.1%}", extra, f"{most / 2**30:.2f} GiB"])
         del model, task, steps
-    table(title, ["step", "samples/s", "of the peak", "the mask adds", "most memory"], rows)
+    table(title, ["step", "samples/s", "of the peak", "adds to the one above", "most memory"], rows)
+
+
+def over(found: dict[str, list[float]], name: str) -> str:
+    """How much time a way takes more than the one before it, in the same rounds."""
+    before = {"dense": "bare", "sparse": "dense"}.get(name)
+    if before is None:
+        return ""
+    return f"{median(one / other for one, other in zip(found[name], found[before], strict=True)) - 1:+.2%}"
+
+
+def selection(given: Any, weights: int) -> None:
+    """The smallest 30 % of one large layer: by counters of the bits, as on a GPU, and in torch's own ways."""
+    values, count = torch.randn(weights, device=given.device), int(SPARSITY * weights)
+    ways: dict[str, Step] = {
+        "counters of the bits (ours)": lambda: all_but_smallest(values, count),
+        "kthvalue": lambda: values.abs() > values.abs().kthvalue(count).values,
+        "sort": lambda: values.abs() > values.abs().sort().values[count - 1],
+    }
+    agree = [bool(torch.equal(ways["counters of the bits (ours)"](), way())) for way in ways.values()]
+    times = {name: median(seconds(way, given.device, 1) for _ in range(given.rounds)) for name, way in ways.items()}
+    rows = [[name, f"{1000 * took:.1f}", str(same)] for (name, took), same in zip(times.items(), agree, strict=True)]
+    table(f"Selection in a layer of {weights:,} weights", ["way", "ms", "same mask"], rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ whole commands
@@ -210,17 +247,28 @@ def resumed(given: Any, model: Path, data: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, 7, device=("cuda", "or cpu, to try this script"))
+    given = arguments(__doc__, 7, device=("cuda", "or cpu, to try this script"), only=("", "speed or commands"))
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device here")
     print(machine())
     print(torch.cuda.get_device_name() if given.device == "cuda" else "no GPU: figures mean nothing")
+    if given.only != "commands":
+        speeds(given)
+    if given.only != "speed":
+        commands(given)
+
+
+def speeds(given: Any) -> None:
     best = peak(given.device, 512 if given.quick else 8192)
     print(f"bf16 matrix products: {best / 1e12:.3g} TFLOP/s")
     small = given.quick
     pixels, images, length, texts = (64, 4, 16, 2) if small else (224, 128, 128, 64)
     speed(f"ResNet-50, {pixels} px, batch {images}, bf16, channels-last", lambda: resnet50(pixels, images), given, best)
     speed(f"BERT-base, {length} tokens, batch {texts}, bf16", lambda: bert_base(length, texts), given, best)
+    selection(given, 1_000_000 if small else 100_000_000)
+
+
+def commands(given: Any) -> None:
     print("\nWhole commands")
     with place() as folder:
         pictures(folder / "data/train", 640, 40)

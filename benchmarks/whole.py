@@ -3,9 +3,9 @@
 Ours is the public call: refined, dense and random arm, SEEDS seeds each, the holdout at each epoch's end, the evaluation
 split, the checks, the written checkpoint, the report. Against it: the same number of trainings and evaluations as one writes
 them, without evidence, masks or outputs: each arm and seed trains from the source, over files that are decoded each time, with
-the same fused optimizer; the holdout after each epoch of the last phase, the evaluation rows at the end. Pictures: ResNet-18
-at 128 px on JPEG files of 256 px, random crops and flips. Texts: a BERT of 6 layers, tokenized as they are read. Seconds of
-all, in processes of their own, in turn.
+the same fused optimizer; the holdout after each epoch of the last phase, the evaluation rows at the end. Both have the same
+rows in each part. Pictures: ResNet-18 at 128 px on JPEG files of 512 px, random crops
+and flips. Texts: a BERT of 6 layers, tokenized as they are read. Seconds of all, in processes of their own, in turn.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ BATCH, SIZE, LENGTH = 32, 128, 48
 ARMS, SEEDS = ("refined", "dense", "random"), 3
 CROP = {"crop": "random-resized", "scale": (0.35, 1.0), "ratio": (0.75, 4 / 3), "flip": 0.5}
 BERT = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
+PARTS = {"train": 288, "validation": 32, "test": 80}  # rows
 MOST = {"pictures": 0.9, "texts": 1.0}  # our seconds over the bare loops'
 Example = tuple[torch.Tensor, int]
 Read = Callable[[Any, bool], Example]  # a row, and whether it is augmented
@@ -48,10 +49,9 @@ def ours(source: Path, data: Path, out: Path, epochs: int, **recipe: Any) -> Ite
     yield timed(run)
 
 
-def trainings(build: Callable[[], nn.Module], rows: list[Any], read: Read, epochs: int, adamw: bool) -> None:
+def trainings(build: Callable[[], nn.Module], parts: list[list[Any]], read: Read, epochs: int, adamw: bool) -> None:
     """What one writes by hand: the same trainings and evaluations, one after another."""
-    judged, rest = rows[: len(rows) // 5], rows[len(rows) // 5 :]  # the shares that a run carves
-    held, trained = rest[: len(rest) // 10], rest[len(rest) // 10 :]
+    trained, held, judged = parts
     for _ in range(len(ARMS) * SEEDS):
         model = build()
         for phase in range(2):
@@ -122,7 +122,8 @@ def bare_pictures(source: Path, data: Path, epochs: int) -> Iterator[Round]:
     def build() -> nn.Module:
         return timm.create_model(f"local-dir:{source}", pretrained=True).to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
 
-    yield timed(lambda: trainings(build, sorted(data.rglob("*.jpg")), read, epochs, adamw=False))
+    parts = [sorted((data / name).rglob("*.jpg")) for name in PARTS]
+    yield timed(lambda: trainings(build, parts, read, epochs, adamw=False))
 
 
 @contextmanager
@@ -138,9 +139,8 @@ def bare_texts(source: Path, data: Path, epochs: int) -> Iterator[Round]:
     def build() -> nn.Module:
         return AutoModelForSequenceClassification.from_pretrained(source)  # type: ignore[no-any-return]
 
-    with data.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    yield timed(lambda: trainings(build, rows, read, epochs, adamw=True))
+    parts = [list(csv.DictReader((data / f"{name}.csv").read_text().splitlines())) for name in PARTS]
+    yield timed(lambda: trainings(build, parts, read, epochs, adamw=True))
 
 
 def shown(kind: str, seconds: dict[str, list[float]]) -> None:
@@ -152,8 +152,9 @@ def shown(kind: str, seconds: dict[str, list[float]]) -> None:
 
 def images(given: Any, folder: Path) -> None:
     """ResNet-18 on JPEG files."""
-    rows, epochs = (150, 1) if given.quick else (400, 2)
-    pictures(folder / "data", rows, 256)
+    epochs = 1 if given.quick else 2
+    for seed, (name, rows) in enumerate(PARTS.items()):
+        pictures(folder / "data" / name, rows // (4 if given.quick else 1), 512, seed=seed)
     source = timm_folder(folder / "model", "resnet18", 10, SIZE)
     ways = {
         "ours": partial(ours, source, folder / "data", folder, epochs, optimizer="sgd", augment=CROP),
@@ -164,8 +165,9 @@ def images(given: Any, folder: Path) -> None:
 
 def texts(given: Any, folder: Path) -> None:
     """A BERT on a CSV."""
-    rows, epochs = (150, 1) if given.quick else (400, 2)
-    data = text_table(folder / "rows.csv", rows, LENGTH)
+    epochs, data = 1 if given.quick else 2, folder / "data"
+    for seed, (name, rows) in enumerate(PARTS.items()):
+        text_table(data / f"{name}.csv", rows // (4 if given.quick else 1), LENGTH, seed)
     source = bert_folder(folder / "model", LENGTH, **BERT)
     ways = {
         "ours": partial(ours, source, data, folder, epochs, optimizer="adamw"),

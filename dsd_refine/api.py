@@ -41,7 +41,7 @@ from dsd_refine.quiet import quiet_libraries
 from dsd_refine.recipe import Names, Recipe, Strict, validated
 from dsd_refine.report.report import Report
 from dsd_refine.run.progress import Display, in_notebook
-from dsd_refine.run.run import Options, default_workers
+from dsd_refine.run.run import PASSED_ON, Options, default_workers
 from dsd_refine.run.tracking import Tracking, check_trackers, settings_of
 from dsd_refine.task_specs import TASKS, unknown_task
 from dsd_refine.training.hooks import Hooks
@@ -84,21 +84,6 @@ PHASE_OPTIONS = (
     "dense_lr",
     "schedule",
     "warmup_steps",
-)
-RUN_OPTIONS = (
-    "resume",
-    "overwrite",
-    "save_phases",
-    "save_every",
-    "cache_gb",
-    "report_images",
-    "device",
-    "compile",
-    "shard",
-    "activation_checkpointing",
-    "cpu_offload",
-    "spread",
-    "allow_pickle",
 )
 # Fields that are lists of names. A caller may give one name without a list.
 NAMES = ("models", "include", "exclude", "control", "report_to")
@@ -179,7 +164,7 @@ def refine(
             hooks=(display, *([tracking] if trackers else []), *hooks),
             download=lambda name, size: bool(given["yes"]),
             workers=default_workers(given.get("workers")),
-            **{key: given[key] for key in RUN_OPTIONS if key in given},
+            **{key: given[key] for key in PASSED_ON if key in given},
         )
         stack.enter_context(display)
         return run_method(source, library, chosen, run_options)

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -601,13 +602,18 @@ def match_recipe(model_names: list[str], task: str) -> tuple[Path, str]:
     It is the recipe of the task whose `models` globs match a name of the model, else the default of
     the task.
     """
-    for path in shipped().values():
-        raw = read_recipe(path)
-        globs = raw.get("models") or [] if raw.get("task") == task else []
-        hit = next((m for m in model_names for glob in globs if fnmatch(m, glob)), None)
+    for path, of_task, globs in _models_of_shipped():
+        hit = next((m for m in model_names for glob in globs if fnmatch(m, glob)), None) if of_task == task else None
         if hit:
             return path, f"its models match {hit!r}"
     return find_recipe(task), f"the default of {task}"
+
+
+@cache
+def _models_of_shipped() -> list[tuple[Path, str | None, list[str]]]:
+    """Return file, task and globs of models of every shipped recipe, read once in a process."""
+    read = {path: read_recipe(path) for path in shipped().values()}
+    return [(path, raw.get("task"), raw.get("models") or []) for path, raw in read.items()]
 
 
 def validate(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -34,12 +34,14 @@ def seed_all(seed: int, device: torch.device = CPU) -> None:
 
     `device` is the one that torch will draw on.
 
-    For a CPU, only that generator of torch is seeded. `torch.manual_seed` also records a stack
-    trace for each unused device, which takes longer than decoding a small image.
+    Only the generators of torch that draw are seeded: that of the CPU, and that of the device.
+    `torch.manual_seed` also records a stack trace for each kind of device that is unused, which takes
+    longer than decoding a small image.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)  # of the current device
+    elif device.type != "cpu":
         torch.manual_seed(seed)

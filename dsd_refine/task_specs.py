@@ -64,7 +64,7 @@ class TaskSpec:
         Then the first layer is not masked. For tokens, the first layer is an embedding, which is not
         masked anyway.
         """
-        return "image" in self.columns or "audio" in self.columns
+        return not {"image", "pictures", "audio"}.isdisjoint(self.columns)
 
 
 # Fields of recipes that only some tasks use. A task without a field refuses a recipe that sets it.
@@ -215,6 +215,20 @@ _ALL = (
         corpora={"bleu4": "dsd_refine.tasks.text_metrics:bleu"},
     ),
     TaskSpec(
+        name="image-text-to-text",
+        opener="dsd_refine.tasks.image_text_to_text:open_task",
+        columns=("dialogue", "pictures"),
+        auto_class="AutoModelForImageTextToText",
+        model_list="image-text-to-text",
+        endings=("ForConditionalGeneration",),
+        processor="AutoProcessor",
+        pipeline_tag="image-text-to-text",
+        default_length=4096,  # a picture in tiles takes a thousand and more
+        model_types=("idefics3", "smolvlm"),  # others want other inputs of pictures
+        fields=("loss_on", "group_by_length"),
+        kinds="dsd_refine.tasks.image_text_to_text:kinds",
+    ),
+    TaskSpec(
         name="seq2seq-lm",
         opener="dsd_refine.tasks.seq2seq_lm:open_task",
         columns=("source", "target"),
@@ -273,7 +287,7 @@ NOT_SUPPORTED = (
     "zero-shot-classification", "text-to-image", "unconditional-image-generation", "image-to-video", "text-to-video",
     "text-to-3d", "image-to-3d", "video-classification", "text-to-speech", "text-to-audio", "audio-to-audio",
     "voice-activity-detection", "visual-question-answering", "document-question-answering", "table-question-answering",
-    "image-text-to-text", "audio-text-to-text", "video-text-to-text", "any-to-any", "multiple-choice",
+    "audio-text-to-text", "video-text-to-text", "any-to-any", "multiple-choice",
     "next-sentence-prediction", "summarization", "translation", "text2text-generation", "feature-extraction",
     "sentence-similarity", "time-series-forecasting", "tabular-classification", "tabular-regression",
     "reinforcement-learning", "robotics", "graph-ml", "dpo", "ppo", "grpo", "rlhf", "orpo", "kto",

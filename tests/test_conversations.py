@@ -248,11 +248,13 @@ def test_long_and_unusable_conversations_are_counted_and_named(command, chat, tm
     rows = [json.loads(line) for line in (chat / "talk.jsonl").read_text().splitlines()]
     late = [{"role": "user", "content": "the cat " * 20}, TALK[1]]
     odd = [{"messages": late}, {"messages": TALK[:1]}]
-    report = run(command, chat / "model", write(tmp_path / "d.jsonl", *rows, *odd), tmp_path / "out", "--max-length", 12)
+    data = write(tmp_path / "d.jsonl", *({**row, "images": ["a.png"]} for row in (*rows, *odd)))
+    report = run(command, chat / "model", data, tmp_path / "out", "--max-length", 12)
     skipped = {item["row"]: item["reason"] for item in report["data"]["train"]["skipped"]}
     assert skipped[16] == "no answer within 12 tokens (--max-length)"
     assert skipped[17] == "ends with a message of the user: no answer follows"
     assert any("conversations are longer than 12 tokens" in line for line in report["warnings"])
+    assert any("the column 'images' is not read: models that see pictures" in line for line in report["warnings"])
 
 
 def test_roles_that_a_template_refuses_are_skipped_and_named(command, tmp_path):

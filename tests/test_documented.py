@@ -12,6 +12,7 @@ from builders import bert_checkpoint, gpt2_checkpoint, image_folder, text_csv, t
 from chats import chat_checkpoint, chat_file
 from conftest import ROOT
 from documents import blocks, commands
+from viewers import picture_chat, picture_chat_checkpoint
 
 from dsd_refine.recipe import validate
 
@@ -46,6 +47,8 @@ def place(tmp_path_factory):
     text_file(place / "documents.txt")
     chat_checkpoint(place / "my-chat-model")
     chat_file(place / "chats.jsonl")
+    picture_chat_checkpoint(place / "my-picture-model")
+    picture_chat(place / "shots")
     shutil.copytree(ROOT / "recipes", place / "recipes")
     return place
 

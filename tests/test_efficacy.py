@@ -2,13 +2,14 @@
 
 import json
 
-from conftest import process
+from conftest import ROOT
+from runs import fresh, run_program
 
 
 def search(tmp_path, *options):
     ledger = tmp_path / "demo.jsonl"
     quick = ("--quick", "--seeds", "1", "--only", "dsd 30 %, x1", "--ledger", ledger)
-    found = process("benchmarks/efficacy/search.py", "demo", tmp_path / "work", *quick, *options)
+    found = fresh(run_program, ROOT / "benchmarks/efficacy/search.py", "demo", tmp_path / "work", *quick, *options)
     assert found.returncode == 0, found.stderr
     return ledger, found.stdout
 

@@ -201,9 +201,8 @@ def noisy(tmp_path_factory):
 
 def test_where_the_mask_truly_helps_it_gets_the_credit(command, noisy, tmp_path):
     """Nothing trains (rates 0): all that differs is the mask, and magnitude finds the noise where chance does not."""
-    report = digits(
-        command, noisy, tmp_path / "out", "--lr", "0", "--sparsity", "0.4", "--control", "dense", "--control", "random"
-    )
+    few = ("--lr", "0", "--sparsity", "0.4", "--sparse-steps", "1", "--dense-steps", "1")
+    report = digits(command, noisy, tmp_path / "out", *few, "--control", "dense", "--control", "random")
     assert (report["verdict"], report["credit"]) == ("better", "mask")
     for control in ("dense", "random"):
         found = report["comparison"][f"refined_vs_{control}"]
@@ -212,7 +211,8 @@ def test_where_the_mask_truly_helps_it_gets_the_credit(command, noisy, tmp_path)
 
 
 def test_where_only_training_on_helps_the_control_shares_the_credit(command, tmp_path):
-    report = digits(command, DEMO / "checkpoint", tmp_path / "out", "--gate", "beats-control", "--sparsity", "0.1", code=3)
+    few = ("--sparsity", "0.1", "--dense-steps", "15")
+    report = digits(command, DEMO / "checkpoint", tmp_path / "out", *few, "--gate", "beats-control", code=3)
     assert (report["verdict"], report["credit"]) == ("better", "training")
     clauses = ("did as well", "not shown to be better than")
     for place in ("rejected/README.md", "dsd/report.html"):
@@ -232,7 +232,8 @@ def test_where_all_hurt_all_are_worse(command, tmp_path, monkeypatch):
     features = rows.features
     wrong = rows.remove_columns("label").add_column("label", labels).cast(features)
     wrong.to_parquet(str(tmp_path / "wrong.parquet"))
-    report = digits(command, DEMO / "checkpoint", tmp_path / "out", "--lr", "0.2", train=tmp_path / "wrong.parquet")
+    few = ("--sparse-steps", "30", "--dense-steps", "15")
+    report = digits(command, DEMO / "checkpoint", tmp_path / "out", *few, "--lr", "0.2", train=tmp_path / "wrong.parquet")
     assert (report["verdict"], report["credit"]) == ("worse", "none")
     assert report["arms"]["dense"]["accuracy"] < report["arms"]["baseline"]["accuracy"] - 0.05
 
@@ -252,6 +253,7 @@ def test_equal_evaluation_rows_are_counted_named_and_count_once(command, tmp_pat
         found = command(
             DEMO / "checkpoint", "--data", DEMO / "train.parquet", "--eval-data", tmp_path / f"{name}.parquet", "--recipe",
             "digits", "-o", tmp_path / name, "--gate", "none", "--device", "cpu", "--sparse-steps", "8", "--dense-steps", "4",
+            "--control", "none",
         )  # fmt: skip
         assert found.code == 0, found.err
         reports[name] = report_of(tmp_path / name)

@@ -16,10 +16,11 @@ import hostile
 import pytest
 import torch
 from builders import copy_folder, image_folder, timm_checkpoint, write_tensors
-from conftest import SHORT, process
+from conftest import ROOT, SHORT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from runs import fresh, run_program
 
 from dsd_refine.checkpoint import guard, layout
 from dsd_refine.checkpoint.safetensors_file import read_header, read_json
@@ -38,7 +39,7 @@ many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCh
 
 def test_the_short_campaign():
     """Whole commands on mutated files of every kind, each in a process of its own with its time, memory and writes watched."""
-    found = process("benchmarks/fuzz.py", 16, 11, timeout=600)
+    found = fresh(run_program, ROOT / "benchmarks/fuzz.py", 16, 11, timeout=600)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "16 cases (seed 11), 0 gone wrong" in found.stdout
 

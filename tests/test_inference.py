@@ -49,6 +49,8 @@ def opened(folder, architecture, model_type, task=None, **more):
         ("MBartForConditionalGeneration", "mbart", "seq2seq-lm"),
         ("WhisperForConditionalGeneration", "whisper", "speech-seq2seq"),
         ("Speech2TextForConditionalGeneration", "speech_to_text", "speech-seq2seq"),
+        ("Idefics3ForConditionalGeneration", "idefics3", "image-text-to-text"),
+        ("SmolVLMForConditionalGeneration", "smolvlm", "image-text-to-text"),
     ],
 )
 def test_the_task_is_that_of_the_class(tmp_path, architecture, model_type, task):
@@ -62,8 +64,6 @@ def test_one_class_for_two_tasks_is_told_apart_by_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("architecture", "model_type", "kind", "more"),
     [
-        ("Gemma3ForConditionalGeneration", "gemma3", "pictures and texts", {}),
-        ("LlavaForConditionalGeneration", "llava", "pictures and texts", {}),
         ("RobertaForMultipleChoice", "roberta", "multiple-choice", {}),
         ("BertForNextSentencePrediction", "bert", "next-sentence-prediction", {}),
         ("DetrForObjectDetection", "detr", "object-detection", {}),
@@ -87,7 +87,7 @@ def test_what_no_task_is_for_is_called_what_it_is(tmp_path, architecture, model_
         opened(tmp_path, architecture, model_type, **more)
     says = f"{tmp_path}: {architecture} is for {kind}, which is not supported yet; {SUPPORTED}"
     said = str(refused.value).removesuffix("; give --task if the weights have a head")
-    assert said == says + (TEXT_PART if kind == "pictures and texts" else "")
+    assert said == says
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,14 @@ def test_a_task_for_some_families_names_them(tmp_path, architecture, model_type,
     families = ", ".join(TASKS[task].model_types)
     with pytest.raises(CheckpointError, match=f"{task} is for {families}; this is {model_type}$"):
         opened(tmp_path, architecture, model_type, **more)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "llava"])
+def test_other_models_that_see_pictures_are_told_of_their_text_part(tmp_path, model_type):
+    with pytest.raises(CheckpointError) as refused:
+        opened(tmp_path, f"{model_type.title()}ForConditionalGeneration", model_type)
+    said = f"{tmp_path}: image-text-to-text is for idefics3, smolvlm; this is {model_type}{TEXT_PART}"
+    assert str(refused.value) == said
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import accelerate
 import psutil
 import pytest
-from conftest import process
+from conftest import ROOT
 from forked import Child, preload, watched
 from forked import command as run_command
 from outputs import same
+from runs import fresh, run_program
 
 from dsd_refine.data import tables
 from dsd_refine.data.tables import in_threads
@@ -60,7 +61,7 @@ def logged(out, lines):
 
 def test_ten_kills():
     """The short form of benchmarks/kills.py, whose long one is recorded in benchmarks/results/."""
-    found = process("benchmarks/kills.py", 10, 3)
+    found = fresh(run_program, ROOT / "benchmarks/kills.py", 10, 3)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "10 kills" in found.stdout
 

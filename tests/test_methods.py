@@ -61,10 +61,10 @@ def source_of(name, made, place):
 
 
 # These have tests of their own: test_evidence.py, test_speech.py, test_captions.py, test_masked.py, test_tagging.py,
-# test_embedding.py, test_questions.py, test_sounds.py, test_seq2seq.py, test_speech_seq2seq.py
+# test_embedding.py, test_questions.py, test_sounds.py, test_seq2seq.py, test_speech_seq2seq.py, test_picture_chats.py
 ELSEWHERE = {
-    "audio-classification", "captioning", "ctc-speech", "digits", "embedding", "image-captioning", "masked-lm", "question-answering",
-    "seq2seq-lm", "speech", "speech-seq2seq", "token-classification",
+    "audio-classification", "captioning", "ctc-speech", "digits", "embedding", "image-captioning", "image-text-to-text", "masked-lm",
+    "question-answering", "seq2seq-lm", "speech", "speech-seq2seq", "token-classification",
 }  # fmt: skip
 
 

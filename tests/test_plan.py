@@ -11,8 +11,9 @@ import questions
 import sounds
 import taggers
 import torch
-from conftest import process
+import viewers
 from heads import write
+from runs import fresh, run_command
 from safetensors.torch import load_file
 
 from dsd_refine.planning import plan as planning
@@ -29,6 +30,7 @@ BUILT = {
     "question-answering": (questions.answerer_checkpoint, lambda path: write(path, questions.asked_rows()), "rows.jsonl"),
     "audio-classification": (sounds.sound_checkpoint, sounds.sound_folder, "sounds"),
     "image-captioning": (builders.caption_checkpoint, builders.caption_folder, "pictures"),
+    "image-text-to-text": (viewers.picture_chat_checkpoint, viewers.picture_chat, "talk"),
     "seq2seq-lm": (pairs.seq2seq_checkpoint, pairs.pairs_file, "pairs.jsonl"),
     "speech-seq2seq": (pairs.speech2text_checkpoint, builders.speech_folder, "sounds"),
 }
@@ -50,7 +52,7 @@ def test_plan_of_every_task_ends_well_as_text_and_as_json(command, tmp_path, tas
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_plan_of_a_captioner_in_a_process_that_has_scored_nothing(tmp_path, options):
     model, data = builders.caption_checkpoint(tmp_path / "cap"), builders.caption_folder(tmp_path / "pics")
-    done = process("-m", "dsd_refine", "plan", model, "--data", data, *options)
+    done = fresh(run_command, "plan", model, "--data", data, *options)
     assert done.returncode == 0, done.stderr
     assert "image-captioning" in done.stdout
 

@@ -8,9 +8,9 @@ import builders
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import process
 from forked import Child, preload
 from forked import command as run_command
+from runs import fresh, run_program
 from safetensors.torch import load_file
 from torch import nn
 
@@ -126,9 +126,17 @@ def test_compiled_steps_do_the_same(made, plain, tmp_path):
     )
 
 
+def without_compiler(*args):
+    """The command, as CXX=/nonexistent makes it: torch reads that when it is imported."""
+    from torch._inductor import config
+
+    config.cpp.cxx = (None, "/nonexistent")
+    run_program("cli.py", *args)
+
+
 def test_compile_without_a_compiler_is_refused_before_the_first_step(made, tmp_path):
     args = (made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", "--compile", *SHORT)
-    done = process("cli.py", *args, CXX="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    done = fresh(without_compiler, *args, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 2
     assert "--compile: torch.compile does not work here" in done.stderr
     assert "Traceback" not in done.stderr

@@ -10,10 +10,16 @@ from pathlib import Path
 
 import builders
 import pytest
+import torch
 import yaml
-from conftest import ROOT, environment, process
+from conftest import ROOT, environment
 from outputs import near, report_of
-from runs import free_port, torchrun, torchrun_arguments, two_processes
+from runs import free_port, in_two, torchrun, torchrun_arguments, two_processes
+from torch import distributed, nn
+
+from dsd_refine.recipe import Recipe
+from dsd_refine.run.open import PATIENCE, open_accelerator, parallel
+from dsd_refine.run.run import Options
 
 STEPS = ("--sparse-steps", "5", "--dense-steps", "4", "--gate", "none", "--control", "dense", "--quiet", "--lr", "0.01")
 PLAIN = ("--warmup-steps", "2", "--set", "augment={crop: none, flip: 0.0}")
@@ -60,8 +66,10 @@ def test_two_processes_are_one_of_twice_the_batch(command, made, tmp_path, launc
         ]
         source, data, options = made / "vit", made / "colours", [*PLAIN, *more, "--save-phases"]
     args = [source, "--data", data, *STEPS, *options]
-    two = launch(*args, "-o", tmp_path / "two", "--batch-size", 2, *(["--device", "cpu"] if launch is torchrun else []))
+    cpu = ["--device", "cpu"] if launch is torchrun else []
+    two = launch(*args, "-o", tmp_path / "two", "--batch-size", 2, *cpu, "--json")
     assert two.returncode == 0, two.stderr
+    assert two.stdout == (tmp_path / "two/dsd/report.json").read_text()  # once, not once a process
     one = command(*args, "-o", tmp_path / "one", "--batch-size", 4, "--device", "cpu")
     assert one.code == 0, one.err
     one, two = tmp_path / "one", tmp_path / "two"
@@ -82,7 +90,7 @@ def test_two_processes_are_one_of_twice_the_batch(command, made, tmp_path, launc
 def test_two_processes_train_in_each_precision_of_a_cpu(command, made, tmp_path, precision):
     """The model's own forward stays float32: the source's probes and the output's proof are made with it."""
     args = [made / "timm", "--data", made / "pictures", *STEPS, *PLAIN, "--device", "cpu", "--mixed-precision", precision]
-    two = torchrun(*args, "-o", tmp_path / "two", "--batch-size", 2)
+    two = two_processes(*args, "-o", tmp_path / "two", "--batch-size", 2)
     assert two.returncode == 0, two.stderr
     report = report_of(tmp_path / "two")
     assert yaml.safe_load((tmp_path / "two/dsd/recipe.yaml").read_text())["mixed_precision"] == precision
@@ -90,39 +98,35 @@ def test_two_processes_train_in_each_precision_of_a_cpu(command, made, tmp_path,
     assert command("verify", made / "timm", tmp_path / "two").code == 0
 
 
+def wrapped():
+    """What one of two processes finds."""
+    phases = [{"kind": "dense", "steps": 1, "lr": 0.1}]
+    recipe = Recipe.model_validate({"phases": phases, "mixed_precision": "bf16"})
+    accelerator = open_accelerator(recipe, Options(output_dir=None, device="cpu"))
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(accelerator.process_index))
+    before = model(x)
+    around = parallel(model, accelerator.device)
+    assert "forward" not in vars(model)
+    assert torch.equal(model(x), before)
+    with accelerator.autocast():
+        assert around(x).dtype == torch.bfloat16
+    around(x).sum().backward()
+    mean = accelerator.reduce(x.sum(0), "mean")
+    assert torch.allclose(model.weight.grad, mean.expand(2, 3), atol=1e-6)
+    assert distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout == PATIENCE
+    distributed.destroy_process_group()
+
+
 def test_a_wrapped_model_s_own_forward_is_as_it_was():
     """In each precision, and the processes wait for each other as long as the main one may take."""
-    code = """
-import torch, torch.distributed as dist
-from torch import nn
-from dsd_refine.run.open import PATIENCE, open_accelerator, parallel
-from dsd_refine.recipe import Recipe
-from dsd_refine.run.run import Options
-phases = [{"kind": "dense", "steps": 1, "lr": 0.1}]
-recipe = Recipe.model_validate({"phases": phases, "mixed_precision": "bf16"})
-accelerator = open_accelerator(recipe, Options(output_dir=None, device="cpu"))
-torch.manual_seed(0)
-model = nn.Linear(3, 2)
-x = torch.randn(4, 3, generator=torch.Generator().manual_seed(accelerator.process_index))
-before = model(x)
-wrapped = parallel(model, accelerator.device)
-assert "forward" not in vars(model) and torch.equal(model(x), before)
-with accelerator.autocast():
-    assert wrapped(x).dtype == torch.bfloat16
-wrapped(x).sum().backward()
-mean = accelerator.reduce(x.sum(0), "mean")
-assert torch.allclose(model.weight.grad, mean.expand(2, 3), atol=1e-6)
-assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == PATIENCE
-dist.destroy_process_group()
-"""
-    how = ("--nproc-per-node", 2, "--master-addr", "127.0.0.1", "--master-port", free_port(), "--no-python")
-    done = process("-m", "torch.distributed.run", *how, sys.executable, "-c", code)
+    done = in_two(wrapped)
     assert done.returncode == 0, done.stderr
 
 
-def test_only_one_process_speaks(made, tmp_path):
-    """stdout under a launcher is the result once; a BatchNorm model with an odd rest trains in two processes too."""
-    found = torchrun(
+def test_an_odd_rest_trains_with_batchnorm_and_one_process_speaks(made, tmp_path):
+    found = two_processes(
         made / "timm", "--data", made / "pictures", "-o", tmp_path / "out", *STEPS, "--batch-size", 5, "--device", "cpu", "--json"
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
@@ -140,24 +144,24 @@ def test_only_one_process_speaks(made, tmp_path):
         (["--gate", "better"], 3),
     ],
 )
-def test_a_failing_run_tells_its_code_through_the_launcher(made, tmp_path, options, code):
-    found = torchrun(
+def test_a_failing_run_tells_its_code_beside_the_launcher_s(made, tmp_path, options, code):
+    """A launcher ends with a code of its own; that this line comes through it, the stop below tells."""
+    found = two_processes(
         made / "bert", "--data", made / "texts.csv", "-o", tmp_path / "out", *STEPS, "--batch-size", 4, "--device", "cpu", *options
     )  # fmt: skip
-    assert found.returncode != 0
-    assert f"dsd-refine: exit code {code}" in found.stderr.splitlines()
-    ours = found.stderr.split(f"dsd-refine: exit code {code}")[0]
-    assert "Traceback" not in ours
+    assert found.returncode == code, found.stderr
+    assert found.stderr.splitlines().count(f"dsd-refine: exit code {code}") == 1
+    assert "Traceback" not in found.stderr
     if code == 3:
         assert report_of(tmp_path / "out")["exit_code"] == 3
     else:
-        assert ours.count("Error: ") >= 1
+        assert found.stderr.count("Error: ") >= 1
         assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_stop_and_go_on_together(made, tmp_path):
     """SIGTERM to the launcher reaches both; what they saved goes on to the end of the undisturbed run."""
-    long = ("--sparse-steps", 150, "--batch-size", 2, "--device", "cpu")
+    long = ("--sparse-steps", 60, "--batch-size", 2, "--device", "cpu")
     args = [made / "vit", "--data", made / "colours", *STEPS, *PLAIN, *long]
     child = subprocess.Popen(
         [sys.executable, *torchrun_arguments(*args, "-o", tmp_path / "out")],

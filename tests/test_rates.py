@@ -1,16 +1,19 @@
 """`lr: auto`: a range test on the source finds the rate, the same for every arm."""
 
+import itertools
 import math
 import re
+from types import SimpleNamespace as Fake
 
 import pytest
+import torch
 from outputs import report_of, same
 from runs import stop_after, whole
 
 from dsd_refine.errors import RecipeError
 from dsd_refine.recipe import AutoRate, Phase, Recipe, apply_flags, validate
 from dsd_refine.run import rates
-from dsd_refine.run.rates import BELOW_EDGE, HIGHEST, LOWEST, RISEN, edge_of, rises
+from dsd_refine.run.rates import BELOW_EDGE, HIGHEST, LOWEST, MOST_MOVED, NEAR, RISEN, edge_of, moved, rises
 from dsd_refine.search import default_space
 
 SHORT = (
@@ -43,6 +46,7 @@ def few_steps():
     """A range test of FEW rates, to save time, also of short runs."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(rates, "STEPS", FEW)
+        patched.setattr(rates, "MEASURED", 4)
         patched.setattr(rates, "SHORTEST_RUN", 0)
         yield
 
@@ -110,6 +114,13 @@ def test_the_edge_is_the_last_rate_before_the_loss_rises():
     assert rises([2.0, 3.0], [1.0, 1.0])[0] == pytest.approx(1.0)
 
 
+def test_the_median_layer_says_what_a_step_moves():
+    before = {name: torch.full((4,), 2.0) for name in "abc"} | {"zero": torch.zeros(4)}
+    now = {"a": before["a"] * 1.1, "b": before["b"] * 0.8, "c": before["c"], "zero": before["zero"]}
+    run = Fake(loop=Fake(parameters=now))
+    assert moved(run, before) == pytest.approx(0.1)  # of 0.1, 0.2 and 0; a layer of zeros has no share
+
+
 # ---------------------------------------------------------------- through the command
 
 
@@ -118,7 +129,14 @@ def test_every_rate_that_was_tried_is_reported(tested):
     assert found["optimizer"] == "sgd"
     assert len(found["rates"]) == len(found["losses"]) == len(found["source_losses"]) <= FEW
     assert found["rates"][0] == LOWEST
-    assert found["rate"] == float(f"{BELOW_EDGE * (found['edge'] or HIGHEST):.2g}")
+    measured = found["moves"]
+    assert measured[0][0] == pytest.approx(BELOW_EDGE * (found["edge"] or HIGHEST))
+    for (rate, move), (lower, _) in itertools.pairwise(measured):
+        assert move > NEAR * MOST_MOVED
+        assert lower == pytest.approx(rate * MOST_MOVED / move)
+    rate, move = measured[-1]
+    assert move <= NEAR * MOST_MOVED  # this source has no gradient that a hundredth of the rate would not tame
+    assert found["rate"] == float(f"{rate:.2g}")
     risen = [rise > RISEN for rise in rises(found["losses"], found["source_losses"])]
     assert not any(risen[:-1])
     assert math.isclose(found["losses"][0], found["source_losses"][0], rel_tol=1e-6)

@@ -3,12 +3,12 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, environment, hashes
+from conftest import hashes
+from forked import Child, preload
+from forked import command as run_command
 from outputs import same
 from runs import stop_after, whole
 
@@ -36,6 +36,7 @@ def test_stopped_at_a_step_and_resumed(command, made, undisturbed, tmp_path, at)
         stop_after(patch, at)
         stopped = command(*args)
     assert stopped.code == 4, stopped.err
+    assert stopped.out == ""
     assert "go on with --resume" in stopped.err
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial/state.json").is_file()
@@ -204,44 +205,32 @@ def test_a_second_run_on_the_same_output_is_refused(refused, stopped, tmp_path):
         assert "another run" in refused(*stopped, "--resume")
 
 
-LONG = ("--sparse-steps", "100", "--dense-steps", "4", "--set", "phases.0.refresh=40")
+LONG = ("--sparse-steps", "30", "--dense-steps", "4", "--set", "phases.0.refresh=10")
 
 
-def started(made, out, *more):
-    args = [*arguments(made, out, *LONG), *more]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "dsd_refine", *map(str, args)],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    return child, args
-
-
-def wait_for(path, lines, child):
+def wait_for(log, lines, child):
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and child.poll() is None:
-        if path.is_file() and path.read_bytes().count(b"\n") >= lines:
+    while time.monotonic() < deadline and child.ended_within(0) is None:
+        if log.is_file() and log.read_bytes().count(b"\n") >= lines:
             return
-        time.sleep(0.01)
-    child.kill()
-    raise AssertionError(child.communicate())
+        time.sleep(0.005)
+    raise AssertionError(child.said())
 
 
 def test_real_signals(command, made, tmp_path):
     """SIGTERM in the sparse phase, then SIGKILL in a later one, then on to the end: the undisturbed run's bytes."""
-    log = tmp_path / "out.partial/log.jsonl"
-    child, args = started(made, tmp_path / "out")
-    wait_for(log, 20, child)
-    child.send_signal(signal.SIGTERM)
-    out, err = child.communicate(timeout=60)
-    assert child.returncode == 4, err
-    assert out == ""
-    assert "Traceback" not in err
-    lines = log.read_bytes().count(b"\n")
-    child, _ = started(made, tmp_path / "out", "--resume")
-    wait_for(log, lines + 20, child)
-    child.send_signal(signal.SIGKILL)
-    child.communicate(timeout=60)
-    assert child.returncode == -signal.SIGKILL
+    preload()
+    log, args = tmp_path / "out.partial/log.jsonl", arguments(made, tmp_path / "out", *LONG)
+    child = Child(run_command(*args), tmp_path / "first")
+    wait_for(log, 10, child)
+    child.kill(signal.SIGTERM)
+    assert child.wait(60) == 4, child.said()
+    assert "Traceback" not in child.said()
+    assert json.loads((tmp_path / "out.partial/state.json").read_text())["run"]["progress"]["step"] < 30
+    child = Child(run_command(*args, "--resume"), tmp_path / "second")
+    wait_for(log, 45, child)
+    child.kill(signal.SIGKILL)
+    assert child.wait(60) == -signal.SIGKILL, child.said()
     assert command(*args, "--resume").code == 0
     whole(arguments(made, tmp_path / "whole", *LONG))
     same(tmp_path / "out", tmp_path / "whole")

@@ -21,7 +21,7 @@ from dsd_refine.evidence.compare import bootstrap_corpus
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.tasks.base import Scores
 from dsd_refine.tasks.seq2seq_lm import chrf_of
-from dsd_refine.tasks.text_metrics import bleu_sums, chrf, chrf_sums, rouge_scores
+from dsd_refine.tasks.text_metrics import ROUGE, bleu_sums, chrf, chrf_sums, rouge_scores
 
 FAMILIES = ("t5", "bart", "marian", "nllb", "mbart")
 QUIET = (*SHORT, "--quiet", "--lr", "0.01", "--warmup-steps", "0", "--control", "none")
@@ -315,11 +315,44 @@ def test_the_bootstrap_of_chrf_sees_a_difference_and_its_sign():
 def test_rouge_is_rouge_scores_own():
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    for a, b in zip(sentences(6, 1), sentences(6, 2), strict=True):
-        assert rouge_scores(a, b) == pytest.approx(
-            [scorer.score(a, b)[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")]
-        )
+    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
+    for a, b, c in zip(sentences(6, 1), sentences(6, 2), sentences(6, 3), strict=True):
+        each = [scorer.score(reference, b) for reference in (a, c)]
+        wanted = [max(found[name].fmeasure for found in each) for name in ROUGE]
+        assert rouge_scores([a, c], b) == pytest.approx(wanted)
+
+
+def test_rougelsum_reads_sentence_by_sentence():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    reference, text = "the cat eats. a dog sees! now and then", "a dog sees! the cat eats. now"
+    own = RougeScorer(["rougeLsum"], use_stemmer=True)
+    lines = [one.replace(". ", ".\n").replace("! ", "!\n") for one in (reference, text)]
+    found = dict(zip(ROUGE, rouge_scores([reference], text), strict=True))
+    assert found["rougeLsum"] == pytest.approx(own.score(*lines)["rougeLsum"].fmeasure)
+    assert found["rougeLsum"] > found["rougeL"]
+
+
+def test_several_right_targets_train_with_the_first_and_judge_with_all(seen, tmp_path):
+    rows = [
+        {**row, "target": [row["target"], f"{row['target']} {word}"]}
+        for row, word in zip(pairs(24), builders.WORDS, strict=False)
+    ]
+    rows[3]["target"] = []
+    data = write_lines(tmp_path / "d.jsonl", rows)
+    task, model = opened(seen / "t5", data, tmp_path / "c", holdout=0.0, keep="last", metric="rougeLsum")
+    with torch.no_grad():
+        scores = Scores.of(enumerate(task.score(model, first(task))), 4)
+    references = list(zip(*task.eval.rows.texts[:4], strict=True))
+    found = task.metrics(scores)
+    assert found["bleu"] == pytest.approx(BLEU(force=True).corpus_score(scores.text, references).score / 100, abs=1e-9)
+    assert found["chrf"] == pytest.approx(CHRF().corpus_score(scores.text, references).score / 100, abs=1e-9)
+    assert "nrefs:2" in task.report()["preprocessing"]["chrf"]
+    assert task.target(task.eval, 0) == "\n".join(task.eval.rows.texts[0])
+    unit = task.train.rows.numbers.tolist().index(0) if 0 in task.train.rows.numbers else 0
+    text = task.writer.tokenizer.decode(task.train.labels[unit], skip_special_tokens=True)
+    assert " ".join(text.split()) == task.train.rows.texts[unit][0]
+    assert [item["reason"] for part in (task.train, task.eval) for item in part.rows.skipped] == ["no target text"]
 
 
 @pytest.mark.parametrize("metric", ["chrf", "bleu", "exact_match", "rougeL", "loss"])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHORT, process
-from hub import COMMIT, hub
+from hub import COMMIT, hub, on_hub
 from PIL import Image
+from runs import fresh, run_command
 from safetensors.torch import load_file
 
 from dsd_refine.checkpoint import source as source_module
@@ -62,6 +63,11 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
         find_source(str(tmp_path))
 
 
+def offline(home, *args):
+    """The command, with this home and no network."""
+    on_hub("http://127.0.0.1:9", home, lambda: run_command(*args), HF_HUB_OFFLINE=True)()
+
+
 def test_a_repository_is_refined_from_the_hub_and_then_offline_from_the_cache(tmp_path):
     folder = builders.timm_checkpoint(tmp_path / "t")
     for name in ("pytorch_model.bin", "onnx/model.onnx", "language_model/5gram.bin"):
@@ -77,12 +83,12 @@ def test_a_repository_is_refined_from_the_hub_and_then_offline_from_the_cache(tm
     assert (tmp_path / "out/language_model/5gram.bin").read_bytes() == b"language_model/5gram.bin"
     source = json.loads(found.stdout)["source"]
     assert (source["resolved"], source["revision"]) == ("org/tiny", COMMIT)
-    again = process("-m", "dsd_refine", "verify", f"org/tiny@{COMMIT}", tmp_path / "out", HF_HUB_OFFLINE="1", **home)
+    again = fresh(offline, tmp_path / "home", "verify", f"org/tiny@{COMMIT}", tmp_path / "out")
     assert again.returncode == 0, again.stdout + again.stderr
 
 
 def test_offline_without_a_copy_says_what_is_missing_and_how_to_give_it(tmp_path):
-    found = process("-m", "dsd_refine", "resnet50", "--sparsity", "0.3", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
+    found = fresh(offline, tmp_path / "home", "resnet50", "--sparsity", "0.3")
     assert found.returncode == 2
     assert found.stdout == ""
     for part in ("timm/resnet50.a1_in1k", "HF_HUB_OFFLINE is set", "local directory", "HF_ENDPOINT"):

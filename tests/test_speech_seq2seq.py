@@ -155,10 +155,10 @@ def test_errors_are_jiwers_and_whispers_normalizer_is_optional(heard, tmp_path):
     plain, _ = opened(heard / "whisper", heard / "data", tmp_path / "c")
     english, _ = opened(heard / "whisper", heard / "data", tmp_path / "c", normalizer="english", metric="cer")
     reference, text = "Mr. Brown has two cats", "mister brown has 2 cat"
-    sums = plain.measure(reference, text)
+    sums = plain.measure([reference], text)
     assert sums[0] / sums[1] == jiwer.wer(reference, text)
     assert sums[2] / sums[3] == jiwer.cer(reference, text)
-    assert english.measure(reference, text) == (1, 5, 1, 23)  # only the last letter differs
+    assert english.measure([reference], text) == (1, 5, 1, 23)  # only the last letter differs
     assert english.row_value((1, 5, 1, 23)) == (1, 23)
     assert (plain.metric, english.metric) == ("wer", "cer")
     assert english.report()["preprocessing"]["normalizer"] == "english"

@@ -1,11 +1,13 @@
 """A process whose standard streams somebody has closed: a daemon's, a shell's `2>&-`."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, SHORT, environment, hashes
+from runs import fresh, run_command
 
 CLOSED = {"stderr": "2>&-", "stdout": ">&-", "both": ">&- 2>&-", "all": "<&- >&- 2>&-"}
 # what it opens gets the lowest free number; what a library says on descriptor 2 must not land in it
@@ -45,10 +47,18 @@ def test_the_command_ends_with_its_own_exit_code(streams):
         assert "Traceback" not in found.stderr
 
 
+def without_stderr(*args):
+    os.close(2)
+    sys.stderr = None  # as Python has it then
+    run_command(*args)
+
+
 @pytest.mark.parametrize("streams", ["stderr", "all"])
 def test_a_run_without_streams_is_as_any_other(command, made, tmp_path, streams):
     args = ("run", made / "bert", "--data", made / "texts.csv", *SHORT)
-    assert closed(streams, "-m", "dsd_refine", *args, "-o", tmp_path / "out").returncode == 0
+    here = (*args, "-o", tmp_path / "out")
+    done = fresh(without_stderr, *here) if streams == "stderr" else closed(streams, "-m", "dsd_refine", *here)
+    assert done.returncode == 0
     assert command(*args, "-o", tmp_path / "seen").code == 0
     ours, theirs = hashes(tmp_path / "out"), hashes(tmp_path / "seen")
     shown = {"README.md", "dsd/report.html", "dsd/report.json", "dsd/log.jsonl"}  # times, and the output's own name

@@ -23,9 +23,10 @@ from builders import (
     text_file,
     word_tokenizer,
 )
-from conftest import SHORT, process
+from conftest import SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import fresh, run_command
 from small import TOKENS
 
 from dsd_refine.errors import CheckpointError, DataError
@@ -400,14 +401,17 @@ def test_a_tokenizer_that_is_a_sentencepiece_model_alone_is_read(command, pieces
     assert tokenizer.decode(tokenizer("the cat sees")["input_ids"], skip_special_tokens=True).strip() == "the cat sees"
 
 
+def without_sentencepiece(*args):
+    sys.modules |= {"sentencepiece": None, "google.protobuf": None}
+    run_command(*args)
+
+
 def test_the_packages_that_are_missing_are_named(pieces, made, tmp_path):
     folder = tmp_path / "m"
     small.family("LlamaForCausalLM", small.GROUPED).save_pretrained(folder)
     shutil.copy(pieces / "bpe.model", folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
-    without = "import sys; sys.modules |= {'sentencepiece': None, 'google.protobuf': None}"
-    code = f"{without}; from dsd_refine.cli.app import main; main()"
-    found = process("-c", code, folder, "--data", made / "documents.txt", "-o", tmp_path / "out", *SHORT)
+    found = fresh(without_sentencepiece, folder, "--data", made / "documents.txt", "-o", tmp_path / "out", *SHORT)
     assert found.returncode == 2, found.stderr
     assert found.stderr.splitlines()[-1] == (
         f"Error: {folder}/tokenizer.model: the tokenizer is a sentencepiece model, which needs sentencepiece and protobuf: "

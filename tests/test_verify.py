@@ -9,7 +9,7 @@ import hostile
 import pytest
 import torch
 from builders import copy_folder, write_tensors
-from conftest import process
+from runs import fresh, run_command
 from safetensors.torch import load_file
 
 from dsd_refine.checkpoint.safetensors_file import read_header
@@ -119,7 +119,7 @@ def test_any_name_in_the_report_is_held_against_the_folder(output, side):
     report[side]["files"] += [{"name": name, "sha256": "0" * 64} for name in hostile.NAMES]
     (output / "dsd/report.json").write_text(json.dumps(report))
     (output / "link").symlink_to("link")
-    found = process("-m", "dsd_refine", "verify", source_of(output), output)
+    found = fresh(run_command, "verify", source_of(output), output)
     assert found.returncode == 3, found.stderr
     assert found.stdout.count(f": SHA-256 of the {side}'s file is not the one in the report") == len(hostile.NAMES)
     assert max(map(len, found.stdout.splitlines())) < 300

@@ -53,9 +53,9 @@ def test_a_template_that_wants_parts_gets_them(viewer):
 
 def test_who_asks_for_pictures_is_told_of_the_text_part(refused, viewer, tmp_path):
     data = chat_file(tmp_path / "d.jsonl")
-    said = refused(viewer, "--data", data)
-    assert "SmolVLMForConditionalGeneration is for pictures and texts, which is not supported yet" in said
-    assert HINT in said
+    said = refused(viewer, "--data", data)  # it has no processor
+    assert "its processor cannot be used" in said
+    assert "Conversations without pictures need only the tokenizer: --task causal-lm" in said
     assert HINT in refused(viewer, "--data", data, "--task", "image-captioning")
 
 

@@ -2,14 +2,16 @@
 
 import os
 import pickle
-import subprocess
-import sys
+from contextlib import contextmanager
+from multiprocessing import get_start_method, set_start_method
 from pathlib import Path
+from types import SimpleNamespace
 
 import builders
 import pytest
 import torch
-from conftest import ROOT, SHORT, environment
+from conftest import SHORT
+from runs import run_server
 from safetensors.torch import load_file
 from tasks import open_task
 
@@ -17,30 +19,43 @@ from dsd_refine.checkpoint.checkpoint import open_shapes
 from dsd_refine.checkpoint.libraries.open import open_library
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.recipe import match_recipe, read_recipe, validate
-
-SCRIPT = """
-import sys
-from multiprocessing import set_start_method
-from dsd_refine.cli.app import main
-
-if __name__ == "__main__":
-    set_start_method(sys.argv.pop(1))
-    main()
-"""
+from dsd_refine.training.batches import loader
 
 
-@pytest.mark.parametrize(("method", "model", "data"), [("spawn", "timm", "pictures")])
-def test_workers_that_are_not_forked_change_nothing(command, made, tmp_path, method, model, data):
+@contextmanager
+def started_by(method):
+    """Worker processes start so. A server has imported what they need; a spawned one imports it itself."""
+    before = get_start_method(allow_none=True)
+    if method == "forkserver":
+        run_server()
+    set_start_method(method, force=True)
+    try:
+        yield
+    finally:
+        set_start_method(before, force=True)
+
+
+def test_workers_that_are_not_forked_change_nothing(command, made, tmp_path):
     """Forked ones: test_run.py::test_workers_change_nothing."""
-    (tmp_path / "start.py").write_text(SCRIPT)
-    args = [made / model, "--data", made / data, *SHORT, "--control", "none", "--quiet", "--holdout", "0"]
-    args += ["--keep", "sparse", "--sparse-steps", "1"]  # workers start three times: each start imports torch
-    how = [sys.executable, tmp_path / "start.py", method, *args, "-o", tmp_path / "with", "--workers", "1"]
-    done = subprocess.run(list(map(str, how)), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    args = [made / "timm", "--data", made / "pictures", *SHORT, "--control", "none", "--quiet", "--holdout", "0"]
+    args += ["--keep", "sparse", "--sparse-steps", "1"]
+    with started_by("forkserver"):
+        assert command(*args, "-o", tmp_path / "with", "--workers", "1").code == 0
     assert command(*args, "-o", tmp_path / "without").code == 0
     one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("with", "without"))
     assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_a_worker_that_starts_from_nothing_makes_the_same_batches(made, tmp_path):
+    task = task_of(made / "timm", made / "pictures", tmp_path / "cache")
+    plan = [([(0, None), (1, None)], True), ([(2, 7), (3, 7)], True), ([(4, 7)], False)]
+    with started_by("spawn"):
+        one = list(loader(SimpleNamespace(task=task, workers=1), task.train, plan))
+    two = list(loader(SimpleNamespace(task=task, workers=0), task.train, plan))
+    assert [batch.count for batch in one] == [batch.count for batch in two] == [2, 2, 0]
+    for mine, other in zip(one, two, strict=True):
+        assert torch.equal(mine.targets, other.targets)
+        assert all(torch.equal(value, other.inputs[name]) for name, value in mine.inputs.items())
 
 
 MAKERS = {

@@ -10,7 +10,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from places import ROOT, Given, Sources, fold_of, needed
+from places import ROOT, Given, Sources, copy_pictures, fold_of, needed
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
@@ -47,10 +47,7 @@ def digits5k_trial(sources: Sources, fold: int) -> Given:
     place = sources.work / f"digits5k/{fold}"
     given = Given(place / "checkpoint", place / "train", place / "judge")
     if not given.checkpoint.is_dir():
-        for picture in sorted((needed(sources.data, "--realdata") / "digits5k/train").rglob("*.png")):
-            part = given.judge if fold_of(picture.read_bytes()) == fold else given.train
-            (part / picture.parent.name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(picture, part / picture.parent.name)
+        copy_pictures(needed(sources.data, "--realdata") / "digits5k/train", given, fold)
         teach_digits(needed(sources.released, "--released") / "digits5k", given)
     return given
 

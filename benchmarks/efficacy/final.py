@@ -40,30 +40,32 @@ def main() -> None:
     parser.add_argument("--released", type=Path, help="their checkpoints")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--recipe", help="another recipe than the default one")
+    parser.add_argument("--device", default="cpu", help="where the runs run")
     parser.add_argument("--out", type=Path, help="the file of the result")
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     place = TASKS[given.task].final(Sources(given.released, given.realdata, given.work))
-    text = f"{machine()}\n\n{compared(TASKS[given.task], place, given.seeds, given.recipe)}"
+    text = f"{machine(given.device)}\n\n{compared(TASKS[given.task], place, given.seeds, given.recipe, given.device)}"
     out = given.out or ledger.FOLDER / f"{given.task}.txt"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     print(text)
 
 
-def machine() -> str:
+def machine(device: str) -> str:
+    where = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "transformers"))
-    return f"{platform.machine()}, Python {platform.python_version()}, {versions}"
+    return f"{where}, Python {platform.python_version()}, {versions}"
 
 
-def compared(task: EfficacyTask, place: Given, seeds: int, recipe: str | None) -> str:
+def compared(task: EfficacyTask, place: Given, seeds: int, recipe: str | None, device: str) -> str:
     """Both runs: the default command with its controls, and SWA of the same budget."""
-    common = {"seeds": seeds, "gate": "none"}
+    common = {"seeds": seeds, "gate": "none", "device": device}
     if "max_length" in task.recipe:  # what the checkpoint was trained with; the command cannot know it
         common["max_length"] = task.recipe["max_length"]
     first, used = run(place, recipe, common | {"control": ["dense", "random"], "publish": "best"})
     swa = used | {"name": "swa of the same budget", "phases": [averaged(used["phases"])], "control": [], "publish": "refined"}
-    second, _ = run(place, validate(swa), {})
+    second, _ = run(place, validate(swa), {"device": device})
     return f"# the default command, --publish best\n\n{first}\n\n# SWA of the same budget, no mask\n\n{second}\n"
 
 
@@ -82,7 +84,7 @@ def run(place: Given, recipe: str | Recipe | None, options: dict[str, Any]) -> t
         out = Path(folder) / "out"
         report = dsd_refine.refine(
             str(place.checkpoint), data=str(place.train), eval_data=str(place.judge), output_dir=out, recipe=recipe,
-            quiet=True, device="cpu", **options,
+            quiet=True, **options,
         )  # fmt: skip
         text = summary(report).replace(f"{folder}/", "").replace(f"{place.checkpoint.parent}/", "")
         return f"{text.rstrip()}\n\n{time.time() - started:.0f} s", read_recipe(out / "dsd/recipe.yaml")

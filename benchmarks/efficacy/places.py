@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,14 @@ class Sources:
 def fold_of(content: bytes, folds: int = FOLDS) -> int:
     """Return the fold of a row. Equal rows are in the same fold."""
     return hashlib.sha256(b"efficacy" + content).digest()[0] % folds
+
+
+def copy_pictures(folder: Path, given: Given, fold: int) -> None:
+    """Copy the pictures of one fold to the rows that judge, and the others to those that train. Folders are classes."""
+    for picture in sorted(folder.rglob("*.png")):
+        part = given.judge if fold_of(picture.read_bytes()) == fold else given.train
+        (part / picture.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, part / picture.parent.name)
 
 
 def needed(path: Path | None, option: str) -> Path:

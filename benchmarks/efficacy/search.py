@@ -30,7 +30,7 @@ import dsd_refine
 from dsd_refine.errors import RunError
 from dsd_refine.recipe import validate
 
-# Nothing is selected in a trial: its end is judged, by rows that the source does not know.
+# Nothing is selected in a trial, unless the setting says so: its end is judged, by rows that the source does not know.
 WHOLE = {"holdout": 0.0, "keep": "last", "gate": "none", "control": []}
 
 
@@ -44,40 +44,64 @@ def main() -> None:
     parser.add_argument("--arms", default="refined,dense", help="which arms, separated by commas")
     parser.add_argument("--seeds", type=int, default=FOLDS, help="how many seeds; seed n uses fold n mod 3")
     parser.add_argument("--ledger", type=Path, help="the file of the ledger")
+    parser.add_argument("--device", default="cpu", help="where the trials run")
+    parser.add_argument(
+        "--share", default="1/1", help="K/N: only each N-th trial, from the K-th on, for N processes side by side"
+    )
     parser.add_argument("--quick", action="store_true", help="two steps for each phase, to try the code")
+    parser.add_argument("--prepare", action="store_true", help="make the checkpoints and rows of the task, run nothing")
     parser.add_argument("--table", action="store_true", help="print the ledger, run nothing")
     given = parser.parse_args()
     file = given.ledger or ledger.FOLDER / f"{given.task}.jsonl"
+    task, sources = TASKS[given.task], Sources(given.released, given.realdata, given.work)
+    if given.prepare:
+        for fold in range(FOLDS):
+            print(task.trial(sources, fold))
+        return
     if not given.table:
         torch.set_num_threads(1)
-        task, sources = TASKS[given.task], Sources(given.released, given.realdata, given.work)
-        search(task, sources, file, given.only, given.arms.split(","), given.seeds, given.quick)
+        wanted = wanted_trials(task, given.only, given.arms.split(","), given.seeds)
+        share, shares = map(int, given.share.split("/"))
+        search(task, sources, file, wanted[share - 1 :: shares], given.device, given.quick)
     print(table(ledger.read(file)))
 
 
-def search(
-    task: EfficacyTask, sources: Sources, file: Path, only: list[str], arms: list[str], seeds: int, quick: bool = False
-) -> None:
-    """Run the trials that the ledger lacks: every setting with one seed, then with the next.
+def wanted_trials(task: EfficacyTask, only: list[str], arms: list[str], seeds: int) -> list[tuple[int, str, Changes, str]]:
+    """Every setting and arm with one seed, then with the next: seed, name, changes, arm.
 
-    Settings that differ only in their masks have the same dense control. It runs once.
+    Settings that differ only in their masks have the same dense control. It is there once.
     """
-    done = {ledger.key(trial) for trial in ledger.read(file)}
+    found: dict[tuple[str, int], tuple[int, str, Changes, str]] = {}
     for seed in range(seeds):
-        place = task.trial(sources, seed % FOLDS)
         for name, changes in settings(task.rate, task.length, task.average, light_crop=task.images).items():
             for arm in arms_of(changes):
-                wanted = name in (only or [name]) and (arm in arms or len(arms_of(changes)) == 1)
-                if wanted and ledger.key({"recipe": as_arm(changes, arm), "seed": seed}) not in done:
-                    ledger.append(file, line := trial(task, place, name, changes, arm, seed, quick))
-                    done.add(ledger.key(line))
+                if name in (only or [name]) and (arm in arms or len(arms_of(changes)) == 1):
+                    key = ledger.key({"recipe": as_arm(changes, arm), "seed": seed})
+                    found.setdefault(key, (seed, name, changes, arm))
+    return list(found.values())
+
+
+def search(
+    task: EfficacyTask,
+    sources: Sources,
+    file: Path,
+    wanted: list[tuple[int, str, Changes, str]],
+    device: str = "cpu",
+    quick: bool = False,
+) -> None:
+    """Run the trials that the ledger lacks."""
+    done = {ledger.key(trial) for trial in ledger.read(file)}
+    for seed, name, changes, arm in wanted:
+        if ledger.key({"recipe": as_arm(changes, arm), "seed": seed}) not in done:
+            place = task.trial(sources, seed % FOLDS)
+            ledger.append(file, trial(task, place, name, changes, arm, seed, device, quick))
 
 
 def trial(
-    task: EfficacyTask, place: Given, name: str, changes: Changes, arm: str, seed: int, quick: bool = False
+    task: EfficacyTask, place: Given, name: str, changes: Changes, arm: str, seed: int, device: str, quick: bool = False
 ) -> ledger.Trial:
     """Run one setting as one arm with one seed, and return its line."""
-    fields: dict[str, Any] = task.recipe | as_arm(changes, arm) | WHOLE | {"seed": seed}
+    fields: dict[str, Any] = task.recipe | WHOLE | as_arm(changes, arm) | {"seed": seed}
     if quick:
         fields["phases"] = [{k: v for k, v in phase.items() if k != "epochs"} | {"steps": 2} for phase in fields["phases"]]
     line: ledger.Trial = {"setting": name, "arm": arm, "seed": seed, "recipe": as_arm(changes, arm)}
@@ -86,12 +110,14 @@ def trial(
         with tempfile.TemporaryDirectory() as folder:
             report = dsd_refine.refine(
                 str(place.checkpoint), data=str(place.train), eval_data=str(place.judge), output_dir=Path(folder) / "out",
-                recipe=validate(fields), quiet=True, device="cpu",
+                recipe=validate(fields), quiet=True, device=device,
             )  # fmt: skip
             line |= outcome(report)
     except RunError as error:
         line |= {"diverged": True, "error": str(error).splitlines()[0][:200]}
-    return line | {"seconds": round(time.time() - started, 1), "version": dsd_refine.__version__}
+    seconds = round(time.time() - started, 1)
+    where = torch.cuda.get_device_name() if device == "cuda" else device
+    return line | {"seconds": seconds, "version": dsd_refine.__version__, "device": where}
 
 
 def outcome(report: dsd_refine.Report) -> ledger.Trial:

@@ -12,6 +12,8 @@ Changes = dict[str, Any]
 
 TEACHER = {"weight": 0.5, "temperature": 2.0}
 EMA_DECAY = 0.98  # the last fifty steps count most
+MASK = ("sparsity", "criterion", "threshold", "ramp", "refresh")  # the fields of a phase that speak of its mask
+CHOSEN = {"holdout": 0.1, "keep": "best"}  # the end of these is chosen by a holdout of the rows that train
 EMA = {"average": "ema", "ema_decay": EMA_DECAY}
 
 
@@ -83,6 +85,7 @@ def settings(rate: float, length: float, average: str, *, light_crop: bool) -> d
         "dsd 30 % + average, x0.25": masked_average(rate / 4, length),
         "dsd 30 % + average, x4": masked_average(4 * rate, length),
     }
+    found |= levers(rate, length)
     if light_crop:
         light = {"augment": {"crop": "random-resized", "scale": [0.75, 1.0], "flip": 0.0}}
         strong = {"augment": {"crop": "random-resized", "flip": 0.5}}
@@ -97,6 +100,27 @@ def settings(rate: float, length: float, average: str, *, light_crop: bool) -> d
             masked_average(rate, length, 0.8, 0.25, 1.0) | light
         )
     return found if average == "swa" else {name: by_steps(changes) for name, changes in found.items()}
+
+
+def levers(rate: float, length: float) -> dict[str, Changes]:
+    """Return the settings that differ from "dsd 50 % for a quarter + average at the full rate, x1" in one thing."""
+
+    def changed(number: int, **more: Any) -> Changes:
+        changes = masked_average(rate, length, 0.5, 0.25, 1.0)
+        changes["phases"][number] |= more
+        return changes
+
+    rounds = [phase for _ in range(3) for phase in masked(rate, length / 3, 0.5, 1.0)["phases"]]
+    return {
+        "lever: saliency": changed(0, criterion="saliency"),
+        "lever: global threshold": changed(0, threshold="global"),
+        "lever: masked weights return to the source's values": changed(1, restore="source"),
+        "lever: gradual mask": changed(0, ramp=0.8, refresh="every 10 steps"),
+        "lever: sharpness-aware average": changed(1, sam=0.05),
+        "lever: average of three rounds, holdout": {"phases": rounds, "average": "rounds"} | CHOSEN,
+        "lever: interpolated with the source, holdout": changed(1) | {"interpolate": [0.5]} | CHOSEN,
+        "lever: soup of three seeds, holdout": changed(1) | {"seeds": 3, "soup": "greedy"} | CHOSEN,
+    }
 
 
 def with_rate(changes: Changes, rate: float | str) -> Changes:
@@ -122,7 +146,7 @@ def as_arm(changes: Changes, arm: str) -> Changes:
     phases = []
     for phase in changes["phases"]:
         if phase["kind"] == "sparse" and arm == "dense":
-            phase = {name: value for name, value in phase.items() if name != "sparsity"} | {"kind": "dense"}
+            phase = {name: value for name, value in phase.items() if name not in MASK} | {"kind": "dense"}
         elif phase["kind"] == "sparse":
             phase = phase | {"criterion": "random"}
         phases.append(phase)
@@ -130,5 +154,7 @@ def as_arm(changes: Changes, arm: str) -> Changes:
 
 
 def arms_of(changes: Changes) -> tuple[str, ...]:
-    """Return the arms that differ: without a mask there is only one."""
-    return ("refined", "dense", "random") if any(phase["kind"] == "sparse" for phase in changes["phases"]) else ("dense",)
+    """Return the arms that differ: without a mask there is only one. Rounds are counted by their masks."""
+    if not any(phase["kind"] == "sparse" for phase in changes["phases"]):
+        return ("dense",)
+    return ("refined", "random") if changes.get("average") == "rounds" else ("refined", "dense", "random")

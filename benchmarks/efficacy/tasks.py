@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import captioner
+import cells
 import digits
+import smollm
 import texts
 from places import Given, Sources
 
@@ -46,6 +48,8 @@ class EfficacyTask:
     images: bool = False
 
 
+CELLS = IMAGES | {"weight_decay": 1e-4}
+SMOLLM = TOKENS | {"task": "causal-lm", "max_length": 256, "batch_size": 8}
 TWEETS = TOKENS | {"task": "text-classification", "batch_size": 32, "max_length": 48}
 LANGUAGE = TOKENS | {"task": "causal-lm", "max_length": 128}
 CAPTIONS = TOKENS | {"task": "image-captioning", "batch_size": 32}
@@ -53,7 +57,9 @@ CAPTIONS = TOKENS | {"task": "image-captioning", "batch_size": 32}
 TASKS = {
     "demo": EfficacyTask(IMAGES, 0.04, 12, digits.demo_trial, digits.demo_final, images=True),
     "digits5k": EfficacyTask(IMAGES, 0.1, 8, digits.digits5k_trial, digits.digits5k_final, images=True),
-    "tweets": EfficacyTask(TWEETS, 2e-5, 0.12, texts.tweets_trial, texts.tweets_final, average="ema"),
+    "elpv": EfficacyTask(CELLS, 0.02, 8, cells.elpv_trial, cells.elpv_final, images=True),
+    "tweets": EfficacyTask(TWEETS, 2e-5, 2, texts.tweets_trial, texts.tweets_final),
+    "smollm": EfficacyTask(SMOLLM, 5e-5, 4, smollm.smollm_trial, smollm.smollm_final),
     "language": EfficacyTask(LANGUAGE, 1e-3, 2, texts.language_trial, texts.language_final),
     "captions": EfficacyTask(CAPTIONS, 5e-4, 6, captioner.captions_trial, captioner.captions_final),
 }

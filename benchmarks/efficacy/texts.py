@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -49,17 +51,20 @@ def language_part(sources: Sources, judge: str) -> Given:
     given = Given(place / "gpt2", place / "train.txt", place / f"{judge}.txt")
     if not given.checkpoint.is_dir():
         place.mkdir(parents=True, exist_ok=True)
-        found = dict.fromkeys(" ".join(part.split()) for text in topics.values() for part in text.split("\n\n"))
-        parts = [part for part in found if len(part) >= 80]
-        numbers = [fold_of(part.encode(), PARTS) for part in parts]
-        divided = {"train": range(3), "trial": (3,), "final": (4,)}
-        for name, wanted in divided.items():
-            rows = [part for part, number in zip(parts, numbers, strict=True) if number in wanted]
-            (place / f"{name}.txt").write_text("\n\n".join(rows), encoding="utf-8")
-            if name == "train":
-                train = rows
-        language.first_dense(train, given.checkpoint)
+        language.first_dense(write_documentation(place), given.checkpoint)
     return given
+
+
+def write_documentation(place: Path) -> list[str]:
+    """Write train.txt, trial.txt and final.txt with the paragraphs of Python's documentation; return those that train."""
+    found = dict.fromkeys(" ".join(part.split()) for text in topics.values() for part in text.split("\n\n"))
+    parts = [part for part in found if len(part) >= 80]
+    numbers = [fold_of(part.encode(), PARTS) for part in parts]
+    divided: dict[str, Sequence[int]] = {"train": range(3), "trial": (3,), "final": (4,)}
+    rows = {name: [part for part, n in zip(parts, numbers, strict=True) if n in wanted] for name, wanted in divided.items()}
+    for name, chosen in rows.items():
+        (place / f"{name}.txt").write_text("\n\n".join(chosen), encoding="utf-8")
+    return rows["train"]
 
 
 def language_trial(sources: Sources, fold: int) -> Given:

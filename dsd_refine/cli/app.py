@@ -67,23 +67,6 @@ class DefaultRun(click.Group):
         return super().parse_args(ctx, args)
 
 
-PASSED_ON = (
-    "resume",
-    "overwrite",
-    "save_phases",
-    "save_every",
-    "cache_gb",
-    "report_images",
-    "device",
-    "compile",
-    "shard",
-    "activation_checkpointing",
-    "cpu_offload",
-    "spread",
-    "allow_pickle",
-)
-
-
 @click.group(cls=DefaultRun, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="dsd-refine")
 def cli() -> None:
@@ -140,7 +123,7 @@ def _prepared(model: str, given: dict[str, Any], display: Any, write_outcome: Wr
     from dsd_refine.checkpoint.libraries.open import open_library
     from dsd_refine.checkpoint.source import find_source
     from dsd_refine.choice import choose_recipe
-    from dsd_refine.run.run import Options, default_workers
+    from dsd_refine.run.run import PASSED_ON, Options, default_workers
     from dsd_refine.run.tracking import Tracking, check_trackers, settings_of
 
     trackers = check_trackers(name.strip() for name in given["report_to"].split(",") if name.strip())

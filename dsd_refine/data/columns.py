@@ -117,6 +117,8 @@ TEXT = Kind(
 
 DOCUMENT = replace(TEXT, pairs=False)
 DIALOGUE = replace(DOCUMENT, sets=COLUMN_SETS)  # documents, or conversations
+# the pictures of a conversation, which its messages have places for
+PICTURES = Kind("image", (), sets=((("images",), ()), (("image",), ())))
 TRANSCRIPT = Kind(
     "text",
     (("text", "transcription", "transcript", "sentence"), ("normalized_text", "raw_transcription", "raw_text")),
@@ -196,9 +198,9 @@ def is_preference(names: Sequence[str]) -> bool:
 def has_set(table: Table, kind: Kind, asked: str | None) -> bool:
     """Return whether the table (or the user, with `asked`) has all columns of a set of this kind.
 
-    A label column of single values that the user names counts, whatever its name is.
+    A column of labels or pictures that the user names counts, whatever its name is.
     """
-    if kind.what == "label" and asked is not None and not kind.lists:
+    if kind.what in ("label", "image") and asked is not None and not kind.lists:
         return True
     names = table.rows.column_names if asked is None else asked.split(",")
     plain = {name.strip().casefold() for name in names}

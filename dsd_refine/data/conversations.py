@@ -92,7 +92,16 @@ def _check(messages: Sequence[Message], answers: Sequence[int]) -> None:
 
 def _has_content(message: Message) -> bool:
     content = message.get("content")
-    return bool(message.get("tool_calls")) or bool(content.strip() if isinstance(content, str) else content)
+    if message.get("tool_calls"):
+        return True
+    if isinstance(content, list):
+        return any(_says(part) for part in content)
+    return bool(content.strip() if isinstance(content, str) else content)
+
+
+def _says(part: Any) -> bool:
+    """True for a part of a content that is no text, or a text with more than white space."""
+    return not isinstance(part, dict) or part.get("type") != "text" or bool(str(part.get("text", "")).strip())
 
 
 def _with_input(question: Any, more: Any) -> Any:

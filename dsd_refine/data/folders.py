@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ FILE_NAMES = (
 ASIDE = re.compile(
     "unlabel|unsup|(no|without|missing) ?labels?|submission|predict|held ?out|hold ?out|(?<!la)(?<!con)(?<!pro)test( |$)"
 )
+
+ROWS_TRIED, ROWS_AT_ONCE = 20, 1000  # rows in which a file's name is looked for, and rows that are read at once
 
 FILE_NAME = re.compile(r"[^\0\n]{1,200}\.[A-Za-z0-9]{1,5}")
 # Names of the only folder in a split without classes.
@@ -276,7 +278,28 @@ def _used_files(path: Path, files: list[Path], tables: dict[str, Table]) -> list
             values = table.rows.select_columns([name])
             if _names_a_file(folder, values[0][name]):
                 named += [folder / value for value in values[name] if value and "\0" not in value]
+        named += [folder / value for value in _named_inside(table.rows, folder)]
     return files + named
+
+
+def _named_inside(rows: datasets.Dataset, folder: Path) -> Iterator[str]:
+    """The files that lists and mappings in columns name, such as the pictures of conversations."""
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Value) or "Image(" in repr(feature) or "Audio(" in repr(feature):
+            continue
+        texts = (text for value in rows.select_columns([name])[:ROWS_TRIED][name] for text in _texts_in(value))
+        if any(_names_a_file(folder, text) for text in texts):
+            values = (block[name] for block in rows.select_columns([name]).iter(ROWS_AT_ONCE))
+            yield from (text for block in values for text in _texts_in(block) if _names_a_file(folder, text))
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """All texts in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(inner)
 
 
 def _names_a_file(folder: Path, text: str | None) -> bool:

@@ -140,13 +140,26 @@ def raw_bytes(table: Table, name: str, row: int) -> bytes:
         OSError: The file cannot be read.
         TypeError: The row has no file.
     """
-    value = table.rows[row][name]
+    return file_bytes(table.rows[row][name], table.folder)
+
+
+def file_bytes(value: Any, folder: Path | None) -> bytes:
+    """Return the bytes of a file from what a row has of it: bytes, a mapping of `bytes` and `path`, or a path.
+
+    Args:
+        value: What the row has.
+        folder: The folder that relative paths start at.
+
+    Raises:
+        OSError: The file cannot be read.
+        TypeError: It is nothing that names a file.
+    """
     if isinstance(value, dict):
         content = value.get("bytes")
         return _bytes_of(Path(value.get("path"))) if content is None else bytes(content)  # type: ignore[arg-type]
     if isinstance(value, bytes):
         return value
-    folder = table.folder or Path()
+    folder = folder or Path()
     return _bytes_of(folder / value, folder)
 
 

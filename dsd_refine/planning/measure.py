@@ -22,8 +22,7 @@ from dsd_refine.planning.plan import planned_tries, tested_optimizers
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.run.open import opened
 from dsd_refine.run.phase import enter_phase, run_phase
-from dsd_refine.run.rates import STEPS as RANGE_TEST
-from dsd_refine.run.rates import is_worth_a_test
+from dsd_refine.run.rates import is_worth_a_test, most_steps
 from dsd_refine.run.run import Options, Run
 from dsd_refine.training.evaluate import evaluate
 from dsd_refine.training.hooks import Hooks, Step
@@ -135,7 +134,7 @@ def whole_run(run: Run, steps: Sequence[float], row: float) -> float:
     rows = run.task.eval.units * (1 + len(run.arms) * recipe.seeds)
     rows += run.task.holdout.units if run.task.holdout else 0  # the source is evaluated on the holdout once
     tested = len(tested_optimizers(recipe)) if is_worth_a_test(recipe, run.loop.steps_per_epoch) else 0
-    tests = 2 * RANGE_TEST * tested * max(steps, default=0.0)
+    tests = most_steps() * tested * max(steps, default=0.0)
     return sum(_try_seconds(run, phases, steps, row) for phases in tries) + rows * row + tests
 
 

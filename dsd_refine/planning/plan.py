@@ -111,7 +111,7 @@ def _steps(checkpoint: Checkpoint, recipe: Recipe, task: Task) -> dict[str, str]
         lines[f"{number}-{phase.kind}"] = _phase(phase, per_epoch)
     if tests := tested_optimizers(recipe):
         usual = ", ".join(f"{rates.USUAL[name]:g} for {name}" for name in tests)
-        tested = f"tested on the source first, in at most {2 * rates.STEPS * len(tests)} steps ({', '.join(tests)})"
+        tested = f"tested on the source first, in at most {rates.most_steps() * len(tests)} steps ({', '.join(tests)})"
         lines["rate"] = tested if rates.is_worth_a_test(recipe, per_epoch) else f"{usual}: too few steps for a range test"
     names = ("refined", *recipe.control)
     tries = planned_tries(recipe, per_epoch)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsd_refine.data.tables import raw_bytes
+from dsd_refine.data.pictures import FileRows, source_bytes
 from dsd_refine.errors import DataError
 
 if TYPE_CHECKING:
@@ -165,8 +165,10 @@ def contents_of(rows: Rows, columns: Mapping[str, Sequence[str]]) -> ContentOf:
         position, table = int(rows.numbers[row]), rows.table
         if images := columns.get("image"):
             try:
-                picture = thumbnail(raw_bytes(table, images[0], position))
-            except OSError:  # the file is gone since it was scored, which must not fail a finished run
+                (value,) = FileRows(table, images[:1]).columns([position])[images[0]]
+                first = next(iter(value), None) if isinstance(value, list) else value  # of a conversation's pictures
+                picture = thumbnail(source_bytes(first, table.folder)) if first is not None else None
+            except (OSError, DataError):  # the file is gone since it was scored, which must not fail a finished run
                 return None
             return Content(picture=picture) if picture else None
         if "audio" in columns or not (names := list(columns.get("text") or columns.get("source", ()))):

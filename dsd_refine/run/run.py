@@ -84,6 +84,24 @@ class Options:
         return None if self.cache_gb is None else int(1e9 * self.cache_gb)
 
 
+# The options that the command and the Python API pass on as they are, under the same names.
+PASSED_ON = (
+    "resume",
+    "overwrite",
+    "save_phases",
+    "save_every",
+    "cache_gb",
+    "report_images",
+    "device",
+    "compile",
+    "shard",
+    "activation_checkpointing",
+    "cpu_offload",
+    "spread",
+    "allow_pickle",
+)
+
+
 def default_workers(asked: int | None) -> int:
     """Return the number of processes that load data.
 

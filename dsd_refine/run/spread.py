@@ -1,7 +1,7 @@
 """Train the tries of a run side by side: each process of a launcher trains whole tries, as one process alone would.
 
 Nothing is exchanged but results. A try begins with the source and its own seed, so it does not matter who trains it. Each
-process works in a folder of its own, OUT.partial/tries/process-N.partial/, with a state of its own. It leaves the result of
+process works in a folder of its own, OUT.partial/tries/process-N-of-M.partial/, with a state of its own. It leaves the result of
 a finished try in OUT.partial/tries/ARM-TRY/. Afterwards the main process makes the run as ever, and takes over the results
 in the order in which it would have trained the tries. So the bytes are those of a run in one process.
 """
@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,8 @@ from dsd_refine.run.workspace import Workspace
 from dsd_refine.search import rung_of
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
     from dsd_refine.checkpoint.library import Library
     from dsd_refine.checkpoint.source import Source
     from dsd_refine.recipe import Recipe
@@ -40,6 +44,7 @@ TRIES, RESULT = "tries", "result.json"
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OF_A_TRY = ("histograms", "zeros", "masked", "empty")  # fields of the state with a key for each try of the refined arm
 BEGINS = "try"  # the event in a process's log with which a try begins
+MEETINGS = count()  # numbers the meetings of all processes: each counts the same ones
 POLL = 0.2  # seconds between two looks for results of other processes
 
 
@@ -96,8 +101,8 @@ def train_side_by_side(
             folder.mkdir(exist_ok=True)
         _wait_for_all()
         rank, world = stack.enter_context(alone())
-        own = folder / f"process-{rank}"
-        done = own.with_suffix(".done")
+        own = folder / f"process-{rank}-of-{world}"  # its state is of the tries that it has among so many
+        done = folder / f"process-{rank}.done"
         done.unlink(missing_ok=True)
         quiet = replace(
             options, output_dir=own, resume=True, overwrite=False, spread=None, hooks=(), say=lambda _: None, report_images=0
@@ -124,12 +129,23 @@ def _wait_for_files(files: Sequence[Path]) -> None:
 
 
 def _wait_for_all() -> None:
-    """Wait until all processes are here, so that none begins before the main one has checked OUT."""
-    import torch.distributed as dist
+    """Wait until all processes are here, so that none begins before the main one has checked OUT.
 
-    dist.init_process_group("gloo", timeout=PATIENCE)
-    dist.barrier()
-    dist.destroy_process_group()
+    The launcher's store counts them. A process group would do, but a second one in the same launch finds the addresses
+    of the first.
+    """
+    store, key = _launchers_store(), f"dsd-refine/{next(MEETINGS)}"
+    if store.add(key, 1) == int(os.environ["WORLD_SIZE"]):
+        store.set(f"{key}/all", "here")
+    store.wait([f"{key}/all"], PATIENCE)
+
+
+@cache
+def _launchers_store() -> Store:
+    from torch.distributed.rendezvous import rendezvous
+
+    store: Store = next(rendezvous("env://", timeout=PATIENCE))[0]
+    return store
 
 
 def _take_part(run: Run, arm: str, attempt: int, folder: Path, train_try: Callable[[Run, str, int], None]) -> None:
@@ -139,7 +155,8 @@ def _take_part(run: Run, arm: str, attempt: int, folder: Path, train_try: Callab
         return
     _know_earlier_rungs(run, arm, attempt, folder)
     position = [run.arms.index(arm), attempt, 0]
-    if run.state.at is None or run.state.at <= position:  # the try begins: what earlier ones found is delivered
+    at, is_within = run.state.at, run.state.progress is not None
+    if at is None or at < position or (at == position and not is_within):  # the try begins: earlier ones are delivered
         run.state.best, run.state.ingredients = {}, {}
         run.workspace.log({"event": BEGINS})
     train_try(run, arm, attempt)

@@ -51,6 +51,8 @@ class RangeTest:
         rates: The rates of the steps, in order. They end where the loss had risen.
         losses: The loss of each step.
         source_losses: The loss of the source on the same rows.
+        moves: The rates that were measured after that, each with what a step moved: the change of the
+            median layer as a share of its norm.
         samples: The number of examples that were used.
         seconds: How long it took.
     """
@@ -60,6 +62,7 @@ class RangeTest:
     rates: list[float]
     losses: list[float]
     source_losses: list[float]
+    moves: list[tuple[float, float]]
     samples: int
     seconds: float
 

@@ -198,6 +198,22 @@ class Part(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RowPart:
+    """A part of which each row is one unit."""
+
+    rows: Rows
+
+    @property
+    def units(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    def row_of(self, unit: int) -> int:
+        """The unit itself."""
+        return unit
+
+
 def unit_lengths(part: Part) -> np.ndarray[Any, Any] | None:
     """Return how long each unit is as an input, in tokens or samples of sound, shape (units,).
 

@@ -26,25 +26,15 @@ from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Parts, Rows, divide, use_rows
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of, weighted_logits
-from dsd_refine.tasks.base import Batch, ChanceBaseline, Forward, Score, Scores, Tables, choose_metric, ratio
+from dsd_refine.tasks.base import Batch, ChanceBaseline, Forward, RowPart, Score, Scores, Tables, choose_metric, ratio
 from dsd_refine.tasks.class_counts import CLASS_METRICS, MOST_CLASSES, Metric, class_stats
 
 
 @dataclass(frozen=True)
-class LabelledPart:
+class LabelledPart(RowPart):
     """Rows with the model's class id of each."""
 
-    rows: Rows
     ids: np.ndarray[Any, Any]
-
-    @property
-    def units(self) -> int:
-        """The number of rows: each row is one unit."""
-        return len(self.rows)
-
-    def row_of(self, unit: int) -> int:
-        """The unit itself, because each row is one unit."""
-        return unit
 
 
 @dataclass

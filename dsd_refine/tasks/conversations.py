@@ -1,15 +1,17 @@
-"""Conversations for causal-lm: rows become windows in which the tokens of the answers are the targets."""
+"""Conversations: rows become windows in which the tokens of the answers are the targets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from dsd_refine.data.columns import DIALOGUE, column
+from dsd_refine.data.columns import DIALOGUE, PICTURES, column
 from dsd_refine.data.conversations import read_conversation
+from dsd_refine.data.pictures import has_pictures
 from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Rows, divide, use_rows
 from dsd_refine.data.tables import row_blocks
@@ -23,6 +25,8 @@ from dsd_refine.tasks.inputs.tokens import Doubled, Unknown, beyond_warnings, or
 from dsd_refine.tasks.inputs.windows import NO_TOKENS, WindowedPart, cut_windows
 
 NOTHING = Written("", NO_TOKENS, np.empty(0, dtype=bool))
+
+Write = Callable[[], Written]  # writes one row; raises DataError where it cannot be used
 
 
 def prepare_conversations(
@@ -41,13 +45,46 @@ def prepare_conversations(
     """
     if recipe.stride is not None:
         raise DataError("--stride is of texts that are cut into windows, and a conversation is one window: leave it out")
-    examiner = _Examiner(ChatTemplate(inputs.tokenizer, inputs.size, on_answers=recipe.loss_on != "all"), inputs.max_length)
+    template = ChatTemplate(inputs.tokenizer, inputs.size, on_answers=recipe.loss_on != "all")
 
-    def examined(table: Table) -> Rows:
-        return examiner.examine(table, [column(table, name, DIALOGUE) for name in columns])
+    def writers(table: Table) -> Iterator[Write]:
+        names = [column(table, name, DIALOGUE) for name in columns]
+        for block in row_blocks(table, names):
+            yield from (partial(_write, template, names, values) for values in block)
 
-    used = {name: examined(table) for name, table in tables.items()}
-    judged = {name: examined(table) for name, table in evaluation.items()} if evaluation else None
+    parts, warnings = divide_conversations(recipe, tables, evaluation, template, inputs.max_length, writers)
+    return parts, warnings + _picture_warnings(next(iter(tables.values())))
+
+
+def _picture_warnings(table: Table) -> list[str]:
+    """One line if a column beside the conversations is one of pictures by its name."""
+    known = {name for names, _ in PICTURES.sets for name in names}
+    columns = [name for name in table.rows.column_names if name.strip().casefold() in known]
+    return [f"the column {name!r} is not read: models that see pictures are for --task image-text-to-text" for name in columns]
+
+
+def _write(template: ChatTemplate, names: Sequence[str], values: Sequence[Any]) -> Written:
+    conversation = read_conversation(names, values)
+    if has_pictures(conversation):
+        raise DataError("has a picture, which causal-lm does not read: --task image-text-to-text is for models that do")
+    return template.write(conversation)
+
+
+def divide_conversations(
+    recipe: Recipe,
+    tables: Tables,
+    evaluation: Tables | None,
+    template: ChatTemplate,
+    max_length: int,
+    writers: Callable[[Table], Iterator[Write]],
+) -> tuple[tuple[WindowedPart, WindowedPart | None, WindowedPart], list[str]]:
+    """Write every row, skip those that cannot be used, and divide. `writers` gives for each row of a table what writes it.
+
+    Returns and raises as `prepare_conversations`.
+    """
+    examiner = _Examiner(template, max_length)
+    used = {name: examiner.examine(table, writers(table)) for name, table in tables.items()}
+    judged = {name: examiner.examine(table, writers(table)) for name, table in evaluation.items()} if evaluation else None
     divided = divide(used, judged, recipe.holdout)
     cut = examiner.windows
     parts = cut(divided.train), cut(divided.holdout) if divided.holdout else None, cut(divided.eval)
@@ -55,31 +92,35 @@ def prepare_conversations(
 
 
 class _Examiner:
-    """Writes the conversations of tables, and keeps what it has written."""
+    """Keeps what the conversations of tables are written as."""
 
     def __init__(self, template: ChatTemplate, max_length: int) -> None:
         self.template, self.max_length, self.longer = template, max_length, 0
         self.doubled, self.unknown = Doubled(template.tokenizer), Unknown(template.tokenizer)
         self.written: dict[int, list[Written]] = {}  # id of a table -> what each of its rows is
 
-    def examine(self, table: Table, names: Sequence[str]) -> Rows:
+    def examine(self, table: Table, writers: Iterable[Write]) -> Rows:
         """The usable rows of a table."""
         held = self.written[id(table)] = []
         rows: list[Examined] = []
-        for values in (values for block in row_blocks(table, names) for values in block):
-            written, reason = or_reason(self._read, names, values)
+        for write in writers:
+            written, reason = or_reason(self._cut, write)
             held.append(written or NOTHING)
-            answers = np.packbits(held[-1].asked).tobytes().hex()
-            rows.append(Examined(b"" if reason else text_digest(held[-1].text, answers), None, reason))
+            rows.append(Examined(b"", None, reason) if reason else _examined(held[-1]))
         return use_rows(table, rows)
 
-    def _read(self, names: Sequence[str], values: Sequence[Any]) -> Written:
+    def _cut(self, write: Write) -> Written:
         """A row as written, cut to `max_length`.
 
         Raises:
             DataError: it cannot be used.
         """
-        whole = self.template.write(read_conversation(names, values))
+        whole = write()
+        if whole.uncut > self.max_length:
+            raise DataError(
+                f"its pictures end at token {whole.uncut:,}, and pictures cannot be cut: a row has {self.max_length:,} "
+                "tokens (--max-length)"
+            )
         cut = replace(whole, ids=whole.ids[: self.max_length], asked=whole.asked[: self.max_length])
         is_longer = len(whole.ids) > self.max_length
         if not cut.asked[1:].any():
@@ -105,3 +146,11 @@ class _Examiner:
                 "not read (--max-length)"
             )
         return lines + self.template.warnings()
+
+
+def _examined(written: Written) -> Examined:
+    """What a row is. Equal pictures stay in one part, whatever is said of them."""
+    answers = np.packbits(written.asked).tobytes().hex()
+    if written.pictures:
+        return Examined(text_digest(*written.pictures), texts=(written.text, answers))
+    return Examined(text_digest(written.text, answers))

@@ -24,7 +24,7 @@ from dsd_refine.data.splits import Examined, Rows, divide, use_rows
 from dsd_refine.data.tables import in_threads, undecoded
 from dsd_refine.errors import CheckpointError, DataError
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks.base import IGNORED, Batch, ChanceBaseline, Forward, Item, Score, Scores, Tables, ratio, require
+from dsd_refine.tasks.base import IGNORED, Batch, ChanceBaseline, Forward, Item, RowPart, Score, Scores, Tables, ratio, require
 from dsd_refine.tasks.classification import overlap_warning, skip_warnings
 from dsd_refine.tasks.inputs.audio import (
     FeatureExtractor,
@@ -105,20 +105,10 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class SpeechPart:
+class SpeechPart(RowPart):
     """Rows with a clip each."""
 
-    rows: Rows
     clips: list[Clip]
-
-    @property
-    def units(self) -> int:
-        """The number of rows: each clip is one unit."""
-        return len(self.rows)
-
-    def row_of(self, unit: int) -> int:
-        """The unit itself, because each row is one clip."""
-        return unit
 
 
 @dataclass

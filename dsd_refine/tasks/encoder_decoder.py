@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dsd_refine.data.splits import Rows
 from dsd_refine.forward import logits_of
-from dsd_refine.tasks.base import IGNORED, Batch, ChanceBaseline, Forward, Item, Score, Scores, ratio
+from dsd_refine.tasks.base import IGNORED, Batch, ChanceBaseline, Forward, Item, RowPart, Score, Scores, ratio
 from dsd_refine.tasks.causal_lm import uniform_baseline
 from dsd_refine.tasks.inputs.writer import TextWriter
 
@@ -24,25 +23,15 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class TargetPart:
+class TargetPart(RowPart):
     """Rows with their targets. `labels[u]` are the tokens that the decoder is to write for row u, and
     `shifted[u]` those that it sees before each of them. `sources[u]` are the encoder's tokens (empty: the
     encoder reads the table).
     """
 
-    rows: Rows
     labels: list[Array]
     shifted: list[Array]
     sources: list[Array] = field(default_factory=list)
-
-    @property
-    def units(self) -> int:
-        """The number of rows: each row is one unit."""
-        return len(self.rows)
-
-    def row_of(self, unit: int) -> int:
-        """The unit itself, because each row is one unit."""
-        return unit
 
 
 @dataclass
@@ -73,8 +62,8 @@ class EncoderDecoder(ABC):
         """What the encoder reads of these rows, by the model's names."""
 
     @abstractmethod
-    def measure(self, reference: str, text: str) -> tuple[float, ...]:
-        """The sums of one written text that the metrics are made of."""
+    def measure(self, references: Sequence[str], text: str) -> tuple[float, ...]:
+        """The sums of one written text that the metrics are made of. `references` are the right texts of its row."""
 
     @abstractmethod
     def row_value(self, sums: Sequence[float]) -> tuple[float, float]:
@@ -154,15 +143,15 @@ class EncoderDecoder(ABC):
             texts = self.writer.generate(forward, read) if writes else [None] * len(rows)
             for row, loss, text in zip(rows, losses, texts, strict=True):
                 targets = int((batch.targets[row] != IGNORED).sum())
-                scores[row] = self._score(batch.texts[row][0], text, loss, targets)
+                scores[row] = self._score(batch.texts[row], text, loss, targets)
         return [scores[row] for row in range(len(batch.targets))]
 
-    def _score(self, reference: str, text: str | None, loss: float, targets: int) -> Score:
+    def _score(self, references: Sequence[str], text: str | None, loss: float, targets: int) -> Score:
         if not self.writes:
             return Score(loss, targets, loss, stats=(targets,))
         if text is None:
             return Score(0.0, 0, loss, stats=(*[0.0] * self.width, targets))
-        sums = self.measure(reference, text)
+        sums = self.measure(references, text)
         score, count = self.row_value(sums)
         return Score(float(score), int(count), loss, text=text, stats=(*map(float, sums), targets))
 
@@ -179,8 +168,8 @@ class EncoderDecoder(ABC):
         return {name: found[name] for name in (self.metric, *(name for name in found if name != self.metric))}
 
     def target(self, part: TargetPart, row: int) -> str | None:
-        """The text that is to be written for the row."""
-        return part.rows.texts[row][0]
+        """The text that is to be written for the row, or several that are right, one a line."""
+        return "\n".join(part.rows.texts[row])
 
     def shown(self, prediction: int) -> str | None:
         """None: this task predicts texts, not classes."""

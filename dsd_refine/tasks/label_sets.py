@@ -22,6 +22,7 @@ from dsd_refine.tasks.base import (
     Corpus,
     Forward,
     Item,
+    RowPart,
     Score,
     Scores,
     Tables,
@@ -35,20 +36,10 @@ METRICS: dict[str, Corpus] = {"f1_micro": f1_micro, "f1_macro": f1_macro, "map":
 
 
 @dataclass(frozen=True)
-class LabelSetPart:
+class LabelSetPart(RowPart):
     """Rows with what is right of each: float32 of shape (rows, classes), 0 or 1."""
 
-    rows: Rows
     truth: Array
-
-    @property
-    def units(self) -> int:
-        """The number of rows: each row is one unit."""
-        return len(self.rows)
-
-    def row_of(self, unit: int) -> int:
-        """The unit itself, because each row is one unit."""
-        return unit
 
 
 @dataclass

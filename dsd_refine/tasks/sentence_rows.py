@@ -13,7 +13,7 @@ from dsd_refine.data.reading import Table
 from dsd_refine.data.splits import Examined, Parts, Rows, divide, use_rows
 from dsd_refine.data.tables import row_blocks
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks.base import Batch, Forward, Item, Tables
+from dsd_refine.tasks.base import Batch, Forward, Item, RowPart, Tables
 from dsd_refine.tasks.classification import overlap_warning, skip_warnings
 from dsd_refine.tasks.inputs.sentences import SentenceInputs, shown_inputs
 from dsd_refine.tasks.inputs.texts import no_text
@@ -23,20 +23,10 @@ Reader = Callable[[int, Sequence[str]], Examined]  # what a row is: its number i
 
 
 @dataclass(frozen=True)
-class SentencePart:
+class SentencePart(RowPart):
     """Rows of texts; `values` has what a task knows of each row, an array of shape (rows, …)."""
 
-    rows: Rows
     values: np.ndarray[Any, Any]
-
-    @property
-    def units(self) -> int:
-        """The number of rows: each row is one unit."""
-        return len(self.rows)
-
-    def row_of(self, unit: int) -> int:
-        """The unit itself, because each row is one unit."""
-        return unit
 
 
 @dataclass

@@ -30,12 +30,12 @@ from dsd_refine.tasks.text_metrics import (
     CHRF_STATS,
     ORDERS,
     ROUGE,
+    best_chrf_sums,
     bleu,
     bleu_signature,
     bleu_sums,
     chrf,
     chrf_signature,
-    chrf_sums,
     rouge_scores,
 )
 
@@ -56,8 +56,8 @@ CORPORA = {"chrf": chrf_of, "bleu": bleu}
 class Seq2SeqLM(EncoderDecoder):
     """`seq2seq-lm` for transformers models.
 
-    `stats` are the sums of BLEU and of chrF, 1 where the text is the target, 1 for the row, where ROUGE
-    decides its three scores, and the number of targets.
+    A row may have several right targets: the first one trains, and all judge. `stats` are the sums of BLEU and of
+    chrF, 1 where the text is a target, 1 for the row, where ROUGE decides its scores, and the number of targets.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -83,10 +83,10 @@ class Seq2SeqLM(EncoderDecoder):
         mask = torch.arange(padded.shape[1]) < torch.tensor([[len(one)] for one in ids])
         return {"input_ids": padded, "attention_mask": mask.long()}
 
-    def measure(self, reference: str, text: str) -> tuple[float, ...]:
-        """BLEU's and chrF's sums, whether the text is the target, 1, and ROUGE's scores where one decides."""
-        rouge = rouge_scores(reference, text) if self.metric in ROUGE else ()
-        return (*bleu_sums([reference], text), *chrf_sums(reference, text), float(reference == text), 1.0, *rouge)
+    def measure(self, references: Sequence[str], text: str) -> tuple[float, ...]:
+        """BLEU's and chrF's sums, whether the text is a target, 1, and ROUGE's scores where one decides."""
+        rouge = rouge_scores(references, text) if self.metric in ROUGE else ()
+        return (*bleu_sums(references, text), *best_chrf_sums(references, text), float(text in references), 1.0, *rouge)
 
     def row_value(self, sums: Sequence[float]) -> tuple[float, float]:
         """For BLEU the matching and the written 4-grams; else the row's own value, and 1."""
@@ -105,7 +105,8 @@ class Seq2SeqLM(EncoderDecoder):
     @property
     def preprocessing(self) -> dict[str, Any]:
         """As in `EncoderDecoder`, with prefix, languages and the signatures of the metrics."""
-        signatures = {"bleu": bleu_signature([1]), "chrf": chrf_signature()} if self.writes else {}
+        counts = [len(references) for references in self.eval.rows.texts]
+        signatures = {"bleu": bleu_signature(counts), "chrf": chrf_signature(counts)} if self.writes else {}
         rouge = {"rouge": f"rouge-score {version('rouge-score')}, stemmed"} if self.metric in ROUGE else {}
         return {**self.settings, **super().preprocessing, **signatures, **rouge}
 
@@ -174,6 +175,11 @@ def _prefix(asked: str | None, config: Any, columns: tuple[str, str]) -> tuple[s
     return "", [line]
 
 
+def _texts(target: Any) -> list[Any]:
+    """The targets of a row: one text, or a list of texts that are all right. The first one trains."""
+    return list(target) if isinstance(target, list | tuple) else [target]
+
+
 class _Examiner:
     """Looks through pairs of texts, and keeps the tokens of those that can be used."""
 
@@ -189,7 +195,7 @@ class _Examiner:
         for source, target in (pair for block in row_blocks(table, self.columns) for pair in block):
             tokens, reason = or_reason(self._tokens, source, target)
             kept.append(tokens)
-            said = () if tokens is None else (" ".join(target.split()),)
+            said = () if tokens is None else tuple(" ".join(text.split()) for text in _texts(target))
             length = 0 if tokens is None else len(tokens[0])
             rows.append(Examined(b"" if tokens is None else text_digest(source), reason=reason, texts=said, length=length))
         return use_rows(table, rows)
@@ -200,10 +206,11 @@ class _Examiner:
         Raises:
             DataError: the pair cannot be used.
         """
-        for what, text in (("source", source), ("target", target)):
+        targets = _texts(target)
+        for what, text in (("source", source), *(("target", text) for text in targets or [None])):
             if no_text(text):
                 raise DataError(f"no {what} text")
-        labels, was_cut = self.writer.labels(target)
+        labels, was_cut = self.writer.labels(targets[0])
         ids = list(self._source_ids(self.prefix + source))
         self.unknown.see(ids)
         self.unknown.see(labels)

@@ -99,9 +99,9 @@ class SpeechSeq2Seq(EncoderDecoder):
         row = int(part.rows.numbers[unit])
         return features_of(self.extractor, part.rows.table, self.audio_column, row)
 
-    def measure(self, reference: str, text: str) -> tuple[float, ...]:
+    def measure(self, references: Sequence[str], text: str) -> tuple[float, ...]:
         """(word edits, words, character edits, characters) of a transcript, both sides normalized."""
-        wanted, written = self._normalized(reference), self._normalized(text)
+        wanted, written = self._normalized(references[0]), self._normalized(text)
         return (*word_errors(wanted, written), *character_errors(wanted, written))
 
     def _normalized(self, text: str) -> str:

@@ -5,6 +5,7 @@ Each function for a row gives the sums that a metric of all rows is made of, so 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -17,7 +18,8 @@ BLEU_STATS = 2 + 2 * ORDERS  # lengths of text and reference, matching n-grams, 
 CHRF_ORDERS = 6  # chrF counts n-grams of 1 to 6 characters (Popović 2015)
 CHRF_STATS = 3 * CHRF_ORDERS  # for each order: n-grams of the text, of the reference, and of both
 BETA = 2.0  # chrF2: recall counts twice as much as precision
-ROUGE = ("rouge1", "rouge2", "rougeL")
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 Array = np.ndarray[Any, Any]
 
@@ -32,10 +34,7 @@ def bleu_signature(counts: Iterable[int]) -> str:
     """sacrebleu's own signature, for rows with so many references each: sacrebleu itself would name
     those of the last row.
     """
-    different = {*counts}
-    metric = _new_metric()
-    metric.num_refs = different.pop() if len(different) == 1 else -1  # sacrebleu's number for rows that differ
-    return str(metric.get_signature().format())
+    return _signature(_new_metric(), counts)
 
 
 @cache
@@ -94,18 +93,32 @@ def chrf(sums: Array) -> Array:
     return np.where(parts > 0, (1 + BETA**2) * precision * recall / np.where(parts > 0, parts, 1.0), 0.0)
 
 
-def chrf_signature() -> str:
-    """sacrebleu's own signature of chrF, for one reference a row."""
+def best_chrf_sums(references: Sequence[str], text: str) -> tuple[int, ...]:
+    """chrF's sums for the reference that a written text is most like, as sacrebleu takes them."""
+    return max((chrf_sums(reference, text) for reference in references), key=lambda sums: float(chrf(np.asarray(sums))))
+
+
+def chrf_signature(counts: Iterable[int] = (1,)) -> str:
+    """sacrebleu's own signature of chrF, for rows with so many references each."""
     from sacrebleu.metrics import CHRF
 
-    metric = CHRF(char_order=CHRF_ORDERS, word_order=0, beta=int(BETA))
-    metric.num_refs = 1
+    return _signature(CHRF(char_order=CHRF_ORDERS, word_order=0, beta=int(BETA)), counts)
+
+
+def _signature(metric: Any, counts: Iterable[int]) -> str:
+    different = {*counts}
+    metric.num_refs = different.pop() if len(different) == 1 else -1  # sacrebleu's number for rows that differ
     return str(metric.get_signature().format())
 
 
-def rouge_scores(reference: str, text: str) -> tuple[float, ...]:
-    """The F1 of each metric in ROUGE for a written text, as rouge-score counts it: English words, stemmed."""
-    scores = _rouge().score(reference, text)
+def rouge_scores(references: Sequence[str], text: str) -> tuple[float, ...]:
+    """The F1 of each metric in ROUGE for a written text, as rouge-score counts it: English words, stemmed.
+
+    Each is that of the reference with the highest one. For rougeLsum a sentence ends at a line's end, and after
+    `.`, `!` or `?` before white space.
+    """
+    targets = [SENTENCE_END.sub("\n", reference) for reference in references]
+    scores = _rouge().score_multi(targets, SENTENCE_END.sub("\n", text))
     return tuple(float(scores[name].fmeasure) for name in ROUGE)
 
 

@@ -17,7 +17,7 @@ from dsd_refine.data.tables import row_blocks
 from dsd_refine.errors import DataError
 from dsd_refine.forward import logits_of
 from dsd_refine.recipe import Recipe
-from dsd_refine.tasks.base import Batch, ChanceBaseline, Forward, Item, Score, Scores, Tables, choose_metric, ratio
+from dsd_refine.tasks.base import Batch, ChanceBaseline, Forward, Item, RowPart, Score, Scores, Tables, choose_metric, ratio
 from dsd_refine.tasks.classification import overlap_warning, skip_warnings
 from dsd_refine.tasks.inputs.chats import ChatTemplate
 from dsd_refine.tasks.inputs.texts import TextInputs, no_text, text_digest
@@ -29,20 +29,10 @@ SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
-class PairPart:
+class PairPart(RowPart):
     """Rows with the tokens of the chosen and of the rejected answer."""
 
-    rows: Rows
     pairs: list[tuple[Encoded, Encoded]]
-
-    @property
-    def units(self) -> int:
-        """The number of rows: each row is one unit."""
-        return len(self.rows)
-
-    def row_of(self, unit: int) -> int:
-        """The unit itself, because each row is one unit."""
-        return unit
 
 
 @dataclass

@@ -26,6 +26,7 @@ from dsd_refine.tasks.base import (
     Forward,
     Item,
     RowMetric,
+    RowPart,
     Score,
     Scores,
     Tables,
@@ -41,20 +42,10 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class ScoredPart:
+class ScoredPart(RowPart):
     """Rows with the score of each, float32."""
 
-    rows: Rows
     scores: Array
-
-    @property
-    def units(self) -> int:
-        """The number of rows: each row is one unit."""
-        return len(self.rows)
-
-    def row_of(self, unit: int) -> int:
-        """The unit itself, because each row is one unit."""
-        return unit
 
 
 @dataclass

@@ -29,6 +29,7 @@ from dsd_refine.tasks.base import (
     ChanceBaseline,
     Forward,
     Item,
+    RowPart,
     Score,
     Scores,
     Tables,
@@ -48,24 +49,14 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class TaggedPart:
+class TaggedPart(RowPart):
     """Rows of words. For row u, `tags[u]` has the class of each word, or IGNORED, and `firsts[u]` the place of its
     first piece, or -1 where the row was cut before it.
     """
 
-    rows: Rows
     words: list[list[str]]
     tags: list[Array]
     firsts: list[Array]
-
-    @property
-    def units(self) -> int:
-        """The number of rows: each row is one unit."""
-        return len(self.rows)
-
-    def row_of(self, unit: int) -> int:
-        """The unit itself, because each row is one unit."""
-        return unit
 
 
 @dataclass

@@ -128,9 +128,14 @@ class Shards:
         """Clip the norm over all gradients of all processes, as `torch.nn.utils.clip_grad_norm_` does for one process."""
         tensors = [tensor for tensor in unique(self.parameters) if tensor.grad is not None]
         norm = nn.utils.get_total_norm([tensor.grad for tensor in tensors if tensor.grad is not None])
-        square = norm.to(self.device).square()
-        dist.all_reduce(square)
-        nn.utils.clip_grads_with_norm_(tensors, limit, square.sqrt())
+        nn.utils.clip_grads_with_norm_(tensors, limit, self.norms(norm))
+
+    @torch.no_grad()
+    def norms(self, own: torch.Tensor) -> torch.Tensor:
+        """Return the norms of whole tensors, from those of the rows that each process has."""
+        squares = own.to(self.device).square()
+        dist.all_reduce(squares)
+        return squares.sqrt()
 
     def whole(self, own: Mapping[str, torch.Tensor], to: int | None = None) -> Mapping[str, torch.Tensor]:
         """Return the whole tensors of which each process has its rows in `own`. Each is gathered when it is read.

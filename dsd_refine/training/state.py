@@ -224,10 +224,12 @@ def micro_count(units: int, size: int, joins_single: bool) -> int:
 
 
 def on_device(loop: Loop, batch: Batch) -> Batch:
-    """Move a batch to the accelerator. With `loop.channels_last`, its 4-D inputs get that memory format."""
+    """Move a batch to the accelerator. With `loop.channels_last`, its pictures, 4-D floats, get that memory format."""
     if loop.accelerator.device.type != "cpu":
         batch = batch.to(loop.accelerator.device)
     if loop.channels_last:
-        inputs = {n: v.contiguous(memory_format=torch.channels_last) if v.ndim == 4 else v for n, v in batch.inputs.items()}
-        batch = replace(batch, inputs=inputs)
+        # masks of pictures stay as they are: models take views of them
+        pictures = {name: value for name, value in batch.inputs.items() if value.ndim == 4 and value.is_floating_point()}
+        converted = {name: value.contiguous(memory_format=torch.channels_last) for name, value in pictures.items()}
+        batch = replace(batch, inputs=batch.inputs | converted)
     return batch

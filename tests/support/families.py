@@ -20,11 +20,10 @@ from dsd_refine.checkpoint.libraries.open import open_library
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.masking.checkpoint_layers import first_layers, open_layers, outside_embeddings
 from dsd_refine.masking.layers import Layer, find_layers
-from dsd_refine.recipe import validate
+from dsd_refine.recipe import Recipe, read_recipe, shipped, validate
 from dsd_refine.task_specs import TASKS
 
 TABLE = Path(__file__).parent.parent.parent / "docs/layers.md"
-RECIPE = validate({"phases": [{"kind": "sparse", "steps": 1, "lr": 0.1, "sparsity": 0.3}]})
 EMPTY = torch.empty(0, dtype=torch.int64)
 
 TIMM = ("sequencer2d_s", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "levit_128s", "xcit_nano_12_p8_224",
@@ -204,6 +203,8 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
                  "text_config": {**BERT, "encoder_hidden_size": 32, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2}},
         "git": {**BERT, "vision_config": VIT, "bos_token_id": 1, "eos_token_id": 2},
     },
+    "image-text-to-text": {family: {"text_config": {**LM, "model_type": "llama"}, "vision_config": VIT, "scale_factor": 2}
+                           for family in ("idefics3", "smolvlm")},
     "seq2seq-lm": {
         "t5": T5,
         "mt5": {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
@@ -218,6 +219,12 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
                            "max_target_positions": 32},
     },
 }  # fmt: skip
+
+
+def recipe_of(task: str) -> Recipe:
+    """A sparse phase, which freezes what the task's default recipe does."""
+    frozen = read_recipe(shipped()[task])["phases"][0].get("frozen", [])
+    return validate({"phases": [{"kind": "sparse", "steps": 1, "lr": 0.1, "sparsity": 0.3, "frozen": frozen}]})
 
 
 def opened(task: str, family: str, folder: Path) -> Checkpoint:
@@ -266,7 +273,7 @@ def opened_families(task: str) -> Iterator[tuple[str, Checkpoint, list[Layer]]]:
     for family in FAMILIES[task]:
         with tempfile.TemporaryDirectory() as place:
             checkpoint = opened(task, family, Path(place))
-            yield family, checkpoint, open_layers(checkpoint, RECIPE, [])
+            yield family, checkpoint, open_layers(checkpoint, recipe_of(task), [])
 
 
 # ---------------------------------------------------------------- the table

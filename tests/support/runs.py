@@ -1,6 +1,7 @@
-"""Start a run, in this process or in two, and stop it."""
+"""Start a run, in this process, in another or in two, and stop it."""
 
 import os
+import runpy
 import socket
 import sys
 import tempfile
@@ -55,41 +56,94 @@ def torchrun(*args):
 
 
 def two_processes(*args, timeout=200):
-    """Run the command in two processes of a group, as torchrun does, forked from a server that has imported everything.
+    """Run the command in two processes of a group, as torchrun does; see `in_two`."""
+    return in_two(run_command, *map(str, args), timeout=timeout)
 
-    Returns `returncode`, the first that is not 0, and `stderr`, what both wrote.
+
+def in_two(work, *given, timeout=200):
+    """Call `work(*given)` in two processes of a group, as torchrun does, forked from a server that has imported everything.
+
+    Returns `returncode`, the first that is not 0, and `stdout` and `stderr`, what both wrote. `work` is a function of a module.
     """
-    context, port = get_context("forkserver"), str(free_port())
-    context.set_forkserver_preload(["preloaded"])
+    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
+    with tempfile.TemporaryDirectory() as place:
+        both = [_started(env, Path(place) / str(rank), work, given) for rank, env in enumerate(ranks)]
+        both[0].join(timeout)
+        both[1].join(10 if both[0].exitcode else timeout)
+        return _ended(both, Path(place))
+
+
+def start(*args, absent):
+    """Run the command in a Python that starts for it; returns subprocess.CompletedProcess.
+
+    Raises:
+        AssertionError: At its end the library `absent` was imported.
+    """
+    last = f"sys.stderr.write('{absent}: ' + str('{absent}' in sys.modules))"
+    found = process("-c", f"import sys\nfrom dsd_refine.cli.app import main\ntry:\n    main()\nfinally:\n    {last}", *args)
+    assert found.stderr.endswith(f"{absent}: False"), found.stderr
+    return found
+
+
+def fresh(work, *given, timeout=300, **env):
+    """Call `work(*given)` in a process that has imported everything and run nothing: as a new one, but it starts at once.
+
+    Returns `returncode`, `stdout` and `stderr`. Variables that a library reads when it is imported come too late. `work` is a
+    function of a module.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        one = _started(environment(**env), Path(place) / "0", work, given)
+        one.join(timeout)
+        return _ended([one], Path(place))
+
+
+def run_command(*args):
+    """Work for `fresh`: the command, as a terminal calls it."""
+    from dsd_refine.cli.app import main
+
+    sys.argv = ["dsd-refine", *map(str, args)]
+    main()
+
+
+def run_program(path, *args):
+    """Work for `fresh`: a program of the repository."""
+    sys.argv = [str(path), *map(str, args)]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def run_server():
+    """Start the server that new processes are forked from, if it does not run yet."""
+    get_context("forkserver").set_forkserver_preload(["preloaded"])
     with pytest.MonkeyPatch.context() as patch:  # the server finds its modules by the environment alone
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests/support"))))
         forkserver.ensure_running()
-    with tempfile.TemporaryDirectory() as place:
-        logs = [Path(place) / f"log{rank}" for rank in range(2)]
-        where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
-        both = [
-            context.Process(target=_one_of_two, args=(env, list(map(str, args)), log))
-            for env, log in zip(ranks, logs, strict=True)
-        ]
-        for one in both:
-            one.start()
-        both[0].join(timeout)
-        both[1].join(10 if both[0].exitcode else timeout)
-        for one in both:
-            one.kill()
-            one.join()
-        codes = [one.exitcode for one in both]
-        return SimpleNamespace(returncode=next(filter(None, codes), 0), stderr="".join(log.read_text() for log in logs))
 
 
-def _one_of_two(env, args, log):
-    from dsd_refine.cli.app import main
+def _started(env, log, work, given):
+    run_server()
+    one = get_context("forkserver").Process(target=_become, args=(env, log, work, given))
+    one.start()
+    return one
 
+
+def _become(env, log, work, given):
     os.environ |= env
     os.chdir(ROOT)
-    with log.open("w", buffering=1) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        main(args)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        path, how = (os.devnull, "r") if number == 0 else (f"{log}.{name}", "w")
+        with open(path, how) as file:
+            os.dup2(file.fileno(), number)
+        setattr(sys, name, os.fdopen(number, how, buffering=1, closefd=False))
+    work(*given)
+
+
+def _ended(processes, place):
+    for one in processes:
+        one.kill()
+        one.join()
+    said = ("".join(path.read_text() for path in sorted(place.glob(f"*.{name}"))) for name in ("stdout", "stderr"))
+    return SimpleNamespace(
+        returncode=next(filter(None, (one.exitcode for one in processes)), 0),
+        **dict(zip(("stdout", "stderr"), said, strict=True)),
+    )

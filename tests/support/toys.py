@@ -55,12 +55,12 @@ def mlp(*middle):
     return nn.Sequential(nn.Linear(6, 16), *(middle or [nn.ReLU()]), nn.Linear(16, 3))
 
 
-def loop_of(model, task=None, log=None, **recipe):
-    """A loop around a model; `log` is called with a line for each step, as log.jsonl has it."""
+def loop_of(model, task=None, log=None, accelerator=None, **recipe):
+    """A loop around a model, on the CPU or where the accelerator says; `log` gets a line for each step, as log.jsonl has it."""
     given = {"phases": [{"kind": "dense", "epochs": 1, "lr": 0.1}], "batch_size": 4, "momentum": 0.0, **recipe}
     batchnorm = any(isinstance(m, nn.BatchNorm1d) for m in model.modules())
     loop = Loop(
-        Accelerator(cpu=True), model, model, task or Numbers(), Recipe.model_validate(given), lambda m: nullcontext(),
+        accelerator or Accelerator(cpu=True), model, model, task or Numbers(), Recipe.model_validate(given), lambda m: nullcontext(),
         has_batchnorm=batchnorm, parameters=dict(model.named_parameters()),
     )  # fmt: skip
     loop.hooks = Logged(log)

@@ -301,8 +301,6 @@ def _infer(folder: Path, config: Any) -> str:
         shown, hint = SHOWN.get(kind, kind), "; give --task if the weights have a head" if kind in VAGUE else ""
         if shown in TASKS:  # a task for some families only
             _refuse_task(folder, config, shown)
-        if config.model_type in _mappings()["image-text-to-text"] and _is_in_list(config, "causal-lm"):
-            shown, hint = "pictures and texts", TEXT_PART
         raise CheckpointError(f"{folder}: {name} is for {shown}, which is not supported yet; {_supported()}{hint}")
     named = ", ".join(architectures)[:200] or "nothing"
     raise CheckpointError(
@@ -315,7 +313,8 @@ def _refuse_task(folder: Path, config: Any, task: str) -> None:
     """Refuse a task that transformers, or this program, does not do with such a model."""
     only = TASKS[task].model_types
     if only and config.model_type not in only:
-        hint = TEXT_PART if task == "image-captioning" and _is_in_list(config, "causal-lm") else ""
+        reads_both = task in ("image-captioning", "image-text-to-text") and _is_in_list(config, "causal-lm")
+        hint = TEXT_PART if reads_both else ""
         raise CheckpointError(f"{folder}: {task} is for {', '.join(only)}; this is {config.model_type}{hint}")
     more = READ_MORE.get(config.model_type)
     if more and TASKS[task].processor == "AutoTokenizer":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,15 @@ class Written:
         text: The text.
         ids: Its tokens, int32 of shape (tokens,).
         asked: Which tokens are targets of the loss, bool of shape (tokens,).
+        pictures: The SHA-256 of each picture in it.
+        uncut: How many of its first tokens must stay: those up to the end of the last picture.
     """
 
     text: str
     ids: Ids
     asked: np.ndarray[Any, Any]
+    pictures: tuple[str, ...] = ()
+    uncut: int = 0
 
 
 class ChatTemplate:
@@ -95,22 +99,38 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the messages, or the answers cannot be found.
         """
-        text = self._text(conversation.messages, conversation.tools)
+        text = self.text(conversation)
         options = {"return_offsets_mapping": True} if self.on_answers else {}
         encoded = tokenized(self.tokenizer, text, size=self.size, add_special_tokens=False, verbose=False, **options)
         ids = np.asarray(encoded["input_ids"], dtype=np.int32)
         if not self.on_answers:
             return Written(text, ids, np.ones(len(ids), dtype=bool))
-        if by_marks is None:
-            every = tuple(n for n, message in enumerate(conversation.messages) if message["role"] == ASSISTANT)
-            by_marks = bool(MARK.search(self.source)) and conversation.answers == every
-        if by_marks:
+        if self._has_marks(conversation) if by_marks is None else by_marks:
             return Written(text, ids, self._marked(conversation))
-        offsets = np.asarray(encoded["offset_mapping"]).reshape(-1, 2)
-        asked = np.zeros(len(ids), dtype=bool)
-        for start, stop in self._spans(text, conversation):
-            asked |= (offsets[:, 1] > start) & (offsets[:, 0] < stop)
-        return Written(text, ids, asked)
+        return Written(text, ids, overlapping(encoded["offset_mapping"], self._spans(text, conversation)))
+
+    def text(self, conversation: Conversation) -> str:
+        """A conversation as text. Raises DataError where the template refuses it."""
+        return self._text(conversation.messages, conversation.tools)
+
+    def asked_spans(self, text: str, conversation: Conversation) -> list[Span]:
+        """Where the conversation's text has what is asked for: its answers, or all.
+
+        Raises:
+            DataError: the answers cannot be found.
+        """
+        if not self.on_answers:
+            return [(0, len(text))]
+        if not self._has_marks(conversation):
+            return list(self._spans(text, conversation))
+        encoded = tokenized(self.tokenizer, text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        marked = zip(encoded["offset_mapping"], self._marked(conversation), strict=True)
+        return [span for span, is_asked in marked if is_asked]
+
+    def _has_marks(self, conversation: Conversation) -> bool:
+        """Does the template mark answers, and are all of the conversation's wanted?"""
+        every = tuple(n for n, message in enumerate(conversation.messages) if message["role"] == ASSISTANT)
+        return bool(MARK.search(self.source)) and conversation.answers == every
 
     def _apply(self, messages: Sequence[Message], tools: list[Any] | None, **options: Any) -> Any:
         try:
@@ -185,6 +205,15 @@ class ChatTemplate:
         if "strftime_now" not in self.source:
             return []
         return ["the chat template writes the date of the day: it is always 26 July 2024 here, so that a run can be repeated"]
+
+
+def overlapping(offsets: Any, spans: Iterable[Span]) -> np.ndarray[Any, Any]:
+    """Which tokens have a character in one of the spans, bool of shape (tokens,). `offsets` is each token's span."""
+    places = np.asarray(offsets).reshape(-1, 2)
+    found = np.zeros(len(places), dtype=bool)
+    for start, stop in spans:
+        found |= (places[:, 1] > start) & (places[:, 0] < stop)
+    return found
 
 
 def _in_parts(message: Message) -> Message:
