@@ -9,7 +9,7 @@ import timm
 import torch
 from conftest import ROOT, process
 from outputs import near, report_of, same
-from runs import free_port
+from runs import free_port, in_group, run_command
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, BertConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -70,6 +70,8 @@ def place(made, tmp_path_factory):
     done = launch(folder)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is done") == 2
+    for said in ("Error: stopped at step", "part-2-of-2.safetensors: cannot write"):
+        assert done.stderr.count(said) == 1, done.stderr  # the main process alone says it
     (folder / "one").mkdir()
     one = {
         "texts": [*texts, "--batch-size", 4],
@@ -143,6 +145,19 @@ def test_a_sharded_run_is_one_process_with_twice_the_batch(place, command, monke
     assert command("verify", getattr(place, name)[0], two).code == 0
 
 
+def test_four_processes_make_the_masks_of_one(place, command):
+    """A tied head, and sizes that four does not divide."""
+    args = [place.texts[0], *place.texts[1:3], *STEPS, "--lr", "0.05", "--control", "none", "--save-phases"]
+    one, four = place.folder / "one-of-four", place.folder / "four"
+    assert command(*args, "-o", one, "--batch-size", 4).code == 0
+    done = in_group(4, run_command, *args, "-o", four, "--batch-size", 1, "--shard")
+    assert done.returncode == 0, done.stderr
+    near(one, four)
+    sparse = [load_file(out / "dsd/phases/1-sparse/model.safetensors") for out in (one, four)]
+    assert all(torch.equal(weight == 0, sparse[1][name] == 0) for name, weight in sparse[0].items())
+    assert report_of(one)["layers"] == report_of(four)["layers"]
+
+
 def test_experts_that_a_parameter_fuses_are_masked_each_by_itself(place):
     weights = load_file(place.folder / "mixtral/dsd/phases/1-sparse/model.safetensors")
     layers = [layer for layer in report_of(place.folder / "mixtral")["layers"] if "experts" in layer["name"]]
@@ -189,7 +204,7 @@ def test_the_checkpoint_at_the_end_of_the_sparse_phase_has_its_zeros(place):
 
 @pytest.mark.parametrize("name", ["stopped", "killed"])
 def test_an_ended_sharded_run_goes_on_to_the_same_bytes(place, name):
-    """After a signal, and after one of its processes was killed: then the others end too, and nothing is published."""
+    """After a full disk and a signal of one process alone, and after a kill of one: all end, and nothing is published."""
     same(place.folder / "texts", place.folder / name)
 
 

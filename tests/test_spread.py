@@ -19,14 +19,14 @@ def place(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("spread")
     seeds = [made / "bert", "--data", made / "texts.csv", *SEEDS]
     search = [made / "bert", "--data", made / "texts.csv", *SEARCH]
-    arguments = {"seeds": seeds, "stopped": seeds, "search": search}
+    arguments = {"killed": seeds, "seeds": seeds, "search": search}
     (folder / "arguments.json").write_text(json.dumps(arguments, default=str))
     support = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/support'}"
-    how = ("--nproc-per-node", 2, "--master-addr", "127.0.0.1", "--master-port", free_port())
+    how = ("--nproc-per-node", 2, "--max-restarts", 1, "--master-addr", "127.0.0.1", "--master-port", free_port())
     done = process("-m", "torch.distributed.run", *how, ROOT / "tests/support/spread_worker.py", folder, PYTHONPATH=support)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is done") == 2
-    return SimpleNamespace(folder=folder, seeds=seeds, search=search)
+    return SimpleNamespace(folder=folder, seeds=seeds, search=search, said=done.stderr)
 
 
 @pytest.mark.parametrize("name", ["seeds", "search"])
@@ -43,8 +43,11 @@ def test_tries_side_by_side_give_the_bytes_of_one_process(place, command, name):
     assert not (place.folder / f"{name}.partial").exists()
 
 
-def test_stopped_tries_go_on_to_the_same_bytes(place):
-    same(place.folder / "seeds", place.folder / "stopped")
+def test_tries_go_on_to_the_same_bytes_after_a_kill_and_a_stop(place):
+    """One process was killed in the middle of a try, and the other was stopped by the launcher."""
+    assert "process 0 ended with 4" in place.said
+    assert place.said.count("Error: stopped ") == 1
+    same(place.folder / "seeds", place.folder / "killed")
 
 
 def test_spread_goes_with_the_whole_model_alone(made, refused, monkeypatch):

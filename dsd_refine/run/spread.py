@@ -1,9 +1,9 @@
 """Train the tries of a run side by side: each process of a launcher trains whole tries, as one process alone would.
 
 Nothing is exchanged but results. A try begins with the source and its own seed, so it does not matter who trains it. Each
-process works in a folder of its own, OUT.partial/tries/process-N-of-M.partial/, with a state of its own. It leaves the result of
-a finished try in OUT.partial/tries/ARM-TRY/. Afterwards the main process makes the run as ever, and takes over the results
-in the order in which it would have trained the tries. So the bytes are those of a run in one process.
+process works in a folder of its own, OUT.partial/tries/process-N-of-M.partial/, with a state of its own. It leaves the
+result of a finished try in OUT.partial/tries/ARM-TRY/. Afterwards the main process makes the run as ever, and takes over the
+results in the order in which it would have trained the tries. So the bytes are those of a run in one process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsd_refine.errors import UsageError
+from dsd_refine.errors import Interrupted, UsageError
 from dsd_refine.files import replace_text, sha256_file
 from dsd_refine.run.judge import look_at_source, score_arm, warn
 from dsd_refine.run.lost import next_try, record_try
@@ -33,8 +33,6 @@ from dsd_refine.run.workspace import Workspace
 from dsd_refine.search import rung_of
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
-
     from dsd_refine.checkpoint.library import Library
     from dsd_refine.checkpoint.source import Source
     from dsd_refine.recipe import Recipe
@@ -122,9 +120,16 @@ def train_side_by_side(
 
 
 def _wait_for_files(files: Sequence[Path]) -> None:
-    """Wait until the files are there. If another process dies, the launcher ends this one."""
-    with Signals():
+    """Wait until the files are there. If another process dies, the launcher ends this one.
+
+    Raises:
+        Interrupted: The run was asked to stop.
+    """
+    with Signals() as signals:
+        signals.wait()
         while not all(file.is_file() for file in files):
+            if signals.asked:
+                raise Interrupted("stopped while other processes trained; go on with --resume")
             time.sleep(POLL)
 
 
@@ -137,15 +142,15 @@ def _wait_for_all() -> None:
     store, key = _launchers_store(), f"dsd-refine/{next(MEETINGS)}"
     if store.add(key, 1) == int(os.environ["WORLD_SIZE"]):
         store.set(f"{key}/all", "here")
-    store.wait([f"{key}/all"], PATIENCE)
+    while not store.check([f"{key}/all"]):  # to wait in the store would keep signals off
+        time.sleep(POLL)
 
 
 @cache
-def _launchers_store() -> Store:
+def _launchers_store() -> Any:  # a torch.distributed.Store, which torch exports to no type checker
     from torch.distributed.rendezvous import rendezvous
 
-    store: Store = next(rendezvous("env://", timeout=PATIENCE))[0]
-    return store
+    return next(rendezvous("env://", timeout=PATIENCE))[0]
 
 
 def _take_part(run: Run, arm: str, attempt: int, folder: Path, train_try: Callable[[Run, str, int], None]) -> None:
@@ -174,7 +179,7 @@ def _know_earlier_rungs(run: Run, arm: str, attempt: int, folder: Path) -> None:
             continue
         while (result := _result(folder / f"{arm}-{earlier}", run)) is None:
             if run.loop.stopping():
-                raise KeyboardInterrupt
+                raise Interrupted("stopped while another process trained an earlier rung; go on with --resume")
             time.sleep(POLL)
         run.state.tries.append(result["try"])
     # In the order of one process, which decides between equal results.

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from dsd_refine.checkpoint.safetensors_file import build_header, memory
-from dsd_refine.errors import RunError, UsageError
+from dsd_refine.errors import AgreedError, RunError, UsageError
 from dsd_refine.files import remove, replace_parts, replace_text, sha256_file, sync, sync_file, sync_folder, umask
 from dsd_refine.run import disk as space
 
@@ -315,14 +315,24 @@ class Workspace:
 
         In a sharded run each process writes a file with its rows of them, and the saved state has the
         hashes of all.
+
+        Raises:
+            RunError: A file cannot be written. If one process has no room, it is raised in all, so that none waits for it.
         """
         if self.shards is None:
             self.write_tensors(name, tensors)
             return
         self.unsaved += 1
-        part = self._part(name)
-        written = self.shards.exchanged((part, self._write_file(part, tensors)))
-        self.state.setdefault("files", {}).update(written)
+        part, digest, problem = self._part(name), "", None
+        try:
+            digest = self._write_file(part, tensors)
+        except RunError as error:
+            problem = str(error)
+        written = self.shards.exchanged((part, digest, problem))
+        for _, _, each in written:
+            if each is not None:
+                raise AgreedError(each)
+        self.state.setdefault("files", {}).update({part: digest for part, digest, _ in written})
 
     def read_weights(self, name: str) -> dict[str, torch.Tensor]:
         """Read what `write_weights` wrote: in a sharded run, the rows of this process.

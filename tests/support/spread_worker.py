@@ -1,11 +1,12 @@
 """What each of two processes does for tests/test_spread.py: runs whose tries are trained side by side, in one launch.
 
-It is started by torchrun with a folder that holds `arguments.json`: name of a run -> its arguments. The run `stopped` is
-stopped in the middle of a try, and resumed.
+It is started by torchrun with a folder that holds `arguments.json`: name of a run -> its arguments. The run `killed` is
+the first: one of its processes is killed in the middle of a try, and the launcher starts both anew.
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,18 +33,20 @@ def together(folder, label):
         time.sleep(0.1)
 
 
-def stopped(args):
-    """Stop both processes in the middle of a try of each."""
-    made, step = [0], train.train_step
-
-    def counted(loop, *rest):
-        made[0] += 1
-        loop.stopping = lambda: made[0] >= 6
-        return step(loop, *rest)
-
+def killed(args):
+    """Kill the second process in the middle of a try. The launcher then stops the first, and starts both anew."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", counted)
-        assert command(*args, "--save-every", 0) == 4
+        if os.environ["RANK"] == "1":
+            step, made = train.train_step, [0]
+
+            def last(*given):
+                made[0] += 1
+                if made[0] == 7:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return step(*given)
+
+            patch.setattr(train, "train_step", last)
+        sys.stderr.write(f"process {os.environ['RANK']} ended with {command(*args)}\n")
 
 
 if __name__ == "__main__":
@@ -51,10 +54,10 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for name, given in json.loads((folder / "arguments.json").read_text()).items():
         args = [*given, "-o", folder / name, "--spread", "tries"]
-        if name == "stopped":
-            stopped(args)
-            together(folder, "stop")
-            args.append("--resume")
+        if name == "killed" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            killed([*args, "--save-every", 0])
+            sys.exit(1)
+        args += ["--resume"] if name == "killed" else []
         assert command(*args) == 0, name
         together(folder, f"end-{name}")
     assert not dist.is_initialized()
