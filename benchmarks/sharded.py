@@ -102,8 +102,9 @@ def measured(folder: Path, processes: int, options: list[str]) -> list[int]:
 
 def plan(folder: Path) -> str:
     """Return what `plan` says of the memory of one process."""
-    command = ("-m", "dsd_refine", "plan", folder / "model", "--data", folder / "data", "--optimizer", "sgd", "--json")
-    done = subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, text=True)
+    given = ("--data", folder / "data", "--optimizer", "sgd", "--holdout", "0", "--keep", "last", "--json")
+    command = [sys.executable, *map(str, ("-m", "dsd_refine", "plan", folder / "model", *given))]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     return str(json.loads(done.stdout)["totals"]["memory"])
 
 
