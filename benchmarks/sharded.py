@@ -1,12 +1,14 @@
-"""Memory of each process of a sharded run: `python benchmarks/sharded.py [--layers N] [--processes "2 4"] [--options "…"]`.
+"""Memory of each process of a sharded run: `python benchmarks/sharded.py [--kinds "llama tied …"] [--processes "2 4"]`.
 
-A Llama of random bfloat16 weights in two files is refined by SGD with momentum, with `--shard`, in processes on the CPU. Each
+A model of random bfloat16 weights in two files is refined by SGD with momentum, with `--shard`, in processes on the CPU. Each
 looks every few milliseconds at its anonymous memory, which no file stands behind, and prints the most that it held above what
 it held before the run. The limit is 1/N of the weights, gradients, momentum and masks, and two blocks with their gradients.
+`--kinds billion --processes 4` is a Llama with 1 billion parameters, for 3 steps: it needs 20 GB.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,39 +16,65 @@ from pathlib import Path
 
 import torch
 from common import Peak, arguments, machine, place, table, verdict
-from made import word_tokenizer, words
+from made import pictures, word_tokenizer, words
+from torch import nn
 
-HIDDEN, INNER, VOCABULARY, LENGTH = 768, 2048, 2005, 16
+VOCABULARY, LENGTH, SIZE, CLASSES = 2005, 16, 64, 10
 BYTES = 13  # of a weight: itself, its gradient, its momentum, each float32, and its mask
 RUN = (
-    "--sparse-steps", "2", "--dense-steps", "1", "--lr", "0.01", "--optimizer", "sgd", "--batch-size", "1",
-    "--max-length", LENGTH, "--control", "none", "--gate", "none", "--holdout", "0", "--keep", "last", "--device", "cpu",
-    "--quiet", "--shard",
+    "--sparse-steps", "2", "--dense-steps", "1", "--lr", "0.01", "--optimizer", "sgd", "--batch-size", "1", "--control", "none",
+    "--gate", "none", "--holdout", "0", "--keep", "last", "--set", "phases.1.average=none", "--device", "cpu", "--quiet",
+    "--shard",
 )  # fmt: skip
+SHAPES = {  # width, inner width, blocks
+    "llama": (768, 2048, 14),
+    "tied": (768, 2048, 14),
+    "mixtral": (512, 1024, 8),
+    "vit": (768, 3072, 12),
+    "billion": (2048, 5632, 20),
+}
+TINY = (24, 48, 2)
 
 
-def source(folder: Path, layers: int, hidden: int = HIDDEN, inner: int = INNER) -> tuple[int, int]:
-    """Write a Llama, and return its number of weights and that of one block."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def model_of(kind: str, hidden: int, inner: int, blocks: int) -> nn.Module:
+    """Return a model of random weights."""
+    import transformers
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=12,
-        max_position_embeddings=64, tie_word_embeddings=False,
-    )  # fmt: skip
+    heads = max(1, hidden // 64)
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": blocks, "num_attention_heads": heads}
+    if kind == "vit":
+        config = transformers.ViTConfig(**sizes, image_size=SIZE, patch_size=16, num_labels=CLASSES)
+        return transformers.ViTForImageClassification(config)
+    sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
+    if kind == "mixtral":
+        experts = {"num_key_value_heads": heads, "num_local_experts": 4, "tie_word_embeddings": False}
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **experts))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, tie_word_embeddings=kind == "tied"))
+
+
+def source(folder: Path, kind: str, hidden: int, inner: int, blocks: int) -> tuple[int, int]:
+    """Write a model of bfloat16 weights, and return its number of weights and that of one block."""
+    from transformers import ViTImageProcessor
+
+    from dsd_refine.training.blocks import repeated_blocks
+
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    weights, block = (sum(p.numel() for p in module.parameters()) for module in (model, model.model.layers[0]))
+    torch.set_default_dtype(torch.bfloat16)
+    model = model_of(kind, hidden, inner, blocks)
+    torch.set_default_dtype(torch.float32)
+    weights, block = (sum(p.numel() for p in module.parameters()) for module in (model, repeated_blocks(model)[0]))
     model.save_pretrained(folder, max_shard_size=weights + 10**6)
-    word_tokenizer(LENGTH).save_pretrained(folder)
+    beside = ViTImageProcessor(size={"height": SIZE, "width": SIZE}) if kind == "vit" else word_tokenizer(LENGTH)
+    beside.save_pretrained(folder)
     return weights, block
 
 
 def one_process(folder: Path, out: str, *options: str) -> None:
     """Refine in one of the processes that torchrun started, and print the memory. A tiny model first loads the libraries."""
     torch.set_num_threads(1)
-    refined(folder / "tiny", folder / "texts.txt", folder / f"{out}-tiny", *options)
+    refined(folder / "tiny", folder / "data", folder / f"{out}-tiny", *RUN, *options)
     with Peak() as peak:
-        code = refined(folder / "model", folder / "texts.txt", folder / out, *options)
+        code = refined(folder / "model", folder / "data", folder / out, *RUN, *options)
     print(f"process {os.environ['RANK']}: {peak.bytes} bytes, exit code {code}", flush=True)
 
 
@@ -55,7 +83,7 @@ def refined(model: Path, data: Path, out: Path, *options: str) -> object:
     from dsd_refine.cli.app import main as command
 
     try:
-        command([str(model), "--data", str(data), "--output-dir", str(out), *map(str, RUN), *options])
+        command([str(model), "--data", str(data), "--output-dir", str(out), *options])
     except SystemExit as ended:
         return ended.code
     return None
@@ -72,28 +100,47 @@ def measured(folder: Path, processes: int, options: list[str]) -> list[int]:
     return [int(line.split()[2]) for line in lines]
 
 
-def main() -> None:
+def plan(folder: Path) -> str:
+    """Return what `plan` says of the memory of one process."""
+    given = ("--data", folder / "data", "--optimizer", "sgd", "--holdout", "0", "--keep", "last", "--json")
+    command = [sys.executable, *map(str, ("-m", "dsd_refine", "plan", folder / "model", *given))]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return str(json.loads(done.stdout)["totals"]["memory"])
+
+
+def measure(folder: Path, kind: str, processes: list[int], quick: bool, options: list[str]) -> None:
     """Print a row for each number of processes."""
-    given = arguments(
-        __doc__, 1, layers=(14, "blocks of the model"), processes=("2 4", "numbers of processes"), options=("", "more options")
-    )
-    with place() as folder:
-        source(folder / "tiny", 2, 24, 48)
-        weights, block = source(folder / "model", 2 if given.quick else given.layers)
-        (folder / "texts.txt").write_text("\n\n".join(words(24, LENGTH)))
-        print(machine())
-        rows, shares = [], {}
-        for processes in map(int, given.processes.split()):
-            found = measured(folder, processes, given.options.split())
-            limit = BYTES * weights / processes + 2 * 8 * block
-            rows.append(
-                [str(processes), *(f"{number / 1e6:,.0f}" for number in (max(found), BYTES * weights / processes, limit))]
-            )
-            shares[processes] = max(found) / limit
-        title = f"MB a process, {weights / 1e6:.0f} M weights, {block / 1e6:.1f} M of them in a block"
-        table(title, ["processes", "measured", "1/N of the state", "and two blocks"], rows)
-        for processes, share in shares.items():
-            verdict(f"{processes} processes: measured over the limit", share, 1.0)
+    (folder / "data").mkdir(parents=True)
+    if kind == "vit":
+        pictures(folder / "data", 40, SIZE, CLASSES)
+    else:
+        (folder / "data/texts.txt").write_text("\n\n".join(words(24, LENGTH)))
+        options = ["--max-length", str(LENGTH), *options]
+    source(folder / "tiny", kind, *TINY)
+    hidden, inner, blocks = SHAPES[kind]
+    weights, block = source(folder / "model", kind, hidden, inner, 2 if quick else blocks)
+    rows, shares = [], {}
+    for count in processes:
+        found = max(measured(folder, count, options))
+        share = BYTES * weights / count
+        limit = share + 2 * 8 * block
+        rows.append([str(count), *(f"{number / 1e6:,.0f}" for number in (found, share, limit))])
+        shares[count] = found / limit
+    title = f"{kind}: MB a process, {weights / 1e6:.0f} M weights, {block / 1e6:.1f} M of them in a block"
+    title += f" (one process, by plan: {plan(folder)})"
+    table(title, ["processes", "measured", "1/N of the state", "and two blocks"], rows)
+    for count, over in shares.items():
+        verdict(f"{kind}, {count} processes: measured over the limit", over, 1.0)
+
+
+def main() -> None:
+    """Measure each kind of model."""
+    kinds, more = ("llama tied mixtral vit", "kinds of models"), ("", "more options of the command")
+    given = arguments(__doc__, 1, kinds=kinds, processes=("2 4", "numbers of processes"), options=more)
+    print(machine())
+    for kind in given.kinds.split():
+        with place() as folder:
+            measure(folder, kind, [int(each) for each in given.processes.split()], given.quick, given.options.split())
 
 
 if __name__ == "__main__":

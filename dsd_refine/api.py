@@ -64,6 +64,7 @@ class NonRecipeOptions(Strict):
     shard: bool | None = None
     activation_checkpointing: bool | None = None
     cpu_offload: bool | None = None
+    spread: Literal["tries"] | None = None
     allow_pickle: bool | None = None
     trust_remote_code: bool | None = None
     workers: Annotated[int, Field(ge=0)] | None = None

@@ -51,6 +51,10 @@ class RunError(DsdError):
     exit_code = 5
 
 
+class AgreedError(RunError):
+    """An error of one process that all processes of a run raise together. The main one alone says it."""
+
+
 class Diverged(RunError):
     """A loss or a weight is not finite. A search goes on without this try.
 

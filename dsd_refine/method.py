@@ -6,11 +6,14 @@ each function that it calls is one step of it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dsd_refine.checkpoint.library import Library
 from dsd_refine.checkpoint.source import Source
 from dsd_refine.evidence.compare import gate_passed, verdict
 from dsd_refine.recipe import Phase, Recipe
 from dsd_refine.report.report import Report
+from dsd_refine.run import spread
 from dsd_refine.run.interpolate import interpolate
 from dsd_refine.run.judge import (
     compare_arms,
@@ -53,21 +56,16 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
         RunError: The run failed after it had begun.
         VerifyError: The written checkpoint is not the evaluated one. Nothing was published.
     """
+    if spread.is_asked(options):
+        return refine_side_by_side(source, library, recipe, options)
     with opened(source, library, recipe, options) as run:
         score_arm(run, "baseline")
         look_at_source(run)
         test_rates(run)
         for arm in run.arms:
             for attempt in run.tries:
-                phases = try_phases(run, arm, attempt)
-                with lost_if_diverged(run, arm, attempt, phases):
-                    for number, phase in enumerate(phases):
-                        if finished_before(run, arm, attempt, number):
-                            continue
-                        state = enter_phase(run, arm, attempt, number, phases)
-                        with settings(run.loop.model, phase, run.checkpoint.filled):
-                            run_phase(run, phase, state)
-                            leave_phase(run, phase, state)
+                if not spread.take_over(run, arm, attempt):
+                    train_try(run, arm, attempt)
             refuse_all_lost(run, arm)
             soup(run, arm)
             interpolate(run, arm)
@@ -81,6 +79,27 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
         warn_of_harm(run)
         load_published(run)
         return finish(run)
+
+
+def refine_side_by_side(source: Source, library: Library, recipe: Recipe, options: Options) -> Report:
+    """Do what `refine` does, with the tries divided among the processes of a launcher. The others return an empty report."""
+    if not spread.train_side_by_side(source, library, recipe, options, train_try):
+        return Report({}, options.output_dir)
+    with spread.alone():
+        return refine(source, library, recipe, replace(options, spread=None, resume=True))
+
+
+def train_try(run: Run, arm: str, attempt: int) -> None:
+    """Train one try of an arm, phase after phase. Phases that were finished before are left out."""
+    phases = try_phases(run, arm, attempt)
+    with lost_if_diverged(run, arm, attempt, phases):
+        for number, phase in enumerate(phases):
+            if finished_before(run, arm, attempt, number):
+                continue
+            state = enter_phase(run, arm, attempt, number, phases)
+            with settings(run.loop.model, phase, run.checkpoint.filled):
+                run_phase(run, phase, state)
+                leave_phase(run, phase, state)
 
 
 def try_phases(run: Run, arm: str, attempt: int) -> tuple[Phase, ...]:

@@ -97,3 +97,15 @@ def test_plan_says_how_many_gpus_a_model_needs_that_one_cannot_hold(command, mad
     text = json.loads(found.out)["totals"]["sharded"]
     assert re.match(r"needs (2|4|8) x 0 GB, 0\.00 GB a GPU and the activations: torchrun --nproc-per-node \1 ", text)
     assert text.endswith(f"-m dsd_refine {made / 'gpt2'} … --shard")
+
+
+def test_plan_offers_the_tries_side_by_side_where_a_gpu_holds_the_model(command, made, monkeypatch):
+    args = ("plan", made / "gpt2", "--data", made / "documents.txt", "--control", "dense", "--seeds", "3", "--json")
+    totals = json.loads(command(*args).out)["totals"]
+    assert "sharded" not in totals
+    assert "side by side" not in totals
+    monkeypatch.setattr(planning, "gpu_bytes", lambda: 80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    totals = json.loads(command(*args).out)["totals"]
+    assert totals["side by side"].startswith("6 tries on 4 GPUs: torchrun --nproc-per-node 4 -m dsd_refine ")
+    assert totals["side by side"].endswith("--spread tries")

@@ -9,9 +9,9 @@ import timm
 import torch
 from conftest import ROOT, process
 from outputs import near, report_of, same
-from runs import free_port
+from runs import free_port, in_group, run_command
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, BertConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForMaskedLM, BertConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_unread
 from dsd_refine.checkpoint.libraries.open import open_library
@@ -19,7 +19,7 @@ from dsd_refine.checkpoint.source import find_source
 from dsd_refine.checkpoint.verify import check_plain_values
 from dsd_refine.errors import UsageError
 from dsd_refine.recipe import Recipe
-from dsd_refine.run import sharded
+from dsd_refine.run import rates, sharded
 from dsd_refine.run.open import checkpoint_activations
 from dsd_refine.run.run import Options
 from dsd_refine.training.blocks import repeated_blocks
@@ -33,7 +33,10 @@ TEXTS = (
 LLAMA = (
     *STEPS, "--lr", "0.05", "--control", "none", "--include", "lm_head.weight", "--max-grad-norm", "0.5",
 )  # fmt: skip
-PICTURES = (*STEPS, "--lr", "0.01", "--control", "none", "--set", "augment={crop: none, flip: 0.0}")
+MIXTRAL = (*STEPS, "--lr", "auto", "--control", "none", "--max-grad-norm", "0.5", "--search", "2", "--save-phases")
+PICTURES = (
+    *STEPS, "--lr", "0.01", "--control", "none", "--set", "augment={crop: none, flip: 0.0}", "--seeds", "2", "--set", "soup=uniform",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +46,18 @@ def place(made, tmp_path_factory):
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     builders.gpt2_checkpoint(folder / "gpt2", vocab_size=41, n_embd=36, n_head=3, **still)
     llama_checkpoint(folder / "llama-source")
+    mixtral_checkpoint(folder / "mixtral-source")
     texts = [folder / "gpt2", "--data", made / "documents.txt", *TEXTS]
     pictures = [made / "vit", "--data", made / "colours", *PICTURES]
     llama = [folder / "llama-source", "--data", made / "documents.txt", *LLAMA]
+    mixtral = [folder / "mixtral-source", "--data", made / "documents.txt", *MIXTRAL]
     arguments = {
         "texts": [*texts, "--batch-size", 2],
         "stopped": [*texts, "--batch-size", 2],
         "killed": [*texts, "--batch-size", 2],
         "pictures": [*pictures, "--batch-size", 3],
         "llama": [*llama, "--batch-size", 2, "--activation-checkpointing", "--cpu-offload"],
+        "mixtral": [*mixtral, "--batch-size", 2],
         "half": [*llama, "--batch-size", 2, "--mixed-precision", "bf16"],
     }
     (folder / "arguments.json").write_text(json.dumps(arguments, default=str))
@@ -64,11 +70,14 @@ def place(made, tmp_path_factory):
     done = launch(folder)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is done") == 2
+    for said in ("Error: stopped at step", "part-2-of-2.safetensors: cannot write"):
+        assert done.stderr.count(said) == 1, done.stderr  # the main process alone says it
     (folder / "one").mkdir()
     one = {
         "texts": [*texts, "--batch-size", 4],
         "pictures": [*pictures, "--batch-size", 6],
         "llama": [*llama, "--batch-size", 4],
+        "mixtral": [*mixtral, "--batch-size", 4],
     }
     return SimpleNamespace(folder=folder, **one)
 
@@ -97,9 +106,27 @@ def llama_checkpoint(folder):
     builders.word_tokenizer().save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["texts", "pictures", "llama"])
-def test_a_sharded_run_is_one_process_with_twice_the_batch(place, command, name):
-    """Weights, counts, ties, the reports and the phases; a tied head, odd sizes, clipping, accumulation, refreshed masks."""
+def mixtral_checkpoint(folder):
+    """A mixture of three experts, which no number of processes divides; the model fuses them, the file does not."""
+    torch.manual_seed(2)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=41, hidden_size=32, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=3, max_position_embeddings=32, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    builders.word_tokenizer().save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["texts", "pictures", "llama", "mixtral"])
+def test_a_sharded_run_is_one_process_with_twice_the_batch(place, command, monkeypatch, name):
+    """Weights, counts, ties, the reports and the phases; a tied head, odd sizes, clipping, accumulation, refreshed masks.
+
+    Also a soup, a search, a tested rate, and experts that the model fuses and the file does not.
+    """
+    monkeypatch.setattr(rates, "STEPS", 8)
+    monkeypatch.setattr(rates, "SHORTEST_RUN", 1)
     one, two = place.folder / "one" / name, place.folder / name
     found = command(*getattr(place, name), "-o", one)
     assert found.code == 0, found.err
@@ -116,6 +143,27 @@ def test_a_sharded_run_is_one_process_with_twice_the_batch(place, command, name)
     for arm, figures in reports[0]["arms"].items():
         assert reports[1]["arms"][arm] == pytest.approx(figures, abs=1e-5)
     assert command("verify", getattr(place, name)[0], two).code == 0
+
+
+def test_four_processes_make_the_masks_of_one(place, command):
+    """A tied head, and sizes that four does not divide."""
+    args = [place.texts[0], *place.texts[1:3], *STEPS, "--lr", "0.05", "--control", "none", "--save-phases"]
+    one, four = place.folder / "one-of-four", place.folder / "four"
+    assert command(*args, "-o", one, "--batch-size", 4).code == 0
+    done = in_group(4, run_command, *args, "-o", four, "--batch-size", 1, "--shard")
+    assert done.returncode == 0, done.stderr
+    near(one, four)
+    sparse = [load_file(out / "dsd/phases/1-sparse/model.safetensors") for out in (one, four)]
+    assert all(torch.equal(weight == 0, sparse[1][name] == 0) for name, weight in sparse[0].items())
+    assert report_of(one)["layers"] == report_of(four)["layers"]
+
+
+def test_experts_that_a_parameter_fuses_are_masked_each_by_itself(place):
+    weights = load_file(place.folder / "mixtral/dsd/phases/1-sparse/model.safetensors")
+    layers = [layer for layer in report_of(place.folder / "mixtral")["layers"] if "experts" in layer["name"]]
+    assert len(layers) == 2 * 3 * 3
+    for layer in layers:
+        assert int((weights[layer["name"]] == 0).sum()) == layer["zeros_in_sparse"] == layer["masked"] > 0
 
 
 @pytest.mark.parametrize("name", ["gpt2", "vit", "llama-source"])
@@ -156,7 +204,7 @@ def test_the_checkpoint_at_the_end_of_the_sparse_phase_has_its_zeros(place):
 
 @pytest.mark.parametrize("name", ["stopped", "killed"])
 def test_an_ended_sharded_run_goes_on_to_the_same_bytes(place, name):
-    """After a signal, and after one of its processes was killed: then the others end too, and nothing is published."""
+    """After a full disk and a signal of one process alone, and after a kill of one: all end, and nothing is published."""
     same(place.folder / "texts", place.folder / name)
 
 
@@ -199,8 +247,6 @@ def test_accelerates_configuration_chooses_the_engine(monkeypatch):
 @pytest.mark.parametrize(
     ("recipe", "options", "task", "named"),
     [
-        ({"soup": "greedy", "seeds": 2}, {}, "causal-lm", "soup"),
-        ({"search": 4}, {}, "causal-lm", "search"),
         ({}, {"compile": True}, "causal-lm", "--compile"),
         ({}, {}, "image-captioning", "the task image-captioning"),
         ({"mixed_precision": "fp16"}, {}, "causal-lm", "--mixed-precision fp16"),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 
 from dsd_refine.checkpoint.copies import may_be_weights
 from dsd_refine.checkpoint.layout import Layout, read_layout
+from dsd_refine.checkpoint.placement import gather
 from dsd_refine.checkpoint.safetensors_file import LONGEST_NAME, TRAINABLE, all_finite, memory, read_json
 from dsd_refine.errors import CheckpointError
 from dsd_refine.files import hashing, sha256_file, sha256_files
@@ -204,15 +205,12 @@ def _outputs(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str
 
 
 def _values(checkpoint: Checkpoint, written: Layout, folder: Path) -> Iterator[str]:
-    """Load the output by its library in the dtype of the files, and compare the model's values with those in the files.
-
-    The model must hold each tensor of the files whole.
-    """
+    """Load the output by its library in the dtype of the files, and compare the model's values with those in the files."""
     state = checkpoint.library.load_plain(folder, written.main_dtype).state_dict()
     tensors = {name: tensor for file in written.files for name, tensor in file.mapped().items()}
     for name, slices in checkpoint.placement.items():
-        loaded = state.get(slices[0].key)
-        if loaded is None or not torch.equal(loaded, tensors[name].to(loaded.dtype)):
+        is_there = all(each.key in state for each in slices)
+        if not is_there or not torch.equal(gather(slices, tensors[name], state).to(tensors[name].dtype), tensors[name]):
             yield f"{name}: the model as loaded from the output has other values than the file"
 
 
@@ -252,14 +250,14 @@ def check_plain(checkpoint: Checkpoint, probes: Sequence[tuple[dict[str, torch.T
 def check_plain_values(checkpoint: Checkpoint) -> None:
     """Check before training what `check_plain` does, by values in the dtype of the files. This takes no memory.
 
-    The model must hold each tensor of the files whole.
-
     Raises:
         CheckpointError: The library cannot load the source from its folder, or loads other values.
     """
+    if checkpoint.layout.from_pickle:
+        return
     with _alone(checkpoint) as folder:
         state = _loaded_plain(checkpoint, folder, checkpoint.layout.main_dtype).state_dict()
-        for key, value in checkpoint.file_values().items():
+        for key, value in (checkpoint.values or checkpoint.model.state_dict()).items():
             if key not in state or not torch.equal(state[key], value.to(state[key].dtype)):
                 raise _other_model(checkpoint, f"has other values in {key}")
 

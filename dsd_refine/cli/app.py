@@ -31,7 +31,7 @@ from dsd_refine.cli.options import (
 from dsd_refine.cli.outcome import WriteOutcome, outcome_files
 from dsd_refine.cli.streams import fill_streams
 from dsd_refine.cli.suggest import nearest, nearest_verb
-from dsd_refine.errors import CheckpointError, DsdError, Interrupted, RunError, UsageError, is_full_memory
+from dsd_refine.errors import AgreedError, CheckpointError, DsdError, Interrupted, RunError, UsageError, is_full_memory
 from dsd_refine.quiet import quiet_libraries
 from dsd_refine.run.signals import Signals
 from dsd_refine.task_specs import TASKS, unknown_task
@@ -424,7 +424,7 @@ def _guarded(args: list[str] | None) -> tuple[int, str]:
     except click.Abort:
         return Interrupted.exit_code, "Error: stopped before the first step; nothing was lost"
     except DsdError as error:
-        return error.exit_code, f"Error: {error}"
+        return error.exit_code, f"Error: {error}" if _is_main() or not isinstance(error, AgreedError) else ""
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
             return (

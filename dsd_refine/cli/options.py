@@ -236,6 +236,7 @@ RUN_OPTIONS = together(
         option("--shard", is_flag=True, help="Divide the model among the processes (FSDP2); for models too large for one GPU."),
         option("--activation-checkpointing", is_flag=True, help="Compute activations twice in place of storing them."),
         option("--cpu-offload", is_flag=True, help="With --shard: keep weights and optimizer state in the host's memory."),
+        option("--spread", type=click.Choice(["tries"]), help="Under a launcher: each process trains whole tries."),
         option("--workers", type=click.IntRange(min=0), metavar="N", help="Processes that load data (0 on a CPU)."),
     ),
 )  # fmt: skip

@@ -152,25 +152,31 @@ def _sizes(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe) -> dict[
     memory = max(memory_of(checkpoint, layers, recipe, phase, last=phase is recipe.phases[-1]) for phase in recipe.phases)
     disk = space.of_run(checkpoint, layers, recipe)  # a run checks the same number before it begins
     lines = {"memory": f"{memory / 1e9:.2f} GB and the activations", "disk": f"{disk / 1e9:.2f} GB at most while running"}
-    lines |= gpu_lines(checkpoint, memory)
+    lines |= gpu_lines(checkpoint, recipe, memory)
     if is_held(checkpoint.library.task):
         lines["cache"] = f"decoded rows in at most {SHARE:.0%} of the disk space that is free (--cache-gb)"
     return lines
 
 
-def gpu_lines(checkpoint: Checkpoint, memory: int) -> dict[str, str]:
-    """Return the line about several GPUs, among which a model that is too large for one can be divided.
+def gpu_lines(checkpoint: Checkpoint, recipe: Recipe, memory: int) -> dict[str, str]:
+    """Return the lines about several GPUs: to divide a model that is too large for one, or to train tries side by side.
 
     Args:
         checkpoint: The source.
+        recipe: The recipe.
         memory: The bytes that training needs in one process, without the activations.
     """
-    size, command, name = gpu_bytes(), "torchrun --nproc-per-node", checkpoint.source.model
+    here, size = torch.cuda.device_count(), gpu_bytes()
+    command, name = "torchrun --nproc-per-node", checkpoint.source.model
     if memory > USABLE * size:
         count = gpus_needed(checkpoint, memory, size)
         each = sharded_memory(checkpoint, memory, count)
         text = f"{each / 1e9:.2f} GB a GPU and the activations: {command} {count} -m dsd_refine {name} … --shard"
         return {"sharded": f"needs {count} x {size / 1e9:.0f} GB, {text}"}
+    tries = (1 + len(recipe.control)) * recipe.seeds * sum(rung.size for rung in rungs_of(recipe))
+    if here > 1 and tries > 1:
+        count = min(here, tries)
+        return {"side by side": f"{tries} tries on {count} GPUs: {command} {count} -m dsd_refine {name} … --spread tries"}
     return {}
 
 

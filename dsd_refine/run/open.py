@@ -84,7 +84,7 @@ def opened(source: Source, library: Library, recipe: Recipe, options: Options) -
         try:
             with _unreadable(source):
                 run = _open(source, library, recipe, options, accelerator, workspace, signals)
-            if run.loop.world == 1 and not run.state.judged:
+            if run.loop.world == 1 and not run.state.judged and not (workspace.partial / "tries").is_dir():
                 run.meter = stack.enter_context(EnergyMeter(energy_counters(accelerator.device)))
             signals.wait()
             yield run
@@ -147,6 +147,8 @@ def _open(
     for setting in settings_of(recipe):
         check_settings(model, setting.recipe, checkpoint.filled)
     layers = open_layers(checkpoint, recipe, without_gradient)
+    if options.shard:
+        sharded.refuse_layers(layers)
     hashes = sharded.hashes(checkpoint, accelerator) if options.shard else checkpoint.hashes()
     workspace.need = space.of_run(checkpoint, layers, recipe, save_phases=options.save_phases)
     if workspace.writes:
@@ -158,7 +160,7 @@ def _open(
     if loop.shards is None:
         start = {key: value.detach().to("cpu", copy=True) for key, value in loop.state().items()}
     else:
-        start = loop.shards.source(checkpoint.file_values())
+        start = sharded.start_of(loop, checkpoint)
     teacher = _teacher(recipe, task, model)
     state = RunState.from_json(workspace.state.get("run", {}))
     run = Run(checkpoint, task, recipe, options, loop, layers, workspace, hashes, start, given, teacher=teacher, state=state)

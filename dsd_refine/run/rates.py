@@ -167,8 +167,11 @@ def copies(run: Run) -> dict[str, torch.Tensor]:
 
 def moved(run: Run, before: Mapping[str, torch.Tensor]) -> float:
     """Return how far the layers moved from `before`, as a share of their norm: of the layers, the median."""
-    shares = [(run.loop.parameters[key].detach() - old).norm() / old.norm() for key, old in before.items()]
-    return float(torch.stack(shares).nanmedian()) if shares else 0.0
+    norms = [torch.stack([(run.loop.parameters[key].detach() - old).norm(), old.norm()]) for key, old in before.items()]
+    if not norms:
+        return 0.0
+    whole = torch.stack(norms) if run.loop.shards is None else run.loop.shards.norms(torch.stack(norms))
+    return float((whole[:, 0] / whole[:, 1]).nanmedian())
 
 
 def rises(losses: Sequence[float], source_losses: Sequence[float]) -> list[float]:

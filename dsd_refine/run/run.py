@@ -49,6 +49,7 @@ class Options:
         shard: Divide the model among the processes (FSDP2).
         activation_checkpointing: Compute the activations of each block again in the backward pass, in place of storing them.
         cpu_offload: Keep the shards and the optimizer's state in the memory of the host. It needs `shard`.
+        spread: "tries": each process of a launcher trains whole tries.
         workers: The number of processes that load data.
         allow_pickle: Read .bin and .pth weights too.
         argv: The command line, for the report.
@@ -69,6 +70,7 @@ class Options:
     shard: bool = False
     activation_checkpointing: bool = False
     cpu_offload: bool = False
+    spread: str | None = None
     workers: int = 0
     allow_pickle: bool = False
     argv: tuple[str, ...] = ()
@@ -95,6 +97,7 @@ PASSED_ON = (
     "shard",
     "activation_checkpointing",
     "cpu_offload",
+    "spread",
     "allow_pickle",
 )
 

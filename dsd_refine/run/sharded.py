@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -14,15 +15,16 @@ from torch import nn
 from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_unread
 from dsd_refine.checkpoint.verify import check_plain_values
 from dsd_refine.errors import UsageError
-from dsd_refine.masking.kinds import find_routers
 from dsd_refine.search import settings_of
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
     from dsd_refine.checkpoint.checkpoint import Checkpoint
     from dsd_refine.checkpoint.library import Library
     from dsd_refine.checkpoint.source import Source
+    from dsd_refine.masking.layers import Layer
     from dsd_refine.recipe import Phase, Recipe
     from dsd_refine.run.run import Options
     from dsd_refine.run.workspace import Workspace
@@ -87,10 +89,6 @@ def refuse_early(recipe: Recipe, options: Options, accelerator: Accelerator, tas
         "--compile": options.compile,
         "--mixed-precision fp16": accelerator.mixed_precision == "fp16",
         f"the task {task}": task not in TASKS,
-        "lr: auto": recipe.asks_for_rates,
-        "soup": recipe.soup != "none",
-        "average: rounds": recipe.average == "rounds",
-        "search": recipe.search is not None,
     }
     _refuse([name for name, is_set in fields.items() if is_set])
     phases = [(number, phase) for setting in settings_of(recipe) for number, phase in enumerate(setting.recipe.phases)]
@@ -113,16 +111,31 @@ def refuse_model(checkpoint: Checkpoint, loop: Loop) -> None:
     """Check that masks and the writer work on the divided model, before it is divided.
 
     Raises:
-        UsageError: The model has BatchNorm or experts, or holds a tensor of the file in another form.
+        UsageError: The model has BatchNorm or recurrent layers.
     """
-    moved = [name for name, slices in checkpoint.placement.items() if len(slices) > 1 or not slices[0].whole]
     parts = {
         "BatchNorm": loop.has_batchnorm,
-        "a mixture of experts": bool(find_routers(checkpoint.model)),
         "recurrent layers": any(isinstance(module, nn.RNNBase) for module in checkpoint.model.modules()),
-        f"{moved[0]}, which the model holds in another form than the file" if moved else "": bool(moved),
     }
     _refuse([f"a model with {name}" for name, is_there in parts.items() if is_there])
+
+
+def refuse_layers(layers: Sequence[Layer]) -> None:
+    """Check that the layers can be divided.
+
+    Raises:
+        UsageError: The file fuses the experts of a mixture in one tensor.
+    """
+    fused = [layer.name for layer in layers if layer.groups > 1]
+    _refuse([f"{name}, in which the file fuses several experts," for name in fused[:1]])
+
+
+def start_of(loop: Loop, checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
+    """Return the rows of the source that this process has: read from the files at each use, if the model holds them whole."""
+    assert loop.shards is not None
+    if all(len(slices) == 1 and slices[0].whole for slices in checkpoint.placement.values()):
+        return loop.shards.source(checkpoint.file_values())
+    return {key: value.detach().to("cpu", copy=True) for key, value in loop.state().items()}
 
 
 def _refuse(names: list[str]) -> None:
@@ -138,13 +151,14 @@ def open_source(source: Source, library: Library, recipe: Recipe, options: Optio
         CheckpointError: As `open_checkpoint`.
     """
     pickles, key = options.allow_pickle, recipe.weights_key
-    checkpoint = open_unread(source, library, allow_pickle=pickles, weights_key=key)
-    if checkpoint is None:
+    unread = open_unread(source, library, allow_pickle=pickles, weights_key=key)
+    if unread is None:
         options.say("--shard: the files hold tensors in another form than the model, so each process first opens it whole")
-        return open_checkpoint(source, library, allow_pickle=pickles, weights_key=key)
+    checkpoint = unread or open_checkpoint(source, library, allow_pickle=pickles, weights_key=key)
     _refuse_other_files(checkpoint, accelerator)
     if accelerator.is_main_process:
-        checkpoint.refuse_broken()
+        if unread is not None:
+            unread.refuse_broken()
         check_plain_values(checkpoint)
     return checkpoint
 
@@ -184,7 +198,8 @@ def divide(loop: Loop, checkpoint: Checkpoint, workspace: Workspace, options: Op
     shards = Shards(loop.model, loop.accelerator.device, checkpoint.values, policy)
     loop.shards = workspace.shards = shards
     loop.parameters = shards.parameters
-    loop.as_written = lambda _: shards.agreed(checkpoint.rounded_state(shards.state()))
+    own = replace(checkpoint, placement=shards.own_placement(checkpoint.placement))
+    loop.as_written = lambda _: shards.agreed(own.rounded_state(shards.state()))
     if not all(shards.exchanged((workspace.partial / "pid").is_file())):
         raise UsageError(
             f"{workspace.partial}: not every machine sees this folder; a sharded run needs one disk that all share"

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from dsd_refine.checkpoint.safetensors_file import build_header, memory
-from dsd_refine.errors import RunError, UsageError
+from dsd_refine.errors import AgreedError, RunError, UsageError
 from dsd_refine.files import remove, replace_parts, replace_text, sha256_file, sync, sync_file, sync_folder, umask
 from dsd_refine.run import disk as space
 
@@ -38,9 +38,23 @@ LOG_EVERY = 1.0  # seconds in which lines of log.jsonl are gathered
 # If this file is in OUT.partial/, out/ is complete and verified. If out/ is then missing, it was
 # already renamed to OUT.
 MOVING = "moving"
-KEPT = ("lock", "pid", "cache")  # files in OUT.partial/ that a new start does not remove
+KEPT = ("lock", "pid", "cache", "tries")  # what a new start does not remove from OUT.partial/
 # Patterns of all names that a run uses in OUT.partial/.
-OURS = ("lock", "pid", "cache", MOVING, "out", "replaced", "phases", "log.jsonl", "state*", "best-*", "scores-*", "*.tmp")
+OURS = (
+    "lock",
+    "pid",
+    "cache",
+    "tries",
+    MOVING,
+    "out",
+    "replaced",
+    "phases",
+    "log.jsonl",
+    "state*",
+    "best-*",
+    "scores-*",
+    "*.tmp",
+)
 SWEPT = ("state-*.safetensors", "best-*.safetensors")
 PART = re.compile(r"\.part-\d+-of-\d+(?=\.safetensors$)")  # in the name of a file that one process of a sharded run wrote
 CHANGED = "it has changed since it was saved"
@@ -202,7 +216,8 @@ class Workspace:
         """Remove OUT.partial/ after a run that trained nothing, unless it has the state of an
         earlier run.
         """
-        if not (self.partial / "state.json").is_file():
+        has_tries = any(self.partial.glob("tries/*/*.json"))
+        if not (self.partial / "state.json").is_file() and not has_tries:
             self.discard()
 
     def _cut_log(self) -> None:
@@ -300,14 +315,24 @@ class Workspace:
 
         In a sharded run each process writes a file with its rows of them, and the saved state has the
         hashes of all.
+
+        Raises:
+            RunError: A file cannot be written. If one process has no room, it is raised in all, so that none waits for it.
         """
         if self.shards is None:
             self.write_tensors(name, tensors)
             return
         self.unsaved += 1
-        part = self._part(name)
-        written = self.shards.exchanged((part, self._write_file(part, tensors)))
-        self.state.setdefault("files", {}).update(written)
+        part, digest, problem = self._part(name), "", None
+        try:
+            digest = self._write_file(part, tensors)
+        except RunError as error:
+            problem = str(error)
+        written = self.shards.exchanged((part, digest, problem))
+        for _, _, each in written:
+            if each is not None:
+                raise AgreedError(each)
+        self.state.setdefault("files", {}).update({part: digest for part, digest, _ in written})
 
     def read_weights(self, name: str) -> dict[str, torch.Tensor]:
         """Read what `write_weights` wrote: in a sharded run, the rows of this process.

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
+from dsd_refine.checkpoint.placement import Placement, TensorSlice
 from dsd_refine.errors import Diverged, UsageError
 from dsd_refine.masking.layers import Layer
 from dsd_refine.masking.masks import Group, Masks, counts_of, make_masks
@@ -106,8 +107,9 @@ class Shards:
         state = self.state()
         first = {id(self.parameters[name]): name for name in self.parameters if name in values}
         names = {name: first[id(parameter)] for name, parameter in self.parameters.items() if id(parameter) in first}
-        buffers = {name: value.clone() for name, value in state.items() if name not in names}
-        return Rows(self, values, names, buffers)
+        # Buffers, and parameters that the model computes itself.
+        others = {name: value.clone() for name, value in state.items() if name not in names}
+        return Rows(self, values, names, others)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the model's state by name: the rows of this process, and whole buffers."""
@@ -126,9 +128,14 @@ class Shards:
         """Clip the norm over all gradients of all processes, as `torch.nn.utils.clip_grad_norm_` does for one process."""
         tensors = [tensor for tensor in unique(self.parameters) if tensor.grad is not None]
         norm = nn.utils.get_total_norm([tensor.grad for tensor in tensors if tensor.grad is not None])
-        square = norm.to(self.device).square()
-        dist.all_reduce(square)
-        nn.utils.clip_grads_with_norm_(tensors, limit, square.sqrt())
+        nn.utils.clip_grads_with_norm_(tensors, limit, self.norms(norm))
+
+    @torch.no_grad()
+    def norms(self, own: torch.Tensor) -> torch.Tensor:
+        """Return the norms of whole tensors, from those of the rows that each process has."""
+        squares = own.to(self.device).square()
+        dist.all_reduce(squares)
+        return squares.sqrt()
 
     def whole(self, own: Mapping[str, torch.Tensor], to: int | None = None) -> Mapping[str, torch.Tensor]:
         """Return the whole tensors of which each process has its rows in `own`. Each is gathered when it is read.
@@ -199,9 +206,41 @@ class Shards:
         """The rows of each process but the last ones, which may have less or none (as `torch.chunk` divides)."""
         return -(-shape[0] // self.world)
 
+    def own_slices(self, slices: Sequence[TensorSlice]) -> tuple[TensorSlice, ...]:
+        """Return the slices of a tensor of the file in the rows of this process. Where it has no elements, there is none.
+
+        The elements of a tensor that is held in another form are numbered anew, from 0.
+        """
+        if slices[0].whole:
+            return tuple(slices)
+        own, count = [], 0
+        for each in slices:
+            rows, size = self.parameters[each.key], self._row_size(each.key)
+            first = self.rank * self._rows(self.shapes[each.key]) * size
+            here = each.target[(each.target >= first) & (each.target < first + len(rows) * size)] - first
+            if len(here):
+                own.append(TensorSlice(each.key, torch.arange(count, count + len(here)), here))
+                count += len(here)
+        return tuple(own)
+
+    def _row_size(self, name: str) -> int:
+        return int(torch.Size(self.shapes[name][1:]).numel())
+
+    def own_placement(self, placement: Placement) -> Placement:
+        """Return where the rows of this process have the tensors of the file."""
+        divided = {name: slices for name, slices in placement.items() if slices[0].key in self.shapes}
+        own = {name: self.own_slices(slices) for name, slices in divided.items()}
+        return {name: slices for name, slices in ({**placement, **own}).items() if slices}
+
     def own_layers(self, layers: Sequence[Layer]) -> list[Layer]:
-        """Return the layers with the shapes of the rows that this process has."""
-        return [replace(layer, shape=tuple(self.parameters[layer.slices[0].key].shape)) for layer in layers]
+        """Return the layers with the shapes of the rows that this process has. Layers without any are left out."""
+        own = [replace(layer, slices=self.own_slices(layer.slices)) for layer in layers]
+        return [replace(layer, shape=self._own_shape(layer.slices)) for layer in own if layer.slices]
+
+    def _own_shape(self, slices: Sequence[TensorSlice]) -> tuple[int, ...]:
+        if slices[0].whole:
+            return tuple(self.parameters[slices[0].key].shape)
+        return (sum(len(each.target) for each in slices),)
 
     def make_masks(
         self,
@@ -214,19 +253,19 @@ class Shards:
     ) -> Masks:
         """Make masks as `masks.make_masks` does, and return the rows of this process.
 
-        The layers are dealt out: each process makes the masks of some whole layers, one at a time. So count and ties
-        are those of the whole layer.
+        The layers are dealt out: each process makes the masks of some whole layers, one at a time (those that one parameter
+        holds together). So count and ties are those of the whole layer.
         """
-        masked = [layer for layer in layers if any(counts_of(layer, sparsity, counts))]
+        groups = _together([layer for layer in layers if any(counts_of(layer, sparsity, counts))])
         masks: Masks = {}
-        for start in range(0, len(masked), self.world):
-            dealt = masked[start : start + self.world]
-            wholes = [self.gathered(key, own[key], owner) for owner, key in enumerate(map(_key, dealt))]
-            mine = {}
+        for start in range(0, len(groups), self.world):
+            dealt = groups[start : start + self.world]
+            wholes = [{key: self.gathered(key, own[key], owner) for key in _keys(group)} for owner, group in enumerate(dealt)]
+            mine: Masks = {}
             if self.rank < len(dealt):
-                layer = dealt[self.rank]
-                mine = make_masks([layer], {_key(layer): wholes[self.rank]}, sparsity, criterion, seed, counts)
-            masks |= {key: self.scattered(key, mine.get(key), owner) for owner, key in enumerate(map(_key, dealt))}
+                mine = make_masks(dealt[self.rank], wholes[self.rank], sparsity, criterion, seed, counts)
+            for owner, group in enumerate(dealt):
+                masks |= {key: self.scattered(key, mine.get(key), owner) for key in _keys(group)}
         return masks
 
     def summed(self, counts: Mapping[str, int]) -> dict[str, int]:
@@ -286,29 +325,40 @@ class Rows(Mapping[str, torch.Tensor]):
         shards: Shards,
         whole: Mapping[str, torch.Tensor],
         names: Mapping[str, str],
-        buffers: Mapping[str, torch.Tensor],
+        others: Mapping[str, torch.Tensor],
     ) -> None:
-        self._shards, self._whole, self._names, self._buffers = shards, whole, names, buffers
+        self._shards, self._whole, self._names, self._others = shards, whole, names, others
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name in self._buffers:
-            return self._buffers[name]
+        if name in self._others:
+            return self._others[name]
         own = self._names[name]
         return self._shards.cut(own, self._whole[own]).to(torch.float32)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._buffers or name in self._names
+        return name in self._others or name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self._names, *self._buffers])
+        return iter([*self._names, *self._others])
 
     def __len__(self) -> int:
-        return len(self._names) + len(self._buffers)
+        return len(self._names) + len(self._others)
 
 
-def _key(layer: Layer) -> str:
-    """The name of the parameter that is a layer."""
-    return layer.slices[0].key
+def _keys(layers: Sequence[Layer]) -> list[str]:
+    """The names of the parameters that hold layers."""
+    return list(dict.fromkeys(each.key for layer in layers for each in layer.slices))
+
+
+def _together(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Group layers that are held by the same parameter, such as the experts of a mixture."""
+    groups: list[list[Layer]] = []
+    for layer in layers:
+        keys = set(_keys([layer]))
+        joined = [group for group in groups if keys & set(_keys(group))] if not layer.slices[0].whole else []
+        groups = [group for group in groups if not any(group is each for each in joined)]
+        groups.append([*(each for group in joined for each in group), layer])
+    return groups
 
 
 def unique(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -61,17 +61,24 @@ def two_processes(*args, timeout=200):
 
 
 def in_two(work, *given, timeout=200):
-    """Call `work(*given)` in two processes of a group, as torchrun does, forked from a server that has imported everything.
+    """Call `work(*given)` in two processes of a group; see `in_group`."""
+    return in_group(2, work, *given, timeout=timeout)
 
-    Returns `returncode`, the first that is not 0, and `stdout` and `stderr`, what both wrote. `work` is a function of a module.
+
+def in_group(count, work, *given, timeout=200):
+    """Call `work(*given)` in processes of a group, as torchrun does, forked from a server that has imported everything.
+
+    Returns `returncode`, the first that is not 0, and `stdout` and `stderr`, what all wrote. `work` is a function of a module.
     """
-    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
+    size, port = str(count), str(free_port())
+    where = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [environment(RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(count)]
     with tempfile.TemporaryDirectory() as place:
-        both = [_started(env, Path(place) / str(rank), work, given) for rank, env in enumerate(ranks)]
-        both[0].join(timeout)
-        both[1].join(10 if both[0].exitcode else timeout)
-        return _ended(both, Path(place))
+        group = [_started(env, Path(place) / str(rank), work, given) for rank, env in enumerate(ranks)]
+        group[0].join(timeout)
+        for one in group[1:]:
+            one.join(10 if group[0].exitcode else timeout)
+        return _ended(group, Path(place))
 
 
 def start(*args, absent):

@@ -1,9 +1,11 @@
 """What each of two processes does for tests/test_sharded.py: several sharded runs, one after the other, in one launch.
 
 It is started by torchrun with a folder that holds the sources, the data and `arguments.json`: name of a run -> its arguments.
-Each run is written to the folder `NAME`. The run `stopped` is stopped, kept as `left.partial`, and resumed to its end.
+Each run is written to the folder `NAME`. In the run `stopped` one process finds its disk full, and after a resume
+it alone gets a signal; this is kept as `left.partial`, and resumed to its end.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -17,10 +19,12 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from dsd_refine import files
 from dsd_refine.cli.app import main
 from dsd_refine.errors import UsageError
 from dsd_refine.masking.layers import Layer
 from dsd_refine.masking.masks import make_masks
+from dsd_refine.run import rates
 from dsd_refine.training import loop as train
 from dsd_refine.training.shards import Shards, unique
 
@@ -36,16 +40,31 @@ def command(*args):
     return ended.value.code
 
 
-def stop_after(patch, steps):
-    """Ask every run to stop once so many steps were made. (The helper in `runs` needs conftest, which hides the launcher.)"""
+def signal_one(patch, steps):
+    """Send a signal to the second process alone, once so many steps were made."""
     made, step = [0], train.train_step
 
-    def counted(loop, *args):
+    def counted(*args):
         made[0] += 1
-        loop.stopping = lambda: made[0] >= steps
-        return step(loop, *args)
+        if made[0] == steps and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
 
     patch.setattr(train, "train_step", counted)
+
+
+def fill_disk_of_one(patch):
+    """Let the second process find no room when it syncs its second file."""
+    synced, sync = [0], files.sync
+
+    def full(file):
+        synced[0] += 1
+        if synced[0] == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
+
+    if os.environ["RANK"] == "1":
+        patch.setattr(files, "sync", full)
 
 
 class Block(nn.Module):
@@ -161,13 +180,17 @@ def runs(folder, arguments):
         args = [*args, "-o", folder / name, "--shard", *(["--resume"] if name == "killed" else [])]
         if name == "stopped":
             with pytest.MonkeyPatch.context() as patch:
-                stop_after(patch, 4)
+                fill_disk_of_one(patch)
+                assert command(*args, "--save-every", 0) == 5
+            assert not (folder / name).exists()
+            args.append("--resume")
+            with pytest.MonkeyPatch.context() as patch:
+                signal_one(patch, 3)
                 assert command(*args, "--save-every", 0) == 4
             dist.barrier()
             if dist.get_rank() == 0:
                 shutil.copytree(folder / "stopped.partial", folder / "left.partial")
             dist.barrier()
-            args.append("--resume")
         assert command(*args) == 0, name
 
 
@@ -178,6 +201,7 @@ if __name__ == "__main__":
     if sys.argv[2:] == ["die"]:
         die_in_the_middle(folder, arguments)
         sys.exit(1)  # the other one has lost its partner
+    rates.STEPS, rates.SHORTEST_RUN = 8, 1
     runs(folder, arguments)
     check_other_files(folder, arguments)
     check_masks()
