@@ -160,8 +160,8 @@ MUTATIONS = [
     Mutation(
         "restored weights start at the source's values",
         "run/phase.py",
-        "    elif number == 0:\n        load_state(run.loop.model, run.start)",
-        "    else:\n        load_state(run.loop.model, run.start)",
+        "    elif number == 0:\n        load_state(run.loop.state(), run.start)",
+        "    else:\n        load_state(run.loop.state(), run.start)",
         "test_run.py::test_a_restored_weight_is_minus_rate_times_gradient",
     ),
     Mutation(

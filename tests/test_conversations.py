@@ -54,6 +54,17 @@ def test_marks_and_beginnings_find_the_same_answers(name, seed):
     assert by_marks.asked.sum() > 0
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("by_marks", [None, False])
+def test_texts_in_parts_are_read_by_every_template(name, by_marks):
+    """Several parts are joined by a new line, as servers of such models do."""
+    template, (asking, answer) = ChatTemplate(tokenizer(TEMPLATES[name])), ("w1 w2\nw3", "w4 w5")
+    plain = [{"role": "user", "content": asking}, {"role": "assistant", "content": answer}]
+    parts = [{**each, "content": [{"type": "text", "text": text} for text in each["content"].split("\n")]} for each in plain]
+    wanted, found = (template.write(read_conversation(("messages",), (talk,)), by_marks) for talk in (plain, parts))
+    assert (found.text, found.ids.tolist(), found.asked.tolist()) == (wanted.text, wanted.ids.tolist(), wanted.asked.tolist())
+
+
 def test_the_answer_with_the_token_that_ends_it_is_learned_and_nothing_else():
     assert answers_of(MARKED, TALK) == ["a", "dog", "sees", "[SEP]"]
     assert answers_of(unmarked(MARKED), TALK + TALK) == ["a", "dog", "sees", "[SEP]"] * 2

@@ -21,6 +21,7 @@ MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # what a template marks answer
 
 # Some templates write the date of the day. A run is to repeat another day, so the date stands still; it is
 # the one that Llama's templates write if they cannot know it. A macro hides the library's function of this name.
+PROBE = "probe"  # a text that is written to see how the template takes contents
 FIXED_DATE = "{%- macro strftime_now(format) -%}{{ '2024-07-26' if format == '%Y-%m-%d' else '26 Jul 2024' }}{%- endmacro -%}"
 
 Span = tuple[int, int]  # first character, and the one after the last
@@ -58,7 +59,8 @@ class ChatTemplate:
             CheckpointError: the tokenizer has no chat template, or does not tell where its tokens
                 stand in the text.
         """
-        self.tokenizer, self.size, self.on_answers, self.in_parts = tokenizer, size, on_answers, False
+        self.tokenizer, self.size, self.on_answers = tokenizer, size, on_answers
+        self.reads_texts = self.reads_parts = True
         if not tokenizer.chat_template:
             tokenizer.chat_template = _template_of_processor(Path(tokenizer.name_or_path))
         if not tokenizer.chat_template:
@@ -76,17 +78,16 @@ class ChatTemplate:
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)  # of two that fit, the longer one
         self.uncut = re.compile("|".join(map(re.escape, added)) or "(?!)")
         self.source = "".join(templates.values()) if isinstance(templates, dict) else str(templates)
-        self.in_parts = self._wants_parts()
+        texts, parts = self._writes(PROBE), self._writes([{"type": "text", "text": PROBE}])
+        self.reads_texts, self.reads_parts = texts or not parts, parts or not texts
 
-    def _wants_parts(self) -> bool:
-        """Does the template write a content only if it is a list of parts, as those of models with pictures do?"""
-        probe, written = "probe", []
-        for self.in_parts in (False, True):
-            try:
-                written.append(probe in self._text(({"role": USER, "content": probe},), None))
-            except DataError:
-                written.append(False)
-        return written == [False, True]
+    def _writes(self, content: Any) -> bool:
+        """Does the template write a content of this form as its text, and not as Python writes a list?"""
+        try:
+            text = self._text(({"role": USER, "content": content},), None)
+        except DataError:
+            return False
+        return PROBE in text and f"'{PROBE}'" not in text and f'"{PROBE}"' not in text
 
     def write(self, conversation: Conversation, by_marks: bool | None = None) -> Written:
         """A conversation as text and tokens.
@@ -137,10 +138,19 @@ class ChatTemplate:
             template = self.tokenizer.get_chat_template(None, tools)
             if "strftime_now" in template:
                 template = FIXED_DATE + template
-            messages = [_in_parts(message) if self.in_parts else message for message in messages]
+            messages = [self._in_its_form(message) for message in messages]
             return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=template, **options)
         except Exception as error:  # a template raises whatever messages that it is not made for make it raise
             raise DataError(f"the chat template refuses it ({in_words(error)[:120]})") from None
+
+    def _in_its_form(self, message: Message) -> Message:
+        """The message with its content in a form that the template reads: a text, or a list of parts."""
+        content = message.get("content")
+        if isinstance(content, str) and not self.reads_texts:
+            return {**message, "content": [{"type": "text", "text": content}]}
+        if isinstance(content, list) and not self.reads_parts and all(part.get("type") == "text" for part in content):
+            return {**message, "content": "\n".join(str(part.get("text", "")) for part in content)}  # as vLLM joins them
+        return message
 
     def _text(self, messages: Sequence[Message], tools: list[Any] | None, prompt: bool = False) -> str:
         return str(self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt))
@@ -184,7 +194,7 @@ class ChatTemplate:
         `answer` is how the template writes it if nothing follows. Some templates then write more: before the
         content (an empty `<think>`) or at the end (a token that ends the text).
         """
-        content = message.get("content")
+        content = self._in_its_form(message).get("content")
         content = content.strip() if isinstance(content, str) else ""
         # a call of a tool has no content: then all is needed but the last token
         for candidate in (answer, answer[answer.rfind(content) :]) if content in answer and content else (answer,):
@@ -214,12 +224,6 @@ def overlapping(offsets: Any, spans: Iterable[Span]) -> np.ndarray[Any, Any]:
     for start, stop in spans:
         found |= (places[:, 1] > start) & (places[:, 0] < stop)
     return found
-
-
-def _in_parts(message: Message) -> Message:
-    """The message with its text as the only part of its content."""
-    content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _template_of_processor(folder: Path) -> str | None:
