@@ -46,7 +46,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 GLIDES = {f"{begin} to {end}": (begin, end) for begin, end in
           ((300, 600), (600, 300), (300, 900), (900, 300), (600, 900), (900, 600), (500, 500), (800, 800))}  # fmt: skip
 COMMON = ("--control", "dense", "--gate", "none", "--quiet", "--overwrite")
-RATE = (
+FOR_SMALL = (
     "--optimizer", "adamw", "--schedule", "cosine", "--warmup-steps", "10", "--sparse-epochs", "3", "--dense-epochs", "2",
     "--batch-size", "16", "--lr", "5e-4",
 )  # fmt: skip
@@ -206,7 +206,7 @@ def main() -> None:
             f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, first Dense in {time.time() - started:.0f} s"
         )
         refine(out, "model", "default", (*options, *COMMON))
-        refine(out, "model", "rate", (*options, *COMMON, *RATE))
+        refine(out, "model", "rate", (*options, *COMMON, *FOR_SMALL))
 
 
 if __name__ == "__main__":
