@@ -36,9 +36,10 @@ SHAPES, SIZES = ("square", "circle", "triangle", "cross"), {"small": 9, "large":
 SIDES = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 EPOCHS, PEAK, BATCH = 10, 1e-3, 32
 RUNS = {"80 %": "0.8", "50 %": "0.5"}
+DEFAULT = ("--control", "dense", "--gate", "none", "--quiet", "--overwrite")
 OPTIONS = (
     "--recipe", "captioning", "--sparse-epochs", "4", "--dense-epochs", "2", "--lr", "5e-4", "--schedule", "cosine",
-    "--batch-size", str(BATCH), "--control", "dense", "--gate", "none", "--quiet", "--overwrite",
+    "--batch-size", str(BATCH), *DEFAULT,
 )  # fmt: skip
 
 
@@ -131,6 +132,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "sacrebleu"))
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, {versions}")
     print(f"{ROWS['train']} + {ROWS['test']} pictures; drawn and first Dense trained in {time.time() - started:.0f} s\n")
+    refine(out, "vit-gpt2", "default", DEFAULT)
     for name, sparsity in RUNS.items():
         print(name)
         refine(out, "vit-gpt2", f"refined-{sparsity}", (*OPTIONS, "--sparsity", sparsity))

@@ -31,9 +31,10 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 VOICES = ("en-gb", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-029")
 VARIANTS = ("", "+m1", "+m3", "+m5", "+m7", "+f1", "+f2", "+f4", "+croak")
 EPOCHS, PEAK, BATCH = 20, 2e-3, 16
+DEFAULT = ("--control", "dense", "--gate", "none", "--quiet", "--overwrite")
 COMMON = (
-    "--batch-size", str(BATCH), "--optimizer", "adamw", "--schedule", "cosine", "--warmup-steps", "20", "--control", "dense",
-    "--gate", "none", "--quiet", "--overwrite", "--set", "weight_decay=0.01",
+    "--batch-size", str(BATCH), "--optimizer", "adamw", "--schedule", "cosine", "--warmup-steps", "20", *DEFAULT,
+    "--set", "weight_decay=0.01",
 )  # fmt: skip
 RUNS = {
     "DSD": ("--recipe", "ctc-speech", "--sparsity", "0.5", "--sparse-epochs", "3", "--dense-epochs", "3", "--lr", "1e-3"),
@@ -107,6 +108,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "jiwer"))
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, {versions}, {spoken}")
     print(f"{ROWS['train']} + {ROWS['test']} utterances; recorded and first Dense trained in {time.time() - started:.0f} s\n")
+    refine(out, "parakeet", "default", DEFAULT)
     for name in RUNS:
         refine(out, "parakeet", name, (*RUNS[name], *COMMON))
     print(f"{time.time() - started:.0f} s in all")
