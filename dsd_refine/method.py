@@ -6,6 +6,7 @@ each function that it calls is one step of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dsd_refine.checkpoint.library import Library
@@ -33,6 +34,7 @@ from dsd_refine.run.run import Options, Run
 from dsd_refine.run.soup import soup
 from dsd_refine.search import resized
 from dsd_refine.training.settings import settings
+from dsd_refine.training.state import PhaseState
 
 
 def refine(source: Source, library: Library, recipe: Recipe, options: Options) -> Report:
@@ -64,8 +66,14 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
         test_rates(run)
         for arm in run.arms:
             for attempt in run.tries:
-                if not spread.take_over(run, arm, attempt):
-                    train_try(run, arm, attempt)
+                if spread.take_over(run, arm, attempt):
+                    continue
+                phases = try_phases(run, arm, attempt)
+                with lost_if_diverged(run, arm, attempt, phases):
+                    for phase, state in entered(run, arm, attempt, phases):
+                        with settings(run.loop.model, phase, run.checkpoint.filled):
+                            run_phase(run, phase, state)
+                            leave_phase(run, phase, state)
             refuse_all_lost(run, arm)
             soup(run, arm)
             interpolate(run, arm)
@@ -90,16 +98,23 @@ def refine_side_by_side(source: Source, library: Library, recipe: Recipe, option
 
 
 def train_try(run: Run, arm: str, attempt: int) -> None:
-    """Train one try of an arm, phase after phase. Phases that were finished before are left out."""
+    """Train one try of an arm as `refine` does, for tries side by side.
+
+    `refine` has these lines itself, so that a reader sees the method whole.
+    """
     phases = try_phases(run, arm, attempt)
     with lost_if_diverged(run, arm, attempt, phases):
-        for number, phase in enumerate(phases):
-            if finished_before(run, arm, attempt, number):
-                continue
-            state = enter_phase(run, arm, attempt, number, phases)
+        for phase, state in entered(run, arm, attempt, phases):
             with settings(run.loop.model, phase, run.checkpoint.filled):
                 run_phase(run, phase, state)
                 leave_phase(run, phase, state)
+
+
+def entered(run: Run, arm: str, attempt: int, phases: Sequence[Phase]) -> Iterator[tuple[Phase, PhaseState]]:
+    """Enter the phases of a try one after another. Phases that were finished before are left out."""
+    for number, phase in enumerate(phases):
+        if not finished_before(run, arm, attempt, number):
+            yield phase, enter_phase(run, arm, attempt, number, phases)
 
 
 def try_phases(run: Run, arm: str, attempt: int) -> tuple[Phase, ...]:

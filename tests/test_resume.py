@@ -217,9 +217,10 @@ def wait_for(log, lines, child):
     raise AssertionError(child.said())
 
 
-def test_real_signals(command, made, tmp_path):
+def test_real_signals(command, made, tmp_path, monkeypatch):
     """SIGTERM in the sparse phase, then SIGKILL in a later one, then on to the end: the undisturbed run's bytes."""
     preload()
+    monkeypatch.setattr("dsd_refine.run.workspace.LOG_EVERY", 0.0)  # the log tells at once how far the run is
     log, args = tmp_path / "out.partial/log.jsonl", arguments(made, tmp_path / "out", *LONG)
     child = Child(run_command(*args), tmp_path / "first")
     wait_for(log, 10, child)
