@@ -97,6 +97,8 @@ def train_side_by_side(
                 workspace.clear()
                 shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(exist_ok=True)
+            if len(options.hooks) > 1:  # the first one is the display
+                options.say("--spread tries: callbacks and trackers see no step of the tries, only the report")
         _wait_for_all()
         rank, world = stack.enter_context(alone())
         own = folder / f"process-{rank}-of-{world}"  # its state is of the tries that it has among so many
