@@ -100,12 +100,14 @@ def measured(folder: Path, processes: int, options: list[str]) -> list[int]:
     return [int(line.split()[2]) for line in lines]
 
 
-def plan(folder: Path) -> str:
-    """Return what `plan` says of the memory of one process."""
+def plan(folder: Path, processes: int) -> tuple[str, str]:
+    """Return what `plan` says of the memory of one process, and whether the machine holds so many without `--shard`."""
     given = ("--data", folder / "data", "--optimizer", "sgd", "--holdout", "0", "--keep", "last", "--json")
     command = [sys.executable, *map(str, ("-m", "dsd_refine", "plan", folder / "model", *given))]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return str(json.loads(done.stdout)["totals"]["memory"])
+    launched = {**os.environ, "LOCAL_WORLD_SIZE": str(processes)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=launched)
+    totals = json.loads(done.stdout)["totals"]
+    return totals["memory"], totals.get("too large", "")
 
 
 def measure(folder: Path, kind: str, processes: list[int], quick: bool, options: list[str]) -> None:
@@ -126,9 +128,12 @@ def measure(folder: Path, kind: str, processes: list[int], quick: bool, options:
         limit = share + 2 * 8 * block
         rows.append([str(count), *(f"{number / 1e6:,.0f}" for number in (found, share, limit))])
         shares[count] = found / limit
+    memory, too_large = plan(folder, max(processes))
     title = f"{kind}: MB a process, {weights / 1e6:.0f} M weights, {block / 1e6:.1f} M of them in a block"
-    title += f" (one process, by plan: {plan(folder)})"
+    title += f" (one process, by plan: {memory})"
     table(title, ["processes", "measured", "1/N of the state", "and two blocks"], rows)
+    if too_large:
+        print(f"  without --shard, by plan: {too_large}")
     for count, over in shares.items():
         verdict(f"{kind}, {count} processes: measured over the limit", over, 1.0)
 

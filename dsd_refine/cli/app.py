@@ -182,7 +182,7 @@ def plan(model: str, **given: Any) -> int:
     source = find_source(model, weights=given["measure"], allow_pickle=given["allow_pickle"])
     library = open_library(source, given["task"], given["trust_remote_code"])
     recipe = choose_recipe(library, given, Display(quiet=not _is_main()).say)
-    planned = make_plan(source, library, recipe, allow_pickle=given["allow_pickle"])
+    planned = make_plan(source, library, recipe, allow_pickle=given["allow_pickle"], shard=given["shard"])
     if given["measure"]:
         from dsd_refine.planning.measure import HOW, add_measured, measure
         from dsd_refine.run.run import Options
