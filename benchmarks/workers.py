@@ -58,7 +58,7 @@ class Times(Hooks, list[float]):
 
 def shown(title: str, given: Any, rows: int, make: Any) -> None:
     ways = {f"{workers} workers, {threads} threads": make(workers, threads) for workers, threads in WAYS}
-    seconds = apart(ways, given.rounds)
+    seconds = apart(ways, given.rounds, warm=0)  # the first steps are not counted anyway
     first = next(iter(ways))
     lines = [[name, f"{rows / median(each):.1f}", ratio(seconds, first, name)] for name, each in seconds.items()]
     table(title, ["", "samples/s", f"speed / {first}"], lines)
@@ -66,7 +66,7 @@ def shown(title: str, given: Any, rows: int, make: Any) -> None:
 
 def images(given: Any, folder: Path) -> None:
     """ResNet-18 on JPEG files."""
-    steps = FIRST + (3 if given.quick else 15)
+    steps = FIRST + (3 if given.quick else 8)
     pictures(folder / "data/train", (steps + 2) * BATCH * 10 // 9, 512)
     pictures(folder / "data/test", 40, 160, seed=1)
     model = timm_folder(folder / "model", "resnet18", 10, SIZE)
@@ -82,7 +82,7 @@ def images(given: Any, folder: Path) -> None:
 
 def texts(given: Any, folder: Path) -> None:
     """A BERT on a CSV."""
-    steps = FIRST + (3 if given.quick else 15)
+    steps = FIRST + (3 if given.quick else 8)
     data = text_table(folder / "train.csv", (steps + 3) * BATCH * 100 // 70, LENGTH)
     model = bert_folder(folder / "model", LENGTH, **BERT)
 
@@ -94,7 +94,7 @@ def texts(given: Any, folder: Path) -> None:
 
 
 def main() -> None:
-    given = arguments(__doc__, 3)
+    given = arguments(__doc__, 7)
     each_in_a_place(given, images, texts)
 
 
