@@ -73,7 +73,7 @@ def measure(source: Source, library: Library, recipe: Recipe, options: Options) 
             peak: int = max(gather_object([peak_memory(run)])) if world > 1 else peak_memory(run)
             return {
                 "measured": f"{', '.join(each) or 'no step'} ({rows} rows), {row * 1000:.2f} ms a row of evaluation, "
-                f"on {accelerator.device}{processes}",
+                f"on {accelerator.device.type}{processes}",
                 "peak memory": f"{peak / 1e9:.2f} GB ({'device' if _on_gpu(run) else 'process'}{most})",
                 "whole run": f"about {_clock(whole_run(run, steps, row))} with all arms",
             }
