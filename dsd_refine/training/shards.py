@@ -259,9 +259,10 @@ class Shards:
 
     def divides_experts(self, layer: Layer) -> bool:
         """Return whether the rows of a process may begin or end within an expert of a tensor that fuses several."""
-        if layer.groups == 1:
-            return False
-        return not layer.slices[0].whole or self._rows(layer.shape) % (layer.shape[0] // layer.groups) != 0
+        if layer.groups == 1 or not layer.slices[0].whole:
+            return layer.groups > 1
+        whole = self.shapes[layer.slices[0].key]
+        return whole[0] % layer.groups != 0 or self._rows(whole) % (whole[0] // layer.groups) != 0
 
     def _own_shape(self, slices: Sequence[TensorSlice]) -> tuple[int, ...]:
         if slices[0].whole:
