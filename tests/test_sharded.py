@@ -1,6 +1,8 @@
 """A sharded run (FSDP2) does what one process with the batches of all does; what it cannot do is refused."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import builders
@@ -24,9 +26,11 @@ from transformers import (
 
 from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_unread
 from dsd_refine.checkpoint.libraries.open import open_library
+from dsd_refine.checkpoint.placement import TensorSlice
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.checkpoint.verify import check_plain_values
 from dsd_refine.errors import UsageError
+from dsd_refine.masking.layers import Layer
 from dsd_refine.recipe import Recipe
 from dsd_refine.run import rates, sharded
 from dsd_refine.run.open import checkpoint_activations
@@ -222,6 +226,23 @@ def test_a_model_to_divide_is_opened_without_its_values(place, made, name):
     assert ties[0] == ties[1]
 
 
+def test_a_pickle_to_divide_is_mapped(place, tmp_path):
+    """Reading it takes no memory, and no process holds more than its rows."""
+    shutil.copytree(place.folder / "gpt2", tmp_path / "pickled")
+    tensors = load_file(tmp_path / "pickled/model.safetensors")
+    (tmp_path / "pickled/model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pickled/pytorch_model.bin")
+    source = find_source(str(tmp_path / "pickled"), allow_pickle=True)
+    unread = open_unread(source, open_library(source, None, False), allow_pickle=True)
+    assert unread.layout.from_pickle
+    assert all(parameter.is_meta for parameter in unread.model.parameters())
+    for name, slices in unread.placement.items():
+        assert torch.equal(unread.values[slices[0].key], tensors[name])
+    maps = Path("/proc/self/maps")
+    if maps.is_file():
+        assert str(tmp_path / "pickled/pytorch_model.bin") in maps.read_text()
+
+
 def test_a_sharded_run_computes_in_bf16(place, command):
     """The outputs of the proof are bf16 too; the weights are near those of float32."""
     assert report_of(place.folder / "half")["environment"]["sharded"]
@@ -327,6 +348,13 @@ def test_what_is_not_supported_is_refused_by_name(recipe, options, task, named):
     with pytest.raises(UsageError) as error:
         sharded.refuse_early(whole, Options(output_dir=None, **options), accelerator, task)
     assert named in str(error.value)
+
+
+def test_parts_of_experts_are_refused_by_name():
+    layers = [Layer.of_parameter("head", torch.zeros(2, 2)), Layer("moe.w", (6, 2), (TensorSlice("moe.w"),), groups=3)]
+    loop = SimpleNamespace(shards=SimpleNamespace(divides_experts=lambda layer: layer.groups > 1))
+    with pytest.raises(UsageError, match=r"moe\.w, in which the file fuses several experts"):
+        sharded.refuse_layers(layers, loop)
 
 
 def test_the_blocks_of_a_model_are_its_repeated_layers():

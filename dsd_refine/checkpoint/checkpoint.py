@@ -258,8 +258,6 @@ def open_unread(
     source.fetch()
     layout = read_layout(source.folder, allow_pickle, weights_key)
     _refuse_quantised(layout)
-    if layout.from_pickle:
-        return None
     tensors = layout.mapped()
     with _size_guard(layout):
         model = library.build_meta(buffers=True)
