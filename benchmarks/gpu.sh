@@ -9,5 +9,8 @@ mkdir -p benchmarks/results
 result=benchmarks/results/gpu-$card
 PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} "$python" -m pytest -n 0 -p no:cacheprovider tests/test_gpu.py
 PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} "$python" benchmarks/gpu.py > "$result.part" || { cat "$result.part"; exit 1; }
+if [ "$(nvidia-smi --list-gpus | wc -l)" -gt 1 ]; then
+  PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} "$python" benchmarks/sharded.py >> "$result.part" || { cat "$result.part"; exit 1; }
+fi
 mv "$result.part" "$result.txt"
 cat "$result.txt"

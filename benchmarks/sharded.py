@@ -1,9 +1,10 @@
 """Memory of each process of a sharded run: `python benchmarks/sharded.py [--kinds "llama tied …"] [--processes "2 4"]`.
 
-A model of random bfloat16 weights in two files is refined by SGD with momentum, with `--shard`, in processes on the CPU. Each
-looks every few milliseconds at its anonymous memory, which no file stands behind, and prints the most that it held above what
-it held before the run. The limit is 1/N of the weights, gradients, momentum and masks, and two blocks with their gradients.
-`--kinds billion --processes 4` is a Llama with 1 billion parameters, for 3 steps: it needs 20 GB.
+A model of random bfloat16 weights in two files is refined by SGD with momentum, with `--shard`: on as many GPUs as there are,
+or in processes on the CPU. Each process prints the most memory that it held above what it held before the run: of its GPU as
+torch counts it, on a CPU the anonymous memory, which no file stands behind, looked at every few milliseconds. The limit is 1/N
+of the weights, gradients, momentum and masks, and two blocks with their gradients. `--kinds billion --processes 4` is a Llama
+with 1 billion parameters, for 3 steps: it needs 20 GB.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ VOCABULARY, LENGTH, SIZE, CLASSES = 2005, 16, 64, 10
 BYTES = 13  # of a weight: itself, its gradient, its momentum, each float32, and its mask
 RUN = (
     "--sparse-steps", "2", "--dense-steps", "1", "--lr", "0.01", "--optimizer", "sgd", "--batch-size", "1", "--control", "none",
-    "--gate", "none", "--holdout", "0", "--keep", "last", "--set", "phases.1.average=none", "--device", "cpu", "--quiet",
-    "--shard",
+    "--gate", "none", "--holdout", "0", "--keep", "last", "--set", "phases.1.average=none", "--quiet", "--shard",
 )  # fmt: skip
+GPUS = torch.cuda.device_count()
 SHAPES = {  # width, inner width, blocks
     "llama": (768, 2048, 14),
     "tied": (768, 2048, 14),
@@ -72,10 +73,15 @@ def source(folder: Path, kind: str, hidden: int, inner: int, blocks: int) -> tup
 def one_process(folder: Path, out: str, *options: str) -> None:
     """Refine in one of the processes that torchrun started, and print the memory. A tiny model first loads the libraries."""
     torch.set_num_threads(1)
-    refined(folder / "tiny", folder / "data", folder / f"{out}-tiny", *RUN, *options)
+    given = (*RUN, "--device", "cuda" if GPUS > 1 else "cpu", *options)
+    refined(folder / "tiny", folder / "data", folder / f"{out}-tiny", *given)
+    before = torch.cuda.memory_allocated() if GPUS > 1 else 0
+    if GPUS > 1:
+        torch.cuda.reset_peak_memory_stats()
     with Peak() as peak:
-        code = refined(folder / "model", folder / "data", folder / out, *RUN, *options)
-    print(f"process {os.environ['RANK']}: {peak.bytes} bytes, exit code {code}", flush=True)
+        code = refined(folder / "model", folder / "data", folder / out, *given)
+    most = torch.cuda.max_memory_allocated() - before if GPUS > 1 else peak.bytes
+    print(f"process {os.environ['RANK']}: {most} bytes, exit code {code}", flush=True)
 
 
 def refined(model: Path, data: Path, out: Path, *options: str) -> object:
@@ -100,12 +106,14 @@ def measured(folder: Path, processes: int, options: list[str]) -> list[int]:
     return [int(line.split()[2]) for line in lines]
 
 
-def plan(folder: Path) -> str:
-    """Return what `plan` says of the memory of one process."""
+def plan(folder: Path, processes: int) -> tuple[str, str]:
+    """Return what `plan` says of the memory of one process, and whether the machine holds so many without `--shard`."""
     given = ("--data", folder / "data", "--optimizer", "sgd", "--holdout", "0", "--keep", "last", "--json")
     command = [sys.executable, *map(str, ("-m", "dsd_refine", "plan", folder / "model", *given))]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return str(json.loads(done.stdout)["totals"]["memory"])
+    launched = {**os.environ, "LOCAL_WORLD_SIZE": str(processes)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=launched)
+    totals = json.loads(done.stdout)["totals"]
+    return totals["memory"], totals.get("too large", "")
 
 
 def measure(folder: Path, kind: str, processes: list[int], quick: bool, options: list[str]) -> None:
@@ -126,9 +134,12 @@ def measure(folder: Path, kind: str, processes: list[int], quick: bool, options:
         limit = share + 2 * 8 * block
         rows.append([str(count), *(f"{number / 1e6:,.0f}" for number in (found, share, limit))])
         shares[count] = found / limit
+    memory, too_large = plan(folder, max(processes))
     title = f"{kind}: MB a process, {weights / 1e6:.0f} M weights, {block / 1e6:.1f} M of them in a block"
-    title += f" (one process, by plan: {plan(folder)})"
+    title += f" (one process, by plan: {memory})"
     table(title, ["processes", "measured", "1/N of the state", "and two blocks"], rows)
+    if too_large:
+        print(f"  without --shard, by plan: {too_large}")
     for count, over in shares.items():
         verdict(f"{kind}, {count} processes: measured over the limit", over, 1.0)
 
@@ -136,7 +147,8 @@ def measure(folder: Path, kind: str, processes: list[int], quick: bool, options:
 def main() -> None:
     """Measure each kind of model."""
     kinds, more = ("llama tied mixtral vit", "kinds of models"), ("", "more options of the command")
-    given = arguments(__doc__, 1, kinds=kinds, processes=("2 4", "numbers of processes"), options=more)
+    processes = (str(GPUS) if GPUS > 1 else "2 4", "numbers of processes")
+    given = arguments(__doc__, 1, kinds=kinds, processes=processes, options=more)
     print(machine())
     for kind in given.kinds.split():
         with place() as folder:

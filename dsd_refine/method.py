@@ -71,7 +71,7 @@ def refine(source: Source, library: Library, recipe: Recipe, options: Options) -
                 phases = try_phases(run, arm, attempt)
                 with lost_if_diverged(run, arm, attempt, phases):
                     for phase, state in entered(run, arm, attempt, phases):
-                        with settings(run.loop.model, phase, run.checkpoint.filled):
+                        with settings(run.loop.model, phase, run.checkpoint.filled, run.loop.parameters):
                             run_phase(run, phase, state)
                             leave_phase(run, phase, state)
             refuse_all_lost(run, arm)
@@ -105,7 +105,7 @@ def train_try(run: Run, arm: str, attempt: int) -> None:
     phases = try_phases(run, arm, attempt)
     with lost_if_diverged(run, arm, attempt, phases):
         for phase, state in entered(run, arm, attempt, phases):
-            with settings(run.loop.model, phase, run.checkpoint.filled):
+            with settings(run.loop.model, phase, run.checkpoint.filled, run.loop.parameters):
                 run_phase(run, phase, state)
                 leave_phase(run, phase, state)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +50,14 @@ def return_freed_memory() -> bool:
     each thread that exchanges them: together several times the model.
     """
     return platform.libc_ver()[0] == "glibc" and bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE))
+
+
+def host_memory() -> int:
+    """Return the bytes of this machine's memory. 0: it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no such question
+        return 0
 
 
 @contextmanager

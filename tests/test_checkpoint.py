@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 from dsd_refine.checkpoint import write
 from dsd_refine.checkpoint.checkpoint import open_checkpoint
+from dsd_refine.checkpoint.file_values import FileValues
 from dsd_refine.checkpoint.layout import read_layout
 from dsd_refine.checkpoint.libraries.open import open_library
 from dsd_refine.checkpoint.libraries.skip_init import SkipInit
-from dsd_refine.checkpoint.placement import gather, place
+from dsd_refine.checkpoint.placement import TensorSlice, gather, place, trace_by_parts, within
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.errors import CheckpointError, RunError
 
@@ -181,6 +182,96 @@ def test_any_permutation_is_found_and_undone(tmp_path, move):
     for part in parts:
         inner[part.target] = value.reshape(-1)[part.source]
     assert torch.equal(inner.reshape(4, 4), model.inner)
+
+
+# What a library does with the tensors of a block: name in the model -> its tensor, from those of the file, a and b (4 x 4)
+FORMS = {
+    "stacked": {"inner": lambda t: torch.stack([t["a"], t["b"]])},
+    "joined": {"inner": lambda t: torch.cat([t["b"], t["a"]], 0)},
+    "joined by columns": {"inner": lambda t: torch.cat([t["a"], t["b"]], 1)},
+    "split": {"one": lambda t: t["a"][:1], "rest": lambda t: t["a"][1:], "other": lambda t: t["b"]},
+    "turned and stacked": {"inner": lambda t: torch.stack([t["a"].T, t["b"].T])},
+}
+
+
+class Blocks(torch.nn.Module):
+    """Two blocks that hold tensors in one of FORMS, and a tensor outside of blocks."""
+
+    def __init__(self, form, given, dtype):
+        super().__init__()
+        own = ({name: given[f"blocks.{number}.{name}"] for name in "ab"} for number in range(2))
+        held = [{key: make(tensors).contiguous().to(dtype) for key, make in FORMS[form].items()} for tensors in own]
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.ParameterDict({key: torch.nn.Parameter(value) for key, value in block.items()}) for block in held
+        )
+        self.outer = torch.nn.Parameter(given["outside"].to(dtype))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tracing_block_by_block_finds_what_one_load_finds(tmp_path, form):
+    """And what the model holds is put together from the files."""
+    names = [f"blocks.{number}.{name}" for number in range(2) for name in "ab"]
+    tensors = {name: torch.randn(4, 4) for name in names} | {"outside": torch.randn(3)}
+    builders.write_tensors(tmp_path / "model.safetensors", tensors)
+    loads = []
+
+    def load(given, dtype):
+        loads.append(sum(tensor.numel() for tensor in given.values() if not tensor.is_meta))
+        return Blocks(form, given, dtype)
+
+    layout = read_layout(tmp_path)
+    model = load(tensors, torch.float32)
+    once = place(layout, model, load, lambda name: True)
+    del loads[:]
+    parts = trace_by_parts(layout, load, tensors)
+    assert sorted(loads) == [3, 32, 32]
+    assert parts.keys() == once.keys()
+    for name, slices in once.items():
+        assert [(each.key, elements(each.source), elements(each.target)) for each in slices] == [
+            (each.key, elements(each.source), elements(each.target)) for each in parts[name]
+        ]
+        assert torch.equal(gather(parts[name], torch.zeros_like(tensors[name]), model.state_dict()), tensors[name])
+    values = FileValues(parts, layout.mapped(), model.state_dict())
+    assert all(torch.equal(values[key], value) for key, value in model.state_dict().items())
+
+
+def elements(index):
+    """A slice or a tensor of indices, as a list."""
+    return list(range(1000))[index] if isinstance(index, slice) else index.tolist()
+
+
+def test_elements_that_follow_one_another_take_no_memory(tmp_path):
+    builders.write_tensors(tmp_path / "model.safetensors", {name: torch.randn(4, 4) for name in "ab"})
+
+    def load(given, dtype):
+        return Square(torch.stack([given["a"], given["b"]]), dtype)
+
+    layout = read_layout(tmp_path)
+    placement = place(layout, load(layout.mapped(), torch.float32), load, lambda name: True)
+    assert placement == {
+        "a": (TensorSlice("inner", slice(0, 16), slice(0, 16)),),
+        "b": (TensorSlice("inner", slice(0, 16), slice(16, 32)),),
+    }
+
+
+@pytest.mark.parametrize("index", [slice(4, 9), torch.arange(4, 9), torch.tensor([8, 4, 5, 7, 6])])
+def test_the_elements_within_a_range_are_counted_from_its_start(index):
+    every = elements(index)
+    for start in range(12):
+        for stop in range(start, 12):
+            found = within(index, start, stop)
+            assert ([] if found is None else elements(found)) == [each - start for each in every if start <= each < stop]
+
+
+def test_a_tensor_that_a_loader_uses_twice_is_refused(tmp_path):
+    """Both places would train, and the file has room for one."""
+    builders.write_tensors(tmp_path / "model.safetensors", {"outer": torch.ones(2, 4)})
+
+    def load(given, dtype):
+        return Square(torch.cat([given["outer"], given["outer"]]), dtype)
+
+    with pytest.raises(CheckpointError, match=r"inner.*cannot be written back"):
+        place(read_layout(tmp_path), load({"outer": torch.ones(2, 4)}, torch.float32), load, lambda name: True)
 
 
 def test_a_loader_that_computes_is_refused(tmp_path):

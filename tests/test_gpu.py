@@ -6,8 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from builders import save_transformers, word_tokenizer
-from outputs import report_of
+from builders import gpt2_checkpoint, save_transformers, word_tokenizer
+from outputs import near, report_of, same
+from runs import torchrun
 from safetensors.torch import load_file
 from torch import nn
 from toys import Numbers, loop_of, masks_of, run
@@ -149,3 +150,28 @@ def test_the_log_has_every_step_in_order(command, made, tmp_path):
     assert found.code == 0, found.err
     lines = [json.loads(line) for line in (tmp_path / "out/dsd/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "lr" in line and "loss" in line] == [1, 2, 3, 4, 1, 2]
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two CUDA devices here")
+SGD = ("--sparse-steps", "4", "--dense-steps", "2", "--gate", "none", "--device", "cuda", "--optimizer", "sgd", "--lr", "0.05")
+
+
+@two_gpus
+@pytest.mark.parametrize("more", [(), ("--cpu-offload",), ("--activation-checkpointing",)])
+def test_a_model_divided_among_two_gpus_is_one_with_the_batches_of_both(command, made, tmp_path, more):
+    source = gpt2_checkpoint(tmp_path / "source", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    args = (source, "--data", made / "documents.txt", *SGD, "--control", "none", "--save-phases")
+    assert command(*args, "--batch-size", 8, "-o", tmp_path / "one").code == 0
+    done = torchrun(*args, "--batch-size", 4, "--shard", *more, "-o", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    near(tmp_path / "one", tmp_path / "two", 1e-4)
+    assert report_of(tmp_path / "one")["layers"] == report_of(tmp_path / "two")["layers"]
+
+
+@two_gpus
+def test_tries_side_by_side_on_two_gpus_have_the_bytes_of_one(command, made, tmp_path):
+    args = (made / "gpt2", "--data", made / "documents.txt", *SGD, "--control", "dense", "--seeds", 2, "--batch-size", 8)
+    assert command(*args, "-o", tmp_path / "one").code == 0
+    done = torchrun(*args, "--spread", "tries", "-o", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    same(tmp_path / "one", tmp_path / "two")

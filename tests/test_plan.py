@@ -99,6 +99,20 @@ def test_plan_says_how_many_gpus_a_model_needs_that_one_cannot_hold(command, mad
     assert text.endswith(f"-m dsd_refine {made / 'gpt2'} … --shard")
 
 
+def test_plan_says_what_a_machine_without_a_gpu_cannot_hold(command, made, monkeypatch):
+    """As many processes as the launcher starts, unless the model is divided among them."""
+    args = ("plan", made / "gpt2", "--data", made / "documents.txt", "--json")
+    monkeypatch.setattr(planning, "host_memory", lambda: 3_000_000)
+    monkeypatch.setattr(planning, "memory_of", lambda *_, **__: 1_000_000)
+    for count, is_said in (("3", False), ("4", True)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
+        totals = json.loads(command(*args).out)["totals"]
+        assert ("too large" in totals) is is_said
+    assert totals["too large"].endswith("and no GPU. --shard divides a model among processes")
+    assert "for 4 processes; this machine has 0.0 GB" in totals["too large"]
+    assert "too large" not in json.loads(command(*args, "--shard").out)["totals"]
+
+
 def test_plan_offers_the_tries_side_by_side_where_a_gpu_holds_the_model(command, made, monkeypatch):
     args = ("plan", made / "gpt2", "--data", made / "documents.txt", "--control", "dense", "--seeds", "3", "--json")
     totals = json.loads(command(*args).out)["totals"]

@@ -1,6 +1,8 @@
 """A sharded run (FSDP2) does what one process with the batches of all does; what it cannot do is refused."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import builders
@@ -9,15 +11,26 @@ import timm
 import torch
 from conftest import ROOT, process
 from outputs import near, report_of, same
-from runs import free_port, in_group, run_command
+from runs import free_port, in_group, run_command, run_on_full_disk
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, BertConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from dsd_refine.checkpoint.checkpoint import open_checkpoint, open_unread
 from dsd_refine.checkpoint.libraries.open import open_library
+from dsd_refine.checkpoint.placement import TensorSlice
 from dsd_refine.checkpoint.source import find_source
 from dsd_refine.checkpoint.verify import check_plain_values
 from dsd_refine.errors import UsageError
+from dsd_refine.masking.layers import Layer
 from dsd_refine.recipe import Recipe
 from dsd_refine.run import rates, sharded
 from dsd_refine.run.open import checkpoint_activations
@@ -32,8 +45,10 @@ TEXTS = (
 )  # fmt: skip
 LLAMA = (
     *STEPS, "--lr", "0.05", "--control", "none", "--include", "lm_head.weight", "--max-grad-norm", "0.5",
+    "--set", "phases.0.frozen=[model.embed_tokens.*, model.layers.1.*]",
 )  # fmt: skip
 MIXTRAL = (*STEPS, "--lr", "auto", "--control", "none", "--max-grad-norm", "0.5", "--search", "2", "--save-phases")
+FUSED = (*STEPS, "--lr", "0.05", "--control", "random", "--max-grad-norm", "0.5", "--save-phases")
 PICTURES = (
     *STEPS, "--lr", "0.01", "--control", "none", "--set", "augment={crop: none, flip: 0.0}", "--seeds", "2", "--set", "soup=uniform",
 )  # fmt: skip
@@ -47,10 +62,12 @@ def place(made, tmp_path_factory):
     builders.gpt2_checkpoint(folder / "gpt2", vocab_size=41, n_embd=36, n_head=3, **still)
     llama_checkpoint(folder / "llama-source")
     mixtral_checkpoint(folder / "mixtral-source")
+    fused_checkpoint(folder / "fused-source")
     texts = [folder / "gpt2", "--data", made / "documents.txt", *TEXTS]
     pictures = [made / "vit", "--data", made / "colours", *PICTURES]
     llama = [folder / "llama-source", "--data", made / "documents.txt", *LLAMA]
     mixtral = [folder / "mixtral-source", "--data", made / "documents.txt", *MIXTRAL]
+    fused = [folder / "fused-source", "--data", made / "documents.txt", *FUSED]
     arguments = {
         "texts": [*texts, "--batch-size", 2],
         "stopped": [*texts, "--batch-size", 2],
@@ -58,6 +75,7 @@ def place(made, tmp_path_factory):
         "pictures": [*pictures, "--batch-size", 3],
         "llama": [*llama, "--batch-size", 2, "--activation-checkpointing", "--cpu-offload"],
         "mixtral": [*mixtral, "--batch-size", 2],
+        "fused": [*fused, "--batch-size", 2],
         "half": [*llama, "--batch-size", 2, "--mixed-precision", "bf16"],
     }
     (folder / "arguments.json").write_text(json.dumps(arguments, default=str))
@@ -78,6 +96,7 @@ def place(made, tmp_path_factory):
         "pictures": [*pictures, "--batch-size", 6],
         "llama": [*llama, "--batch-size", 4],
         "mixtral": [*mixtral, "--batch-size", 4],
+        "fused": [*fused, "--batch-size", 4],
     }
     return SimpleNamespace(folder=folder, **one)
 
@@ -119,11 +138,25 @@ def mixtral_checkpoint(folder):
     builders.word_tokenizer().save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["texts", "pictures", "llama", "mixtral"])
-def test_a_sharded_run_is_one_process_with_twice_the_batch(place, command, monkeypatch, name):
-    """Weights, counts, ties, the reports and the phases; a tied head, odd sizes, clipping, accumulation, refreshed masks.
+def fused_checkpoint(folder):
+    """A mixture of three experts, each kind of whose weights the file and the model hold in one tensor."""
+    torch.manual_seed(3)
+    model = GptOssForCausalLM(
+        GptOssConfig(
+            vocab_size=41, hidden_size=32, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+            num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=32, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    builders.word_tokenizer().save_pretrained(folder)
 
-    Also a soup, a search, a tested rate, and experts that the model fuses and the file does not.
+
+@pytest.mark.parametrize("name", ["texts", "pictures", "llama", "mixtral", "fused"])
+def test_a_sharded_run_is_one_process_with_twice_the_batch(place, command, monkeypatch, name):
+    """Weights, counts, ties, the reports and the phases; a tied head, odd sizes, clipping, accumulation, refreshed masks,
+    frozen parameters.
+
+    Also a soup, a search, a tested rate, and experts that the model fuses, and the file too or not.
     """
     monkeypatch.setattr(rates, "STEPS", 8)
     monkeypatch.setattr(rates, "SHORTEST_RUN", 1)
@@ -166,7 +199,16 @@ def test_experts_that_a_parameter_fuses_are_masked_each_by_itself(place):
         assert int((weights[layer["name"]] == 0).sum()) == layer["zeros_in_sparse"] == layer["masked"] > 0
 
 
-@pytest.mark.parametrize("name", ["gpt2", "vit", "llama-source"])
+def test_experts_that_the_file_fuses_are_masked_each_by_itself(place):
+    weights = load_file(place.folder / "fused/dsd/phases/1-sparse/model.safetensors")
+    layers = [layer for layer in report_of(place.folder / "fused")["layers"] if layer["masked"] and "experts" in layer["name"]]
+    assert len(layers) == 2 * 2
+    for layer in layers:
+        zeros = [int((expert == 0).sum()) for expert in weights[layer["name"]]]
+        assert zeros == [round(0.3 * weights[layer["name"]][0].numel())] * 3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "vit", "llama-source", "mixtral-source", "fused-source"])
 def test_a_model_to_divide_is_opened_without_its_values(place, made, name):
     """Its parameters have no memory; the files' tensors are where the usual opening finds them."""
     source = find_source(str(made / "vit" if name == "vit" else place.folder / name))
@@ -182,6 +224,23 @@ def test_a_model_to_divide_is_opened_without_its_values(place, made, name):
     check_plain_values(unread)
     ties = [len({id(p) for _, p in model.named_parameters(remove_duplicate=False)}) for model in (unread.model, usual.model)]
     assert ties[0] == ties[1]
+
+
+def test_a_pickle_to_divide_is_mapped(place, tmp_path):
+    """Reading it takes no memory, and no process holds more than its rows."""
+    shutil.copytree(place.folder / "gpt2", tmp_path / "pickled")
+    tensors = load_file(tmp_path / "pickled/model.safetensors")
+    (tmp_path / "pickled/model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pickled/pytorch_model.bin")
+    source = find_source(str(tmp_path / "pickled"), allow_pickle=True)
+    unread = open_unread(source, open_library(source, None, False), allow_pickle=True)
+    assert unread.layout.from_pickle
+    assert all(parameter.is_meta for parameter in unread.model.parameters())
+    for name, slices in unread.placement.items():
+        assert torch.equal(unread.values[slices[0].key], tensors[name])
+    maps = Path("/proc/self/maps")
+    if maps.is_file():
+        assert str(tmp_path / "pickled/pytorch_model.bin") in maps.read_text()
 
 
 def test_a_sharded_run_computes_in_bf16(place, command):
@@ -208,6 +267,19 @@ def test_an_ended_sharded_run_goes_on_to_the_same_bytes(place, name):
     same(place.folder / "texts", place.folder / name)
 
 
+def test_a_full_disk_of_the_main_process_at_the_end_publishes_nothing(place, tmp_path):
+    """The other process ends by itself. What was trained is there."""
+    out, args = tmp_path / "out", [*place.llama[:3], *STEPS, "--lr", "0.05", "--control", "none", "--batch-size", 2, "--shard"]
+    done = in_group(2, run_on_full_disk, *args, "-o", out)
+    assert done.returncode == 5
+    assert done.stderr.count("No space left on device") == 1
+    assert "another process of this run has ended; see its message, then go on with --resume" in done.stderr
+    assert not out.exists()
+    again = in_group(2, run_command, *args, "-o", out, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert (out / "dsd/report.json").is_file()
+
+
 def test_a_sharded_state_is_a_file_of_each_process_and_needs_as_many(place, refused):
     left = place.folder / "left.partial"
     state = json.loads((left / "state.json").read_text())
@@ -216,6 +288,18 @@ def test_a_sharded_state_is_a_file_of_each_process_and_needs_as_many(place, refu
     message = refused(*place.texts, "-o", place.folder / "left", "--resume")
     assert "processes was 2, is 1" in message
     assert "sharded was True, is False" in message
+
+
+def test_a_sharded_run_is_measured_before(place, tmp_path):
+    """By all processes; one prints, and nothing stays."""
+    args = ["plan", place.folder / "llama-source", *place.llama[1:3], "--batch-size", 2, "--device", "cpu", "--json"]
+    done = in_group(2, run_command, *args, "--measure", "--shard", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    totals = json.loads(done.stdout)["totals"]
+    assert "(4 rows)" in totals["measured"]
+    assert totals["measured"].endswith("on cpu, 2 processes")
+    assert totals["peak memory"].endswith("(process, the most of 2)")
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_process_has_nothing_to_divide(made, refused, tmp_path):
@@ -250,7 +334,6 @@ def test_accelerates_configuration_chooses_the_engine(monkeypatch):
         ({}, {"compile": True}, "causal-lm", "--compile"),
         ({}, {}, "image-captioning", "the task image-captioning"),
         ({"mixed_precision": "fp16"}, {}, "causal-lm", "--mixed-precision fp16"),
-        ({"phase": {"frozen": ["*"]}}, {}, "causal-lm", "phases.0.frozen"),
         ({"phase": {"sam": 0.1}}, {}, "causal-lm", "phases.0.sam"),
         ({"phase": {"threshold": "global"}}, {}, "causal-lm", "phases.0.threshold: global"),
         ({"phase": {"criterion": "saliency"}}, {}, "causal-lm", "phases.0.criterion: saliency"),
@@ -265,6 +348,13 @@ def test_what_is_not_supported_is_refused_by_name(recipe, options, task, named):
     with pytest.raises(UsageError) as error:
         sharded.refuse_early(whole, Options(output_dir=None, **options), accelerator, task)
     assert named in str(error.value)
+
+
+def test_parts_of_experts_are_refused_by_name():
+    layers = [Layer.of_parameter("head", torch.zeros(2, 2)), Layer("moe.w", (6, 2), (TensorSlice("moe.w"),), groups=3)]
+    loop = SimpleNamespace(shards=SimpleNamespace(divides_experts=lambda layer: layer.groups > 1))
+    with pytest.raises(UsageError, match=r"moe\.w, in which the file fuses several experts"):
+        sharded.refuse_layers(layers, loop)
 
 
 def test_the_blocks_of_a_model_are_its_repeated_layers():

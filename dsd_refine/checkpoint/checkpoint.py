@@ -4,18 +4,22 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from dsd_refine.checkpoint.file_values import FileValues
 from dsd_refine.checkpoint.guard import bounded
 from dsd_refine.checkpoint.layout import SINGLE, Layout, read_layout
 from dsd_refine.checkpoint.library import Library
-from dsd_refine.checkpoint.placement import Placement, place, storage_of
+from dsd_refine.checkpoint.parts import Absent
+from dsd_refine.checkpoint.placement import Placement, TensorSlice, on, place, storage_of, trace_by_parts
 from dsd_refine.checkpoint.safetensors_file import (
     TRAINABLE,
     WeightFile,
@@ -46,8 +50,9 @@ class Checkpoint:
         model: The model with the source's values in float32, or on the meta device without values.
         placement: Where the model holds each tensor of the files.
         warnings: For the user.
-        values: The model's tensors by name, as views of the files, of a model whose parameters are on the meta device
-            until a sharded run has divided it (`open_unread`). Empty: the model has its values.
+        values: The model's tensors by name, of a model whose parameters are on the meta device until a sharded run
+            has divided it (`open_unread`). Empty: the model has its values.
+        moved: Names of tensors of the file that the model holds in another form, if it is such a model.
     """
 
     source: Source
@@ -57,11 +62,11 @@ class Checkpoint:
     placement: Placement
     warnings: tuple[str, ...]
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    moved: tuple[str, ...] = ()
 
-    def file_values(self) -> dict[str, torch.Tensor]:
-        """Return the model's tensors by name as views of the files, in their dtypes. The model must hold each one whole."""
-        tensors = {name: tensor for file in self.layout.files for name, tensor in file.mapped().items()}
-        return {slices[0].key: tensors[name] for name, slices in self.placement.items()}
+    def file_values(self) -> FileValues:
+        """Return the model's tensors by name, in the dtypes of the files."""
+        return FileValues(self.placement, self.layout.mapped(), self.model.state_dict())
 
     def refuse_broken(self) -> None:
         """Check the values of a checkpoint that `open_unread` opened, as `open_checkpoint` does.
@@ -69,7 +74,7 @@ class Checkpoint:
         Raises:
             CheckpointError: A value is not finite, or a parameter has a dtype that cannot be trained.
         """
-        tensors = {name: tensor for file in self.layout.files for name, tensor in file.mapped().items()}
+        tensors = self.layout.mapped()
         trained = {key for key, _ in self.model.named_parameters(remove_duplicate=False)}
         _refuse_values(self.layout, self.placement, tensors, trained)
 
@@ -127,11 +132,12 @@ class Checkpoint:
                     _refuse_overflow(name, state[key], new)
                     state[key].copy_(new)
                 else:
-                    old = state[key].reshape(-1)[elements.to(state[key].device)]
-                    new = old.to(dtype)
-                    _refuse_overflow(name, old, new)
-                    flat = state[key].reshape(-1).index_put((elements.to(state[key].device),), new.to(state[key].dtype))
-                    state[key].copy_(flat.reshape(state[key].shape))
+                    flat, index = state[key].reshape(-1), on(elements, state[key].device)
+                    new = flat[index].to(dtype)
+                    _refuse_overflow(name, flat[index], new)
+                    flat[index] = new.to(flat.dtype)
+                    if not state[key].is_contiguous():  # then `flat` is a copy
+                        state[key].copy_(flat.reshape(state[key].shape))
             yield
         finally:
             for key, value in original.items():
@@ -147,7 +153,7 @@ class Checkpoint:
                 continue
             for tensor_slice in slices:
                 value = state[tensor_slice.key]
-                value = value if tensor_slice.whole else value.reshape(-1)[tensor_slice.target.to(value.device)]
+                value = value if tensor_slice.whole else tensor_slice.of_model(value.reshape(-1))
                 _refuse_overflow(name, value, value)
 
     def write(self, model: torch.nn.Module, folder: Path) -> dict[str, str]:
@@ -210,7 +216,7 @@ def open_checkpoint(
     source.fetch()
     layout = read_layout(source.folder, allow_pickle, weights_key)
     _refuse_quantised(layout)
-    tensors = {name: tensor for file in layout.files for name, tensor in file.mapped().items()}
+    tensors = layout.mapped()
     with _size_guard(layout):
         model = _in_own_memory(library.load(tensors, torch.float32), tensors)
     state = model.state_dict()
@@ -221,17 +227,30 @@ def open_checkpoint(
 
 
 def open_unread(
-    source: Source, library: Library, *, allow_pickle: bool = False, weights_key: str | None = None
+    source: Source,
+    library: Library,
+    *,
+    allow_pickle: bool = False,
+    weights_key: str | None = None,
+    by_one: Callable[[Callable[[], Placement | None]], Placement | None] = lambda make: make(),
 ) -> Checkpoint | None:
     """Open a source without its values in memory, for a model that is divided afterwards.
 
-    The library loads the model in the dtype of the files. It takes the tensors over as they are, so they stay views of
-    the mapped files, and their addresses tell where each one went. The checkpoint's model is another one, with its
-    parameters on the meta device and with the values of its buffers.
+    The library loads the model in the dtype of the files. It takes most tensors over as they are, so they stay views of
+    the mapped files, and their addresses tell where each one went. Tensors that it puts into another form, such as
+    experts that it fuses, are given without values, and traced block by block. The checkpoint's model is another one,
+    with its parameters on the meta device and with the values of its buffers.
+
+    Args:
+        source: The source.
+        library: What `open_library` returned for it.
+        allow_pickle: Read pickle files, with torch's weights-only loader.
+        weights_key: The key of the set of weights to use, in a pickle that holds several.
+        by_one: Lets one of several processes trace, and gives the result to all.
 
     Returns:
-        The checkpoint, with its `values`. None: the weights are a pickle, or the model holds a tensor of the files in
-        another form, so that only `open_checkpoint` can open it.
+        The checkpoint, with its `values`. None: the weights are a pickle, or the library needs values to put tensors
+        into another form, so that only `open_checkpoint` can open it.
 
     Raises:
         CheckpointError: As `open_checkpoint`. The values are not checked (see `refuse_broken`).
@@ -239,33 +258,76 @@ def open_unread(
     source.fetch()
     layout = read_layout(source.folder, allow_pickle, weights_key)
     _refuse_quantised(layout)
-    if layout.from_pickle:
-        return None
-    tensors = {name: tensor for file in layout.files for name, tensor in file.mapped().items()}
+    tensors = layout.mapped()
     with _size_guard(layout):
-        loaded, model = library.load(tensors, layout.main_dtype), library.build_meta(buffers=True)
-    placement = _placed_by_address(layout, loaded, tensors)
-    values = {slices[0].key: tensors[name] for name, slices in placement.items()} if placement else {}
+        model = library.build_meta(buffers=True)
+    moved = _other_forms(tensors, model.state_dict())
+    with _size_guard(layout):
+        loaded = _loaded_unread(library, layout, tensors, moved)
+        traced = by_one(partial(_traced, layout, library, moved)) if moved and loaded is not None else {}
+    if loaded is None or traced is None:
+        return None
+    placement = _placed_by_address(layout, loaded, tensors, traced)
+    values = FileValues(placement, tensors, loaded.state_dict()) if placement else {}
     covered = {first for name, first in _ties(loaded).items() if name in values}
     if _ties(loaded) != _ties(model) or covered != set(_ties(loaded).values()):
         return None
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(loaded.get_parameter(name).requires_grad)
     warnings = (*library.warnings(loaded), *_layout_warnings(source, layout, placement or {}))
-    return Checkpoint(source, library, layout, model.eval(), placement or {}, warnings, values)
+    return Checkpoint(source, library, layout, model.eval(), placement or {}, warnings, values, tuple(moved))
 
 
-def _placed_by_address(layout: Layout, loaded: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Placement | None:
-    """Return where a model has the tensors of the files, all of them whole. None: it has some in another form."""
+def _other_forms(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of the file's tensors that the library seems to put into another form.
+
+    None: each tensor of the model may be one of the file under another name.
+    """
+    moved = [name for name, tensor in tensors.items() if name not in state or state[name].shape != tensor.shape]
+    kept = set(tensors).difference(moved)
+    left = Counter(tuple(tensor.shape) for name, tensor in state.items() if name not in kept)
+    return moved if left - Counter(tuple(tensors[name].shape) for name in moved) else []
+
+
+def _loaded_unread(
+    library: Library, layout: Layout, tensors: Mapping[str, torch.Tensor], moved: Sequence[str]
+) -> torch.nn.Module | None:
+    """Load a model with the tensors in `moved` without values. None: the library needs them."""
+    shown = {name: Absent.like(tensor) if name in moved else tensor for name, tensor in tensors.items()}
+    try:
+        return library.load(shown, layout.main_dtype)
+    except CheckpointError:
+        raise
+    except Exception:  # whatever a library does with values that are not there
+        if not moved:
+            raise
+        return None
+
+
+def _traced(layout: Layout, library: Library, moved: Sequence[str]) -> Placement | None:
+    """Trace tensors block by block. None: the library needs values."""
+    try:
+        return trace_by_parts(layout, library.load, moved)
+    except Exception:  # as above
+        return None
+
+
+def _placed_by_address(
+    layout: Layout, loaded: torch.nn.Module, tensors: dict[str, torch.Tensor], traced: Placement
+) -> Placement | None:
+    """Return where a model has the tensors of the files. None: it has some in a form that was not traced."""
     state = loaded.state_dict()
     name_at = {storage_of(tensor): name for name, tensor in tensors.items() if tensor.numel()}
-    renamed = {key: name_at[storage_of(tensor)] for key, tensor in state.items() if storage_of(tensor) in name_at}
+    known: Placement = {}
+    for key, tensor in state.items():
+        if storage_of(tensor) in name_at:
+            known.setdefault(name_at[storage_of(tensor)], (TensorSlice(key),))
 
     def same(name: str) -> bool:
         return storage_of(tensors[name]) == storage_of(state[name]) or _equal_values(tensors[name], state[name])
 
     try:
-        return place(layout, loaded, None, same, renamed)
+        return place(layout, loaded, None, same, known | traced)
     except CheckpointError:  # the usual opening finds the tensors by tracing, or says what is wrong
         return None
 

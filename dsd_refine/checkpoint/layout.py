@@ -86,6 +86,10 @@ class Layout:
             elements[entry.dtype] += entry.numel if entry.dtype.is_floating_point else 0
         return elements.most_common(1)[0][0]
 
+    def mapped(self) -> dict[str, torch.Tensor]:
+        """Return every tensor by name, as views of the mapped files, which take no memory."""
+        return {name: tensor for file in self.files for name, tensor in file.mapped().items()}
+
     def names(self) -> Iterator[str]:
         """Yield the name of every tensor, in the order of the files."""
         return (entry.name for file in self.files for entry in file.entries)

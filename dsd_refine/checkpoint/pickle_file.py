@@ -5,6 +5,7 @@ weights.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ class PickleFile(WeightFile):
     """The weights of a pickle source, as the one safetensors file that they are written to.
 
     Attributes:
-        held: The tensors by name, in memory.
+        held: The tensors by name.
         read: Names of the source's files that they were read from.
         key: Their key in the pickle, or None.
         notes: Warnings of how the pickle was read.
@@ -169,10 +170,13 @@ def read_weights(path: Path, weights_key: str | None = None) -> Pickled:
 
 
 def _load(path: Path) -> Any:
-    """Everything in a pickle, by torch's weights-only loader."""
+    """Everything in a pickle, by torch's weights-only loader. Tensors are views of the mapped file, which take no memory.
+
+    In the format before torch 1.6, which is no zip archive, they cannot be.
+    """
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in BESIDE]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a pickle may make torch raise any error
         # torch's own message advises to load the file unsafely, so only the class is taken from it
         wanted = re.search(r"GLOBAL (\S+)", str(error))

@@ -9,19 +9,25 @@ among ours, and the checkpoint is refused.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from dsd_refine.checkpoint.layout import Layout
+from dsd_refine.checkpoint.parts import loaded_by_parts
 from dsd_refine.checkpoint.safetensors_file import Entry, listed
 from dsd_refine.compat import BatchNorm
 from dsd_refine.errors import CheckpointError
 
 # Initialisers write 0, 1 and small noise. Numbers from here on cannot be confused with those.
 FIRST_ID = 1024
+AT_ONCE = 1 << 22  # numbers that are compared at once
 EMPTY = torch.empty(0, dtype=torch.int64)
+# Flat indices into a tensor, in logical order: a slice where they follow one another, which takes no memory.
+Elements = slice | torch.Tensor
 
 Load = Callable[[dict[str, torch.Tensor], torch.dtype], torch.nn.Module]
 
@@ -36,16 +42,58 @@ class TensorSlice:
     """
 
     key: str
-    source: torch.Tensor = EMPTY
-    target: torch.Tensor = EMPTY
+    source: Elements = EMPTY
+    target: Elements = EMPTY
 
     @property
     def whole(self) -> bool:
         """True if the slice has all elements of both tensors, in the same order."""
-        return not len(self.source)
+        return not count(self.source)
+
+    def of_model(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the elements of the slice in the model's tensor, which is given flat."""
+        return flat if self.whole else flat[on(self.target, flat.device)]
+
+    def of_file(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the elements of the slice in the file's tensor, which is given flat."""
+        return flat if self.whole else flat[on(self.source, flat.device)]
 
 
 Placement = dict[str, tuple[TensorSlice, ...]]  # name in the file -> its slices in the model
+
+
+def count(elements: Elements) -> int:
+    """Return the number of elements."""
+    return elements.stop - elements.start if isinstance(elements, slice) else len(elements)
+
+
+def on(elements: Elements, device: torch.device) -> Elements:
+    """Return the elements as an index for a tensor on this device."""
+    return elements if isinstance(elements, slice) else elements.to(device)
+
+
+def first_of(elements: Elements) -> int | None:
+    """Return the first of the elements. None: there is none."""
+    if isinstance(elements, slice):
+        return int(elements.start)
+    return int(elements[0]) if len(elements) else None
+
+
+def within(elements: Elements, start: int, stop: int) -> Elements | None:
+    """Return the elements from `start` to before `stop`, counted from `start`. None: there is none."""
+    if isinstance(elements, slice):
+        first, last = max(elements.start, start), min(elements.stop, stop)
+        return slice(first - start, last - start) if first < last else None
+    here = elements[(elements >= start) & (elements < stop)] - start
+    return here if len(here) else None
+
+
+def compact(indices: torch.Tensor) -> Elements:
+    """Return indices as a slice, if they follow one another."""
+    first = int(indices[0])
+    if int(indices[-1]) - first + 1 == len(indices) and bool((indices.diff() == 1).all()):
+        return slice(first, first + len(indices))
+    return indices
 
 
 def storage_of(tensor: torch.Tensor) -> tuple[object, ...]:
@@ -67,7 +115,7 @@ def gather(slices: tuple[TensorSlice, ...], start: torch.Tensor, state: Mapping[
     out = start.to(torch.float32).reshape(-1).clone()
     for tensor_slice in slices:
         values = state[tensor_slice.key].detach().to("cpu", torch.float32).reshape(-1)
-        out[tensor_slice.source] = values[tensor_slice.target]
+        out[tensor_slice.source] = tensor_slice.of_model(values)
     return out.reshape(start.shape)
 
 
@@ -76,7 +124,7 @@ def place(
     model: torch.nn.Module,
     load: Load | None,
     same: Callable[[str], bool],
-    renamed: Mapping[str, str] | None = None,
+    known: Placement | None = None,
 ) -> Placement:
     """Find the slices of every tensor of the file that the model uses.
 
@@ -88,7 +136,7 @@ def place(
         load: Repeats the library's loading with given tensors and dtype. None: no tensor is traced.
         same: `same(name)` says whether the model's tensor of that name has the file's values. On
             the meta device, where there are no values, it says yes.
-        renamed: Names in the model of tensors that are known to be whole ones of the file: name -> name in the file.
+        known: The slices of tensors that are known already.
 
     Raises:
         CheckpointError: A parameter has no tensor in the file, or the loader computes new values.
@@ -98,9 +146,9 @@ def place(
     for name in layout.names():
         if name in state and tuple(state[name].shape) == layout.entry(name).shape and same(name):
             placement[name] = (TensorSlice(name),)
-    moved = {key: name for key, name in (renamed or {}).items() if key not in placement}
-    for key, name in moved.items():
-        placement.setdefault(name, (TensorSlice(key),))
+    for name, slices in (known or {}).items():
+        if slices[0].key not in placement:
+            placement.setdefault(name, slices)
     # The rest may not belong to the model, or have another name in it, or be a second copy of a
     # tied tensor.
     unplaced = [n for n in layout.names() if n not in placement and _traceable(layout.entry(n))]
@@ -122,24 +170,96 @@ def _trace(layout: Layout, load: Load, keys: Iterable[str], placed: Placement) -
     """Load the checkpoint with a unique number in each element, and see which tensors of the model
     (`keys`) got which.
     """
+    numbered, bounds = _numbered(layout, [name for name in layout.names() if _traceable(layout.entry(name))])
+    others = {name: layout.tensor(name) for name in layout.names() if name not in numbered}
+    traced = load({**numbered, **others}, torch.float64).state_dict()
+    found = _slices(layout, {key: traced[key] for key in keys}, bounds)
+    return {name: slices for name, slices in found.items() if name not in placed}
+
+
+def trace_by_parts(layout: Layout, load: Load, names: Iterable[str]) -> Placement:
+    """Find the slices of some tensors of the file as `place` does, with no more than a block of the model in memory.
+
+    Args:
+        layout: The source's files.
+        load: Repeats the library's loading with given tensors and dtype.
+        names: The tensors.
+    """
+    placement: Placement = {}
+    bounds: dict[str, int] = {}
+
+    def values(part: list[str]) -> dict[str, torch.Tensor]:
+        numbered, of_part = _numbered(layout, part)
+        bounds.clear()
+        bounds.update(of_part)
+        return numbered
+
+    shapes = {name: tensor for file in layout.files for name, tensor in file.mapped().items()}
+    wanted = [name for name in names if _traceable(layout.entry(name))]
+    for state in loaded_by_parts(lambda given: load(given, torch.float64), shapes, wanted, values):
+        placement |= _slices(layout, state, bounds)
+    return placement
+
+
+def _numbered(layout: Layout, names: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Tensors in which each element has a number of its own, and the first number of each."""
     numbered, starts, next_id = {}, {}, FIRST_ID
-    for name in layout.names():
+    for name in names:
         entry = layout.entry(name)
-        if _traceable(entry):
-            dtype = torch.float64 if entry.dtype.is_floating_point else torch.int64
-            ids = torch.arange(next_id, next_id + entry.numel, dtype=dtype)
-            numbered[name], starts[name] = ids.reshape(entry.shape), next_id
-            next_id += entry.numel
-        else:
-            numbered[name] = layout.tensor(name)
-    traced = load(numbered, torch.float64).state_dict()
+        dtype = torch.float64 if entry.dtype.is_floating_point else torch.int64
+        ids = torch.arange(next_id, next_id + entry.numel, dtype=dtype)
+        numbered[name], starts[name] = ids.reshape(entry.shape), next_id
+        next_id += entry.numel
+    return numbered, starts
+
+
+def _slices(layout: Layout, traced: Mapping[str, torch.Tensor], starts: dict[str, int]) -> Placement:
+    """The slices of the tensors whose numbers are in tensors of the model."""
     slices: dict[str, list[TensorSlice]] = {}
-    for key in keys:
-        for name, tensor_slice in _origins(key, traced[key], starts, next_id):
-            if name not in placed:
-                whole = traced[key].numel() == layout.entry(name).numel and _in_order(tensor_slice)
-                slices.setdefault(name, []).append(TensorSlice(key) if whole else tensor_slice)
+    ends = {name: start + layout.entry(name).numel for name, start in starts.items()}
+    for key, values in traced.items():
+        for name, tensor_slice in _runs(key, values, starts, ends) or _origins(key, values, starts, max(ends.values())):
+            whole = values.numel() == layout.entry(name).numel and _in_order(tensor_slice)
+            slices.setdefault(name, []).append(TensorSlice(key) if whole else tensor_slice)
     return {name: tuple(of_name) for name, of_name in slices.items()}
+
+
+def _runs(
+    key: str, values: torch.Tensor, starts: Mapping[str, int], ends: Mapping[str, int]
+) -> list[tuple[str, TensorSlice]] | None:
+    """The origins of a tensor of the model in which numbers follow one another, as where a loader stacks or splits tensors.
+
+    None: they do not. `_origins` takes several times the memory of the tensor, and this next to none.
+    """
+    ids, names, firsts = values.reshape(-1), list(starts), list(starts.values())
+    found: list[tuple[str, TensorSlice]] = []
+    at, seen = 0, list[tuple[int, int]]()
+    while at < len(ids):
+        number = ids[at].item()
+        owner = names[max(0, bisect_right(firsts, number) - 1)] if names else ""
+        if not names or not starts[owner] <= number < ends[owner] or number != int(number):
+            return None
+        first, length = int(number), min(ends[owner] - int(number), len(ids) - at)
+        if not _follow(ids[at : at + length], first):
+            return None
+        found.append((owner, TensorSlice(key, _slice(first - starts[owner], length), _slice(at, length))))
+        seen.append((first, first + length))
+        at += length
+    seen.sort()
+    twice = any(after[0] < before[1] for before, after in pairwise(seen))
+    return None if twice else found
+
+
+def _follow(ids: torch.Tensor, first: int) -> bool:
+    """Whether numbers follow one another from `first` on."""
+    return all(
+        torch.equal(block, torch.arange(first + number * AT_ONCE, first + number * AT_ONCE + len(block), dtype=ids.dtype))
+        for number, block in enumerate(torch.split(ids, AT_ONCE))
+    )
+
+
+def _slice(first: int, length: int) -> slice:
+    return slice(first, first + length)
 
 
 def _origins(key: str, values: torch.Tensor, starts: dict[str, int], end: int) -> Iterable[tuple[str, TensorSlice]]:
@@ -154,13 +274,13 @@ def _origins(key: str, values: torch.Tensor, starts: dict[str, int], end: int) -
     owner = torch.bucketize(whole, bounds, right=True) - 1
     for number in torch.unique(owner).tolist():
         target = (owner == number).nonzero().reshape(-1)
-        yield names[number], TensorSlice(key, whole[target] - starts[names[number]], target)
+        yield names[number], TensorSlice(key, compact(whole[target] - starts[names[number]]), compact(target))
 
 
 def _in_order(tensor_slice: TensorSlice) -> bool:
     """True if the slice is all elements of the file's tensor in their order, as after a renaming."""
     source = tensor_slice.source
-    return torch.equal(source, tensor_slice.target) and torch.equal(source, torch.arange(len(source)))
+    return isinstance(source, slice) and source == tensor_slice.target and source.start == 0
 
 
 def _refuse_other_sizes(layout: Layout, missing: list[str], state: dict[str, torch.Tensor]) -> None:

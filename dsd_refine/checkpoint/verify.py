@@ -4,17 +4,18 @@ ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save
 
 from dsd_refine.checkpoint.copies import may_be_weights
 from dsd_refine.checkpoint.layout import Layout, read_layout
+from dsd_refine.checkpoint.parts import loaded_by_parts
 from dsd_refine.checkpoint.placement import gather
 from dsd_refine.checkpoint.safetensors_file import LONGEST_NAME, TRAINABLE, all_finite, memory, read_json
 from dsd_refine.errors import CheckpointError
@@ -24,6 +25,7 @@ from dsd_refine.forward import logits_of
 if TYPE_CHECKING:
     from dsd_refine.checkpoint.checkpoint import Checkpoint
 
+T = TypeVar("T")
 PROBE = "dsd/probe.safetensors"
 LONGEST_PATH = 1000  # characters of a file's name in the report: systems allow a few thousand bytes with the folder
 
@@ -206,12 +208,29 @@ def _outputs(checkpoint: Checkpoint, output: Path, folder: Path) -> Iterator[str
 
 def _values(checkpoint: Checkpoint, written: Layout, folder: Path) -> Iterator[str]:
     """Load the output by its library in the dtype of the files, and compare the model's values with those in the files."""
-    state = checkpoint.library.load_plain(folder, written.main_dtype).state_dict()
-    tensors = {name: tensor for file in written.files for name, tensor in file.mapped().items()}
-    for name, slices in checkpoint.placement.items():
-        is_there = all(each.key in state for each in slices)
-        if not is_there or not torch.equal(gather(slices, tensors[name], state).to(tensors[name].dtype), tensors[name]):
+    tensors, equal = written.mapped(), set()
+    for state in _plain_states(checkpoint, written, folder):
+        for name, slices in checkpoint.placement.items():
+            if all(each.key in state for each in slices):
+                found = gather(slices, tensors[name], state).to(tensors[name].dtype)
+                equal |= {name} if torch.equal(found, tensors[name]) else set()
+    for name in checkpoint.placement:
+        if name not in equal:
             yield f"{name}: the model as loaded from the output has other values than the file"
+
+
+def _plain_states(checkpoint: Checkpoint, layout: Layout, folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the model's tensors as its library loads them from a folder in the dtype of the files: all at once, or block by
+    block where the library puts them into another form, which takes memory.
+    """
+    library, dtype = checkpoint.library, layout.main_dtype
+    if not checkpoint.moved:
+        yield library.load_plain(folder, dtype).eval().state_dict()
+        return
+    tensors = layout.mapped()
+    yield from loaded_by_parts(
+        lambda given: library.load(given, dtype), tensors, tensors, lambda part: {name: tensors[name] for name in part}
+    )
 
 
 def _near(logits: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -239,7 +258,7 @@ def check_plain(checkpoint: Checkpoint, probes: Sequence[tuple[dict[str, torch.T
     if checkpoint.layout.from_pickle:
         return
     with _alone(checkpoint) as folder:
-        model = _loaded_plain(checkpoint, folder, torch.float32)
+        model = _by_its_library(checkpoint, folder, lambda: checkpoint.library.load_plain(folder, torch.float32).eval())
         for inputs, expected in probes:
             with torch.no_grad():
                 logits = logits_of(model, inputs)
@@ -256,10 +275,15 @@ def check_plain_values(checkpoint: Checkpoint) -> None:
     if checkpoint.layout.from_pickle:
         return
     with _alone(checkpoint) as folder:
-        state = _loaded_plain(checkpoint, folder, checkpoint.layout.main_dtype).state_dict()
-        for key, value in (checkpoint.values or checkpoint.model.state_dict()).items():
-            if key not in state or not torch.equal(state[key], value.to(state[key].dtype)):
-                raise _other_model(checkpoint, f"has other values in {key}")
+        expected = checkpoint.values or checkpoint.model.state_dict()
+        left, states = set(expected), _plain_states(checkpoint, checkpoint.layout, folder)
+        while state := _by_its_library(checkpoint, folder, lambda: next(states, None)):
+            for key in left & set(state):
+                if not torch.equal(state[key], expected[key].to(state[key].dtype)):
+                    raise _other_model(checkpoint, f"has other values in {key}")
+            left -= set(state)
+        if left:
+            raise _other_model(checkpoint, f"has other values in {min(left)}")
 
 
 @contextmanager
@@ -274,11 +298,11 @@ def _alone(checkpoint: Checkpoint) -> Iterator[Path]:
         yield folder
 
 
-def _loaded_plain(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """Load a folder of `_alone` by its library."""
+def _by_its_library(checkpoint: Checkpoint, folder: Path, load: Callable[[], T]) -> T:
+    """Load from a folder of `_alone`. An error names the source's own folder."""
     source = checkpoint.source.folder
     try:
-        return checkpoint.library.load_plain(folder, dtype).eval()
+        return load()
     except CheckpointError as error:
         names, text = ", ".join(checkpoint.weight_files), str(error).replace(str(folder), str(source))
         raise CheckpointError(f"{text}\n{source}: its own library must load it from {names}; nothing was trained") from None

@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 
 from dsd_refine.checkpoint.layout import Layout
-from dsd_refine.checkpoint.placement import Placement, gather
+from dsd_refine.checkpoint.placement import Elements, Placement, gather
 from dsd_refine.checkpoint.safetensors_file import Entry, all_finite, memory
 from dsd_refine.errors import RunError
 from dsd_refine.files import copy_file, sync
@@ -136,7 +136,7 @@ def _update(digest: Any, group: list[memoryview]) -> None:
         digest.update(data)
 
 
-def written_dtypes(layout: Layout, placement: Placement) -> Iterator[tuple[str, str, torch.Tensor | None, torch.dtype]]:
+def written_dtypes(layout: Layout, placement: Placement) -> Iterator[tuple[str, str, Elements | None, torch.dtype]]:
     """Yield the slices of the model that are written in less than float32.
 
     Yields:

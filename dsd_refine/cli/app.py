@@ -181,14 +181,17 @@ def plan(model: str, **given: Any) -> int:
 
     source = find_source(model, weights=given["measure"], allow_pickle=given["allow_pickle"])
     library = open_library(source, given["task"], given["trust_remote_code"])
-    recipe = choose_recipe(library, given, Display().say)
-    planned = make_plan(source, library, recipe, allow_pickle=given["allow_pickle"])
+    recipe = choose_recipe(library, given, Display(quiet=not _is_main()).say)
+    planned = make_plan(source, library, recipe, allow_pickle=given["allow_pickle"], shard=given["shard"])
     if given["measure"]:
-        from dsd_refine.planning.measure import add_measured, measure
+        from dsd_refine.planning.measure import HOW, add_measured, measure
+        from dsd_refine.run.run import Options
 
-        planned = add_measured(planned, measure(source, library, recipe, given["device"], given["allow_pickle"]))
-    as_json = given["as_json"]
-    _result(json.dumps(planned, indent=1, ensure_ascii=False) if as_json else plan_text(planned, layers=given["layers"]))
+        options = Options(output_dir=Path(given["output_dir"] or "measured"), **{name: given[name] for name in HOW})
+        planned = add_measured(planned, measure(source, library, recipe, options))
+    if _is_main():
+        as_json = given["as_json"]
+        _result(json.dumps(planned, indent=1, ensure_ascii=False) if as_json else plan_text(planned, layers=given["layers"]))
     return 0
 
 

@@ -95,8 +95,7 @@ def mean_abs(layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor]) ->
 def _values(layer: Layer, parameters: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
     """Yield the layer's weights, flat, slice by slice. Their order may differ from the file's."""
     for tensor_slice in layer.slices:
-        flat = parameters[tensor_slice.key].detach().reshape(-1)
-        yield flat if tensor_slice.whole else flat[tensor_slice.target.to(flat.device)]
+        yield tensor_slice.of_model(parameters[tensor_slice.key].detach().reshape(-1))
 
 
 def _blocks(layer: Layer, parameters: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from dsd_refine.checkpoint.placement import TensorSlice, storage_of
+from dsd_refine.checkpoint.placement import TensorSlice, first_of, storage_of
 from dsd_refine.errors import UsageError
 from dsd_refine.masking.kinds import find_owners, find_routers, kind_of
 
@@ -23,6 +23,7 @@ class Layer:
         shape: The tensor's shape in the file.
         slices: Where the model holds the tensor's elements.
         groups: The number of experts that the tensor fuses along its first dimension; 1 if none.
+        first_group: The number of the first of them, if these are rows of a divided tensor.
         excluded: Why the layer is not masked; None for a maskable layer.
         fixed: True if --include cannot make an excluded layer maskable.
     """
@@ -33,6 +34,7 @@ class Layer:
     groups: int = 1
     excluded: str | None = None
     fixed: bool = False
+    first_group: int = 0
 
     @classmethod
     def of_parameter(cls, name: str, parameter: torch.Tensor) -> Layer:
@@ -91,7 +93,7 @@ def find_layers(
             continue  # a buffer
         layer = Layer(name, shape, tuple(slices))
         # Two tensors of the file may fill one fused parameter, at different elements.
-        storage = (*storage_of(by_key[slices[0].key]), int(slices[0].target[0]) if len(slices[0].target) else None)
+        storage = (*storage_of(by_key[slices[0].key]), first_of(slices[0].target))
         if storage in name_of:
             layers.append(replace(layer, excluded=f"the same storage as {name_of[storage]}", fixed=True))
             continue

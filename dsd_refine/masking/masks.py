@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from dsd_refine.checkpoint.placement import on
 from dsd_refine.compat import multiply_in_place
 from dsd_refine.errors import RunError
 from dsd_refine.masking.layers import Layer, masked_count
@@ -65,9 +66,10 @@ def make_masks(
             if tensor_slice.whole:
                 flat_masks[tensor_slice.key] = keep
             else:
-                source, target = tensor_slice.source.to(keep.device), tensor_slice.target.to(keep.device)
-                ones = torch.ones(parameters[tensor_slice.key].numel(), dtype=torch.bool, device=keep.device)
-                flat_masks.setdefault(tensor_slice.key, ones)[target] = keep[source]
+                if tensor_slice.key not in flat_masks:
+                    numel = parameters[tensor_slice.key].numel()
+                    flat_masks[tensor_slice.key] = torch.ones(numel, dtype=torch.bool, device=keep.device)
+                flat_masks[tensor_slice.key][on(tensor_slice.target, keep.device)] = tensor_slice.of_file(keep)
     return masks | {key: _shaped(mask, parameters[key]) for key, mask in flat_masks.items()}
 
 
@@ -94,9 +96,9 @@ def _groups(layer: Layer, parameters: Mapping[str, torch.Tensor]) -> Iterator[tu
     else:
         values = parameters[first.key].new_zeros(layer.weights)
         for tensor_slice in layer.slices:
-            source, target = tensor_slice.source.to(values.device), tensor_slice.target.to(values.device)
-            values[source] = parameters[tensor_slice.key].detach().reshape(-1)[target]
-    return enumerate(values.reshape(layer.groups, len(values) // layer.groups))
+            own = tensor_slice.of_model(parameters[tensor_slice.key].detach().reshape(-1))
+            values[on(tensor_slice.source, values.device)] = own
+    return enumerate(values.reshape(layer.groups, len(values) // layer.groups), layer.first_group)
 
 
 def global_counts(layers: Sequence[Layer], values: Mapping[str, torch.Tensor], sparsity: float) -> dict[Group, int]:
@@ -249,7 +251,8 @@ def never_back(
     """
     in_lost: dict[str, torch.Tensor] = {}  # flat
     for layer in layers:
-        groups = [group for name, group in lost if name == layer.name]
+        first, last = layer.first_group, layer.first_group + layer.groups
+        groups = [group - first for name, group in lost if name == layer.name and first <= group < last]
         if not groups:
             continue
         flags = torch.zeros(layer.groups, layer.weights // layer.groups, dtype=torch.bool)
@@ -260,7 +263,7 @@ def never_back(
             if tensor_slice.whole:
                 of_parameter.copy_(flags.reshape(-1))
             else:
-                of_parameter[tensor_slice.target] = flags.reshape(-1)[tensor_slice.source]
+                of_parameter[tensor_slice.target] = tensor_slice.of_file(flags.reshape(-1))
     lost_weights = {}
     for key, flat_flags in in_lost.items():
         zeros = flat_flags.reshape(parameters[key].shape).to(parameters[key].device) & (parameters[key] == 0)
@@ -280,9 +283,7 @@ def count_in_layers(layers: Sequence[Layer], flags: Mapping[str, torch.Tensor]) 
         count = 0
         for tensor_slice in layer.slices:
             if tensor_slice.key in flags:
-                of_parameter = flags[tensor_slice.key].reshape(-1)
-                own = of_parameter if tensor_slice.whole else of_parameter[tensor_slice.target.to(of_parameter.device)]
-                count += int(own.sum())
+                count += int(tensor_slice.of_model(flags[tensor_slice.key].reshape(-1)).sum())
         if count and layer.excluded is None:
             counts[layer.name] = count
     return counts

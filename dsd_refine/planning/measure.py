@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +16,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
 from dsd_refine.checkpoint.library import Library
 from dsd_refine.checkpoint.source import Source
@@ -25,22 +29,24 @@ from dsd_refine.run.phase import enter_phase, run_phase
 from dsd_refine.run.rates import is_worth_a_test, most_steps
 from dsd_refine.run.run import Options, Run
 from dsd_refine.training.evaluate import evaluate
-from dsd_refine.training.hooks import Hooks, Step
+from dsd_refine.training.hooks import Hooks, Step, Together
 from dsd_refine.training.settings import settings
 
 STEPS = 4  # steps of each phase; the first one is a warm-up and is not timed
+HOW = ("device", "allow_pickle", "shard", "activation_checkpointing", "cpu_offload")  # options of a run that are measured
 PART = 4  # micro-batches that are evaluated
 
 
-def measure(source: Source, library: Library, recipe: Recipe, device: str, allow_pickle: bool) -> dict[str, str]:
+def measure(source: Source, library: Library, recipe: Recipe, options: Options) -> dict[str, str]:
     """Train STEPS steps of each phase and evaluate a few batches, in a temporary folder.
+
+    Of several processes, all must call this.
 
     Args:
         source: The checkpoint.
         library: The adapter of its library.
         recipe: The recipe.
-        device: "auto", "cpu", "cuda" or "mps".
-        allow_pickle: Read .bin and .pth weights too.
+        options: How the run would be carried out. Nothing is written to its folder.
 
     Returns:
         The lines for the totals of the plan, by name: "measured", "peak memory" and "whole run".
@@ -49,21 +55,43 @@ def measure(source: Source, library: Library, recipe: Recipe, device: str, allow
         UsageError: A run would raise it too.
         Interrupted: A signal came.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        clock = Clock()
-        options = Options(output_dir=Path(folder) / "out", device=device, allow_pickle=allow_pickle, hooks=(clock,))
+    clock = Clock()
+    with _folder(options) as folder:
+        options = replace(options, output_dir=folder / "out", hooks=(clock,))
         with opened(source, library, recipe, options) as run:
+            accelerator = run.loop.accelerator
+            if not accelerator.is_main_process:  # the others call no hooks of the caller
+                run.loop.hooks = Together([run.loop.hooks, clock])
             phases = arm_phases("refined", run.settings[0].recipe)
             steps = _by_phase(run, clock, phases)
             row = _row_seconds(run)
             each = {f"{s:.3f} s a {phase.kind} step": None for s, phase in zip(steps, phases, strict=True) if s}
-            rows = recipe.batch_size * recipe.gradient_accumulation_steps
+            world = accelerator.num_processes
+            rows = recipe.batch_size * recipe.gradient_accumulation_steps * world
+            processes = f", {world} processes" if world > 1 else ""
+            most = f", the most of {world}" if world > 1 else ""
+            peak: int = max(gather_object([peak_memory(run)])) if world > 1 else peak_memory(run)
             return {
                 "measured": f"{', '.join(each) or 'no step'} ({rows} rows), {row * 1000:.2f} ms a row of evaluation, "
-                f"on {run.loop.accelerator.device}",
-                "peak memory": f"{peak_memory(run) / 1e9:.2f} GB ({'device' if _on_gpu(run) else 'process'})",
+                f"on {accelerator.device.type}{processes}",
+                "peak memory": f"{peak / 1e9:.2f} GB ({'device' if _on_gpu(run) else 'process'}{most})",
                 "whole run": f"about {_clock(whole_run(run, steps, row))} with all arms",
             }
+
+
+@contextmanager
+def _folder(options: Options) -> Iterator[Path]:
+    """A temporary folder. That of several processes is where the output would be, which all machines see."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    state = PartialState(cpu=options.device == "cpu")
+    beside = options.output_dir.absolute().parent
+    with tempfile.TemporaryDirectory(dir=beside) if state.is_main_process else nullcontext("") as made:
+        folders: list[str] = broadcast_object_list([made])
+        yield Path(folders[0])
+        state.wait_for_everyone()
 
 
 class Clock(Hooks):
@@ -106,7 +134,7 @@ def _step_seconds(run: Run, clock: Clock, number: int, phases: Sequence[Phase]) 
     clock.ended.clear()
     # With last=False, the holdout does not select at the end of an epoch.
     state = replace(enter_phase(run, "refined", 0, number, phases), last=False)
-    with settings(run.loop.model, phases[number], run.checkpoint.filled):
+    with settings(run.loop.model, phases[number], run.checkpoint.filled, run.loop.parameters):
         run_phase(run, phases[number], state)
     run.loop.loss = None
     return median(after - before for before, after in pairwise(clock.ended))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dsd_refine.recipe import Phase, Recipe, first_sparsity
 from dsd_refine.run import disk as space
 from dsd_refine.run import rates
 from dsd_refine.search import resized, rungs_of, settings_of, steps_at
+from dsd_refine.system import host_memory
 from dsd_refine.tasks.base import Task
 from dsd_refine.tasks.registry import is_held, look_at_data, parts_of, prepare_task
 from dsd_refine.training.blocks import repeated_blocks
@@ -32,7 +34,9 @@ USUAL_GPU = 80 * 10**9  # bytes, where this machine has no GPU
 MOST_GPUS = 4096
 
 
-def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle: bool = False) -> dict[str, Any]:
+def make_plan(
+    source: Source, library: Library, recipe: Recipe, *, allow_pickle: bool = False, shard: bool = False
+) -> dict[str, Any]:
     """Return what a run would do.
 
     Args:
@@ -40,6 +44,7 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
         library: The adapter of its library.
         recipe: The recipe.
         allow_pickle: Read .bin and .pth weights too.
+        shard: The model is to be divided among processes.
 
     Returns:
         What `dsd-refine plan --json` prints: every layer with its number of masked weights (one for
@@ -73,7 +78,7 @@ def make_plan(source: Source, library: Library, recipe: Recipe, *, allow_pickle:
         "task": library.task, "recipe": recipe.name, "layers": rows,
         "totals": _totals(checkpoint, layers, rows, shares)
         | (_steps(checkpoint, recipe, task) if task else {"steps": f"not known{missing_data}"})
-        | _sizes(checkpoint, layers, recipe),
+        | _sizes(checkpoint, layers, recipe, shard=shard),
         "labels": task_report.get("labels"), "data": data, "warnings": [*dict.fromkeys([*warnings, *few_maskable(layers)])],
     }  # fmt: skip
 
@@ -147,12 +152,12 @@ def _phase(phase: Phase, per_epoch: int) -> str:
     return f"{phase.total_steps(per_epoch):,} steps ({per_epoch:,} an epoch), peak rate {phase.lr:g}, {phase.schedule}"
 
 
-def _sizes(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe) -> dict[str, str]:
+def _sizes(checkpoint: Checkpoint, layers: list[Layer], recipe: Recipe, *, shard: bool) -> dict[str, str]:
     """Return the lines about the memory of the largest phase and about the disk."""
     memory = max(memory_of(checkpoint, layers, recipe, phase, last=phase is recipe.phases[-1]) for phase in recipe.phases)
     disk = space.of_run(checkpoint, layers, recipe)  # a run checks the same number before it begins
     lines = {"memory": f"{memory / 1e9:.2f} GB and the activations", "disk": f"{disk / 1e9:.2f} GB at most while running"}
-    lines |= gpu_lines(checkpoint, recipe, memory)
+    lines |= gpu_lines(checkpoint, recipe, memory) | ({} if shard else host_lines(memory))
     if is_held(checkpoint.library.task):
         lines["cache"] = f"decoded rows in at most {SHARE:.0%} of the disk space that is free (--cache-gb)"
     return lines
@@ -178,6 +183,20 @@ def gpu_lines(checkpoint: Checkpoint, recipe: Recipe, memory: int) -> dict[str, 
         count = min(here, tries)
         return {"side by side": f"{tries} tries on {count} GPUs: {command} {count} -m dsd_refine {name} … --spread tries"}
     return {}
+
+
+def host_lines(memory: int) -> dict[str, str]:
+    """Return the line that says that a machine without a GPU has too little memory for the processes of a launcher.
+
+    Args:
+        memory: The bytes that training needs in one process, without the activations.
+    """
+    count, here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), host_memory()
+    if torch.cuda.is_available() or not 0 < here < count * memory:
+        return {}
+    processes = f"{count} processes" if count > 1 else "one process"
+    need = f"{count * memory / 1e9:.2f} GB and the activations for {processes}"
+    return {"too large": f"{need}; this machine has {here / 1e9:.1f} GB and no GPU. --shard divides a model among processes"}
 
 
 def gpu_bytes() -> int:

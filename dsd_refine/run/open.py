@@ -148,7 +148,7 @@ def _open(
         check_settings(model, setting.recipe, checkpoint.filled)
     layers = open_layers(checkpoint, recipe, without_gradient)
     if options.shard:
-        sharded.refuse_layers(layers)
+        sharded.refuse_layers(layers, loop)
     hashes = sharded.hashes(checkpoint, accelerator) if options.shard else checkpoint.hashes()
     workspace.need = space.of_run(checkpoint, layers, recipe, save_phases=options.save_phases)
     if workspace.writes:

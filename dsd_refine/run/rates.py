@@ -136,7 +136,7 @@ def sweep(
     whole = phase.model_copy(update={**plain, "epochs": None, "steps": len(rates), "lr": 0.0})
     load_state(loop.state(), run.start)
     state = PhaseState(Place("source", 1, 1, run.recipe.seed, 1, 1, "dense", 0, len(rates)))
-    with settings(loop.model, phase, run.checkpoint.filled), restored_buffers(loop.model):
+    with settings(loop.model, phase, run.checkpoint.filled, loop.parameters), restored_buffers(loop.model):
         state.begin(loop, whole)
         loop.loss = loss_of(run, phase)
         for rate, group in zip(rates, training.batches_of_steps(loop, whole, state), strict=True):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dsd_refine.run.workspace import Workspace
     from dsd_refine.training.state import Loop
 
+T = TypeVar("T")
 # The tasks that call the model once for each batch. A forward is made by all processes together, so they must
 # make equally many.
 TASKS = ("causal-lm", "image-classification", "masked-lm", "text-classification", "token-classification")
@@ -98,7 +99,6 @@ def refuse_early(recipe: Recipe, options: Options, accelerator: Accelerator, tas
 def _unsupported(phase: Phase) -> list[str]:
     """The fields of a phase that need whole parameters, or that change them behind FSDP2."""
     fields = {
-        "frozen": bool(phase.frozen),
         "distill": phase.distill is not None,
         "sam": phase.sam is not None,
         "threshold: global": phase.threshold == "global",
@@ -120,22 +120,21 @@ def refuse_model(checkpoint: Checkpoint, loop: Loop) -> None:
     _refuse([f"a model with {name}" for name, is_there in parts.items() if is_there])
 
 
-def refuse_layers(layers: Sequence[Layer]) -> None:
-    """Check that the layers can be divided.
+def refuse_layers(layers: Sequence[Layer], loop: Loop) -> None:
+    """Check that each process has whole experts of the tensors in which the file fuses several.
 
     Raises:
-        UsageError: The file fuses the experts of a mixture in one tensor.
+        UsageError: It has parts of an expert.
     """
-    fused = [layer.name for layer in layers if layer.groups > 1]
-    _refuse([f"{name}, in which the file fuses several experts," for name in fused[:1]])
+    shards = loop.shards
+    fused = [layer.name for layer in layers if shards is not None and shards.divides_experts(layer)]
+    _refuse([f"{name}, in which the file fuses several experts in another form than the model," for name in fused[:1]])
 
 
 def start_of(loop: Loop, checkpoint: Checkpoint) -> Mapping[str, torch.Tensor]:
-    """Return the rows of the source that this process has: read from the files at each use, if the model holds them whole."""
+    """Return the rows of the source that this process has, which are read from the files at each use."""
     assert loop.shards is not None
-    if all(len(slices) == 1 and slices[0].whole for slices in checkpoint.placement.values()):
-        return loop.shards.source(checkpoint.file_values())
-    return {key: value.detach().to("cpu", copy=True) for key, value in loop.state().items()}
+    return loop.shards.source(checkpoint.file_values())
 
 
 def _refuse(names: list[str]) -> None:
@@ -151,7 +150,9 @@ def open_source(source: Source, library: Library, recipe: Recipe, options: Optio
         CheckpointError: As `open_checkpoint`.
     """
     pickles, key = options.allow_pickle, recipe.weights_key
-    unread = open_unread(source, library, allow_pickle=pickles, weights_key=key)
+    unread = open_unread(
+        source, library, allow_pickle=pickles, weights_key=key, by_one=lambda make: _by_main_process(make, accelerator)
+    )
     if unread is None:
         options.say("--shard: the files hold tensors in another form than the model, so each process first opens it whole")
     checkpoint = unread or open_checkpoint(source, library, allow_pickle=pickles, weights_key=key)
@@ -161,6 +162,12 @@ def open_source(source: Source, library: Library, recipe: Recipe, options: Optio
             unread.refuse_broken()
         check_plain_values(checkpoint)
     return checkpoint
+
+
+def _by_main_process(make: Callable[[], T], accelerator: Accelerator) -> T:
+    """Let the main process make something, and return it in all."""
+    made: list[T | None] = broadcast_object_list([make() if accelerator.is_main_process else None])
+    return cast("T", made[0])
 
 
 def _refuse_other_files(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
@@ -181,8 +188,7 @@ def _refuse_other_files(checkpoint: Checkpoint, accelerator: Accelerator) -> Non
 
 def hashes(checkpoint: Checkpoint, accelerator: Accelerator) -> dict[str, str]:
     """Return the SHA-256 of the source's files, which the main process computes."""
-    found: list[dict[str, str]] = broadcast_object_list([checkpoint.hashes() if accelerator.is_main_process else {}])
-    return found[0]
+    return _by_main_process(checkpoint.hashes, accelerator)
 
 
 def divide(loop: Loop, checkpoint: Checkpoint, workspace: Workspace, options: Options) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from dsd_refine.compat import BatchNorm
@@ -36,13 +37,22 @@ def check_settings(model: nn.Module, recipe: Recipe, filled: Filled) -> None:
 
 
 @contextmanager
-def settings(model: nn.Module, phase: Phase, filled: Filled) -> Iterator[None]:
+def settings(
+    model: nn.Module, phase: Phase, filled: Filled, parameters: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[None]:
     """Inside the context, the phase's `frozen` parameters do not train and the model has its `dropout`.
 
     Afterwards both are as before.
+
+    Args:
+        model: The model.
+        phase: The phase.
+        filled: For each tensor of the file, the names of the model's tensors that hold its elements.
+        parameters: What the optimizer trains, by name: in a sharded run the rows of this process. None: the model's own.
     """
+    trained = dict(model.named_parameters(remove_duplicate=False)) if parameters is None else parameters
     frozen = frozen_names(model, phase.frozen, filled)
-    trainable = [p for name, p in model.named_parameters(remove_duplicate=False) if name in frozen and p.requires_grad]
+    trainable = [parameter for name, parameter in trained.items() if name in frozen and parameter.requires_grad]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)

@@ -20,13 +20,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-from dsd_refine.checkpoint.placement import Placement, TensorSlice
+from dsd_refine.checkpoint.placement import Placement, TensorSlice, count, within
 from dsd_refine.errors import Diverged, UsageError
 from dsd_refine.masking.layers import Layer
 from dsd_refine.masking.masks import Group, Masks, counts_of, make_masks
 from dsd_refine.training.blocks import repeated_blocks
 
 T = TypeVar("T")
+KEPT = 2  # gathered tensors that are kept, of those that hold several tensors of the file
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Shards:
         parameters: name -> the rows of the parameter that this process has, as a plain tensor that shares
             the parameter's memory. A tied parameter has one tensor under each of its names.
         shapes: name -> shape of the whole parameter.
+        joint: The names of the parameters that hold several tensors of the file (`own_placement` finds them).
 
     Args:
         model: A model with whole parameters, equal in all processes, or with parameters on the meta device.
@@ -82,6 +84,7 @@ class Shards:
     ) -> None:
         self.model, self.device, self.policy = model, device, policy or Policy()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.joint: frozenset[str] = frozenset()
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         _divide(model, device, self.policy)
         _give_memory(model, torch.device("cpu") if self.policy.offload else device)
@@ -117,10 +120,14 @@ class Shards:
         return {name: self.parameters[name].detach() if name in self.parameters else value for name, value in state.items()}
 
     def take_gradients(self) -> None:
-        """Move the gradients, which are summed over the processes by then, to the tensors of `parameters`."""
+        """Move the gradients, which are summed over the processes by then, to the tensors of `parameters` that train.
+
+        FSDP2 computes those of frozen parameters too, because it settles what trains when it divides a model.
+        """
         for name, parameter in self._divided.items():
             if parameter.grad is not None:
-                self.parameters[name].grad = parameter.grad.to_local()  # type: ignore[attr-defined]
+                own = self.parameters[name]
+                own.grad = parameter.grad.to_local() if own.requires_grad else None  # type: ignore[attr-defined]
                 parameter.grad = None
 
     @torch.no_grad()
@@ -213,14 +220,14 @@ class Shards:
         """
         if slices[0].whole:
             return tuple(slices)
-        own, count = [], 0
+        own, before = [], 0
         for each in slices:
             rows, size = self.parameters[each.key], self._row_size(each.key)
             first = self.rank * self._rows(self.shapes[each.key]) * size
-            here = each.target[(each.target >= first) & (each.target < first + len(rows) * size)] - first
-            if len(here):
-                own.append(TensorSlice(each.key, torch.arange(count, count + len(here)), here))
-                count += len(here)
+            here = within(each.target, first, first + len(rows) * size)
+            if here is not None:
+                own.append(TensorSlice(each.key, slice(before, before + count(here)), here))
+                before += count(here)
         return tuple(own)
 
     def _row_size(self, name: str) -> int:
@@ -228,19 +235,39 @@ class Shards:
 
     def own_placement(self, placement: Placement) -> Placement:
         """Return where the rows of this process have the tensors of the file."""
+        held = Counter(each.key for slices in placement.values() for each in slices)
+        self.joint = frozenset(key for key, tensors in held.items() if tensors > 1)
         divided = {name: slices for name, slices in placement.items() if slices[0].key in self.shapes}
         own = {name: self.own_slices(slices) for name, slices in divided.items()}
         return {name: slices for name, slices in ({**placement, **own}).items() if slices}
 
     def own_layers(self, layers: Sequence[Layer]) -> list[Layer]:
-        """Return the layers with the shapes of the rows that this process has. Layers without any are left out."""
+        """Return the layers with the shapes of the rows that this process has. Layers without any are left out.
+
+        Of a tensor that fuses experts, these are whole experts (see `divides_experts`).
+        """
         own = [replace(layer, slices=self.own_slices(layer.slices)) for layer in layers]
-        return [replace(layer, shape=self._own_shape(layer.slices)) for layer in own if layer.slices]
+        own = [replace(layer, shape=self._own_shape(layer.slices)) for layer in own if layer.slices]
+        return [
+            self._with_own_experts(layer) if layer.groups > 1 else layer for layer in own if layer.groups == 1 or layer.weights
+        ]
+
+    def _with_own_experts(self, layer: Layer) -> Layer:
+        whole = self.shapes[layer.slices[0].key]
+        rows = whole[0] // layer.groups  # of an expert
+        return replace(layer, groups=layer.shape[0] // rows, first_group=self.rank * self._rows(whole) // rows)
+
+    def divides_experts(self, layer: Layer) -> bool:
+        """Return whether the rows of a process may begin or end within an expert of a tensor that fuses several."""
+        if layer.groups == 1 or not layer.slices[0].whole:
+            return layer.groups > 1
+        whole = self.shapes[layer.slices[0].key]
+        return whole[0] % layer.groups != 0 or self._rows(whole) % (whole[0] // layer.groups) != 0
 
     def _own_shape(self, slices: Sequence[TensorSlice]) -> tuple[int, ...]:
         if slices[0].whole:
             return tuple(self.parameters[slices[0].key].shape)
-        return (sum(len(each.target) for each in slices),)
+        return (sum(count(each.target) for each in slices),)
 
     def make_masks(
         self,
@@ -306,9 +333,16 @@ class Wholes(Mapping[str, torch.Tensor]):
 
     def __init__(self, shards: Shards, own: Mapping[str, torch.Tensor], to: int | None) -> None:
         self._shards, self._own, self._to = shards, own, to
+        self._kept: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._shards.gathered(name, self._own[name], self._to)
+        if name in self._kept:
+            return self._kept[name]
+        found = self._shards.gathered(name, self._own[name], self._to)
+        if name in self._shards.joint:
+            # The file's tensors of the experts of a block are read in turn from the same two tensors of the model.
+            self._kept = dict([*self._kept.items()][1 - KEPT :]) | {name: found}
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._own)
