@@ -33,7 +33,7 @@ from dsd_refine.evidence.compare import compare as compare_scores
 from dsd_refine.masking import masks as masking
 from dsd_refine.masking.layers import find_layers
 from dsd_refine.method import refine as run_method
-from dsd_refine.planning.measure import add_measured, measure
+from dsd_refine.planning.measure import HOW, add_measured, measure
 from dsd_refine.planning.plan import make_plan
 from dsd_refine.planning.text import plan_text
 from dsd_refine.process_state import as_found
@@ -233,10 +233,11 @@ def plan(
         source = find_source(str(model), weights=measured, allow_pickle=pickles)
         library = open_library(source, given["task"], given["trust_remote_code"])
         chosen = choose_recipe(library, given, display.say)
-        planned = make_plan(source, library, chosen, allow_pickle=pickles)
+        planned = make_plan(source, library, chosen, allow_pickle=pickles, shard=bool(given.get("shard")))
         if measured:
-            measurements = measure(source, library, chosen, given.get("device", "auto"), pickles)
-            planned = add_measured(planned, measurements)
+            how = {name: given[name] for name in HOW if name in given}
+            output = Path(given.get("output_dir") or "measured")
+            planned = add_measured(planned, measure(source, library, chosen, Options(output_dir=output, **how)))
         return Plan(planned)
 
 
