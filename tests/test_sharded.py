@@ -125,12 +125,12 @@ def llama_checkpoint(folder):
     builders.word_tokenizer().save_pretrained(folder)
 
 
-def mixtral_checkpoint(folder):
+def mixtral_checkpoint(folder, blocks=2):
     """A mixture of three experts, which no number of processes divides; the model fuses them, the file does not."""
     torch.manual_seed(2)
     model = MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=41, hidden_size=32, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=41, hidden_size=32, intermediate_size=20, num_hidden_layers=blocks, num_attention_heads=2,
             num_key_value_heads=2, num_local_experts=3, max_position_embeddings=32, tie_word_embeddings=False,
         )
     )  # fmt: skip
@@ -224,6 +224,15 @@ def test_a_model_to_divide_is_opened_without_its_values(place, made, name):
     check_plain_values(unread)
     ties = [len({id(p) for _, p in model.named_parameters(remove_duplicate=False)}) for model in (unread.model, usual.model)]
     assert ties[0] == ties[1]
+
+
+def test_a_model_of_many_blocks_is_traced_too(tmp_path):
+    """The library loads it once for each block."""
+    mixtral_checkpoint(tmp_path / "deep", blocks=9)
+    source = find_source(str(tmp_path / "deep"))
+    unread = open_unread(source, open_library(source, None, False))
+    assert unread is not None
+    assert len(unread.moved) == 9 * (3 * 3 + 1)
 
 
 def test_a_pickle_to_divide_is_mapped(place, tmp_path):

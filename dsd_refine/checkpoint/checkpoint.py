@@ -264,7 +264,7 @@ def open_unread(
     moved = _other_forms(tensors, model.state_dict())
     with _size_guard(layout):
         loaded = _loaded_unread(library, layout, tensors, moved)
-        traced = by_one(partial(_traced, layout, library, moved)) if moved and loaded is not None else {}
+    traced = by_one(partial(_traced, layout, library, moved)) if moved and loaded is not None else {}
     if loaded is None or traced is None:
         return None
     placement = _placed_by_address(layout, loaded, tensors, traced)
