@@ -338,10 +338,11 @@ class Wholes(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._kept:
             return self._kept[name]
+        is_kept = name in self._shards.joint
+        if is_kept:  # the file's tensors of the experts of a block are read in turn from the same two tensors of the model
+            self._kept = dict([*self._kept.items()][1 - KEPT :])
         found = self._shards.gathered(name, self._own[name], self._to)
-        if name in self._shards.joint:
-            # The file's tensors of the experts of a block are read in turn from the same two tensors of the model.
-            self._kept = dict([*self._kept.items()][1 - KEPT :]) | {name: found}
+        self._kept |= {name: found} if is_kept else {}
         return found
 
     def __iter__(self) -> Iterator[str]:

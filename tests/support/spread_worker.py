@@ -33,19 +33,25 @@ def together(folder, label):
         time.sleep(0.1)
 
 
-def killed(args):
-    """Kill the second process in the middle of a try. The launcher then stops the first, and starts both anew."""
+def killed(folder, args):
+    """Kill the second process in the middle of a try, once the first one trains. The launcher then stops the first, and
+    starts both anew."""
+    step, made, trains = train.train_step, [0], folder / "first-process-trains"
+
+    def first(*given):
+        trains.touch()
+        return step(*given)
+
+    def second(*given):
+        made[0] += 1
+        if made[0] == 7:
+            while not trains.exists():
+                time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*given)
+
     with pytest.MonkeyPatch.context() as patch:
-        if os.environ["RANK"] == "1":
-            step, made = train.train_step, [0]
-
-            def last(*given):
-                made[0] += 1
-                if made[0] == 7:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return step(*given)
-
-            patch.setattr(train, "train_step", last)
+        patch.setattr(train, "train_step", second if os.environ["RANK"] == "1" else first)
         sys.stderr.write(f"process {os.environ['RANK']} ended with {command(*args)}\n")
 
 
@@ -55,7 +61,7 @@ if __name__ == "__main__":
     for name, given in json.loads((folder / "arguments.json").read_text()).items():
         args = [*given, "-o", folder / name, "--spread", "tries"]
         if name == "killed" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-            killed([*args, "--save-every", 0])
+            killed(folder, [*args, "--save-every", 0])
             sys.exit(1)
         args += ["--resume"] if name == "killed" else []
         assert command(*args) == 0, name
