@@ -249,8 +249,8 @@ def open_unread(
         by_one: Lets one of several processes trace, and gives the result to all.
 
     Returns:
-        The checkpoint, with its `values`. None: the weights are a pickle, or the library needs values to put tensors
-        into another form, so that only `open_checkpoint` can open it.
+        The checkpoint, with its `values`. None: the library needs values to put tensors into another form, so that only
+        `open_checkpoint` can open it.
 
     Raises:
         CheckpointError: As `open_checkpoint`. The values are not checked (see `refuse_broken`).
@@ -281,7 +281,7 @@ def open_unread(
 def _other_forms(tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
     """Return the names of the file's tensors that the library seems to put into another form.
 
-    None: each tensor of the model may be one of the file under another name.
+    The list is empty if each tensor of the model may be one of the file under another name.
     """
     moved = [name for name, tensor in tensors.items() if name not in state or state[name].shape != tensor.shape]
     kept = set(tensors).difference(moved)

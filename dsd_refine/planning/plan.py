@@ -192,7 +192,8 @@ def host_lines(memory: int) -> dict[str, str]:
         memory: The bytes that training needs in one process, without the activations.
     """
     count, here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), host_memory()
-    if torch.cuda.is_available() or not 0 < here < count * memory:
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if has_gpu or not 0 < here < count * memory:
         return {}
     processes = f"{count} processes" if count > 1 else "one process"
     need = f"{count * memory / 1e9:.2f} GB and the activations for {processes}"

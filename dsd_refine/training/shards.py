@@ -336,14 +336,13 @@ class Wholes(Mapping[str, torch.Tensor]):
         self._kept: dict[str, torch.Tensor] = {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if name in self._kept:
-            return self._kept[name]
-        is_kept = name in self._shards.joint
-        if is_kept:  # the file's tensors of the experts of a block are read in turn from the same two tensors of the model
+        if name not in self._shards.joint:
+            return self._shards.gathered(name, self._own[name], self._to)
+        if name not in self._kept:
+            # The file's tensors of the experts of a block are read in turn from the same two tensors of the model.
             self._kept = dict([*self._kept.items()][1 - KEPT :])
-        found = self._shards.gathered(name, self._own[name], self._to)
-        self._kept |= {name: found} if is_kept else {}
-        return found
+            self._kept[name] = self._shards.gathered(name, self._own[name], self._to)
+        return self._kept[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._own)
