@@ -12,17 +12,18 @@ timm's own dataset, loader, optimizer, schedule and meters. Trainer is timed fro
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import CLOCK, Round, apart, arguments, each_in_a_place, rates, timed
 from made import bert_folder, pictures, text_table, timm_folder
+from peers import timm_epoch
 from torch import nn
 
 from dsd_refine.checkpoint.libraries.open import open_library
@@ -94,12 +95,10 @@ def bare(folder: Path, data: Path, out: Path, steps: int, *args: Any, **recipe: 
 
 @contextmanager
 def timm_training(arch: str, data: Path, steps: int, workers: int) -> Iterator[Round]:
-    """The loop of timm's train.py for one device: zero, forward, backward, step, meters and schedule."""
+    """timm's own dataset, loader and optimizer."""
     import timm
     from timm.data import create_dataset, create_loader
     from timm.optim import create_optimizer_v2
-    from timm.scheduler import CosineLRScheduler
-    from timm.utils import AverageMeter
 
     model = timm.create_model(arch, num_classes=10).to(memory_format=torch.channels_last)
     dataset = create_dataset("", root=str(data), is_training=True)
@@ -109,24 +108,8 @@ def timm_training(arch: str, data: Path, steps: int, workers: int) -> Iterator[R
         mean=(0.5,) * 3, std=(0.5,) * 3, num_workers=workers, pin_memory=False, persistent_workers=False,
     )  # fmt: skip
     optimizer = create_optimizer_v2(model, opt="momentum", lr=1e-4, weight_decay=0.0, momentum=0.9, fused=True)
-    schedule = CosineLRScheduler(optimizer, t_initial=10**6, t_in_epochs=False)
-    loss_of = nn.CrossEntropyLoss()
 
-    def train() -> None:
-        model.train()
-        losses, seconds, began = AverageMeter(), AverageMeter(), time.time()
-        for number, (x, y) in zip(range(steps), loader, strict=False):
-            x = x.contiguous(memory_format=torch.channels_last)
-            optimizer.zero_grad()
-            loss = loss_of(model(x), y)
-            loss.backward()
-            optimizer.step()
-            losses.update(loss.item(), x.size(0))
-            schedule.step_update(num_updates=number, metric=losses.avg)
-            seconds.update(time.time() - began)
-            began = time.time()
-
-    yield timed(train)
+    yield timed(lambda: timm_epoch(model, optimizer, islice(loader, steps)))
 
 
 @contextmanager

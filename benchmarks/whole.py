@@ -7,7 +7,7 @@ each time, with the same fused optimizer; the holdout after each epoch of the la
 share nothing, so one of them is timed and counted as often as there are arms and seeds. All have the same rows in each part.
 Pictures: ResNet-18 at 128 px on JPEG files of 512 px, random crops and flips, beside a bare loop and timm's training (the loop
 of its train.py, which is in neither its wheel nor its source archive). Texts: a BERT of 6 layers, tokenized as they are read,
-beside a bare loop and Trainer; ours clips the norm of the gradient there, as its recipe does. Seconds of all, in processes of
+beside a bare loop and Trainer; nobody clips. Seconds of all, in processes of
 their own, in turn; the bare loop twice, which shows the noise, and once more over pictures that were decoded before, which is
 what remains if reading costs nothing. Of ours also the memory at the ends of the first and the last training of the first
 call, and after the last call, above that at the beginning.
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from common import Round, anonymous, apart, arguments, each_in_a_place, middle, ratio, table, timed, verdict
 from made import bert_folder, pictures, text_table, timm_folder
+from peers import timm_epoch
 from torch import nn
 
 from dsd_refine.training.hooks import Hooks, Place
@@ -176,7 +177,6 @@ def timm_pictures(source: Path, data: Path, epochs: int) -> Iterator[Round]:
     import timm
     from timm.data import create_dataset, create_loader
     from timm.optim import create_optimizer_v2
-    from timm.scheduler import CosineLRScheduler
     from timm.utils import AverageMeter, accuracy
 
     def rows(name: str) -> Any:
@@ -190,18 +190,6 @@ def timm_pictures(source: Path, data: Path, epochs: int) -> Iterator[Round]:
 
     trained, held, judged = (rows(name) for name in PARTS)
     loss_of = nn.CrossEntropyLoss()
-
-    def train_epoch(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        model.train()
-        schedule, losses = CosineLRScheduler(optimizer, t_initial=10**6, t_in_epochs=False), AverageMeter()
-        for number, (x, y) in enumerate(trained):
-            x = x.contiguous(memory_format=torch.channels_last)
-            optimizer.zero_grad()
-            loss = loss_of(model(x), y)
-            loss.backward()
-            optimizer.step()
-            losses.update(loss.item(), x.size(0))
-            schedule.step_update(num_updates=number, metric=losses.avg)
 
     @torch.no_grad()
     def validate(model: nn.Module, loader: Any) -> None:
@@ -217,7 +205,7 @@ def timm_pictures(source: Path, data: Path, epochs: int) -> Iterator[Round]:
         for phase in range(2):
             optimizer = create_optimizer_v2(model, opt="momentum", lr=1e-3, weight_decay=0.0, momentum=0.9, fused=True)
             for epoch in range(epochs):
-                train_epoch(model, optimizer)
+                timm_epoch(model, optimizer, trained)
                 if phase or epoch == epochs - 1:
                     validate(model, held)
         validate(model, judged)
@@ -287,12 +275,12 @@ def images(given: Any, folder: Path) -> None:
 
 def texts(given: Any, folder: Path) -> None:
     """A BERT on a CSV."""
-    epochs, data = 1, folder / "data"
+    epochs, data = 1 if given.quick else 2, folder / "data"
     for seed, (name, rows) in enumerate(PARTS.items()):
         text_table(data / f"{name}.csv", rows // (4 if given.quick else 1), LENGTH, seed)
     source = bert_folder(folder / "model", LENGTH, **BERT)
     ways = {
-        "ours": partial(ours, source, data, folder, epochs, optimizer="adamw"),
+        "ours": partial(ours, source, data, folder, epochs, optimizer="adamw", sets="max_grad_norm=null"),
         "bare loop": partial(bare_texts, source, data, epochs),
         "bare loop again": partial(bare_texts, source, data, epochs),
         "Trainer": partial(trainer_texts, source, data, folder / "trainer", epochs),

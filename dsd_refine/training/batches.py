@@ -159,7 +159,9 @@ def one_ahead(batches: Iterator[T]) -> Iterator[T]:
         began = time.perf_counter()
     else:
         return
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+    # Here torch must not divide the work: with threads for two teams on the same cores, those of training wait in
+    # each operation. In later threads torch would use one core too, until the run ends (`process_state`).
+    with ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,)) as thread:
         waiting = thread.submit(next, batches, None)
         while (ready := waiting.result()) is not None:
             waiting = thread.submit(next, batches, None)
