@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from common import arguments, interleaved, machine, middle, ratio, table, verdict
 from made import layers_of, loop_of, phase_of, recipe_of
@@ -58,7 +59,7 @@ class InMemory:
         return self
 
     def batch(self, part: Any, items: list[Item]) -> Batch:
-        units = torch.tensor([unit for unit, _ in items])
+        units = torch.from_numpy(np.fromiter((unit for unit, _ in items), np.int64, len(items)))
         targets = self.y[units]
         return Batch({"x": self.x[units]}, targets, targets.numel())
 

@@ -14,6 +14,7 @@ from outputs import near, report_of, same
 from runs import free_port, in_group, run_command, run_on_full_disk
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     BertConfig,
     GptOssConfig,
@@ -35,7 +36,7 @@ from dsd_refine.recipe import Recipe
 from dsd_refine.run import rates, sharded
 from dsd_refine.run.open import checkpoint_activations
 from dsd_refine.run.run import Options
-from dsd_refine.training.blocks import repeated_blocks
+from dsd_refine.training.blocks import divided_parts, repeated_blocks
 
 STEPS = ("--sparse-steps", "5", "--dense-steps", "4", "--gate", "none", "--quiet", "--device", "cpu", "--optimizer", "sgd")
 TEXTS = (
@@ -372,3 +373,13 @@ def test_the_blocks_of_a_model_are_its_repeated_layers():
     assert repeated_blocks(bert) == list(bert.bert.encoder.layer)
     vit = timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=24, num_heads=3)
     assert repeated_blocks(vit) == list(vit.blocks)
+
+
+def test_embeddings_that_share_nothing_are_divided_by_themselves():
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 8}
+    llama, tied = (AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=tie)) for tie in (False, True))
+    assert divided_parts(llama) == [*llama.model.layers, llama.model.embed_tokens, llama.lm_head]
+    assert divided_parts(tied) == [*tied.model.layers]
+    vit = timm.create_model("vit_tiny_patch16_224", depth=3, embed_dim=24, num_heads=3)
+    assert divided_parts(vit) == list(vit.blocks)
+    assert divided_parts(torch.nn.Linear(3, 4)) == []

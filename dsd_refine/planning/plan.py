@@ -25,7 +25,7 @@ from dsd_refine.search import resized, rungs_of, settings_of, steps_at
 from dsd_refine.system import host_memory
 from dsd_refine.tasks.base import Task
 from dsd_refine.tasks.registry import is_held, look_at_data, parts_of, prepare_task
-from dsd_refine.training.blocks import repeated_blocks
+from dsd_refine.training.blocks import divided_parts
 from dsd_refine.training.settings import check_settings
 from dsd_refine.training.state import micro_batches
 
@@ -217,11 +217,12 @@ def gpus_needed(checkpoint: Checkpoint, memory: int, size: int) -> int:
 def sharded_memory(checkpoint: Checkpoint, memory: int, count: int) -> int:
     """Return the bytes that each of `count` processes needs if the model is divided, without the activations.
 
-    Two blocks are whole at a time, with their gradients. The source's weights are not held: they are read from the files.
+    Two blocks, or embeddings, are whole at a time, with their gradients. The source's weights are not held: they are
+    read from the files.
     """
     model = checkpoint.model
     weights = sum(parameter.numel() for parameter in model.parameters())
-    inside = [sum(parameter.numel() for parameter in block.parameters()) for block in repeated_blocks(model)]
+    inside = [sum(parameter.numel() for parameter in block.parameters()) for block in divided_parts(model)]
     largest = max([*inside, weights - sum(inside)])
     return (memory - space.FLOAT * weights) // count + 2 * 2 * space.FLOAT * largest
 

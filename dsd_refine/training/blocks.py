@@ -1,4 +1,4 @@
-"""Find the blocks that a model repeats, such as its transformer layers."""
+"""Find the blocks that a model repeats, such as its transformer layers, and what stands before and after them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,29 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     counts = Counter(type(module) for module in named)
     blocks = [module for module in named if counts[type(module)] > 1]
     return _outermost(blocks) or _outermost([member for module in model.modules() for member in _members(module)])
+
+
+def divided_parts(model: nn.Module) -> list[nn.Module]:
+    """Return what is divided by itself: the repeated blocks, and the embeddings outside of them. Without blocks: nothing.
+
+    Of the embeddings (tokens to vectors, vectors to logits) these are the ones that share no parameter with
+    another layer. They are large where a vocabulary is, and a forward needs each for a moment only.
+    """
+    blocks = repeated_blocks(model)
+    inside = {id(module) for block in blocks for module in block.modules()}
+    holders = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    embeddings = [module for module in _embeddings(model) if id(module) not in inside]
+    return blocks and [*blocks, *(m for m in embeddings if all(holders[id(own)] == 1 for own in m.parameters()))]
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, getter)())
+        except (AttributeError, NotImplementedError):  # timm, and models without such a layer
+            continue
+    return [module for module in found if isinstance(module, nn.Embedding | nn.Linear)]
 
 
 def _members(module: nn.Module) -> list[nn.Module]:

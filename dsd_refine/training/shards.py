@@ -24,7 +24,7 @@ from dsd_refine.checkpoint.placement import Placement, TensorSlice, count, withi
 from dsd_refine.errors import Diverged, UsageError
 from dsd_refine.masking.layers import Layer
 from dsd_refine.masking.masks import Group, Masks, counts_of, make_masks
-from dsd_refine.training.blocks import repeated_blocks
+from dsd_refine.training.blocks import divided_parts, repeated_blocks
 
 T = TypeVar("T")
 KEPT = 2  # gathered tensors that are kept, of those that hold several tensors of the file
@@ -401,15 +401,16 @@ def unique(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _divide(model: nn.Module, device: torch.device, policy: Policy) -> None:
-    """Divide each block of the model, and what is outside of blocks, among all processes, in place."""
+    """Divide each block of the model, the embeddings, and what is left, among all processes, in place."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = repeated_blocks(model)
     if not blocks:
         raise UsageError("--shard: the model repeats no blocks, which could be divided; train it without --shard")
     _refuse_shared(model, blocks)
     try:
-        for block in blocks:
-            fully_shard(block, mesh=mesh, **policy.options())
+        # What is left to the root is whole during a forward and a backward, and so is its gradient.
+        for part in divided_parts(model):
+            fully_shard(part, mesh=mesh, **policy.options())
         # Else the root's parameters would stay whole after a forward, and its shards would be out of date.
         fully_shard(model, mesh=mesh, reshard_after_forward=True, **policy.options())
     except (ValueError, NotImplementedError) as error:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -86,9 +87,9 @@ class Loop:
         """Counts of `layers`, summed over the processes of a sharded run, which must all call this."""
         return counts if self.shards is None else self.shards.summed(counts)
 
-    @property
+    @cached_property
     def world(self) -> int:
-        """The number of processes of the run."""
+        """The number of processes of the run. Every step asks for it several times."""
         return int(self.accelerator.num_processes)
 
     @property
