@@ -69,7 +69,8 @@ def compared(task: EfficacyTask, place: Given, given: argparse.Namespace) -> str
     swa = used | {"name": "swa of the same budget", "phases": [averaged(used["phases"])], "control": [], "publish": "refined"}
     second, _ = run(place, validate(swa), {"device": given.device})
     kept = f", --keep {given.keep}" if given.keep else ""
-    return f"# the default command, --publish best{kept}\n\n{first}\n\n# SWA of the same budget, no mask\n\n{second}\n"
+    how = f"with --recipe {given.recipe}" if given.recipe else "the default command"
+    return f"# {how}, --publish best{kept}\n\n{first}\n\n# SWA of the same budget, no mask\n\n{second}\n"
 
 
 def averaged(phases: list[dict[str, Any]]) -> dict[str, Any]:
