@@ -166,6 +166,23 @@ def test_batches_come_in_order_and_once_and_errors_where_they_belong(slow, monke
     assert got == [0, 1, 2, 3]
 
 
+def test_the_thread_that_makes_batches_leaves_the_cores_to_training(monkeypatch):
+    monkeypatch.setattr("dsd_refine.training.batches.SLOW", -1.0)
+    monkeypatch.setattr("dsd_refine.training.batches.TIMED", 2)
+
+    def cores():
+        for _ in range(4):
+            yield torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert list(one_ahead(cores())) == [2, 2, 1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_texts_are_tokenized_once(command, made, tmp_path, monkeypatch):
     """When the rows are looked through; a run that holds nothing tokenizes them in each epoch and arm."""
     from dsd_refine.tasks import text_rows
