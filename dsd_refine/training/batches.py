@@ -159,8 +159,8 @@ def one_ahead(batches: Iterator[T]) -> Iterator[T]:
         began = time.perf_counter()
     else:
         return
-    # Here torch must not divide the work: with threads for two teams on the same cores, those of training wait in
-    # each operation. In later threads torch would use one core too, until the run ends (`process_state`).
+    # In this thread torch uses one core, because training needs the others. `set_num_threads` is also what new threads
+    # begin with. The thread that trains keeps its own number, and `process_state` sets the old one at the end of the call.
     with ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,)) as thread:
         waiting = thread.submit(next, batches, None)
         while (ready := waiting.result()) is not None:

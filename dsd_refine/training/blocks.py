@@ -23,26 +23,28 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def divided_parts(model: nn.Module) -> list[nn.Module]:
-    """Return what is divided by itself: the repeated blocks, and the embeddings outside of them. Without blocks: nothing.
+    """Return the modules that are divided one by one: the repeated blocks, and embeddings outside of them.
 
-    Of the embeddings (tokens to vectors, vectors to logits) these are the ones that share no parameter with
-    another layer. They are large where a vocabulary is, and a forward needs each for a moment only.
+    Without repeated blocks there are none. Of the embeddings (tokens to vectors, vectors to logits) these
+    are the ones that share no parameter with another layer. They are large where a vocabulary is, and a
+    forward needs each for a moment only.
     """
     blocks = repeated_blocks(model)
     inside = {id(module) for block in blocks for module in block.modules()}
     holders = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    embeddings = [module for module in _embeddings(model) if id(module) not in inside]
-    return blocks and [*blocks, *(m for m in embeddings if all(holders[id(own)] == 1 for own in m.parameters()))]
+    outside = [layer for layer in _embeddings(model) if id(layer) not in inside] if blocks else []
+    return blocks + [layer for layer in outside if all(holders[id(parameter)] == 1 for parameter in layer.parameters())]
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
-    found = []
+    """The layers for tokens and for logits, as transformers names them."""
+    layers = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            found.append(getattr(model, getter)())
+            layers.append(getattr(model, getter)())
         except (AttributeError, NotImplementedError):  # timm, and models without such a layer
             continue
-    return [module for module in found if isinstance(module, nn.Embedding | nn.Linear)]
+    return [module for module in layers if isinstance(module, nn.Embedding | nn.Linear)]
 
 
 def _members(module: nn.Module) -> list[nn.Module]:
